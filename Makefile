@@ -1,0 +1,29 @@
+# Each target sets up .venv by itself; PYTHON picks the interpreter it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
+
+.PHONY: demo test parity lint format
+demo: .venv/.installed
+	$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
+
+test: .venv/.installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+
+# The live comparison with transformers; torch 2.13.0 exists as a CPU-only build.
+parity: .venv/.installed
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e .[parity]
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e .[test]
+	touch $@

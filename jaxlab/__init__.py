@@ -1,0 +1,1 @@
+"""Splits neural networks into parts and exploits the parts: one pure function per published method."""

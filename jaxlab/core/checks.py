@@ -1,0 +1,26 @@
+"""Input checks. One line: what is wrong, what was expected, what to do."""
+
+from collections.abc import Collection
+
+
+class InputError(ValueError):
+  """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2."""
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises InputError(message) unless `condition` holds. Conditions are static: shapes, config fields, files."""
+  if not condition:
+    raise InputError(message)
+
+
+def require_choice(name: str, value: object, choices: Collection) -> None:
+  """Raises InputError unless `value` is one of `choices`."""
+  require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+  """Raises InputError unless `divisor` is positive and divides `value`."""
+  require(
+    divisor > 0 and value % divisor == 0,
+    f"{divisor_name}={divisor} must divide {name}={value}; change one of the two",
+  )
