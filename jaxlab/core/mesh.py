@@ -61,7 +61,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Pa
 
 
 def shardings(tree, mesh: Mesh):
-  """NamedShardings for a tree of parameters or optimizer states (same structure as `tree`); anything unnamed is whole."""
+  """NamedShardings in the structure of `tree` (parameters, optimizer states); a leaf without named axes stays whole."""
 
   def one(leaf):
     if isinstance(leaf, nnx.Variable):

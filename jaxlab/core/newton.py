@@ -7,9 +7,9 @@ surrogate A_j for the Jacobian df_j/dz_j evaluates every block at once and then 
 
 After k steps the first k outputs are exact for any surrogate and any start, so n steps are the chain itself.
 
-A surrogate is a function `(blocks, inputs) -> (outputs, correct)`: it evaluates `outputs[j] = f_j(inputs[j])` and returns
-the map r -> e. References: Song et al. 2021 (Jacobi); Lim et al. 2024, "DEER" (exact); Gonzalez et al. 2024, "quasi-DEER,
-ELK" (diagonal, damping); arXiv 2605.17842 (identity, streams).
+A surrogate is a function `(blocks, inputs) -> (outputs, correct)`: it evaluates `outputs[j] = f_j(inputs[j])` and
+returns the map r -> e. References: Song et al. 2021 (Jacobi); Lim et al. 2024, "DEER" (exact); Gonzalez et al. 2024,
+"quasi-DEER, ELK" (diagonal, damping); arXiv 2605.17842 (identity, streams).
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def identity(blocks: Blocks, inputs):
 
 
 def scaled(scale: float | Float[Array, "n"]) -> Surrogate:
-  """A_j = scale_j I. `scaled(1 - kappa)` is the damped identity (scale-ELK); residual lambdas give the scaled identity."""
+  """A_j = scale_j I. `scaled(1 - kappa)` damps the identity (scale-ELK); residual lambdas scale it."""
   return lambda blocks, inputs: (blocks(inputs), lambda r: linear_recurrence(scale, r))
 
 

@@ -1,0 +1,75 @@
+"""Attention as a function the model is given, and the key-value cache as an explicit pytree."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class AttentionFn(Protocol):
+  """Causal attention of `time` new queries at absolute positions start .. start + time - 1 over `keys` positions.
+
+  Query at position p sees keys p - window .. p (window None: 0 .. p). Positions past p are never read.
+  """
+
+  def __call__(
+    self,
+    q: Float[Array, "batch time q_heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    window: int | None,
+    start: Int[Array, ""] | int,
+  ) -> Float[Array, "batch time q_heads head_dim"]: ...
+
+
+def dot_product_attention(q, k, v, *, window=None, start=0):
+  """Dense softmax attention, an `AttentionFn`: cuDNN flash attention on a GPU in 16 bits, XLA elsewhere.
+
+  With start = 0 (static) and as many keys as queries this is plain causal attention. Otherwise positions past the
+  query's own are masked, so `k` and `v` may be a cache with room to spare. A single query under a window reads only
+  the window + 1 keys it sees.
+  """
+  time, keys = q.shape[1], k.shape[1]
+  if isinstance(start, int) and start == 0 and time == keys:
+    narrow = window is not None and window < time
+    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    return jax.nn.dot_product_attention(
+      q,
+      k,
+      v,
+      is_causal=True,
+      local_window_size=(window, 0) if narrow else None,
+      implementation="cudnn" if flash else "xla",
+    )
+  first = 0
+  if time == 1 and window is not None and window + 1 < keys:
+    first = jnp.clip(start - window, 0, keys - window - 1)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, first, window + 1, axis=1) for x in (k, v))
+  query = (start + jnp.arange(time))[:, None]
+  key = (first + jnp.arange(k.shape[1]))[None, :]
+  mask = key <= query
+  if window is not None:
+    mask &= key >= query - window
+  return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], implementation="xla")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys (after RoPE and norm) and values of the tokens seen so far, for all layers.
+
+  `length` positions are filled; the rest holds zeros or stale entries that attention never reads. `previous` is the
+  last token's normalised embedding before smearing (models with `smear`), zeros before the first token.
+  """
+
+  keys: Float[Array, "layer batch capacity kv_heads head_dim"]
+  values: Float[Array, "layer batch capacity kv_heads head_dim"]
+  length: Int[Array, ""]
+  previous: Float[Array, "batch 1 width"] | None
+
+  @property
+  def capacity(self) -> int:
+    return self.keys.shape[2]

@@ -1,0 +1,161 @@
+"""The parts of a block: linear maps, norms, rotary positions, MLPs, experts, hyper-connections."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxlab.models.config import HyperConnections, RopeScaling, TransformerConfig
+
+
+class Linear(nnx.Module):
+  """y = x W, W: (inputs, outputs), no bias. Weight methods put another module with the same call in its place."""
+
+  def __init__(self, weight: Float[Array, "inputs outputs"], axes: tuple[str | None, str | None]):
+    self.weight = nnx.Param(weight, axes=axes)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return x @ self.weight[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps), times a gain if the model has gains; reduced in float32."""
+
+  def __init__(self, size: int, eps: float, gain: bool):
+    self.eps = eps
+    self.gain = nnx.Param(jnp.ones((size,)), axes=(None,)) if gain else None
+
+  def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    y = rms_norm(x, self.eps)
+    return y if self.gain is None else (y * self.gain[...]).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*batch size"], eps: float) -> Float[Array, "*batch size"]:
+  """x / sqrt(mean(x^2) + eps) over the last axis, in float32 or better, in the dtype of x."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rope_table(config: TransformerConfig, positions: Int[Array, "time"], dtype) -> tuple[Array, Array]:
+  """cos and sin of the rotary angles, (time, head_dim / 2) each, computed in float32."""
+  half = config.head_dim // 2
+  frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if config.rope_scaling:
+    frequency = _llama3_scaling(frequency, config.rope_scaling)
+  angle = positions.astype(jnp.float32)[:, None] * frequency
+  return jnp.cos(angle).astype(dtype), (config.rope_direction * jnp.sin(angle)).astype(dtype)
+
+
+def _llama3_scaling(frequency, s: RopeScaling):
+  wavelength = 2 * math.pi / frequency
+  ramp = (s.original_context / wavelength - s.low_frequency) / (s.high_frequency - s.low_frequency)
+  ramp = jnp.clip(ramp, 0, 1)
+  return frequency * ((1 - ramp) / s.factor + ramp)
+
+
+def apply_rope(x: Float[Array, "*batch time heads head_dim"], cos, sin) -> Float[Array, "*batch time heads head_dim"]:
+  """Rotates (x1, x2), the two halves of head_dim, by the table's angles."""
+  x1, x2 = jnp.split(x, 2, axis=-1)
+  cos, sin = cos[:, None, :], sin[:, None, :]
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate x) * up x), or squared ReLU: down(relu(up x)^2)."""
+
+  def __init__(self, config: TransformerConfig, key: jax.Array):
+    d, f = config.width, config.mlp_width
+    k1, k2, k3 = jax.random.split(key, 3)
+    swiglu = config.mlp == "swiglu"
+    bound = math.sqrt(3 / d) * (1.0 if swiglu else 0.4)
+    uniform = lambda k: jax.random.uniform(k, (d, f), minval=-bound, maxval=bound)
+    self.gate = Linear(uniform(k1), ("embed", "mlp")) if swiglu else None
+    self.up = Linear(uniform(k2), ("embed", "mlp"))
+    down = jax.random.normal(k3, (f, d)) / math.sqrt(f * 2 * config.depth) if swiglu else jnp.zeros((f, d))
+    self.down = Linear(down, ("mlp", "embed"))
+
+  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    if self.gate is None:
+      return self.down(jnp.square(jax.nn.relu(self.up(x))))
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class MoE(nnx.Module):
+  """Top-k mixture of SwiGLU experts: softmax router in float32, tokens sorted by expert, ragged matrix products."""
+
+  def __init__(self, config: TransformerConfig, key: jax.Array):
+    e, d, f = config.experts.count, config.width, config.experts.width
+    k1, k2, k3, k4 = jax.random.split(key, 4)
+    bound = math.sqrt(3 / d)
+    uniform = lambda k, shape: jax.random.uniform(k, shape, minval=-bound, maxval=bound)
+    self.active, self.normalize = config.experts.active, config.experts.normalize
+    self.router = Linear(uniform(k1, (d, e)), ("embed", None))
+    self.gate = nnx.Param(uniform(k2, (e, d, f)), axes=("expert", "embed", None))
+    self.up = nnx.Param(uniform(k3, (e, d, f)), axes=("expert", "embed", None))
+    down = jax.random.normal(k4, (e, f, d)) / math.sqrt(f * 2 * config.depth)
+    self.down = nnx.Param(down, axes=("expert", None, "embed"))
+
+  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    tokens = x.reshape(-1, x.shape[-1])
+    probability = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+    weight, expert = jax.lax.top_k(probability, self.active)  # (tokens, active)
+    if self.normalize:
+      weight = weight / weight.sum(axis=-1, keepdims=True)
+    order = jnp.argsort(expert.reshape(-1))  # assignments grouped by expert
+    rows = jnp.take(tokens, order // self.active, axis=0)
+    sizes = jnp.bincount(expert.reshape(-1), length=self.gate.shape[0]).astype(jnp.int32)
+    matmul = lambda a, w: jax.lax.ragged_dot(a, w[...].astype(a.dtype), sizes)
+    hidden = jax.nn.silu(matmul(rows, self.gate)) * matmul(rows, self.up)
+    out = matmul(hidden, self.down) * jnp.take(weight.reshape(-1), order)[:, None].astype(x.dtype)
+    return jnp.zeros_like(tokens).at[order // self.active].add(out).reshape(x.shape)
+
+
+class Mixing(nnx.Module):
+  """The logits of one sublayer's hyper-connection.
+
+  Static ones start reading mostly from stream (2 layer + sublayer) mod s, dynamic ones from the mean of the streams.
+  """
+
+  def __init__(self, config: TransformerConfig, position: Int[Array, ""]):
+    h: HyperConnections = config.hyper
+    s = h.streams
+    self.hyper, self.eps = h, config.norm_eps
+    if h.dynamic:
+      self.projection = nnx.Param(jnp.zeros((s * config.width, s * (s + 2))), axes=(None, None))
+      self.scale = nnx.Param(jnp.full((3,), 0.01), axes=(None,))
+      self.residual = nnx.Param(8.0 * jnp.eye(s), axes=(None, None))
+      self.pre = nnx.Param(jnp.full((s,), -math.log(s - 1.0) if s > 1 else 0.0), axes=(None,))
+      self.post = nnx.Param(jnp.zeros((s,)), axes=(None,))
+    else:
+      self.residual = nnx.Param(jnp.where(jnp.eye(s, dtype=bool), 0.0, -0.5), axes=(None, None))
+      self.pre = nnx.Param(jnp.where(jnp.arange(s) == position % s, 0.0, -1.0), axes=(None,))
+      self.post = nnx.Param(jnp.zeros((s,)), axes=(None,))
+
+  def matrices(self) -> tuple[Array, Array, Array]:
+    """(Hpre (s,), Hpost (s,), Hres (s, s)) of a static hyper-connection."""
+    residual = sinkhorn(self.residual[...] / self.hyper.temperature, self.hyper.rounds)
+    return jax.nn.softmax(self.pre[...]), jax.nn.softmax(self.post[...]), residual
+
+  def dynamic_matrices(self, x: Float[Array, "batch time s width"]) -> tuple[Array, Array, Array]:
+    """Token-wise (Hpre (..., s), Hpost (..., s), Hres (..., s, s)) = (sigma, 2 sigma, Sinkhorn)(alpha x' phi + b)."""
+    s = self.hyper.streams
+    flat = rms_norm(x.reshape(*x.shape[:-2], -1), self.eps).astype(jnp.float32)
+    pre, post, residual = jnp.split(flat @ self.projection[...].astype(jnp.float32), [s, 2 * s], axis=-1)
+    scale = self.scale[...]
+    residual = (scale[2] * residual).reshape(*residual.shape[:-1], s, s) + self.residual[...]
+    pre = jax.nn.sigmoid(scale[0] * pre + self.pre[...])
+    post = 2 * jax.nn.sigmoid(scale[1] * post + self.post[...])
+    return pre, post, sinkhorn(residual, self.hyper.rounds)
+
+
+def sinkhorn(logits: Float[Array, "*batch s s"], rounds: int) -> Float[Array, "*batch s s"]:
+  """exp(logits) scaled to doubly stochastic in log space; ends on columns, so those sum to 1 exactly."""
+  z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+  def one_round(z, _):
+    z = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    return z - jax.nn.logsumexp(z, axis=-2, keepdims=True), None
+
+  return jnp.exp(jax.lax.scan(one_round, z, length=rounds)[0])

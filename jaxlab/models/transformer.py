@@ -1,0 +1,398 @@
+"""One decoder-only transformer: nanochat, Llama, Qwen3, Qwen3-MoE, with or without hyper-connections.
+
+The blocks are ONE module whose parameters carry a leading layer axis. `sequential` scans over it; `layer_parallel`
+evaluates many layers at once, each on its own input. Both take a slice of the layers, so a method can split the depth
+where it likes.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require
+from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
+from jaxlab.models.config import TransformerConfig
+from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table
+
+_SMEAR_CHANNELS = 24
+_GATE_CHANNELS = 12
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """What the blocks read besides their state, the same for every layer or stacked over layers.
+
+  x0: (batch, time, width) embeddings; cos, sin: (time, head_dim / 2); start: position of the first token;
+  values: (value layers, batch, time, kv_heads, head_dim) gathered value embeddings or None;
+  mixing: stacked static hyper-connection matrices, ((L, 2, s), (L, 2, s), (L, 2, s, s)), or None.
+  """
+
+  x0: Array
+  cos: Array
+  sin: Array
+  start: Array | int
+  values: Array | None
+  mixing: tuple[Array, Array, Array] | None
+
+
+class Block(nnx.Module):
+  """Attention and MLP around a residual state: (batch, time, width), or (batch, time, s, width) with hyper-connections.
+
+  Split where attention happens, so that one layer and many layers at once share the code: `project` then attention
+  then `finish`.
+  """
+
+  def __init__(self, config: TransformerConfig, layer: Int[Array, ""], key: jax.Array):
+    d, h, g, n = config.width, config.q_heads, config.kv_heads, config.head_dim
+    keys = jax.random.split(key, 6)
+    bound = math.sqrt(3 / d)
+    uniform = lambda k, shape: jax.random.uniform(k, shape, minval=-bound, maxval=bound)
+    self.config = config
+    self.attention_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
+    self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", "heads"))
+    self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
+    self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
+    zero_out = config.mlp == "relu2"
+    out = (
+      jnp.zeros((h * n, d))
+      if zero_out
+      else jax.random.normal(keys[3], (h * n, d)) / math.sqrt(h * n * 2 * config.depth)
+    )
+    self.o = Linear(out, ("heads", "embed"))
+    self.q_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
+    self.k_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
+    self.mlp_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
+    self.mlp = MoE(config, keys[4]) if config.experts else MLP(config, keys[4])
+    if config.value_embeddings:
+      gate = jax.random.uniform(keys[5], (_GATE_CHANNELS, g), maxval=0.02)
+      self.value_gate = nnx.Param(gate, axes=(None, None))
+    if config.residual_lambdas:
+      depth = layer / max(config.depth - 1, 1)
+      self.residual_lambda = nnx.Param(1.15 - 0.10 * depth, axes=())
+      self.x0_lambda = nnx.Param(0.20 - 0.15 * depth, axes=())
+    if config.hyper:
+      self.attention_mixing = Mixing(config, 2 * layer)
+      self.mlp_mixing = Mixing(config, 2 * layer + 1)
+
+  def project(self, x, side: Side, value, mixing):
+    """(input to the residual sum, mixing, q, k, v) of this layer; `value` is its gathered value embedding or None."""
+    c = self.config
+    if c.residual_lambdas:
+      x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
+    mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
+    a = self.attention_norm(_read(x, mixing))
+    split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
+    q, k, v = split(self.q(a)), split(self.k(a)), split(self.v(a))
+    if value is not None:
+      gate = 3 * jax.nn.sigmoid(a[..., :_GATE_CHANNELS] @ self.value_gate[...].astype(a.dtype))
+      v = v + gate[..., None] * value.astype(v.dtype)
+    if c.qk_norm == "before_rope":
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = apply_rope(q, side.cos, side.sin), apply_rope(k, side.cos, side.sin)
+    if c.qk_norm == "after_rope":
+      q, k = self.q_norm(q), self.k_norm(k)
+    return x, mixing, q * c.qk_scale, k * c.qk_scale, v
+
+  def finish(self, x, mixing, attended, all_mixing):
+    """The block's output from its input and (batch, time, q_heads, head_dim) attention."""
+    x = _write(x, mixing, self.o(attended.reshape(*attended.shape[:-2], -1)))
+    mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
+    return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing))))
+
+  def _mixing(self, mixing: Mixing, x, sublayer: int, static):
+    if self.config.hyper.dynamic:
+      return mixing.dynamic_matrices(x)
+    return tuple(m[sublayer] for m in static)
+
+
+def _read(x, mixing):
+  """What a branch reads: the state, or the streams weighted by Hpre."""
+  if mixing is None:
+    return x
+  return jnp.einsum("...s,...sd->...d", mixing[0], x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _write(x, mixing, branch):
+  """x + branch, or Hres X + Hpost branch on the streams."""
+  if mixing is None:
+    return x + branch
+  _, post, residual = mixing
+  mixed = jnp.einsum("...su,...ud->...sd", residual, x.astype(jnp.float32))
+  return (mixed + post[..., None] * branch[..., None, :].astype(jnp.float32)).astype(x.dtype)
+
+
+class Transformer(nnx.Module):
+  """`model(tokens: int32[batch, seq]) -> float32[batch, seq, vocab]`."""
+
+  def __init__(self, config: TransformerConfig, key: jax.Array):
+    """Random weights: nanochat's initialisation where the config has its parts, 1/sqrt(fan in) elsewhere."""
+    c = config
+    keys = jax.random.split(key, 5)
+    layers = jnp.arange(c.depth)
+    self.config = c
+    self.embedding = nnx.Param(
+      jax.random.normal(keys[0], (c.vocab_size, c.width)) * (0.8 if c.embed_norm else 0.02), axes=("vocab", "embed")
+    )
+    self.blocks = jax.vmap(lambda layer, k: Block(c, layer, k))(layers, jax.random.split(keys[1], c.depth))
+    self.norm = RMSNorm(c.width, c.norm_eps, c.norm_gain)
+    if not c.tied_embeddings:
+      self.head = Linear(jax.random.normal(keys[2], (c.width, c.vocab_size)) * 0.001, ("embed", "vocab"))
+    if c.value_embeddings:
+      bound = math.sqrt(3 / c.width)
+      shape = (len(c.value_layers), c.vocab_size, c.kv_heads * c.head_dim)
+      table = jax.random.uniform(keys[3], shape, minval=-bound, maxval=bound)
+      self.value_embeddings = nnx.Param(table, axes=(None, "vocab", None))
+    if c.smear:
+      require(c.width >= _SMEAR_CHANNELS, f"smear reads {_SMEAR_CHANNELS} channels; model.width is {c.width}")
+      self.smear_gate = nnx.Param(jax.random.uniform(keys[4], (_SMEAR_CHANNELS, 1), maxval=0.02), axes=(None, None))
+      self.smear_lambda = nnx.Param(jnp.zeros(()), axes=())
+    if c.backout:
+      self.backout_lambda = nnx.Param(jnp.full((), 0.2), axes=())
+
+  @property
+  def depth(self) -> int:
+    return self.config.depth
+
+  @property
+  def dtype(self):
+    return self.embedding.dtype
+
+  def __call__(
+    self,
+    tokens: Int[Array, "batch seq"],
+    *,
+    attention: AttentionFn = dot_product_attention,
+    remat: bool = False,
+    unroll: bool = False,
+  ) -> Float[Array, "batch seq vocab"]:
+    return self.logits(*self.hidden(tokens, attention=attention, remat=remat, unroll=unroll))
+
+  def hidden(self, tokens, *, attention=dot_product_attention, remat=False, unroll=False):
+    """(final state, backout state or None): what `logits` reads."""
+    x, side, _ = self.embed(tokens)
+    x, backout, _, _ = sequential(self, x, side, attention=attention, remat=remat, unroll=unroll)
+    return x, backout
+
+  def trace(self, tokens, *, attention=dot_product_attention, remat=False):
+    """(start state h_0, outputs h_1..h_L stacked (L, ...), side): the sequential forward with every layer's output."""
+    x, side, _ = self.embed(tokens)
+    _, _, trace, _ = sequential(self, x, side, attention=attention, remat=remat, keep_trace=True)
+    return x, trace, side
+
+  def embed(self, tokens: Int[Array, "batch time"], cache: Cache | None = None):
+    """(state of layer 0, side, pre-smear embedding of the last token). Positions continue the cache's."""
+    c = self.config
+    batch, time = tokens.shape
+    start = 0 if cache is None else cache.length
+    x = jnp.take(self.embedding[...], tokens, axis=0)
+    if c.embed_norm:
+      x = rms_norm(x, c.norm_eps)
+    last = x[:, -1:]
+    if c.smear:
+      before = jnp.zeros_like(last) if cache is None else cache.previous.astype(x.dtype)
+      shifted = jnp.concatenate([before, x[:, :-1]], axis=1)
+      gate = jax.nn.sigmoid(x[..., :_SMEAR_CHANNELS] @ self.smear_gate[...].astype(x.dtype))
+      x = (x + self.smear_lambda[...] * gate * shifted).astype(x.dtype)
+    values = None
+    if c.value_embeddings:
+      values = jnp.take(self.value_embeddings[...], tokens, axis=1).astype(x.dtype)
+      values = values.reshape(-1, batch, time, c.kv_heads, c.head_dim)
+    mixing = static_mixing(self.blocks) if c.hyper and not c.hyper.dynamic else None
+    cos, sin = rope_table(c, start + jnp.arange(time), x.dtype)
+    side = Side(x, cos, sin, start, values, mixing)
+    state = jnp.repeat(x[..., None, :], c.hyper.streams, axis=-2) if c.hyper else x
+    return state, side, last
+
+  def logits(self, x, backout=None) -> Float[Array, "batch time vocab"]:
+    """Head: streams are summed, the backout state subtracted, then norm, projection and softcap, in float32."""
+    c = self.config
+    x, backout = (y.sum(axis=-2) if c.hyper and y is not None else y for y in (x, backout))
+    if c.backout:
+      x = (x - self.backout_lambda[...] * backout).astype(x.dtype)
+    x = self.norm(x)
+    logits = x @ self.embedding[...].T.astype(x.dtype) if c.tied_embeddings else self.head(x)
+    logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+    return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+
+  def empty_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
+    """A cache with room for `capacity` tokens."""
+    c = self.config
+    dtype = dtype or self.dtype
+    shape = (c.depth, batch, capacity, c.kv_heads, c.head_dim)
+    previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0), previous)
+
+  def extend(
+    self,
+    tokens: Int[Array, "batch time"],
+    cache: Cache,
+    *,
+    attention: AttentionFn = dot_product_attention,
+    unroll=False,
+  ) -> tuple[Float[Array, "batch time vocab"], Cache]:
+    """Logits of the next `time` tokens and the cache with them; the caller sees to it that they fit its capacity."""
+    x, side, last = self.embed(tokens, cache)
+    x, backout, _, (keys, values) = sequential(
+      self, x, side, attention=attention, cache=(cache.keys, cache.values), unroll=unroll
+    )
+    previous = last if self.config.smear else None
+    return self.logits(x, backout), Cache(keys, values, cache.length + tokens.shape[1], previous)
+
+
+def static_mixing(blocks: Block):
+  """(Hpre (L, 2, s), Hpost (L, 2, s), Hres (L, 2, s, s)): sublayer 0 is attention, 1 the MLP."""
+  pairs = [
+    jax.vmap(lambda block: block.attention_mixing.matrices())(blocks),
+    jax.vmap(lambda block: block.mlp_mixing.matrices())(blocks),
+  ]
+  return tuple(jnp.stack(pair, axis=1) for pair in zip(*pairs, strict=True))
+
+
+def layer_slice(blocks: Block, start: int, stop: int | None = None) -> Block:
+  """Layers start..stop of stacked blocks."""
+  return jax.tree.map(lambda a: a[start:stop], blocks)
+
+
+def sequential(
+  model: Transformer,
+  x,
+  side: Side,
+  *,
+  start: int = 0,
+  stop: int | None = None,
+  attention: AttentionFn = dot_product_attention,
+  cache: tuple[Array, Array] | None = None,
+  keep_trace: bool = False,
+  remat: bool = False,
+  unroll: bool = False,
+):
+  """Runs layers start..stop one after the other.
+
+  `lax.scan` over groups of layers: a group is the shortest period of the window and value-embedding pattern, so that
+  windows stay static. `unroll` writes every layer out instead (longer to compile, no slicing of stacked weights).
+
+  Args:
+    cache: (keys, values) of all layers of the model, (L, batch, capacity, kv_heads, head_dim); the new positions are
+      written at `side.start` and attention reads the cache.
+    keep_trace: also return every layer's output.
+    remat: recompute each block in the backward pass.
+
+  Returns:
+    (output, backout state or None, trace (layers, ...) or None, cache or None).
+  """
+  c = model.config
+  stop = c.depth if stop is None else stop
+  layers = stop - start
+  kinds = [(c.windows[i], i in c.value_layers) for i in range(start, stop)]
+  period = (
+    layers
+    if unroll
+    else next(
+      p for p in range(1, layers + 1) if layers % p == 0 and all(kinds[i] == kinds[i % p] for i in range(layers))
+    )
+    if layers
+    else 1
+  )
+
+  def block(carry, parts, window, has_value, layer):
+    x, backout, cache = carry
+    weights, value, mixing = parts
+    inner, mix, q, k, v = weights.project(x, side, value if has_value else None, mixing)
+    if cache is not None:
+      cache = tuple(_write_cache(store, new, layer, side.start) for store, new in zip(cache, (k, v), strict=True))
+      k, v = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
+    x = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
+    if backout is not None:
+      here = layer == c.depth // 2
+      backout = jax.lax.select(here, x, backout) if not isinstance(here, bool) else (x if here else backout)
+    return x, backout, cache
+
+  if remat:
+    block = jax.checkpoint(block, static_argnums=(2, 3))
+
+  def group(carry, parts):
+    weights, values, mixing, first = parts
+    outputs, taken = [], 0
+    for i in range(period):
+      part = lambda tree: jax.tree.map(lambda a: a[i], tree)  # noqa: B023 (used at once)
+      value = values[taken] if kinds[i][1] else None
+      taken += kinds[i][1]
+      carry = block(carry, (part(weights), value, part(mixing)), *kinds[i], first + i)
+      outputs.append(carry[0])
+    return carry, jnp.stack(outputs) if keep_trace else None
+
+  grouped = lambda tree: jax.tree.map(
+    lambda a: a.reshape(layers // period, a.shape[0] * period // layers, *a.shape[1:]), tree
+  )
+  weights = layer_slice(model.blocks, start, stop)
+  mixing = None if side.mixing is None else tuple(m[start:stop] for m in side.mixing)
+  before = sum(i < start for i in c.value_layers)
+  values = None if side.values is None else side.values[before : before + sum(kind[1] for kind in kinds)]
+  carry = (x, jnp.zeros_like(x) if c.backout else None, cache)
+  if layers == 0:
+    return (*carry[:2], jnp.zeros((0, *x.shape), x.dtype) if keep_trace else None, cache)
+  if period == layers:
+    carry, trace = group(carry, (weights, values, mixing, start))
+  else:
+    firsts = start + period * jnp.arange(layers // period)
+    carry, trace = jax.lax.scan(group, carry, (*map(grouped, (weights, values, mixing)), firsts))
+    trace = trace.reshape(layers, *x.shape) if keep_trace else None
+  x, backout, cache = carry
+  return x, backout, trace, cache
+
+
+def layer_parallel(
+  model: Transformer,
+  states,
+  side: Side,
+  *,
+  start: int = 0,
+  attention: AttentionFn = dot_product_attention,
+  cache: tuple[Array, Array] | None = None,
+):
+  """Evaluates layers start .. start + n - 1 at once, layer start + j on `states[j]` (snlp.md M7).
+
+  Projections and MLPs are products batched over layers; attention runs once per window kind with layers folded into the
+  batch. Returns (outputs like `states`, cache or None); the cache is as in `sequential`.
+  """
+  c = model.config
+  n, batch = states.shape[:2]
+  weights = layer_slice(model.blocks, start, start + n)
+  mixing = None if side.mixing is None else tuple(m[start : start + n] for m in side.mixing)
+  values = None
+  if side.values is not None:
+    empty = jnp.zeros_like(side.values[0])
+    row = {layer: i for i, layer in enumerate(c.value_layers)}
+    values = jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, start + n)])
+  project = lambda w, x, value, mix: w.project(x, side, value, mix)
+  inner, mix, q, k, v = jax.vmap(project)(weights, states, values, mixing)
+  if cache is not None:
+    cache = tuple(_write_cache(store, new, start, side.start) for store, new in zip(cache, (k, v), strict=True))
+    k, v = (store[start : start + n] for store in cache)
+  windows = c.windows[start : start + n]
+  attended = [None] * n
+  for window in dict.fromkeys(windows):
+    index = [j for j in range(n) if windows[j] == window]
+    fold = lambda a: _take(a, index).reshape(len(index) * batch, *a.shape[2:])  # noqa: B023 (used at once)
+    out = attention(fold(q), fold(k), fold(v), window=window, start=side.start)
+    for j, y in zip(index, out.reshape(len(index), batch, *out.shape[1:]), strict=True):
+      attended[j] = y
+  attended = jnp.stack(attended)
+  outputs = jax.vmap(lambda w, x, m, y, s: w.finish(x, m, y, s))(weights, inner, mix, attended, mixing)
+  return outputs, cache
+
+
+def _take(a, index):
+  """Rows of a static index; a whole range is no copy."""
+  return a if index == list(range(a.shape[0])) else a[jnp.array(index)]
+
+
+def _write_cache(store, new, layer, start):
+  """Writes (batch, time, ...) or (n, batch, time, ...) entries at (layer, :, start)."""
+  new = new[None] if new.ndim == 4 else new
+  return jax.lax.dynamic_update_slice(store, new.astype(store.dtype), (layer, 0, start, 0, 0))

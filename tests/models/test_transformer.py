@@ -1,0 +1,195 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import TransformerConfig
+from jaxlab.models.attention import dot_product_attention
+from jaxlab.models.config import nanochat
+from jaxlab.models.layers import sinkhorn
+from jaxlab.models.transformer import layer_parallel, sequential, static_mixing
+from tests.common import SHAPE, configs, random_model, random_tokens
+
+CONFIGS = configs()
+
+
+def numpy_rotation(time, half):
+  """RoPE by -theta on the two halves of a (time, 2 * half) array."""
+  angle = np.arange(time)[:, None] * 100000.0 ** (-np.arange(half) / half)
+  cos, sin = np.cos(angle), np.sin(angle)
+  return lambda y: np.concatenate([y[:, :half] * cos + y[:, half:] * sin, y[:, half:] * cos - y[:, :half] * sin], -1)
+
+
+def numpy_nanochat(model, tokens):
+  """Section 3 of the nanochat description, written once more in NumPy, one row and one head at a time."""
+  c, p = model.config, jax.tree.map(lambda a: np.asarray(a, np.float64), model)
+  get = lambda param: np.asarray(param.get_value())
+  norm = lambda x: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1.1920929e-07)
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
+  rows = []
+  for row in np.asarray(tokens):
+    time = len(row)
+    x = norm(get(p.embedding)[row])
+    smeared = x.copy()
+    for t in range(1, time):
+      smeared[t] += get(p.smear_lambda) * sigmoid(x[t, :24] @ get(p.smear_gate)) * x[t - 1]
+    x = x0 = smeared
+    rotate = numpy_rotation(time, c.head_dim // 2)
+    for layer in range(c.depth):
+      b = jax.tree.map(lambda a: a[layer], p.blocks)  # noqa: B023
+      x = get(b.residual_lambda) * x + get(b.x0_lambda) * x0
+      a = norm(x)
+      q, k, v = (a @ get(m.weight) for m in (b.q, b.k, b.v))
+      if layer % 2 == (c.depth - 1) % 2:
+        ve = get(p.value_embeddings)[c.value_layers.index(layer)][row]
+        gate = 3 * sigmoid(a[:, :12] @ get(b.value_gate))
+        v = v + np.repeat(gate, c.head_dim, axis=-1) * ve
+      heads = []
+      for h in range(c.q_heads):
+        cut = slice(h * c.head_dim, (h + 1) * c.head_dim)
+        qh, kh = norm(rotate(q[:, cut])) * 1.2, norm(rotate(k[:, cut])) * 1.2
+        score = qh @ kh.T / np.sqrt(c.head_dim)
+        i, j = np.arange(time)[:, None], np.arange(time)[None]
+        window = c.windows[layer] or time
+        score = np.where((j <= i) & (i - j <= window), score, -np.inf)
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        heads.append(weight / weight.sum(-1, keepdims=True) @ v[:, cut])
+      x = x + np.concatenate(heads, -1) @ get(b.o.weight)
+      x = x + np.square(np.maximum(norm(x) @ get(b.mlp.up.weight), 0)) @ get(b.mlp.down.weight)
+      if layer == c.depth // 2:
+        backout = x
+    x = norm(x - get(p.backout_lambda) * backout)
+    rows.append(15 * np.tanh(x @ get(p.head.weight) / 15))
+  return np.stack(rows)
+
+
+def test_nanochat_agrees_with_a_numpy_transcription():
+  model, tokens = random_model(CONFIGS["nanochat"]), random_tokens(2, 200)
+  assert 128 in model.config.windows
+  np.testing.assert_allclose(model(tokens), numpy_nanochat(model, tokens), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scan_unrolled_and_rematerialised_agree(name):
+  model, tokens = random_model(CONFIGS[name]), random_tokens(2, 17)
+  forward = jax.jit(lambda m, **kw: m(tokens, **kw), static_argnames=("unroll", "remat"))
+  expected = forward(model, unroll=True)
+  assert expected.dtype == jnp.float32 and expected.shape == (2, 17, 64)
+  np.testing.assert_allclose(forward(model), expected, rtol=1e-4, atol=1e-4)
+  gradient = jax.grad(lambda m, **kw: jnp.mean(forward(m, **kw) ** 2))
+  plain, remat = gradient(model), gradient(model, remat=True)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain, remat)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("prefill", [1, 5, 130])
+def test_cached_decode_equals_the_full_forward(name, prefill):
+  model, tokens = random_model(CONFIGS[name]), random_tokens(2, prefill + 5)
+  expected = jax.jit(lambda m: m(tokens))(model)
+  extend = jax.jit(lambda m, t, c: m.extend(t, c))
+  logits, cache = extend(model, tokens[:, :prefill], model.empty_cache(2, prefill + 9))
+  np.testing.assert_allclose(logits, expected[:, :prefill], rtol=1e-3, atol=1e-3)
+  steps = []
+  for t in range(prefill, prefill + 3):
+    logits, cache = extend(model, tokens[:, t : t + 1], cache)
+    steps.append(logits)
+  logits, cache = extend(model, tokens[:, -2:], cache)
+  np.testing.assert_allclose(jnp.concatenate([*steps, logits], axis=1), expected[:, prefill:], rtol=1e-3, atol=1e-3)
+  assert int(cache.length) == prefill + 5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_layers_at_once_equal_a_loop_over_layers(name, start):
+  """snlp.md oracle 8: mixed windows, value embeddings, experts and streams included."""
+  model, tokens = random_model(CONFIGS[name]), random_tokens(2, 140)
+  x, side, _ = model.embed(tokens)
+  n = model.depth - start
+  states = x + jax.random.normal(jax.random.key(3), (n, *x.shape))
+  actual, _ = jax.jit(lambda m, s: layer_parallel(m, s, side, start=start))(model, states)
+  loop = lambda m, s: [sequential(m, s[j], side, start=start + j, stop=start + j + 1)[0] for j in range(n)]
+  np.testing.assert_allclose(actual, jnp.stack(jax.jit(loop)(model, states)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 7, None])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_attention_sees_window_plus_one_keys(window, groups):
+  q = jax.random.normal(jax.random.key(0), (1, 12, 4, 8))
+  k, v = (jax.random.normal(jax.random.key(i), (1, 12, 4 // groups, 8)) for i in (1, 2))
+  i, j = jnp.arange(12)[:, None], jnp.arange(12)[None]
+  mask = (j <= i) & (i - j <= (12 if window is None else window))
+  score = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, groups, 2)) / jnp.sqrt(8.0)
+  weight = jax.nn.softmax(jnp.where(mask, score, -jnp.inf))
+  expected = jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, groups, 2))
+  np.testing.assert_allclose(dot_product_attention(q, k, v, window=window), expected, rtol=1e-5, atol=1e-5)
+  padded = [jnp.pad(a, ((0, 0), (0, 5), (0, 0), (0, 0)), constant_values=1e3) for a in (k, v)]
+  for start, time in [(0, 12), (4, 8), (11, 1), (3, 1)]:
+    actual = dot_product_attention(q[:, start : start + time], *padded, window=window, start=jnp.int32(start))
+    np.testing.assert_allclose(actual, expected[:, start : start + time], rtol=1e-5, atol=1e-5)
+
+
+def test_windows_and_value_layers_by_depth():
+  make = lambda depth, context: nanochat(depth=depth, context=context)
+  assert [w for w in make(12, 2048).windows] == [512, 512, 512, None] * 3
+  assert make(3, 2048).windows == (512, 512, None)
+  assert make(2, 256).windows == (128, None)
+  assert [make(d, 2048).value_layers for d in (2, 3)] == [(1,), (0, 2)]
+  assert make(32, 2048).value_layers == tuple(range(1, 32, 2))
+
+
+@pytest.mark.parametrize(
+  "depth, aspect, width, blocks, tables",
+  [(12, 64, 768, 84.9, 151.0), (20, 64, 1280, 393.2, 419.4), (32, 20, 640, 157.3, 335.5)],
+)
+def test_parameter_counts_of_the_published_sizes(depth, aspect, width, blocks, tables):
+  config = nanochat(depth=depth, aspect_ratio=aspect)
+  assert config.width == width
+  assert round((config.matmul_parameters - config.width * config.vocab_size) / 1e6, 1) == blocks
+  assert round(len(config.value_layers) * config.vocab_size * config.kv_heads * config.head_dim / 1e6, 1) == tables
+
+
+def test_sinkhorn_is_doubly_stochastic_and_never_expands():
+  """snlp.md oracle 6."""
+  mixing = static_mixing(random_model(CONFIGS["mhc"]).blocks)[2]
+  initial = sinkhorn(jnp.where(jnp.eye(4, dtype=bool), 0.0, -0.5) / 0.05, 10)
+  np.testing.assert_allclose(jnp.diagonal(initial), 0.99986, atol=1e-5)
+  for matrix in [initial, *mixing.reshape(-1, 4, 4)]:
+    np.testing.assert_allclose(matrix.sum(0), 1.0, atol=1e-5)
+  np.testing.assert_allclose(initial.sum(1), 1.0, atol=1e-3)
+  assert np.linalg.norm(np.asarray(initial), 2) <= 1 + 1e-5
+
+
+def test_mhc_reads_the_published_initial_weights():
+  from jaxlab.models import Transformer
+
+  pre, post, _ = static_mixing(Transformer(CONFIGS["mhc"], jax.random.key(0)).blocks)
+  np.testing.assert_allclose(jnp.sort(pre[0, 0])[-2:], [0.175, 0.475], atol=1e-3)
+  assert [int(jnp.argmax(pre[layer, s])) for layer in range(3) for s in range(2)] == [0, 1, 2, 3, 0, 1]
+  np.testing.assert_allclose(post, 0.25)
+
+
+def test_edits_reach_only_what_the_window_allows():
+  config = nanochat(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512)
+  model, tokens = random_model(config), random_tokens(1, 140)
+  x, side, _ = model.embed(tokens)
+  run = lambda x: sequential(model, x, side, start=0, stop=1)[0]
+  base, w, i = run(x), config.windows[0], 135
+  edited = lambda position: run(x.at[0, position].add(1.0))
+  assert jnp.array_equal(edited(i - w - 1)[0, i], base[0, i])
+  assert not jnp.allclose(edited(i - w)[0, i], base[0, i])
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"kv_heads": 3}, "kv_heads=3 must divide model.q_heads=4"),
+    ({"depth": 0}, "depth is 0"),
+    ({"window_pattern": "SX"}, "made of S"),
+    ({"mlp": "gelu"}, "must be one of swiglu, relu2"),
+    ({"head_dim": 15}, "must divide model.head_dim=15"),
+  ],
+)
+def test_impossible_shapes_are_named(change, message):
+  with pytest.raises(InputError, match=message):
+    TransformerConfig(**(SHAPE | change))
