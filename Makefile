@@ -13,7 +13,8 @@ test: .venv/.installed
 # The live comparison with transformers; torch 2.13.0 exists as a CPU-only build.
 parity: .venv/.installed
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e .[parity]
+	$(BIN)/pip install -q -e .[test,parity]
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
