@@ -1,0 +1,55 @@
+"""A tokenized corpus: one flat array of ids on disk, memory-mapped, with the offsets of its documents."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlab.core.checks import require
+from jaxlab.data.corpora import Documents
+
+_CHUNK = 256  # documents tokenized at a time, on all cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """Document i is `ids[offsets[i] : offsets[i + 1]]`, without BOS."""
+
+  ids: np.ndarray
+  offsets: np.ndarray
+  bos: int
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  def document(self, i: int) -> np.ndarray:
+    return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+
+def tokenize(documents: Documents, tokenizer: Tokenizer, *, bos: int, cache: str | os.PathLike) -> Tokens:
+  """Tokenizes a split, or maps the copy kept under `cache` (named by the content of both)."""
+  key = hashlib.sha256(f"{documents.key} {tokenizer.to_str()}".encode()).hexdigest()[:16]
+  folder = Path(cache) / "tokens" / key
+  if not (folder / "offsets.npy").exists():
+    parts, lengths = [], []
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    for batch in grain.MapDataset.source(documents).batch(_CHUNK, batch_fn=list):
+      for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+        parts.append(np.array(encoding.ids, kind))
+        lengths.append(len(parts[-1]))
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder / "ids.npy", np.concatenate(parts))
+    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+  ids = np.load(folder / "ids.npy", mmap_mode="r")
+  require(len(ids) > 0, "the corpus has no token in it; give text")
+  return Tokens(ids, np.load(folder / "offsets.npy"), bos)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+  temporary = path.with_name(f".{os.getpid()}.{path.name}")
+  np.save(temporary, array)
+  os.replace(temporary, path)
