@@ -27,11 +27,31 @@ def configs() -> dict[str, TransformerConfig]:
 def random_model(config: TransformerConfig, seed: int = 0, dtype="float32") -> Transformer:
   """Every parameter random: a zero-initialised projection would make tests pass for any code."""
   model = Transformer(config, jax.random.key(seed))
-  leaves, structure = jax.tree.flatten(model)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(model)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noise = lambda k, a: (a + 0.15 * jax.random.normal(k, a.shape) / (1 if a.ndim < 2 else 1.5)).astype(dtype)
-  return jax.tree.unflatten(structure, [noise(k, a) for k, a in zip(keys, leaves, strict=True)])
+
+  def noisy(path, leaf, key):
+    noise = jax.random.normal(key, leaf.shape)
+    if "_mixing.residual" in jax.tree_util.keystr(path):
+      # Far from the near-identity they start at, or the streams would never mix.
+      return 1.5 * noise * (1 if config.hyper.dynamic else config.hyper.temperature)
+    return leaf + (0.15 if leaf.ndim < 2 else 0.1) * noise
+
+  values = [noisy(path, leaf, key).astype(dtype) for (path, leaf), key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(structure, values)
 
 
 def random_tokens(batch: int, time: int, vocab: int = 64, seed: int = 0):
   return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (batch, time)), jnp.int32)
+
+
+def plain_attention(q, k, v, *, window=None, start=0):
+  """An `AttentionFn` written out; unlike jax.nn's its softmax keeps float64."""
+  group = q.shape[2] // k.shape[2]
+  query, key = (start + jnp.arange(q.shape[1]))[:, None], jnp.arange(k.shape[1])[None]
+  mask = key <= query
+  if window is not None:
+    mask &= key >= query - window
+  score = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, group, 2)) / q.shape[-1] ** 0.5
+  weight = jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
+  return jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, group, 2))

@@ -66,6 +66,8 @@ def shardings(tree, mesh: Mesh):
   def one(leaf):
     if isinstance(leaf, nnx.Variable):
       value = leaf.get_value()
+      if not jax.tree.leaves(value):  # an optimizer group's place for a parameter of another group
+        return leaf
       axes = leaf.get_metadata().get("axes", ())
       # A state factored or reduced from its parameter has lost the parameter's shape: keep it whole.
       known = len(axes) <= value.ndim <= len(axes) + 1

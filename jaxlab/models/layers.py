@@ -34,8 +34,13 @@ class RMSNorm(nnx.Module):
 
 def rms_norm(x: Float[Array, "*batch size"], eps: float) -> Float[Array, "*batch size"]:
   """x / sqrt(mean(x^2) + eps) over the last axis, in float32 or better, in the dtype of x."""
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+  y = wide(x)
+  return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+  """x in float32, or as it is where it has more bits."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rope_table(config: TransformerConfig, positions: Int[Array, "time"], dtype) -> tuple[Array, Array]:
@@ -99,7 +104,7 @@ class MoE(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
     tokens = x.reshape(-1, x.shape[-1])
-    probability = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+    probability = jax.nn.softmax(wide(self.router(tokens)), axis=-1)
     weight, expert = jax.lax.top_k(probability, self.active)  # (tokens, active)
     if self.normalize:
       weight = weight / weight.sum(axis=-1, keepdims=True)
@@ -141,8 +146,8 @@ class Mixing(nnx.Module):
   def dynamic_matrices(self, x: Float[Array, "batch time s width"]) -> tuple[Array, Array, Array]:
     """Token-wise (Hpre (..., s), Hpost (..., s), Hres (..., s, s)) = (sigma, 2 sigma, Sinkhorn)(alpha x' phi + b)."""
     s = self.hyper.streams
-    flat = rms_norm(x.reshape(*x.shape[:-2], -1), self.eps).astype(jnp.float32)
-    pre, post, residual = jnp.split(flat @ self.projection[...].astype(jnp.float32), [s, 2 * s], axis=-1)
+    flat = wide(rms_norm(x.reshape(*x.shape[:-2], -1), self.eps))
+    pre, post, residual = jnp.split(flat @ self.projection[...].astype(flat.dtype), [s, 2 * s], axis=-1)
     scale = self.scale[...]
     residual = (scale[2] * residual).reshape(*residual.shape[:-1], s, s) + self.residual[...]
     pre = jax.nn.sigmoid(scale[0] * pre + self.pre[...])
@@ -152,7 +157,7 @@ class Mixing(nnx.Module):
 
 def sinkhorn(logits: Float[Array, "*batch s s"], rounds: int) -> Float[Array, "*batch s s"]:
   """exp(logits) scaled to doubly stochastic in log space; ends on columns, so those sum to 1 exactly."""
-  z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  z = wide(logits)
 
   def one_round(z, _):
     z = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)

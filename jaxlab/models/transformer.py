@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
 from jaxlab.models.config import TransformerConfig
-from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table
+from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table, wide
 
 _SMEAR_CHANNELS = 24
 _GATE_CHANNELS = 12
@@ -114,7 +114,7 @@ def _read(x, mixing):
   """What a branch reads: the state, or the streams weighted by Hpre."""
   if mixing is None:
     return x
-  return jnp.einsum("...s,...sd->...d", mixing[0], x.astype(jnp.float32)).astype(x.dtype)
+  return jnp.einsum("...s,...sd->...d", mixing[0], wide(x)).astype(x.dtype)
 
 
 def _write(x, mixing, branch):
@@ -122,8 +122,8 @@ def _write(x, mixing, branch):
   if mixing is None:
     return x + branch
   _, post, residual = mixing
-  mixed = jnp.einsum("...su,...ud->...sd", residual, x.astype(jnp.float32))
-  return (mixed + post[..., None] * branch[..., None, :].astype(jnp.float32)).astype(x.dtype)
+  mixed = jnp.einsum("...su,...ud->...sd", residual, wide(x))
+  return (mixed + post[..., None] * wide(branch)[..., None, :]).astype(x.dtype)
 
 
 class Transformer(nnx.Module):
@@ -216,7 +216,7 @@ class Transformer(nnx.Module):
       x = (x - self.backout_lambda[...] * backout).astype(x.dtype)
     x = self.norm(x)
     logits = x @ self.embedding[...].T.astype(x.dtype) if c.tied_embeddings else self.head(x)
-    logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+    logits = wide(logits)
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
   def empty_cache(self, batch: int, capacity: int, dtype=None) -> Cache:

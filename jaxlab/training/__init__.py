@@ -1,0 +1,1 @@
+"""Training language models: Muon and AdamW groups, one loop, checkpoints that resume exactly."""

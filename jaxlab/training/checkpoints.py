@@ -1,0 +1,87 @@
+"""Checkpoints of a training run: asynchronous, atomic, the newest two kept (orbax)."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxlab.core.checks import InputError
+
+
+class Checkpoints:
+  """Checkpoints under a folder. A context manager: leaving it waits for the save in flight.
+
+  orbax writes each one under a temporary name and renames it when whole, so a killed run leaves no half one behind.
+  """
+
+  def __init__(self, folder: Path, keep: int = 2):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._manager.close()
+
+  def latest(self) -> int | None:
+    """The newest whole checkpoint's step."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, iterator: dict) -> None:
+    """Starts saving `state` (any pytree of arrays) and `iterator` (JSON).
+
+    Raises:
+      InputError: this save or the one before it could not be written.
+    """
+    arrays = ocp.args.StandardSave(_flat(state))
+    try:
+      self._manager.save(step, args=ocp.args.Composite(state=arrays, iterator=ocp.args.JsonSave(iterator)))
+    except (OSError, ValueError, RuntimeError) as error:
+      raise _failed(step, error) from error
+
+  def wait(self, step: int) -> None:
+    """Waits until the last save is on disk."""
+    try:
+      self._manager.wait_until_finished()
+    except (OSError, ValueError, RuntimeError) as error:
+      raise _failed(step, error) from error
+
+  def restore(self, step: int, like):
+    """(state with the structure, dtypes and shardings of `like`, iterator state).
+
+    Raises:
+      InputError: the checkpoint holds other arrays than `like`.
+    """
+    wanted = _flat(like)
+    abstract = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in wanted.items()}
+    try:
+      found = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
+      )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+      reason = str(error).splitlines()[0][:200]
+      raise InputError(
+        f"checkpoint {step} in {self._manager.directory} does not fit this config ({reason}); use another --workdir"
+      ) from error
+    for name, leaf in wanted.items():
+      if found["state"][name].shape != leaf.shape:
+        raise InputError(
+          f"checkpoint {step} in {self._manager.directory} holds {name} as {found['state'][name].shape}, this config "
+          f"makes it {leaf.shape}; use another --workdir"
+        )
+    state = jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in wanted])
+    return state, found["iterator"]
+
+
+def _flat(tree) -> dict:
+  """Leaves by path: readable on disk, and independent of the classes that hold them."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _failed(step, error) -> InputError:
+  reason = str(error).splitlines()[0][:200]
+  return InputError(f"could not save checkpoint {step}: {reason}; free some disk space and run the same command again")

@@ -1,0 +1,73 @@
+"""Next-token cross-entropy, with the logits made a slice at a time."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.models import Transformer
+
+_SLICE_BYTES = 2**29  # float32 logits made at once
+
+
+def token_losses(
+  model: Transformer, hidden: tuple[Array, Array | None], targets: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+  """-log p(target) in nats, float32; 0 where the target is -1.
+
+  The logits of the whole batch would be the largest array of a training step: they are computed for slices of the time
+  axis, and again for the gradient.
+  """
+  batch, time = targets.shape
+  wanted = max(1, batch * time * model.config.vocab_size * 4 // _SLICE_BYTES)
+  slices = next(n for n in range(wanted, time + 1) if time % n == 0)
+
+  @jax.checkpoint
+  def one(model, hidden, targets):
+    logits = model.logits(*hidden)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+
+  if slices == 1:
+    return one(model, hidden, targets)
+  cut = lambda a: jnp.moveaxis(a.reshape(batch, slices, time // slices, *a.shape[2:]), 1, 0)
+  losses = jax.lax.map(lambda part: one(model, *part), jax.tree.map(cut, (hidden, targets)))
+  return jnp.moveaxis(losses, 0, 1).reshape(batch, time)
+
+
+def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch time"]) -> Float[Array, ""]:
+  """Mean over the targets that count."""
+  return losses.sum() / jnp.maximum((targets >= 0).sum(), 1)
+
+
+def language_model_loss(model: Transformer, batch, *, remat: bool = False) -> tuple[Array, dict[str, Array]]:
+  """Cross-entropy of the sequential network: (loss, {}). `batch` has int32 `inputs` and `targets`."""
+  hidden = model.hidden(batch["inputs"], remat=remat)
+  return mean_loss(token_losses(model, hidden, batch["targets"]), batch["targets"]), {}
+
+
+def evaluate(forward, model: Transformer, batches, token_bytes: Int[Array, "vocab"] | None = None) -> dict[str, float]:
+  """Mean loss (nats), perplexity and, given the bytes of each token, bits per byte over `batches`.
+
+  Args:
+    forward: `forward(model, inputs) -> (final state, backout state or None)`, what `model.logits` reads.
+  """
+
+  @jax.jit
+  def sums(model, batch):
+    losses = token_losses(model, forward(model, batch["inputs"]), batch["targets"])
+    counted = batch["targets"] >= 0
+    # Special tokens stand for no text: neither their loss nor their (zero) bytes count towards bits per byte.
+    bytes_ = jnp.where(counted, table[jnp.maximum(batch["targets"], 0)], 0)
+    return losses.sum(), counted.sum(), (losses * (bytes_ > 0)).sum(), bytes_.sum()
+
+  table = jnp.ones((model.config.vocab_size,), jnp.int32) if token_bytes is None else jnp.asarray(token_bytes)
+  total = [0.0] * 4
+  for batch in batches:
+    total = [a + float(b) for a, b in zip(total, sums(model, batch), strict=True)]
+  loss = total[0] / total[1]
+  result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": total[1]}
+  if token_bytes is not None:
+    result["bits_per_byte"] = total[2] / total[3] / math.log(2)
+  return result

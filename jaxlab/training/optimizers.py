@@ -1,0 +1,122 @@
+"""nanochat's optimizer: Muon for the matrices of the blocks, AdamW groups for the rest, and its scaling rules."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlab.models import Transformer, TransformerConfig
+from jaxlab.training.muon import muon
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """An AdamW group; `scaled` learning rates grow with sqrt(batch tokens / 2^19)."""
+
+  rate: float
+  betas: tuple[float, float]
+  decay: float = 0.0
+  scaled: bool = True
+
+
+def groups(config: TransformerConfig) -> dict[str, Group]:
+  """The AdamW groups. Gains and tied embeddings, which nanochat lacks, take its lambdas' and its head's rates."""
+  d = (config.width / 768) ** -0.5
+  tied = config.tied_embeddings
+  return {
+    "head": Group(0.008 * d, (0.8, 0.96), 0.01),
+    "embedding": Group(0.008 * d if tied else 0.3 * d, (0.8, 0.995), 0.001),
+    "value_embeddings": Group(0.15 * d, (0.8, 0.995), 0.01),
+    "residual_lambda": Group(0.005, (0.8, 0.95), 0.05),
+    "x0_lambda": Group(0.5, (0.96, 0.95)),
+    "smear_backout": Group(0.2, (0.8, 0.95), scaled=False),
+    "mixing": Group(0.01, (0.9, 0.999), scaled=False),
+    "gain": Group(0.005, (0.8, 0.95)),
+  }
+
+
+def label(name: str) -> str:
+  """The group of a parameter, by its dotted name; "muon" for every matrix inside the blocks."""
+  parts = name.split(".")
+  if "smear" in name or "backout" in name:
+    return "smear_backout"
+  if any(part.endswith("_mixing") for part in parts):
+    return "mixing"
+  for group in ("head", "embedding", "value_embeddings", "residual_lambda", "x0_lambda", "gain"):
+    if group in parts:
+      return group
+  return "muon"
+
+
+def labels(model: Transformer):
+  """`label` of every parameter, in the structure of the model."""
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+  return jax.tree_util.tree_map_with_path(lambda path, _: label(name(path)), model)
+
+
+def muon_adamw(
+  config: TransformerConfig,
+  *,
+  steps: int,
+  batch_tokens: int,
+  scale: float = 1.0,
+  weight_decay: float | None = None,
+  warmup: int = 40,
+  warmdown: float = 0.65,
+  final: float = 0.05,
+) -> optax.GradientTransformation:
+  """The optimizer of a model of this config for a run of `steps` steps of `batch_tokens` tokens.
+
+  Learning rates rise linearly over `warmup` steps, stay, and fall linearly to `final` of their peak over the last
+  `warmdown` of the run. Muon's momentum goes 0.85 -> 0.97 over 400 steps and to 0.90 during the fall; its weight decay
+  (default: nanochat's rule, 0.28 at depth 12) falls as a cosine.
+
+  Args:
+    scale: factor on every learning rate.
+  """
+  down = max(1, round(warmdown * steps))
+  warmup = max(1, min(warmup, steps // 4))
+
+  def shape(count):
+    fall = final + (1 - final) * (steps - count) / down
+    return jnp.clip(jnp.minimum((count + 1) / warmup, fall), 0.0, 1.0)
+
+  def momentum(count):
+    rise = 0.85 + 0.12 * jnp.clip(count / 400, 0, 1)
+    fall = 0.90 + 0.07 * jnp.clip((steps - count) / down, 0, 1)
+    return jnp.minimum(rise, fall)
+
+  batch = math.sqrt(batch_tokens / 2**19)
+  decay = default_weight_decay(config, batch_tokens) if weight_decay is None else weight_decay
+  transforms = {
+    "muon": muon(
+      lambda count: scale * batch * 0.02 * shape(count),
+      momentum=momentum,
+      weight_decay=lambda count: decay * 0.5 * (1 + jnp.cos(jnp.pi * count / steps)),
+    )
+  }
+  for name, group in groups(config).items():
+    peak = scale * group.rate * (batch if group.scaled else 1.0)
+    transforms[name] = optax.adamw(
+      lambda count, peak=peak: peak * shape(count),
+      b1=group.betas[0],
+      b2=group.betas[1],
+      eps=1e-10,
+      weight_decay=group.decay,
+    )
+  return optax.partition(transforms, labels)
+
+
+def default_weight_decay(config: TransformerConfig, batch_tokens: int) -> float:
+  """0.28 sqrt(batch / 2^19) P12 / P, nanochat's rule.
+
+  P counts the matrix parameters of blocks and head, P12 those of the 12-layer model of the same aspect ratio and head
+  size.
+  """
+  head = config.width * config.vocab_size
+  blocks = config.matmul_parameters - head
+  width = math.ceil(12 * config.width / config.depth / config.head_dim) * config.head_dim
+  reference = blocks * 12 / config.depth * (width / config.width) ** 2 + width * config.vocab_size
+  return 0.28 * math.sqrt(batch_tokens / 2**19) * reference / (blocks + head)

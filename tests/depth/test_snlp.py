@@ -1,0 +1,177 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxlab.core.checks import InputError
+from jaxlab.depth import snlp
+from jaxlab.models.transformer import sequential
+from tests.common import configs, plain_attention, random_model, random_tokens
+
+CONFIGS = configs()
+TOKENS = random_tokens(2, 16)
+OFFERED = {
+  "nanochat": ("identity", "jacobi", "damped", "scaled", "diagonal", "exact"),
+  "mhc": ("identity", "streams", "exact"),
+  "llama": ("identity", "jacobi", "exact"),
+  "qwen3_moe": ("identity",),
+}
+CASES = [(model, surrogate) for model, surrogates in OFFERED.items() for surrogate in surrogates]
+
+
+def run(model, **options):
+  return jax.jit(lambda m: snlp.forward(m, TOKENS, key=jax.random.key(5), damping=0.3, **options))(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name, surrogate", CASES)
+def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
+  """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1)."""
+  with jax.enable_x64(dtype == "float64"):
+    model = random_model(CONFIGS[name], dtype=dtype)
+    expected = jax.jit(lambda m: m(TOKENS, attention=plain_attention))(model)
+    tolerance = 1e-4 if dtype == "float32" else 1e-9
+    options = dict(layers=model.depth, iterations=model.depth, surrogate=surrogate, attention=plain_attention)
+    for initial in snlp.INITIAL:
+      actual = run(model, initial=initial, **options)
+      np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "jacobi", "scaled"])
+def test_the_first_k_states_of_the_suffix_are_exact(surrogate):
+  model = random_model(CONFIGS["nanochat"])
+  h0, trace, side = model.trace(TOKENS)
+  for k in (1, 2, 3):
+    z = snlp.solve(model, trace[0], side, layers=5, iterations=k, surrogate=surrogate).trace
+    np.testing.assert_allclose(z[1 : k + 1], trace[1 : k + 1], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(z[-1], trace[-1], rtol=1e-2, atol=1e-2)
+  assert h0.shape == trace[0].shape
+
+
+def test_one_step_from_h0_adds_the_branches_of_one_input():
+  """snlp.md oracle 3: z_n = h_S + sum_i (f_{S+i}(h_S) - h_S)."""
+  model = random_model(CONFIGS["nanochat"])
+  _, trace, side = model.trace(TOKENS)
+  h = trace[1]
+  branches = [sequential(model, h, side, start=i, stop=i + 1)[0] - h for i in range(2, 6)]
+  z = snlp.solve(model, h, side, layers=4, iterations=1).trace
+  np.testing.assert_allclose(z[1:] - h, jnp.cumsum(jnp.stack(branches), 0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step():
+  """f(X) = A X + b on streams: HCN exact at K = 1, IDN not (snlp.md oracle 4)."""
+  model = random_model(CONFIGS["mhc"])
+  zero = lambda linear: linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
+  zero(model.blocks.o), zero(model.blocks.mlp.down)
+  expected = model(TOKENS)
+  solve = lambda surrogate: run(model, layers=6, iterations=1, surrogate=surrogate)
+  np.testing.assert_allclose(solve("streams"), expected, rtol=1e-4, atol=1e-4)
+  _, trace, side = model.trace(TOKENS)
+  spread = trace[1] + jax.random.normal(jax.random.key(0), trace[1].shape)
+  chain = sequential(model, spread, side, start=2)[0]
+  one = lambda surrogate: snlp.solve(model, spread, side, layers=4, iterations=1, surrogate=surrogate).trace[-1]
+  np.testing.assert_allclose(one("streams"), chain, rtol=1e-4, atol=1e-4)
+  assert float(jnp.abs(one("identity") - chain).max()) > 0.1
+
+
+def test_stream_transitions_never_expand():
+  model = random_model(CONFIGS["mhc"])
+  _, side, _ = model.embed(TOKENS)
+  a = np.asarray(snlp.stream_transition(side, 2))
+  assert a.shape == (4, 1, 1, 4, 4)
+  np.testing.assert_allclose(a.sum(-2), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride, count", [(3, 17), (6, 9), (0, 3)])
+def test_the_regulariser_counts_the_published_terms(stride, count):
+  """8x the weight of v2 in v1: 17 terms at stride 3, 9 at stride 6 for n in {8, 16, 24} (snlp.md M11)."""
+  assert sum(len(snlp.penalised(n, stride)) for n in (8, 16, 24)) == count
+
+
+@pytest.mark.parametrize("name, surrogate", [("nanochat", "identity"), ("mhc", "streams"), ("llama", "identity")])
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate, detach):
+  model = random_model(CONFIGS[name])
+  h0, trace, side = model.trace(TOKENS)
+  value = snlp.regulariser(model, h0, trace, side, layers=(3, 6), stride=2, surrogate=surrogate, detach_target=detach)
+  expected = 0.0
+  for n in (3, 6):
+    errors = snlp.trace_error(model, TOKENS, layers=n, iterations=1, surrogate=surrogate)
+    expected += sum(float(errors[j]) for j in snlp.penalised(n, 2))
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_the_regulariser_vanishes_when_branches_ignore_their_input():
+  """Layers that add a constant: one step is exact (snlp.md oracle 9). Here: no branch at all."""
+  model = random_model(CONFIGS["llama"])
+  for linear in (model.blocks.o, model.blocks.mlp.down):
+    linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
+  h0, trace, side = model.trace(TOKENS)
+  assert float(snlp.regulariser(model, h0, trace, side, layers=(4,), stride=1)) == 0.0
+
+
+def test_gradient_reaches_the_target_unless_it_is_detached():
+  model = random_model(CONFIGS["llama"])
+  h0, trace, side = model.trace(TOKENS)
+  value = lambda last, detach: snlp.regulariser(
+    model, h0, trace.at[-1].set(last), side, layers=(3,), stride=0, detach_target=detach
+  )
+  gradient = jax.grad(value)
+  assert float(jnp.abs(gradient(trace[-1], False)).max()) > 0
+  assert float(jnp.abs(gradient(trace[-1], True)).max()) == 0
+  with jax.enable_x64(True):
+    model = random_model(CONFIGS["llama"], dtype="float64")
+    h0, trace, side = model.trace(TOKENS, attention=plain_attention)
+    whole = lambda t: snlp.regulariser(model, h0, t, side, layers=(2, 5), stride=2, attention=plain_attention)
+    check_grads(jax.jit(whole), (trace,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_layer_quirk_leaves_the_prefix_sum_out():
+  model = random_model(CONFIGS["llama"])
+  h0, trace, side = model.trace(TOKENS)
+  quirk = snlp.regulariser(model, h0, trace, side, layers=(4,), stride=0, idn_last_layer_only=True)
+  alone = sequential(model, trace[1], side, start=5)[0]
+  error = jnp.linalg.norm(alone - trace[-1], axis=-1) / jnp.linalg.norm(trace[-1], axis=-1)
+  np.testing.assert_allclose(quirk, error.mean(), rtol=1e-4)
+  assert abs(float(quirk - snlp.regulariser(model, h0, trace, side, layers=(4,), stride=0))) > 1e-3
+
+
+def test_drawing_one_suffix_a_step_is_unbiased():
+  model = random_model(CONFIGS["llama"])
+  h0, trace, side = model.trace(TOKENS)
+  options = dict(layers=(2, 4, 6), stride=2)
+  draw = jax.jit(lambda key: snlp.regulariser(model, h0, trace, side, key=key, **options))
+  seen = {round(float(draw(jax.random.key(i))), 4) for i in range(20)}
+  each = [3 * float(snlp.regulariser(model, h0, trace, side, layers=(n,), stride=2)) for n in (2, 4, 6)]
+  np.testing.assert_allclose(sorted(seen), sorted(each), rtol=1e-3)
+
+
+def test_the_weight_comes_in_linearly():
+  weights = [float(snlp.regulariser_weight(jnp.int32(s), weight=0.5, steps=100)) for s in (0, 10, 20, 80)]
+  np.testing.assert_allclose(weights, [0, 0.25, 0.5, 0.5])
+
+
+def test_power_iteration_finds_the_norm_of_a_linear_block():
+  """Without branches the blocks are lambda_l z (+ mu x0): the norm is lambda_l."""
+  model = random_model(CONFIGS["nanochat"])
+  for linear in (model.blocks.o, model.blocks.mlp.down):
+    linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
+  norms = snlp.jacobian_norms(model, TOKENS, jax.random.key(0))
+  np.testing.assert_allclose(norms, jnp.abs(model.blocks.residual_lambda[...]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(layers=7, iterations=1), "is 7; it must lie in 1..6"),
+    (dict(layers=3, iterations=0), "iterations is 0"),
+    (dict(layers=3, iterations=1, surrogate="magic"), "surrogate is 'magic'"),
+    (dict(layers=3, iterations=1, initial="cold"), "initial is 'cold'"),
+    (dict(layers=3, iterations=1, surrogate="streams"), "needs static hyper-connections"),
+    (dict(layers=3, iterations=1, surrogate="scaled"), "needs residual lambdas"),
+  ],
+)
+def test_impossible_requests_are_named(options, message):
+  with pytest.raises(InputError, match=message):
+    snlp.forward(random_model(CONFIGS["llama"]), TOKENS, **options)

@@ -1,0 +1,207 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import InputError
+from jaxlab.training import loop, losses
+from jaxlab.training.metrics import read_metrics
+from jaxlab.training.optimizers import muon_adamw
+from tests.common import configs, random_model, random_tokens
+
+CONFIG = configs()["nanochat"]
+
+
+def make_data(batch=8, time=16):
+  def make(i):
+    row = np.random.default_rng(i).integers(0, 64, time + 1).astype(np.int32)
+    return {"inputs": row[:-1], "targets": row[1:]}
+
+  return grain.MapDataset.range(10_000).map(make).batch(batch).to_iter_dataset()
+
+
+def plain_loss(model, batch, step, key):
+  return losses.language_model_loss(model, batch)
+
+
+def run(workdir, steps=6, config=CONFIG, **changes):
+  options = dict(steps=steps, workdir=workdir, compute_dtype="float32", checkpoint_every=2)
+  optimizer = muon_adamw(config, steps=6, batch_tokens=128)
+  return loop.train(random_model(config), make_data(), plain_loss, optimizer, **(options | changes))
+
+
+def losses_of(workdir):
+  return [line["loss"] for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("reference")
+  return run(workdir), losses_of(workdir), workdir
+
+
+def test_the_loss_falls_and_everything_is_written(reference):
+  _, curve, workdir = reference
+  assert len(curve) == 6 and curve[-1] < curve[0]
+  assert list((workdir / "tensorboard").iterdir())
+  assert {"step", "loss", "gradient_norm", "tokens_per_second"} <= set(read_metrics(workdir)[-1])
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_a_finished_run_is_only_read_again(reference):
+  model, curve, workdir = reference
+  again = run(workdir)
+  assert losses_of(workdir) == curve
+  jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_the_next_run_goes_on_exactly(reference, tmp_path, number):
+  def at_step_3(metrics):
+    if metrics["step"] == 3:
+      os.kill(os.getpid(), number)
+
+  with pytest.raises(loop.Interrupted, match="same command continues"):
+    run(tmp_path, checkpoint_every=100, progress=at_step_3)
+  assert 3 < len(losses_of(tmp_path)) < 6
+  model = run(tmp_path, checkpoint_every=100)
+  assert losses_of(tmp_path) == reference[1]
+  jax.tree.map(np.testing.assert_array_equal, model, reference[0])
+
+
+def test_accumulation_changes_nothing_but_rounding(reference, tmp_path):
+  run(tmp_path, accumulate=4)
+  np.testing.assert_allclose(losses_of(tmp_path), reference[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "shape", [{"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "data": 2}]
+)
+def test_every_sharding_equals_one_device(tmp_path, shape):
+  """SGD: Adam's normalisation would blow rounding up where gradients are zero."""
+  one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), meshes.AXES)
+  curves = []
+  for name, mesh in (("one", one), ("many", meshes.make_mesh(shape))):
+    workdir = tmp_path / name
+    loop.train(
+      random_model(CONFIG),
+      make_data(),
+      plain_loss,
+      optax.sgd(0.1),
+      steps=3,
+      workdir=workdir,
+      compute_dtype="float32",
+      mesh=mesh,
+    )
+    curves.append(losses_of(workdir))
+  np.testing.assert_allclose(curves[1], curves[0], rtol=2e-5)
+
+
+def test_bfloat16_computes_on_a_copy(tmp_path):
+  model = run(tmp_path, steps=3, compute_dtype="bfloat16")
+  assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+  half = loop.cast(random_model(configs()["mhc"]), "bfloat16")
+  assert half.blocks.q.weight.get_value().dtype == jnp.bfloat16
+  assert half.blocks.mlp_mixing.residual.get_value().dtype == jnp.float32
+
+
+def test_no_number_and_jumps_stop_the_run(tmp_path):
+  poisoned = lambda model, batch, step, key: (jnp.where(step == 3, jnp.nan, plain_loss(model, batch, step, key)[0]), {})
+  with pytest.raises(loop.Diverged, match=r"the loss is nan at step 4 .*lower optimizer\.scale"):
+    loop.train(random_model(CONFIG), make_data(), poisoned, optax.sgd(0.1), steps=6, workdir=tmp_path)
+  guard = loop._Guard(None)
+  for step in range(60):
+    guard({"loss": 3.0, "step": step})
+  with pytest.raises(loop.Diverged, match=r"loss is 5\.1 at step 60"):
+    guard({"loss": 5.1, "step": 60})
+
+
+def test_a_checkpoint_of_another_model_is_refused(reference, tmp_path):
+  run(tmp_path, steps=2)
+  with pytest.raises(InputError, match="use another --workdir"):
+    run(tmp_path, config=configs()["qwen3"])
+  assert len(losses_of(tmp_path)) == 2
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+  import orbax.checkpoint as ocp
+
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  with pytest.raises(InputError, match=r"could not save checkpoint 2: .*No space left.*free some disk space"):
+    run(tmp_path, steps=2)
+
+
+def test_batches_that_do_not_split_are_named(tmp_path):
+  with pytest.raises(InputError, match="accumulate=3 must divide batch=8"):
+    run(tmp_path, accumulate=3)
+
+
+def test_sliced_losses_are_whole_ones(monkeypatch):
+  model, tokens = random_model(CONFIG), random_tokens(2, 13)
+  batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:].at[0, 3].set(-1)}
+  value = jax.value_and_grad(lambda m: losses.language_model_loss(m, batch)[0])
+  whole, gradient = value(model)
+  logits = jax.nn.log_softmax(model(batch["inputs"]))
+  picked = jnp.take_along_axis(logits, jnp.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+  np.testing.assert_allclose(whole, -jnp.where(batch["targets"] >= 0, picked, 0).sum() / 23, rtol=1e-5)
+  monkeypatch.setattr(losses, "_SLICE_BYTES", 2 * 4 * 64 * 4)
+  sliced, sliced_gradient = value(model)
+  np.testing.assert_allclose(sliced, whole, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), sliced_gradient, gradient)
+
+
+def test_a_uniform_model_has_eight_bits_per_byte():
+  """Logits of zero over 256 one-byte tokens; special tokens (0 bytes) change nothing."""
+  config = configs()["llama"].__class__(**{**configs()["llama"].__dict__, "vocab_size": 256})
+  model = random_model(config)
+  model.head.weight.set_value(jnp.zeros_like(model.head.weight.get_value()))
+  tokens = random_tokens(3, 17, vocab=256)
+  batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+  forward = lambda m, inputs: m.hidden(inputs)
+  sizes = np.ones(256, np.int32)
+  assert losses.evaluate(forward, model, [batch], sizes)["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
+  sizes[:100] = 0
+  assert losses.evaluate(forward, model, [batch], sizes)["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
+
+
+KILLED = """
+import pathlib, sys, time
+from tests.training.test_loop import run
+run(pathlib.Path(sys.argv[1]), steps=40, checkpoint_every=3, progress=lambda m: time.sleep(0.02))
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_lose_nothing(tmp_path, kills):
+  """SIGKILL at random moments: the recorded losses are those of a run that was left alone."""
+  start = lambda folder: subprocess.Popen([sys.executable, "-c", KILLED, str(folder)])
+  whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+  assert start(whole).wait() == 0
+  rng = random.Random(kills)
+  for _ in range(kills):
+    process = start(hurt)
+    before = len(losses_of(hurt))
+    deadline = time.time() + 60
+    # Past the start-up at least half of the time, or no step would ever be reached.
+    if rng.random() < 0.7:
+      while len(losses_of(hurt)) <= before and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert start(hurt).wait() == 0
+  assert losses_of(hurt) == losses_of(whole) and len(losses_of(whole)) == 40
+  assert [line["step"] for line in read_metrics(hurt)] == list(range(1, 41))
