@@ -47,27 +47,30 @@ def language_model_loss(model: Transformer, batch, *, remat: bool = False) -> tu
   return mean_loss(token_losses(model, hidden, batch["targets"]), batch["targets"]), {}
 
 
-def evaluate(forward, model: Transformer, batches, token_bytes: Int[Array, "vocab"] | None = None) -> dict[str, float]:
-  """Mean loss (nats), perplexity and, given the bytes of each token, bits per byte over `batches`.
+def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
+  """A function `(model, batches) -> {"loss": nats, "perplexity", "tokens"[, "bits_per_byte"]}`, compiled once.
 
   Args:
     forward: `forward(model, inputs) -> (final state, backout state or None)`, what `model.logits` reads.
+    token_bytes: bytes each token stands for. Special tokens (0 bytes) count neither their loss nor their bytes.
   """
 
   @jax.jit
   def sums(model, batch):
     losses = token_losses(model, forward(model, batch["inputs"]), batch["targets"])
     counted = batch["targets"] >= 0
-    # Special tokens stand for no text: neither their loss nor their (zero) bytes count towards bits per byte.
-    bytes_ = jnp.where(counted, table[jnp.maximum(batch["targets"], 0)], 0)
-    return losses.sum(), counted.sum(), (losses * (bytes_ > 0)).sum(), bytes_.sum()
+    sizes = jnp.ones((model.config.vocab_size,), jnp.int32) if token_bytes is None else jnp.asarray(token_bytes)
+    sizes = jnp.where(counted, sizes[jnp.maximum(batch["targets"], 0)], 0)
+    return losses.sum(), counted.sum(), (losses * (sizes > 0)).sum(), sizes.sum()
 
-  table = jnp.ones((model.config.vocab_size,), jnp.int32) if token_bytes is None else jnp.asarray(token_bytes)
-  total = [0.0] * 4
-  for batch in batches:
-    total = [a + float(b) for a, b in zip(total, sums(model, batch), strict=True)]
-  loss = total[0] / total[1]
-  result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": total[1]}
-  if token_bytes is not None:
-    result["bits_per_byte"] = total[2] / total[3] / math.log(2)
-  return result
+  def evaluate(model: Transformer, batches) -> dict[str, float]:
+    total = [0.0] * 4
+    for batch in batches:
+      total = [a + float(b) for a, b in zip(total, sums(model, batch), strict=True)]
+    loss = total[0] / total[1]
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": total[1]}
+    if token_bytes is not None:
+      result["bits_per_byte"] = total[2] / total[3] / math.log(2)
+    return result
+
+  return evaluate

@@ -172,9 +172,9 @@ def test_a_uniform_model_has_eight_bits_per_byte():
   batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
   forward = lambda m, inputs: m.hidden(inputs)
   sizes = np.ones(256, np.int32)
-  assert losses.evaluate(forward, model, [batch], sizes)["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
+  assert losses.evaluator(forward, sizes)(model, [batch])["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
   sizes[:100] = 0
-  assert losses.evaluate(forward, model, [batch], sizes)["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
+  assert losses.evaluator(forward, sizes)(model, [batch])["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
 
 
 KILLED = """

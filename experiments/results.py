@@ -1,0 +1,138 @@
+"""What an experiment hands back, and results.json."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxlab.core.checks import require_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One checked statement; `holds` follows from `ours` and `threshold` and is never given.
+
+  Attributes:
+    better: "higher" (holds if ours >= threshold) or "lower" (ours <= threshold).
+    paper: the published figure, or None where there is none.
+    baseline: the figure of the baseline, or the words that say what it is.
+    spread: (p10, p90) of a measured figure.
+  """
+
+  name: str
+  unit: str
+  better: str
+  ours: float
+  threshold: float
+  paper: float | None = None
+  baseline: float | str | None = None
+  spread: tuple[float, float] | None = None
+  note: str = ""
+
+  def __post_init__(self):
+    require_choice("Claim.better", self.better, ("higher", "lower"))
+
+  @property
+  def holds(self) -> bool:
+    return bool(self.ours >= self.threshold if self.better == "higher" else self.ours <= self.threshold)
+
+  def as_dict(self) -> dict:
+    return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")} | {"holds": self.holds}
+
+
+@dataclasses.dataclass
+class Report:
+  """Metrics (nested, JSON), claims, and figures as {file name: caption}; the files lie in the workdir."""
+
+  metrics: dict
+  claims: list[Claim]
+  figures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
+  """Writes results.json and report.md into the workdir and returns the former."""
+  results = {
+    "paper": config.paper,
+    "scale": config.scale,
+    "command": command,
+    "git": _git(),
+    "device": f"{jax.device_count()} x {device_kind()}",
+    "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}
+    | {"python": sys.version.split()[0]},
+    "seconds": round(seconds, 1),
+    "config": json.loads(config.to_json_best_effort()),
+    "metrics": finite(report.metrics),
+    "claims": [finite(claim.as_dict()) for claim in report.claims],
+    "figures": report.figures,
+  }
+  write_text(workdir / "results.json", json.dumps(results, indent=1))
+  write_text(workdir / "report.md", markdown(results))
+  return results
+
+
+def markdown(results: dict, prefix: str = "") -> str:
+  """The claims of one results.json as a table, with its figures; `prefix` goes before the figures' file names."""
+  lines = [
+    f"## {results['paper']} ({results['scale']})",
+    "",
+    f"`{results['command']}`",
+    "",
+    f"{results['device']}, jax {results['versions']['jax']}, {results['seconds']:.0f} s, git {results['git'][:12]}",
+    "",
+    "| claim | paper | baseline | ours | holds if | holds |",
+    "|---|---|---|---|---|---|",
+  ]
+  for c in results["claims"]:
+    sign = ">=" if c["better"] == "higher" else "<="
+    spread = f" [{number(c['spread'][0])}, {number(c['spread'][1])}]" if "spread" in c else ""
+    lines.append(
+      f"| {c['name']} | {number(c.get('paper', '-'))} | {number(c.get('baseline', '-'))} "
+      f"| **{number(c['ours'])}** {c['unit']}{spread} | {sign} {number(c['threshold'])} "
+      f"| {'yes' if c['holds'] else 'NO'} |"
+    )
+  lines += [""] + [f"- {c['name']}: {c['note']}" for c in results["claims"] if c.get("note")] + [""]
+  lines += [f"![{caption}]({prefix}{file})\n\n{caption}\n" for file, caption in results["figures"].items()]
+  return "\n".join(lines)
+
+
+def number(value) -> str:
+  """Three or four significant digits; text as it is."""
+  return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def finite(value):
+  """JSON has no NaN or infinity: they become strings, at any depth."""
+  if isinstance(value, dict):
+    return {str(k): finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(v) for v in value]
+  if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    value = value.item()
+  return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes under a temporary name, syncs, renames."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  with open(temporary, "w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def device_kind() -> str:
+  kind = jax.devices()[0].device_kind
+  return f"CPU ({os.cpu_count()} cores, {platform.machine()})" if kind == "cpu" else kind
+
+
+def _git() -> str:
+  run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+  return run.stdout.strip() or "unknown"

@@ -1,0 +1,136 @@
+"""The one entry: python -m experiments.run --config=configs/<paper>.py:<scale> --workdir=DIR [--config.field=value]
+
+Writes results.json, report.md, figures and checkpoints into DIR; the same command again resumes. Mistakes in the
+config, the data or a checkpoint end in one line and exit status 2.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from jaxlab.core.checks import InputError, require, require_choice
+
+SCALES = ("test", "cpu", "h200", "paper")
+DEFAULT_CACHE = "~/.cache/jaxlab"
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<paper>.py:<scale>", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "where results, figures and checkpoints go")
+
+
+def main(argv: list[str]) -> int:
+  """Parses the command line, runs the experiment, prints its claims. Returns the exit status."""
+  try:
+    config, workdir = _parse(argv)
+    _run(config, workdir, " ".join(["python -m experiments.run", *argv[1:]]))
+    return 0
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno is None:
+      raise
+    print(
+      f"error: {error.strerror}: {error.filename or _WORKDIR.value}; free some space or mend the path", file=sys.stderr
+    )
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    return 130
+
+
+def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
+  try:
+    rest = flags.FLAGS(argv)
+    require(len(rest) == 1, f"unexpected argument {' '.join(rest[1:])}; options start with --")
+    require(_CONFIG.value is not None, "give --config=configs/<paper>.py:<scale>")
+  except InputError:
+    raise
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError) as error:
+    raise InputError(_one_line(error)) from None
+  require(bool(_WORKDIR.value), "give --workdir=DIR, where the results go")
+  config = _CONFIG.value
+  require_choice("config.scale", config.scale, SCALES)
+  return config, Path(_WORKDIR.value)
+
+
+def _one_line(error: Exception) -> str:
+  text = " ".join(str(error).replace("FATAL Flags parsing error:", "").split())
+  return f"{text[:300]}; see the fields in the config file"
+
+
+def _run(config, workdir: Path, command: str) -> None:
+  # Imported late: a mistake on the command line is told at once, not after jax has started.
+  import jax
+
+  from experiments import results
+  from experiments.console import Console
+  from jaxlab.training.loop import Interrupted
+
+  cache = Path(os.environ.get("JAXLAB_CACHE", DEFAULT_CACHE)).expanduser()
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  _same_config(config, workdir)
+  console = Console()
+  console.say(f"{config.paper} ({config.scale}) on {jax.device_count()} x {results.device_kind()}, into {workdir}")
+  experiment = importlib.import_module(f"experiments.{config.experiment}")
+  start = time.perf_counter()
+  try:
+    report = experiment.run(config, workdir, cache, console)
+  except Interrupted as interrupted:
+    console.say(str(interrupted))
+    raise KeyboardInterrupt from None
+  written = results.write(report, config, workdir, time.perf_counter() - start, command)
+  console.claims(written)
+  for file in ("results.json", "report.md", *report.figures):
+    console.say(f"  {workdir / file}")
+
+
+def _same_config(config, workdir: Path) -> None:
+  """Writes config.json, or refuses a folder that holds a run of another config."""
+  from experiments.results import write_text
+
+  mine = json.loads(config.to_json_best_effort())
+  file = workdir / "config.json"
+  if file.exists():
+    try:
+      theirs = json.loads(file.read_text())
+    except ValueError:
+      raise InputError(f"{file} is damaged; remove it if its checkpoints belong to this config") from None
+    a, b = _flatten(theirs), _flatten(mine)
+    changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    require(
+      not changed,
+      f"{workdir} holds a run of another config ({changed[0]} was {a.get(changed[0])}, is {b.get(changed[0])}); "
+      "use another --workdir"
+      if changed
+      else "",
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_text(file, json.dumps(mine, indent=1))
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+  flat = {}
+  for name, value in tree.items():
+    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+  return flat
+
+
+if __name__ == "__main__":
+  try:
+    status = main(sys.argv)
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  # Threads of data loaders and checkpointers must not hold a finished process.
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)

@@ -1,0 +1,107 @@
+"""From config.data and config.model to tokens and trained models: what every language-model experiment needs."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.console import Console
+from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import InputError, require_choice
+from jaxlab.data import corpora, packing, recall, tokenizer, tokens
+from jaxlab.models import Transformer, TransformerConfig, hub
+from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
+from jaxlab.training.loop import LossFn, train
+from jaxlab.training.optimizers import muon_adamw
+
+PRESETS = {"nanochat": nanochat, "qwen3": qwen3, "transformer": TransformerConfig}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+  """A corpus with its tokenizer; splits are tokenized when first asked for."""
+
+  data: dict
+  bpe: Tokenizer
+  cache: Path
+
+  @functools.cache  # noqa: B019 (one instance a run)
+  def split(self, name: str) -> tokens.Tokens:
+    documents = load_documents(self.data, name, self.cache)
+    return tokens.tokenize(documents, self.bpe, bos=tokenizer.bos_id(self.bpe), cache=self.cache)
+
+  @functools.cached_property
+  def token_bytes(self) -> np.ndarray:
+    return tokenizer.token_bytes(self.bpe)
+
+  def rows(self, length: int, *, seed: int, recall_share: float = 0.0):
+    """Training rows of `length` + 1 tokens, `recall_share` of them generated recall tasks."""
+    train = self.split("train")
+    shard = (jax.process_index(), jax.process_count())
+    text = packing.training_rows(train, row=length, seed=seed, shard=shard)
+    if recall_share == 0:
+      return text
+    tasks = recall.training_rows(train, self.bpe, row=length, seed=seed + 1 + 1000 * shard[0])
+    return packing.mixture(text, tasks, recall_share)
+
+
+def load_documents(data, split: str, cache: Path) -> corpora.Documents:
+  return corpora.documents(data.name, split=split, cache=cache, path=data.path)
+
+
+def load_text(config, cache: Path, given: Path | None = None) -> Text:
+  """The corpus of config.data with a tokenizer of its own, or with the one in the folder `given`."""
+  if given is not None:
+    bpe = tokenizer.load(given)
+  else:
+    documents = load_documents(config.data, "train", cache)
+    bpe = tokenizer.trained(documents, key=documents.key, vocab_size=config.data.vocab_size, cache=cache)
+  return Text(config.data, bpe, cache)
+
+
+def checkpoint_folder(config) -> Path | None:
+  """The folder of config.model = "hf:DIR" (or the name of a shipped or published checkpoint); None for a preset."""
+  if config.model.startswith("hf:"):
+    return hub.find(config.model.removeprefix("hf:"))
+  require_choice("config.model", config.model, (*PRESETS, "hf:DIR"))
+  return None
+
+
+def model_config(config, vocab_size: int, **changes) -> TransformerConfig:
+  """config.model and config.shape as a TransformerConfig; `changes` override fields of the shape."""
+  shape = config.shape.to_dict() | changes
+  for name, kind in (("hyper", HyperConnections), ("experts", Experts)):
+    if isinstance(shape.get(name), dict):
+      shape[name] = kind(**shape[name])
+  try:
+    return PRESETS[config.model](vocab_size=vocab_size, **shape)
+  except TypeError as error:
+    raise InputError(f"config.shape does not fit model {config.model}: {error}") from None
+
+
+def train_model(
+  config, text: Text, model: Transformer, loss_fn: LossFn, *, workdir: Path, console: Console, title: str
+) -> Transformer:
+  """Trains by config.train; resumes from `workdir`."""
+  t = config.train
+  rows = text.rows(t.length, seed=config.seed, recall_share=config.data.recall)
+  optimizer = muon_adamw(model.config, steps=t.steps, batch_tokens=t.batch * t.length, scale=t.scale, warmup=t.warmup)
+  hosts = jax.process_count()
+  with console.training(title) as progress:
+    return train(
+      model,
+      packing.batches(rows, t.batch // hosts),
+      loss_fn,
+      optimizer,
+      steps=t.steps,
+      workdir=workdir,
+      seed=config.seed,
+      accumulate=t.accumulate,
+      compute_dtype=t.dtype,
+      checkpoint_every=t.checkpoint_every,
+      mesh=meshes.make_mesh(config.mesh.to_dict()),
+      progress=progress,
+    )
