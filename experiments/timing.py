@@ -1,4 +1,6 @@
 """Timing: compile and warm up outside the clock, alternate contestants in one process, report medians and ratios."""
+
+import dataclasses
 import time
 from collections.abc import Callable
 
