@@ -28,7 +28,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         name="stdlib_code",  # or local_text with a path, or a tfds name
         path="",
         vocab_size=pick(test=320, cpu=1024, h200=8192, paper=32768),
-        recall=0.0,
       ),
       train=dict(
         steps=pick(test=6, cpu=200, h200=1200, paper=4800),
@@ -36,6 +35,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         length=pick(test=32, cpu=256, h200=512, paper=2048),
         accumulate=pick(cpu=1, paper=8),
         scale=pick(test=1.0, cpu=1.0),
+        recall=0.0,  # share of rows that are generated recall tasks
+        warmdown=0.65,
         warmup=pick(cpu=20, h200=40, paper=40),
         dtype=pick(test="float32", cpu="float32", h200="bfloat16", paper="bfloat16"),
         checkpoint_every=pick(test=2, cpu=50, h200=400, paper=200),
@@ -56,8 +57,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         split="validation",
         length=pick(test=32, cpu=256, h200=512, paper=2048),
         slice=pick(test=16, cpu=64, h200=128, paper=128),
-        batch=pick(test=4, cpu=16, h200=64, paper=16),
-        tokens=pick(test=512, cpu=32768, h200=1_000_000, paper=1_000_000),
+        batch=pick(test=4, cpu=8, h200=64, paper=16),
+        tokens=pick(test=512, cpu=8192, h200=1_000_000, paper=1_000_000),
       ),
       bench=dict(
         lengths=pick(test=(16,), cpu=(64, 256), h200=(128, 512, 2048), paper=(128, 512, 2048)),

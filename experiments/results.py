@@ -44,7 +44,7 @@ class Claim:
     return bool(self.ours >= self.threshold if self.better == "higher" else self.ours <= self.threshold)
 
   def as_dict(self) -> dict:
-    return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")} | {"holds": self.holds}
+    return {k: v for k, v in dataclasses.asdict(self).items() if v is not None} | {"holds": self.holds}
 
 
 @dataclasses.dataclass

@@ -62,8 +62,11 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
 
 
 def _one_line(error: Exception) -> str:
-  text = " ".join(str(error).replace("FATAL Flags parsing error:", "").split())
-  return f"{text[:300]}; see the fields in the config file"
+  """The cause alone: an error inside a config file comes with its whole traceback as text."""
+  text = str(error).replace("FATAL Flags parsing error:", "").strip()
+  cause = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
+  where = f"{text.split(': Error')[0]}: " if "Traceback" in text else ""
+  return f"{where}{cause[:300]}; see the fields in the config file"
 
 
 def _run(config, workdir: Path, command: str) -> None:

@@ -83,12 +83,27 @@ def model_config(config, vocab_size: int, **changes) -> TransformerConfig:
 
 
 def train_model(
-  config, text: Text, model: Transformer, loss_fn: LossFn, *, workdir: Path, console: Console, title: str
+  config,
+  text: Text,
+  model: Transformer,
+  loss_fn: LossFn,
+  *,
+  workdir: Path,
+  console: Console,
+  title: str,
+  phase: str = "train",
 ) -> Transformer:
-  """Trains by config.train; resumes from `workdir`."""
-  t = config.train
-  rows = text.rows(t.length, seed=config.seed, recall_share=config.data.recall)
-  optimizer = muon_adamw(model.config, steps=t.steps, batch_tokens=t.batch * t.length, scale=t.scale, warmup=t.warmup)
+  """Trains by config[phase]; resumes from `workdir`."""
+  t = config[phase]
+  rows = text.rows(t.length, seed=config.seed, recall_share=t.recall)
+  optimizer = muon_adamw(
+    model.config,
+    steps=t.steps,
+    batch_tokens=t.batch * t.length,
+    scale=t.scale,
+    warmup=t.warmup,
+    warmdown=t.warmdown,
+  )
   hosts = jax.process_count()
   with console.training(title) as progress:
     return train(

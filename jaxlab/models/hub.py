@@ -54,7 +54,7 @@ _RELU2 = _ATTENTION | {
   "blocks.mlp.up.weight": ("model.layers.{layer}.mlp.fc1.weight", True),
   "blocks.mlp.down.weight": ("model.layers.{layer}.mlp.fc2.weight", True),
 }
-_KARPATHY = {
+KARPATHY = {
   "embedding": ("transformer.wte.weight", False),
   "head.weight": ("lm_head.weight", True),
   "blocks.q.weight": ("transformer.h.{layer}.attn.c_q.weight", True),
@@ -114,7 +114,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None) -> Transformer:
   folder = find(path_or_name)
   if any(folder.glob("model_*.pt")):
     config, tensors = _read_karpathy(folder)
-    return from_tensors(config, _KARPATHY, tensors.__getitem__, tensors.keys(), dtype=dtype, where=str(folder))
+    return from_tensors(config, KARPATHY, tensors.__getitem__, tensors.keys(), dtype=dtype, where=str(folder))
   config, table = read_config(folder)
   files = {}
   for file in sorted(folder.glob("*.safetensors")):
@@ -150,7 +150,7 @@ def from_tensors(
       expected = leaf.shape[len(index) :]
       if tensor.size == 1 and expected == ():
         tensor = tensor.reshape(())
-      elif table is _KARPATHY:  # vocabularies are padded to a multiple of 64 there
+      elif table is KARPATHY:  # vocabularies are padded to a multiple of 64 there
         tensor = tensor[tuple(slice(0, n) if n == config.vocab_size else slice(None) for n in expected)]
       require(tensor.shape == expected, f"{where}: {name} has shape {tensor.shape}; config.json makes it {expected}")
       if value is None:
@@ -178,7 +178,7 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
   require_choice("layout", layout, (None, "nanochat"))
   folder, config = Path(path), model.config
   arch = _architecture(config)
-  table = _KARPATHY if layout else _TABLES.get(arch)
+  table = KARPATHY if layout else _TABLES.get(arch)
   tensors = to_tensors(model, table)
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_choice
 from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table, wide
@@ -167,18 +167,18 @@ class Transformer(nnx.Module):
     tokens: Int[Array, "batch seq"],
     *,
     attention: AttentionFn = dot_product_attention,
-    remat: bool = False,
+    remat: str = "none",
     unroll: bool = False,
   ) -> Float[Array, "batch seq vocab"]:
     return self.logits(*self.hidden(tokens, attention=attention, remat=remat, unroll=unroll))
 
-  def hidden(self, tokens, *, attention=dot_product_attention, remat=False, unroll=False):
+  def hidden(self, tokens, *, attention=dot_product_attention, remat="none", unroll=False):
     """(final state, backout state or None): what `logits` reads."""
     x, side, _ = self.embed(tokens)
     x, backout, _, _ = sequential(self, x, side, attention=attention, remat=remat, unroll=unroll)
     return x, backout
 
-  def trace(self, tokens, *, attention=dot_product_attention, remat=False):
+  def trace(self, tokens, *, attention=dot_product_attention, remat="none"):
     """(start state h_0, outputs h_1..h_L stacked (L, ...), side): the sequential forward with every layer's output."""
     x, side, _ = self.embed(tokens)
     _, _, trace, _ = sequential(self, x, side, attention=attention, remat=remat, keep_trace=True)
@@ -268,7 +268,7 @@ def sequential(
   attention: AttentionFn = dot_product_attention,
   cache: tuple[Array, Array] | None = None,
   keep_trace: bool = False,
-  remat: bool = False,
+  remat: str = "none",
   unroll: bool = False,
 ):
   """Runs layers start..stop one after the other.
@@ -280,7 +280,8 @@ def sequential(
     cache: (keys, values) of all layers of the model, (L, batch, capacity, kv_heads, head_dim); the new positions are
       written at `side.start` and attention reads the cache.
     keep_trace: also return every layer's output.
-    remat: recompute each block in the backward pass.
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix products: norms, rotations and activations
+      cost less to redo than to keep) or "full" (whole blocks).
 
   Returns:
     (output, backout state or None, trace (layers, ...) or None, cache or None).
@@ -312,8 +313,11 @@ def sequential(
       backout = jax.lax.select(here, x, backout) if not isinstance(here, bool) else (x if here else backout)
     return x, backout, cache
 
-  if remat:
-    block = jax.checkpoint(block, static_argnums=(2, 3))
+  require_choice("remat", remat, ("none", "dots", "full"))
+  if remat != "none":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # Inside a scan nothing can be merged with the forward pass, so the barriers against that would only cost time.
+    block = jax.checkpoint(block, static_argnums=(2, 3), policy=policy, prevent_cse=period == layers)
 
   def group(carry, parts):
     weights, values, mixing, first = parts

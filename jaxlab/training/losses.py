@@ -41,7 +41,7 @@ def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch tim
   return losses.sum() / jnp.maximum((targets >= 0).sum(), 1)
 
 
-def language_model_loss(model: Transformer, batch, *, remat: bool = False) -> tuple[Array, dict[str, Array]]:
+def language_model_loss(model: Transformer, batch, *, remat: str = "none") -> tuple[Array, dict[str, Array]]:
   """Cross-entropy of the sequential network: (loss, {}). `batch` has int32 `inputs` and `targets`."""
   hidden = model.hidden(batch["inputs"], remat=remat)
   return mean_loss(token_losses(model, hidden, batch["targets"]), batch["targets"]), {}

@@ -70,22 +70,22 @@ def muon_adamw(
   """The optimizer of a model of this config for a run of `steps` steps of `batch_tokens` tokens.
 
   Learning rates rise linearly over `warmup` steps, stay, and fall linearly to `final` of their peak over the last
-  `warmdown` of the run. Muon's momentum goes 0.85 -> 0.97 over 400 steps and to 0.90 during the fall; its weight decay
-  (default: nanochat's rule, 0.28 at depth 12) falls as a cosine.
+  `warmdown` of the run (0: they stay). Muon's momentum goes 0.85 -> 0.97 over 400 steps and to 0.90 during the fall;
+  its weight decay (default: nanochat's rule, 0.28 at depth 12) falls as a cosine.
 
   Args:
     scale: factor on every learning rate.
   """
-  down = max(1, round(warmdown * steps))
+  down = warmdown * steps
   warmup = max(1, min(warmup, steps // 4))
 
   def shape(count):
-    fall = final + (1 - final) * (steps - count) / down
+    fall = final + (1 - final) * (steps - count) / down if down else 1.0
     return jnp.clip(jnp.minimum((count + 1) / warmup, fall), 0.0, 1.0)
 
   def momentum(count):
     rise = 0.85 + 0.12 * jnp.clip(count / 400, 0, 1)
-    fall = 0.90 + 0.07 * jnp.clip((steps - count) / down, 0, 1)
+    fall = 0.90 + 0.07 * jnp.clip((steps - count) / down, 0, 1) if down else 0.97
     return jnp.minimum(rise, fall)
 
   batch = math.sqrt(batch_tokens / 2**19)

@@ -37,3 +37,13 @@ def test_nanochat_torch_files_round_trip(tmp_path):
   torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, tmp_path / "model_000000.pt")
   tokens = random_tokens(1, 17)
   np.testing.assert_array_equal(hub.load(tmp_path)(tokens), model(tokens))
+
+
+def test_the_torch_opponent_computes_the_same_function():
+  from experiments.torch_nanochat import Nanochat
+  from jaxlab.models.config import nanochat
+
+  model = random_model(nanochat(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512, window_pattern="L"))
+  tokens = random_tokens(2, 33)
+  opponent = Nanochat(model.config, hub.to_tensors(model, hub.KARPATHY))
+  np.testing.assert_allclose(model(tokens), opponent(torch.from_numpy(np.array(tokens)).long()).numpy(), atol=1e-4)

@@ -1,0 +1,78 @@
+r"""The base model in checkpoints/base: how it was trained, and what it can do.
+
+  python -m experiments.run --config=configs/base.py:h200 --workdir=runs/base \
+      --config.data.name=local_text --config.data.path='books/*.jsonl.xz'
+
+Copy DIR/base to checkpoints/base to ship it; `hub.load("base")` finds it there.
+"""
+
+import ml_collections
+
+
+def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
+  """Scales: test (a minute), cpu (2 cores, minutes; a toy), h200 (one GPU, 10 minutes), paper (the same as h200)."""
+  pick = lambda **by_scale: by_scale.get(scale, by_scale["h200"])
+
+  def phase(*, steps, batch, length, recall, warmdown, warmup):
+    return dict(
+      steps=steps,
+      batch=batch,
+      length=length,
+      recall=recall,
+      accumulate=1,
+      scale=1.0,
+      warmup=warmup,
+      warmdown=warmdown,
+      dtype=pick(test="float32", cpu="float32", h200="bfloat16"),
+      checkpoint_every=pick(test=2, cpu=100, h200=500),
+      remat="dots",
+    )
+
+  return ml_collections.ConfigDict(
+    dict(
+      paper="base",
+      experiment="base",
+      scale=scale,
+      seed=0,
+      model="qwen3",
+      shape=dict(
+        depth=pick(test=2, cpu=4, h200=6),
+        width=pick(test=32, cpu=128, h200=512),
+        q_heads=pick(test=4, cpu=4, h200=8),
+        kv_heads=2,
+        head_dim=pick(test=8, cpu=32, h200=64),
+        mlp_width=pick(test=64, cpu=256, h200=896),
+        context=pick(test=256, cpu=512, h200=8192),
+        rope_theta=1e6,
+        tied_embeddings=True,
+      ),
+      data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, h200=8192)),
+      short=phase(
+        steps=pick(test=4, cpu=200, h200=1400),
+        batch=pick(test=4, cpu=8, h200=64),
+        length=pick(test=192, cpu=256, h200=2048),
+        recall=pick(h200=0.15),
+        warmdown=0.0,
+        warmup=pick(test=2, cpu=20, h200=100),
+      ),
+      long=phase(
+        steps=pick(test=4, cpu=100, h200=800),
+        batch=pick(test=2, cpu=4, h200=16),
+        length=pick(test=256, cpu=512, h200=8192),
+        recall=pick(h200=0.25),
+        warmdown=0.8,
+        warmup=pick(test=2, cpu=10, h200=40),
+      ),
+      save_dtype="bfloat16",
+      eval=dict(
+        split="test",
+        lengths=pick(test=(192, 256), cpu=(256, 512), h200=(512, 1024, 2048, 4096, 8192)),
+        batch_tokens=pick(test=1024, cpu=8192, h200=131072),
+        tokens=pick(test=1024, cpu=65536, h200=10_000_000),
+        examples=pick(test=4, cpu=32, h200=200),
+      ),
+      prompts=("It was a cold evening in November, and", "The old doctor looked at her and said,", "Chapter I"),
+      sample_tokens=pick(test=8, cpu=60, h200=120),
+      mesh=dict(data=-1),
+    )
+  )

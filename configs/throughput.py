@@ -1,0 +1,42 @@
+r"""How fast the foundation is: training MFU at two published shapes, and one forward against torch.compile.
+
+python -m experiments.run --config=configs/throughput.py:h200 --workdir=runs/throughput
+"""
+
+import ml_collections
+
+
+def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
+  """Scales: test, cpu (tiny shapes, no peak known), h200, paper (the same)."""
+  big = scale in ("h200", "paper")
+
+  def training(*, depth, aspect_ratio, batch, accumulate, remat, head_dim=128):
+    shape = dict(depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)
+    shape |= {} if big else dict(vocab_size=512, context=64)
+    return dict(
+      shape=shape, batch=batch, accumulate=accumulate, remat=remat, steps=8 if big else 2, length=2048 if big else 64
+    )
+
+  return ml_collections.ConfigDict(
+    dict(
+      paper="throughput",
+      experiment="throughput",
+      scale=scale,
+      training={
+        "d20_width1280": training(depth=20, aspect_ratio=64, batch=64, accumulate=4, remat="dots"),
+        "d32_width640": training(depth=32, aspect_ratio=20, batch=64, accumulate=4, remat="dots"),
+      }
+      if big
+      else {"tiny": training(depth=4, aspect_ratio=8, head_dim=16, batch=4, accumulate=2, remat="dots")},
+      step=dict(
+        shape=dict(depth=20, window_pattern="L")
+        if big
+        else dict(depth=4, aspect_ratio=8, head_dim=16, vocab_size=512, context=128, window_pattern="L"),
+        dtype="bfloat16" if big else "float32",
+        lengths=(64, 512, 2048) if big else (16, 64),
+        context=(128, 2048) if big else (32,),
+        repetitions=100 if big else 5,
+        torch=big,
+      ),
+    )
+  )

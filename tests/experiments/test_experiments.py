@@ -1,0 +1,131 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments import report, results, timing
+from experiments.results import Claim
+from jaxlab.core.checks import InputError
+
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def command(*arguments, cache=None):
+  environment = ENVIRONMENT | ({"JAXLAB_CACHE": str(cache)} if cache else {})
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.run", *map(str, arguments)], capture_output=True, text=True, env=environment
+  )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def snlp_run(tmp_path_factory, cache):
+  workdir = tmp_path_factory.mktemp("snlp")
+  done = command("--config=configs/snlp.py:test", f"--workdir={workdir}", cache=cache)
+  assert done.returncode == 0, done.stderr
+  return workdir, done.stdout
+
+
+def test_snlp_writes_results_figures_and_a_table(snlp_run):
+  workdir, out = snlp_run
+  written = json.loads((workdir / "results.json").read_text())
+  assert {"paper", "scale", "git", "device", "versions", "seconds", "config", "metrics", "claims"} <= set(written)
+  assert "K = n is the network itself" in out and str(workdir / "results.json") in out
+  for claim in written["claims"]:
+    sign = 1 if claim["better"] == "higher" else -1
+    assert claim["holds"] == (sign * claim["ours"] >= sign * claim["threshold"])
+  assert written["claims"][0]["holds"]
+  for name in written["figures"]:
+    assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_resumes_and_another_config_is_refused(snlp_run, cache):
+  workdir, _ = snlp_run
+  before = (workdir / "plain" / "metrics.jsonl").read_text()
+  again = command("--config=configs/snlp.py:test", f"--workdir={workdir}", cache=cache)
+  assert again.returncode == 0
+  assert (workdir / "plain" / "metrics.jsonl").read_text() == before
+  results_before = (workdir / "results.json").read_text()
+  other = command("--config=configs/snlp.py:test", f"--workdir={workdir}", "--config.train.steps=7", cache=cache)
+  assert other.returncode == 2
+  assert "another config (train.steps was 6, is 7); use another --workdir" in other.stderr
+  assert (workdir / "results.json").read_text() == results_before
+
+
+@pytest.mark.parametrize("name", ["base", "throughput"])
+def test_every_config_runs_at_test_scale(name, tmp_path, cache):
+  done = command(f"--config=configs/{name}.py:test", f"--workdir={tmp_path}", cache=cache)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "results.json").read_text())["claims"]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config=configs/snlp.py:test"], "give --workdir"),
+    (["--workdir={}"], "give --config"),
+    (["--config=configs/none.py:test", "--workdir={}"], "configs/none.py"),
+    (["--config=configs/snlp.py:huge", "--workdir={}"], "config.scale is 'huge'; it must be one of test, cpu"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.train.stepz=5"], "stepz"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.train.steps=many"], "many"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "stray"], "unexpected argument stray"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.data.name=nope"], "unknown dataset 'nope'"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=gpt2"], "config.model is 'gpt2'"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=hf:/no/where"], "no checkpoint '/no/where'"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.depth=1"], "n_par=2 layers in parallel.* has 1"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.window_pattern=X"], "made of S"),
+    (["--config=configs/snlp.py:test", "--workdir=/dev/null/x"], "/dev/null"),
+  ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments, message, tmp_path, cache):
+  import re
+
+  done = command(*[a.format(tmp_path) for a in arguments], cache=cache)
+  lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+  assert done.returncode == 2 and len(lines) == 1, done.stderr
+  assert re.search(message, lines[0]) and "Traceback" not in done.stderr
+  assert not (tmp_path / "results.json").exists()
+
+
+def test_claims_compute_their_verdict():
+  make = lambda better, ours: Claim("c", "x", better, ours=ours, threshold=2.0)
+  assert [make("higher", 2.0).holds, make("higher", 1.9).holds, make("lower", 1.9).holds] == [True, False, True]
+  assert not make("lower", float("nan")).holds
+  with pytest.raises(InputError, match="must be one of higher, lower"):
+    make("more", 1.0)
+
+
+def test_json_has_no_nan():
+  assert results.finite({"a": [float("nan"), 1.0], "b": np.float32(2)}) == {"a": ["nan", 1.0], "b": 2.0}
+
+
+def test_timing_measures_the_ratio():
+  sleepy = lambda seconds: lambda: time.sleep(seconds)
+  times = timing.compare({"slow": sleepy(0.02), "fast": sleepy(0.005)}, repetitions=5, warmup=1)
+  ratio, (low, high) = times.speedup("fast", over="slow")
+  assert 2.5 < ratio < 4.5 and low <= ratio * 1.2 and high >= ratio * 0.8
+  assert times.summary()["slow"]["median"] == pytest.approx(20, rel=0.2)
+
+
+def test_published_runs_make_the_report(snlp_run, tmp_path):
+  stem = report.publish(snlp_run[0], tmp_path)
+  assert stem == "snlp.test"
+  runs = report.load(tmp_path)
+  text = report.results_markdown(runs)
+  assert "| snlp | test |" in text and "![" in text and "results/snlp.test.perplexity.png" in text
+  page = report.page(runs, tmp_path)
+  assert page.count("data:image/png;base64") == len(runs[0]["figures"])
+  with pytest.raises(InputError, match=r"no results\.json"):
+    report.publish(tmp_path / "empty", tmp_path)
+
+
+def test_the_committed_report_is_what_the_results_say():
+  assert (report.ROOT / "RESULTS.md").read_text() == report.results_markdown(report.load())
