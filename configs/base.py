@@ -48,7 +48,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, h200=8192)),
       short=phase(
-        steps=pick(test=4, cpu=200, h200=1400),
+        steps=pick(test=4, cpu=200, h200=2000),
         batch=pick(test=4, cpu=8, h200=64),
         length=pick(test=192, cpu=256, h200=2048),
         recall=pick(h200=0.15),
@@ -56,7 +56,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmup=pick(test=2, cpu=20, h200=100),
       ),
       long=phase(
-        steps=pick(test=4, cpu=100, h200=800),
+        steps=pick(test=4, cpu=100, h200=1200),
         batch=pick(test=2, cpu=4, h200=16),
         length=pick(test=256, cpu=512, h200=8192),
         recall=pick(h200=0.25),

@@ -7,29 +7,29 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_STYLE = {
-  "figure.dpi": 110,
-  "savefig.dpi": 160,
-  "savefig.bbox": "tight",
-  "font.size": 10,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "grid.alpha": 0.25,
-  "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]),
-  "legend.frameon": False,
-}
+plt.rcParams.update(
+  {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]),
+    "legend.frameon": False,
+  }
+)
 
 
 def subplots(columns: int = 1, **options):
   """(figure, axes) in the common style; one row."""
-  with plt.rc_context(_STYLE):
-    return plt.subplots(1, columns, figsize=(5.2 * columns, 3.8), layout="constrained", **options)
+  return plt.subplots(1, columns, figsize=(5.2 * columns, 3.8), layout="constrained", **options)
 
 
 def save(figure, workdir: Path, name: str) -> str:
   """Saves as PNG and returns the file name."""
-  with plt.rc_context(_STYLE):
-    figure.savefig(workdir / f"{name}.png")
+  figure.savefig(workdir / f"{name}.png")
   plt.close(figure)
   return f"{name}.png"

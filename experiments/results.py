@@ -134,5 +134,7 @@ def device_kind() -> str:
 
 
 def _git() -> str:
-  run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-  return run.stdout.strip() or "unknown"
+  """The commit, "-dirty" with uncommitted changes; GIT_COMMIT where the code runs without its repository."""
+  describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+  run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+  return run.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")

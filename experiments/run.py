@@ -51,13 +51,13 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     rest = flags.FLAGS(argv)
     require(len(rest) == 1, f"unexpected argument {' '.join(rest[1:])}; options start with --")
     require(_CONFIG.value is not None, "give --config=configs/<paper>.py:<scale>")
+    config = _CONFIG.value
+    require_choice("config.scale", config.scale, SCALES)
   except InputError:
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError) as error:
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
     raise InputError(_one_line(error)) from None
   require(bool(_WORKDIR.value), "give --workdir=DIR, where the results go")
-  config = _CONFIG.value
-  require_choice("config.scale", config.scale, SCALES)
   return config, Path(_WORKDIR.value)
 
 
