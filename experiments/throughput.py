@@ -13,6 +13,7 @@ from experiments.results import Claim, Report
 from jaxlab.core import mesh as meshes
 from jaxlab.models import Transformer, hub
 from jaxlab.models.config import nanochat
+from jaxlab.models.transformer import flat_call
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import peak_flops
 from jaxlab.training.optimizers import muon_adamw
@@ -20,8 +21,8 @@ from jaxlab.training.optimizers import muon_adamw
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
   training = {}
-  for name, case in config.training.items():
-    training[name] = train_speed(case.to_dict())
+  for name in config.shapes:
+    training[name] = train_speed(config.training[name].to_dict())
     console.say(f"training {name}: {training[name]}")
   steps = {}
   model = random_model(config.step.shape.to_dict(), config.step.dtype)
@@ -116,10 +117,12 @@ def train_speed(case: dict) -> dict:
 def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
   """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating."""
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
-  forward = lambda unroll: functools.partial(jax.jit(lambda m, t: m(t, unroll=unroll)), model, tokens)
-  return timing.compare(
-    {"scan": forward(False), "unrolled": forward(True)}, repetitions=repetitions, warmup=5
-  ).summary()
+  unrolled, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
+  contestants = {
+    "scan": functools.partial(jax.jit(lambda m, t: m(t)), model, tokens),
+    "unrolled": functools.partial(unrolled, arrays, tokens),
+  }
+  return timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
 
 
 def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
@@ -130,11 +133,11 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
     cache = model.empty_cache(1, context + repetitions + 8)
     prefill = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
     _, cache = jax.jit(model.extend)(prefill, cache)
-    step = jax.jit(lambda m, t, c: m.extend(t, c, unroll=True), donate_argnums=2)
+    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), model, donate_argnums=2)
     token, seconds = prefill[:, :1], []
     for _ in range(repetitions + 5):
       begin = time.perf_counter()
-      logits, cache = jax.block_until_ready(step(model, token, cache))
+      logits, cache = jax.block_until_ready(step(arrays, token, cache))
       seconds.append(time.perf_counter() - begin)
     size = model.config.matmul_parameters * model.dtype.itemsize
     size += sum(a.size * a.dtype.itemsize for a in (cache.keys, cache.values))

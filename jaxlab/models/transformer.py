@@ -280,8 +280,8 @@ def sequential(
     cache: (keys, values) of all layers of the model, (L, batch, capacity, kv_heads, head_dim); the new positions are
       written at `side.start` and attention reads the cache.
     keep_trace: also return every layer's output.
-    remat: what the backward pass recomputes: "none", "dots" (all but matrix products: norms, rotations and activations
-      cost less to redo than to keep) or "full" (whole blocks).
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix products and flash attention: norms,
+      rotations and activations cost less to redo than to keep) or "full" (whole blocks).
 
   Returns:
     (output, backout state or None, trace (layers, ...) or None, cache or None).
@@ -315,7 +315,7 @@ def sequential(
 
   require_choice("remat", remat, ("none", "dots", "full"))
   if remat != "none":
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policy = _keep_products if remat == "dots" else None
     # Inside a scan nothing can be merged with the forward pass, so the barriers against that would only cost time.
     block = jax.checkpoint(block, static_argnums=(2, 3), policy=policy, prevent_cse=period == layers)
 
@@ -389,6 +389,31 @@ def layer_parallel(
   attended = jnp.stack(attended)
   outputs = jax.vmap(lambda w, x, m, y, s: w.finish(x, m, y, s))(weights, inner, mix, attended, mixing)
   return outputs, cache
+
+
+def flat_call(function, model: Transformer, **jit_options):
+  """`function(model, *args)` for the shortest possible step: (jitted, arrays), to be called as jitted(arrays, *args).
+
+  The parameters go in as plain arrays, split by layer. A slice of stacked weights inside the step would be a copy of
+  them in every call, and a module's tree takes as long to flatten as a small step takes to run. Inside, the layers are
+  stacked again and, where `function` unrolls them, XLA drops both the stack and the slices. `jit_options` count
+  `arrays` as argument 0.
+  """
+  leaves, rest = jax.tree.flatten(model)
+  stacked = {id(leaf) for leaf in jax.tree.leaves(model.blocks)}
+  arrays = [list(leaf) if id(leaf) in stacked else leaf for leaf in leaves]
+
+  def call(arrays, *args):
+    whole = [jnp.stack(a) if isinstance(a, list) else a for a in arrays]
+    return function(jax.tree.unflatten(rest, whole), *args)
+
+  return jax.jit(call, **jit_options), arrays
+
+
+def _keep_products(primitive, *args, **params) -> bool:
+  """Checkpoint policy: keep the results of weight products and of cuDNN's flash attention."""
+  flash = primitive.name.startswith("dot_product_attention_fwd")
+  return flash or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
 
 def _take(a, index):

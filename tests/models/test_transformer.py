@@ -8,7 +8,7 @@ from jaxlab.models import TransformerConfig
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import nanochat
 from jaxlab.models.layers import sinkhorn
-from jaxlab.models.transformer import layer_parallel, sequential, static_mixing
+from jaxlab.models.transformer import flat_call, layer_parallel, sequential, static_mixing
 from tests.common import SHAPE, configs, random_model, random_tokens
 
 CONFIGS = configs()
@@ -82,6 +82,14 @@ def test_scan_unrolled_and_rematerialised_agree(name):
   for remat in ("dots", "full"):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, gradient(model, remat=remat), plain)
+
+
+def test_a_flat_call_is_the_call_without_slices_of_weights():
+  model, tokens = random_model(CONFIGS["nanochat"]), random_tokens(1, 9)
+  jitted, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
+  np.testing.assert_allclose(jitted(arrays, tokens), model(tokens), rtol=1e-4, atol=1e-4)
+  program = jitted.lower(arrays, tokens).compile().as_text()
+  assert "f32[6,48,192]" not in program  # the stack of MLP weights is never made
 
 
 @pytest.mark.parametrize("name", CONFIGS)
