@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test parity lint format
+.PHONY: demo test parity lint format docs
 demo: .venv/.installed
-	$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
+	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
 test: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
@@ -19,6 +19,10 @@ parity: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.installed
+	$(BIN)/pip install -q -e .[docs]
+	$(BIN)/mkdocs build --strict --quiet
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

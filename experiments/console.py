@@ -13,10 +13,10 @@ _PLAIN_SECONDS = 15  # between lines where no terminal can redraw a bar
 
 
 class Console:
-  """Prints to stdout. One instance a run."""
+  """Prints to stdout, or nothing if `quiet`. One instance a run."""
 
-  def __init__(self):
-    self.out = rich.console.Console(width=None if rich.console.Console().is_terminal else 150)
+  def __init__(self, quiet: bool = False):
+    self.out = rich.console.Console(width=None if rich.console.Console().is_terminal else 150, quiet=quiet)
 
   def say(self, text: str) -> None:
     self.out.print(text, highlight=False)
@@ -27,7 +27,7 @@ class Console:
 
   def track(self, title: str, items):
     """Iterates over a list behind a bar."""
-    return rich.progress.track(items, title, console=self.out, transient=True)
+    return rich.progress.track(items, title, console=self.out, transient=True, disable=not self.out.is_terminal)
 
   def claims(self, results: dict) -> None:
     table = rich.table.Table(

@@ -1,12 +1,13 @@
-"""RESULTS.md and one static page with all figures, from the committed results.
+"""RESULTS.md, the README's table and one static page with all figures, from the committed results.
 
-python -m experiments.report                 regenerates RESULTS.md and results/index.html
+python -m experiments.report                 regenerates RESULTS.md, results/index.html and README's table
 python -m experiments.report --publish DIR   first copies DIR's results.json and figures into results/
 """
 
 import argparse
 import base64
 import html
+import importlib
 import json
 import shutil
 import sys
@@ -17,6 +18,8 @@ from jaxlab.core.checks import InputError, require
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+SCALES = ("test", "cpu", "h200", "paper")
+_BEGIN, _END = "<!-- methods: made by experiments.report -->", "<!-- end of methods -->"
 
 
 def publish(workdir: Path, results: Path = RESULTS) -> str:
@@ -63,6 +66,30 @@ def results_markdown(runs: list[dict]) -> str:
   return "\n".join([*lines, "", *(markdown(run, prefix="results/") for run in runs)])
 
 
+def readme_table(runs: list[dict]) -> str:
+  """The README's table: a line a paper, from its run at the largest committed scale."""
+  best = {}
+  for run in sorted(runs, key=lambda run: SCALES.index(run["scale"])):
+    best[run["paper"]] = run
+  lines = ["| method | question | claim | paper | measured | command |", "|---|---|---|---|---|---|"]
+  for paper, run in best.items():
+    question = importlib.import_module(f"configs.{paper}").__doc__.strip().splitlines()[0]
+    claim = next((c for c in run["claims"] if "paper" in c), run["claims"][0])
+    held = sum(c["holds"] for c in run["claims"])
+    measured = f"{number(claim['ours'])} {claim['unit']}".strip()
+    held = f"[{held} of {len(run['claims'])} claims hold](RESULTS.md)"
+    command = f"`--config=configs/{paper}.py:{run['scale']}`"
+    cells = (f"[{paper}](configs/{paper}.py)", question, claim["name"], number(claim.get("paper", "-")))
+    lines.append(f"| {' | '.join(cells)} | {measured}; {held} | {command} |")
+  return "\n".join(lines)
+
+
+def fill_readme(readme: str, table: str) -> str:
+  """The README with the table between its two markers."""
+  before, rest = readme.split(_BEGIN)
+  return f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END)[1]}"
+
+
 def page(runs: list[dict], results: Path = RESULTS) -> str:
   """One HTML page that needs no other file."""
   sections = "".join(_section(run, results) for run in runs)
@@ -107,6 +134,7 @@ def main(argv: list[str]) -> int:
       print(f"published {publish(workdir)}")
     runs = load()
     write_text(ROOT / "RESULTS.md", results_markdown(runs))
+    write_text(ROOT / "README.md", fill_readme((ROOT / "README.md").read_text(), readme_table(runs)))
     write_text(RESULTS / "index.html", page(runs))
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)

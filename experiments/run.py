@@ -22,6 +22,9 @@ SCALES = ("test", "cpu", "h200", "paper")
 DEFAULT_CACHE = "~/.cache/jaxlab"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<paper>.py:<scale>", lock_config=True)
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed", None, "join the other hosts: auto (Slurm, MPI, TPU pods) or ADDRESS:PORT/COUNT/INDEX"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "where results, figures and checkpoints go")
 
 
@@ -77,11 +80,15 @@ def _run(config, workdir: Path, command: str) -> None:
   from experiments.console import Console
   from jaxlab.training.loop import Interrupted
 
+  if _DISTRIBUTED.value:
+    _join(_DISTRIBUTED.value)
   cache = Path(os.environ.get("JAXLAB_CACHE", DEFAULT_CACHE)).expanduser()
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-  _same_config(config, workdir)
-  console = Console()
+  first = jax.process_index() == 0
+  if first:
+    _same_config(config, workdir)
+  console = Console(quiet=not first)
   console.say(f"{config.paper} ({config.scale}) on {jax.device_count()} x {results.device_kind()}, into {workdir}")
   experiment = importlib.import_module(f"experiments.{config.experiment}")
   start = time.perf_counter()
@@ -90,10 +97,27 @@ def _run(config, workdir: Path, command: str) -> None:
   except Interrupted as interrupted:
     console.say(str(interrupted))
     raise KeyboardInterrupt from None
+  if not first:
+    return
   written = results.write(report, config, workdir, time.perf_counter() - start, command)
   console.claims(written)
   for file in ("results.json", "report.md", *report.figures):
     console.say(f"  {workdir / file}")
+
+
+def _join(how: str) -> None:
+  """jax.distributed.initialize by the flag."""
+  import jax
+
+  if how == "auto":
+    jax.distributed.initialize()
+    return
+  parts = how.split("/")
+  require(
+    len(parts) == 3 and ":" in parts[0] and parts[1].isdigit() and parts[2].isdigit(),
+    f"--distributed is {how!r}; it must be auto or ADDRESS:PORT/COUNT/INDEX",
+  )
+  jax.distributed.initialize(parts[0], num_processes=int(parts[1]), process_id=int(parts[2]))
 
 
 def _same_config(config, workdir: Path) -> None:

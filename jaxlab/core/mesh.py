@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_divides
 
 AXES = ("data", "fsdp", "tensor", "layer", "sequence")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
@@ -80,3 +80,15 @@ def shardings(tree, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of a (batch, sequence) array."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
+
+
+def place_batch(batch, mesh: Mesh):
+  """This host's rows of a batch (a pytree of (rows, sequence) arrays) as part of the global, sharded one.
+
+  Raises:
+    InputError: the rows do not divide over the devices that share them.
+  """
+  sharding = batch_sharding(mesh)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  require_divides("mesh data x fsdp", parts, "batch rows", len(jax.tree.leaves(batch)[0]) * jax.process_count())
+  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,9 +1,12 @@
 """Checkpoints of a training run: asynchronous, atomic, the newest two kept (orbax)."""
 
+import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxlab.core.checks import InputError
 
@@ -36,7 +39,8 @@ class Checkpoints:
     """
     arrays = ocp.args.StandardSave(_flat(state))
     try:
-      self._manager.save(step, args=ocp.args.Composite(state=arrays, iterator=ocp.args.JsonSave(iterator)))
+      hosts = ocp.args.JsonSave({"hosts": _of_every_host(iterator)})
+      self._manager.save(step, args=ocp.args.Composite(state=arrays, iterator=hosts))
     except (OSError, ValueError, RuntimeError) as error:
       raise _failed(step, error) from error
 
@@ -71,7 +75,13 @@ class Checkpoints:
           f"makes it {leaf.shape}; use another --workdir"
         )
     state = jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in wanted])
-    return state, found["iterator"]
+    hosts = found["iterator"]["hosts"]
+    if len(hosts) != jax.process_count():
+      raise InputError(
+        f"checkpoint {step} in {self._manager.directory} was written by {len(hosts)} hosts, this run has "
+        f"{jax.process_count()}; start it on as many"
+      )
+    return state, hosts[jax.process_index()]
 
 
 def _flat(tree) -> dict:
@@ -80,6 +90,16 @@ def _flat(tree) -> dict:
     jax.tree_util.keystr(path, simple=True, separator="."): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def _of_every_host(value: dict) -> list[dict]:
+  """The JSON values of all hosts, in order; each reads other data and so stands at another place."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+  return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
 
 def _failed(step, error) -> InputError:

@@ -105,7 +105,7 @@ def train(
       for step in range(done, steps):
         batch = next(iterator)
         require_divides("accumulate", accumulate, "batch", len(batch["inputs"]))
-        batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+        batch = meshes.place_batch(batch, mesh)
         state, metrics = step_fn(state, batch)
         # Reading the metrics of the step before keeps the device one step ahead.
         if pending:

@@ -28,10 +28,13 @@ def peak_flops() -> float:
 
 
 class MetricsWriter:
-  """Appends to metrics.jsonl and to TensorBoard events; a context manager."""
+  """Appends to metrics.jsonl and to TensorBoard events, on the first of several hosts; a context manager."""
 
   def __init__(self, folder: Path, resume_after: int = 0):
     """Steps after `resume_after`, which a killed run wrote but did not checkpoint, are dropped: they come again."""
+    self._active = jax.process_index() == 0
+    if not self._active:
+      return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.jsonl"
     kept = [line for line in _lines(file) if line["step"] <= resume_after]
@@ -45,10 +48,13 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *exception):
-    self._file.close()
-    self._events.close()
+    if self._active:
+      self._file.close()
+      self._events.close()
 
   def __call__(self, metrics: dict) -> None:
+    if not self._active:
+      return
     self._file.write(json.dumps(metrics) + "\n")
     self._file.flush()
     for name, value in metrics.items():

@@ -128,4 +128,8 @@ def test_published_runs_make_the_report(snlp_run, tmp_path):
 
 
 def test_the_committed_report_is_what_the_results_say():
-  assert (report.ROOT / "RESULTS.md").read_text() == report.results_markdown(report.load())
+  runs = report.load()
+  readme = (report.ROOT / "README.md").read_text()
+  assert (report.ROOT / "RESULTS.md").read_text() == report.results_markdown(runs)
+  assert readme == report.fill_readme(readme, report.readme_table(runs))
+  assert (report.RESULTS / "index.html").read_text() == report.page(runs)

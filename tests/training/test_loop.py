@@ -1,6 +1,8 @@
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,3 +207,37 @@ def test_killed_runs_lose_nothing(tmp_path, kills):
   assert start(hurt).wait() == 0
   assert losses_of(hurt) == losses_of(whole) and len(losses_of(whole)) == 40
   assert [line["step"] for line in read_metrics(hurt)] == list(range(1, 41))
+
+
+HOST = """
+import pathlib, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+from tests.training.test_loop import CONFIG, plain_loss, random_model, loop, muon_adamw
+from jaxlab.data import packing, tokens
+import numpy as np
+corpus = tokens.Tokens(np.arange(600) % 63 + 1, np.arange(0, 601, 30), bos=0)
+rows = packing.training_rows(corpus, row=16, seed=0, shard=(jax.process_index(), 2))
+optimizer = muon_adamw(CONFIG, steps=4, batch_tokens=64)
+for steps in (2, 4):
+  loop.train(random_model(CONFIG), packing.batches(rows, 2), plain_loss, optimizer, steps=steps,
+             workdir=pathlib.Path(sys.argv[1]), compute_dtype="float32", checkpoint_every=2)
+"""
+
+
+def test_two_hosts_train_together_and_resume(tmp_path):
+  """Stopped after two steps and resumed, they write what two hosts write that go through."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  environment = os.environ | {"XLA_FLAGS": ""}
+  start = lambda i: subprocess.Popen(
+    [sys.executable, "-c", HOST, str(tmp_path), address, str(i)], env=environment, stderr=subprocess.PIPE, text=True
+  )
+  hosts = [start(i) for i in range(2)]
+  errors = [host.communicate(timeout=240)[1] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], errors[0][-2000:]
+  assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+  saved = json.loads((tmp_path / "checkpoints" / "4" / "iterator" / "metadata").read_text())
+  assert len(saved["hosts"]) == 2 and saved["hosts"][0] != saved["hosts"][1]

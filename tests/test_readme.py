@@ -1,0 +1,57 @@
+"""Every command of the README and every block of Python in it runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+SHELL = [
+  line.split("  #")[0].split("    #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()
+]
+
+
+def test_every_shell_line_is_of_a_kind_that_is_checked():
+  assert SHELL
+  assert all(line.startswith(("make ", "pip install -e ", "python -m experiments.run ")) for line in SHELL)
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python")])
+def test_experiment_commands_run(line, tmp_path):
+  """At test scale, into another folder."""
+  words = shlex.split(line.replace(":cpu", ":test"))
+  words = [f"--workdir={tmp_path}" if word.startswith("--workdir") else word for word in words]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "results.json").exists() and "holds" in done.stdout
+
+
+def test_make_targets_and_extras_exist():
+  makefile = (ROOT / "Makefile").read_text()
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  for line in SHELL:
+    if line.startswith("make "):
+      assert re.search(rf"^{line.split()[1]}:", makefile, re.M), line
+    for name in re.findall(r"\[(\w+)\]", line):
+      assert name in extras
+
+
+def test_python_blocks_run():
+  for kind, block in BLOCKS:
+    if kind == "python":
+      scope = {}
+      exec(block, scope)
+      assert scope["logits"].shape == (1, 4, 8192)
+
+
+def test_files_the_readme_points_to_exist():
+  for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    assert (ROOT / target).exists(), target
