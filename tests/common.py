@@ -1,11 +1,17 @@
 """Small models and reference code that several test files share."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
+from tests.conftest import QUICK_COMPILATION
+
+# For programs a test starts: one device, and the compilation settings of the tests themselves.
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
 
 SHAPE = dict(depth=6, width=32, q_heads=4, kv_heads=2, head_dim=16, mlp_width=64, vocab_size=64)
 

@@ -1,6 +1,5 @@
 """Every command of the README and every block of Python in it runs."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -9,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.common import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,8 +29,7 @@ def test_experiment_commands_run(line, tmp_path):
   """At test scale, into another folder."""
   words = shlex.split(line.replace(":cpu", ":test"))
   words = [f"--workdir={tmp_path}" if word.startswith("--workdir") else word for word in words]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+  done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "results.json").exists() and "holds" in done.stdout
 

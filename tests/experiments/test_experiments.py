@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,8 +9,7 @@ import pytest
 from experiments import report, results, timing
 from experiments.results import Claim
 from jaxlab.core.checks import InputError
-
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+from tests.common import ENVIRONMENT
 
 
 def command(*arguments, cache=None):

@@ -19,9 +19,10 @@ from jaxlab.core.checks import InputError
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import read_metrics
 from jaxlab.training.optimizers import muon_adamw
-from tests.common import configs, random_model, random_tokens
+from tests.common import ENVIRONMENT, configs, random_model, random_tokens
 
 CONFIG = configs()["nanochat"]
+SMALL = configs()["llama"]
 
 
 def make_data(batch=8, time=16):
@@ -189,7 +190,7 @@ run(pathlib.Path(sys.argv[1]), steps=40, checkpoint_every=3, progress=lambda m: 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_lose_nothing(tmp_path, kills):
   """SIGKILL at random moments: the recorded losses are those of a run that was left alone."""
-  start = lambda folder: subprocess.Popen([sys.executable, "-c", KILLED, str(folder)])
+  start = lambda folder: subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=ENVIRONMENT)
   whole, hurt = tmp_path / "whole", tmp_path / "hurt"
   assert start(whole).wait() == 0
   rng = random.Random(kills)
@@ -214,14 +215,14 @@ import pathlib, sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from tests.training.test_loop import CONFIG, plain_loss, random_model, loop, muon_adamw
+from tests.training.test_loop import SMALL, plain_loss, random_model, loop, muon_adamw
 from jaxlab.data import packing, tokens
 import numpy as np
 corpus = tokens.Tokens(np.arange(600) % 63 + 1, np.arange(0, 601, 30), bos=0)
 rows = packing.training_rows(corpus, row=16, seed=0, shard=(jax.process_index(), 2))
-optimizer = muon_adamw(CONFIG, steps=4, batch_tokens=64)
+optimizer = muon_adamw(SMALL, steps=4, batch_tokens=256)
 for steps in (2, 4):
-  loop.train(random_model(CONFIG), packing.batches(rows, 2), plain_loss, optimizer, steps=steps,
+  loop.train(random_model(SMALL), packing.batches(rows, 8), plain_loss, optimizer, steps=steps,
              workdir=pathlib.Path(sys.argv[1]), compute_dtype="float32", checkpoint_every=2)
 """
 
@@ -231,9 +232,8 @@ def test_two_hosts_train_together_and_resume(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  environment = os.environ | {"XLA_FLAGS": ""}
   start = lambda i: subprocess.Popen(
-    [sys.executable, "-c", HOST, str(tmp_path), address, str(i)], env=environment, stderr=subprocess.PIPE, text=True
+    [sys.executable, "-c", HOST, str(tmp_path), address, str(i)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
   )
   hosts = [start(i) for i in range(2)]
   errors = [host.communicate(timeout=240)[1] for host in hosts]
