@@ -1,9 +1,20 @@
 r"""The base model in checkpoints/base: how it was trained, and what it can do.
 
+16 M parameters in Qwen3's shape (6 layers, width 512, 8 query and 2 key-value heads), own BPE of 8192 tokens, context
+8192; trained on public-domain books with 15 % (then 25 %) generated recall rows, short rows first, long ones while the
+learning rate falls.
+
   python -m experiments.run --config=configs/base.py:h200 --workdir=runs/base \
       --config.data.name=local_text --config.data.path='books/*.jsonl.xz'
 
-Copy DIR/base to checkpoints/base to ship it; `hub.load("base")` finds it there.
+Took 8 min on one H100 (419 M tokens, 1.3 M tokens/s at 2048, 0.85 M at 8192) and printed (2026-11-25):
+  bits per byte, held-out books, context 8192      1.226   (xz -9e: 2.304)
+  needle, multi-key, variable tracking at 4096     1.00, 1.00, 1.00
+  needle, multi-key, variable tracking at 8192     0.995, 0.99, 0.985
+The long phase starts with a bump of 0.2 nats: Muon's momentum and the learning rate start anew.
+
+Copy DIR/base to checkpoints/base to ship it; `hub.load("base")` finds it there. Without the data options the corpus is
+the Python standard library. Scale `cpu` trains a toy of 0.8 M parameters the same way.
 """
 
 import ml_collections

@@ -100,7 +100,7 @@ def train(
       iterator.set_state(position)
     done = latest or 0
     with MetricsWriter(workdir, resume_after=done) as writer:
-      guard, pending = _Guard(latest), None
+      guard, pending = _Guard(), None
       speed = _Speed(model, mesh)
       for step in range(done, steps):
         batch = next(iterator)
@@ -181,8 +181,8 @@ def _record(metrics: dict, guard, writer, progress) -> None:
 class _Guard:
   """Stops a run whose loss is no number or has jumped."""
 
-  def __init__(self, latest: int | None):
-    self._losses, self._from = deque(maxlen=_SPIKE_WINDOW), latest or 0
+  def __init__(self):
+    self._losses = deque(maxlen=_SPIKE_WINDOW)
 
   def __call__(self, metrics):
     loss, step = metrics["loss"], metrics["step"]

@@ -122,7 +122,7 @@ def test_no_number_and_jumps_stop_the_run(tmp_path):
   poisoned = lambda model, batch, step, key: (jnp.where(step == 3, jnp.nan, plain_loss(model, batch, step, key)[0]), {})
   with pytest.raises(loop.Diverged, match=r"the loss is nan at step 4 .*lower optimizer\.scale"):
     loop.train(random_model(CONFIG), make_data(), poisoned, optax.sgd(0.1), steps=6, workdir=tmp_path)
-  guard = loop._Guard(None)
+  guard = loop._Guard()
   for step in range(60):
     guard({"loss": 3.0, "step": step})
   with pytest.raises(loop.Diverged, match=r"loss is 5\.1 at step 60"):
