@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from jaxlab.core.checks import InputError, require, require_choice
@@ -85,6 +85,8 @@ def _run(config, workdir: Path, command: str) -> None:
   cache = Path(os.environ.get("JAXLAB_CACHE", DEFAULT_CACHE)).expanduser()
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  # orbax logs the traceback of a failed save that also reaches `main` as an error of one line.
+  logging.set_verbosity(logging.FATAL)
   first = jax.process_index() == 0
   if first:
     _same_config(config, workdir)

@@ -103,5 +103,6 @@ def _of_every_host(value: dict) -> list[dict]:
 
 
 def _failed(step, error) -> InputError:
-  reason = str(error).splitlines()[0][:200]
+  full = "No space left on device"
+  reason = full if full in str(error) else str(error).splitlines()[0][:200]
   return InputError(f"could not save checkpoint {step}: {reason}; free some disk space and run the same command again")
