@@ -16,9 +16,9 @@ printed on two shared cores at a load average of 10 to 19 (14 minutes; seconds a
   RE1 lost by advancing all groups at once                                   -1.557 %                   <= 3    yes
 
 The factor at ratio 0.3 falls short against our own ablation alone, which shares SSumM's cost and groups; k-GraSS, S2L
-and SAA-Gs are 1.67, 1.60 and 3.34 behind. The curves are of one seed at this scale, the figures at ratio 0.2 of three. The
-slope was measured once, under the load named above, over 6,063 to 477,741 edges; how much of the excess is the load and
-how much the method was not separated.
+and SAA-Gs are 1.67, 1.60 and 3.34 behind. The curves are of one seed at this scale, the figures at ratio 0.2 of three.
+The slope was measured once, under the load named above, over 6,063 to 477,741 edges; how much of the excess is the load
+and how much the method was not separated.
 Without data.name it summarises a generated block model. Scale h200 goes to 10 M edges; it has not been run.
 """
 
