@@ -240,6 +240,15 @@ def test_shingles_of_twins_agree_and_groups_are_split_to_size():
   assert all(len(set((np.flatnonzero(group == g) // 40).tolist())) == 1 for g in set(group.tolist()))
 
 
+def test_both_ways_of_sorting_blocks_agree():
+  """Keys and places in one integer where they fit, side by side where |V| is too large for that."""
+  key = jnp.asarray(np.random.default_rng(0).permutation(500))
+  for (a, x), (b, y) in [(ssumm._sort_with_places(key, 60), ssumm._sort_with_places(key, 2**30))]:
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(key[x], a)
+
+
 def test_the_number_of_failures_allowed():
   """bitlen(bitlen(g - 1) - 1) in the code, log2 g in the text."""
   sizes = [2, 3, 5, 17, 500]
