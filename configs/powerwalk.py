@@ -7,16 +7,17 @@ accurate than the stored fingerprints.
       --config.data.name=edge_list --config.data.path=wiki-Vote.txt \
       --config.undirected.name=edge_list --config.undirected.path=ego_facebook.txt
 
-printed on two shared cores at a load average of 9 to 12 (2 minutes; seconds are to be read with that):
+printed on two shared cores at a load average of 7 to 9 (2 minutes; seconds are to be read with that):
 
   RAG@100 of two steps less that of the fingerprint alone, R = 10, least over graphs       0.3277    >= 0   yes
   ends of walks needed for the L1 of one full path, undirected graph                       6.358 x   >= 3   yes
-  queries a second, batched over one by one                                                10.67 x   >= 10  yes
+  queries a second, batched over one by one                                                17.68 x   >= 10  yes
   passes over the edges to RAG 0.99, online only over index + steps, least over graphs     1.667 x   >= 3   no
-  queries a second at equal RAG, index over scipy power iteration                          1.897 x   >= 1   yes
+  queries a second at equal RAG, index over scipy power iteration                          1.222 x   >= 1   yes
 
-The third figure is near its threshold and was measured on a loaded machine. Earlier runs of this config printed 7.885
-with batches of 64 and 2.83 with batches of 256, before a step summed its messages in blocks that fit the cache.
+The two speeds vary with that load: the run before printed 10.67 and 1.897. Earlier ones printed 7.885 (batches of 64)
+and 2.83 (batches of 256) for the third, and 0.948 and 0.694 for the fifth, before a step summed its messages in blocks
+that fit the cache.
 The fourth fails because RAG@100 is lenient: eight steps without any index reach it on wiki-Vote, five on ego-Facebook,
 so a third leaves two or one; 100 walks a vertex need 3 and 2. In L1 the index is worth far more (see the figure).
 Without data.name it runs on generated graphs. Scale h200 asks 10,000 queries of 10 M edges; it has not been run.
