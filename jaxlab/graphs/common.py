@@ -1,0 +1,174 @@
+"""Graphs: one loader for edge-list files, generated graphs and those networkx ships.
+
+  graph = common.load("edge_list", path="wiki-Vote.txt", directed=True)
+  graph = common.load("rmat", nodes=2**18, degree=16, seed=0)
+
+Node ids are made contiguous; self-loops and repeated edges are removed, so that |E| counts what a simple graph has.
+"""
+
+import dataclasses
+import gzip
+from pathlib import Path
+
+import networkx
+import numpy as np
+from jaxtyping import Int
+
+from jaxlab.core.checks import require, require_choice
+
+NAMES = ("edge_list", "rmat", "sbm", "barabasi_albert", "karate", "les_miserables", "florentine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+  """A simple graph. An undirected edge is stored once, as (smaller, larger).
+
+  Attributes:
+    nodes: |V|; ids are 0 .. nodes - 1, isolated ones included.
+    edges: (|E|, 2), sorted by first then second end.
+    directed: whether (u, v) and (v, u) are different edges.
+  """
+
+  nodes: int
+  edges: Int[np.ndarray, "edges 2"]
+  directed: bool = False
+
+
+def make(nodes: int, edges: Int[np.ndarray, "any 2"], *, directed: bool = False) -> Graph:
+  """A simple graph from any list of pairs: orders undirected pairs, drops self-loops and repetitions.
+
+  Raises:
+    InputError: not pairs, no node, or an end outside 0 .. nodes - 1.
+  """
+  edges = np.asarray(edges, np.int64)
+  require(edges.ndim == 2 and edges.shape[1] == 2, f"edges have shape {edges.shape}; expected (edges, 2)")
+  require(1 <= nodes < 2**31, f"a graph of {nodes} nodes; give at least 1 and fewer than 2^31")
+  if len(edges):
+    low, high = int(edges.min()), int(edges.max())
+    require(
+      low >= 0 and high < nodes, f"edge ends lie in {low}..{high}; with nodes={nodes} they must lie in 0..{nodes - 1}"
+    )
+  edges = edges if directed else np.sort(edges, axis=1)
+  edges = edges[edges[:, 0] != edges[:, 1]]
+  keys = np.unique(edges[:, 0] * nodes + edges[:, 1])
+  return Graph(nodes, np.stack([keys // nodes, keys % nodes], axis=1).astype(np.int32), directed)
+
+
+def load(
+  name: str,
+  *,
+  path: str = "",
+  directed: bool = False,
+  nodes: int = 1000,
+  degree: float = 10,
+  blocks: int = 20,
+  mixing: float = 0.1,
+  seed: int = 0,
+) -> Graph:
+  """A graph by name.
+
+  Args:
+    name: "edge_list" reads `path`; "rmat", "sbm", "barabasi_albert" are generated; "karate", "les_miserables" and
+      "florentine" ship with networkx.
+    directed: keep the direction of edges (the networkx graphs have none: both directions are then stored).
+    nodes, degree: size of a generated graph and its mean number of edges a node (before repetitions are dropped).
+    blocks, mixing: of "sbm", the number of equal communities and the share of edges between them.
+
+  Raises:
+    InputError: an unknown name, a missing path, or an impossible size.
+  """
+  require_choice("data.name", name, NAMES)
+  if name == "edge_list":
+    require(bool(path), "data.name=edge_list needs a file; give data.path=FILE")
+    return read_edge_list(path, directed=directed)
+  require(nodes >= 2 and degree > 0, f"nodes={nodes}, degree={degree}; a generated graph needs nodes >= 2, degree > 0")
+  if name == "rmat":
+    return rmat(nodes, round(nodes * degree), directed=directed, seed=seed)
+  if name == "sbm":
+    return sbm(nodes, round(nodes * degree), blocks=blocks, mixing=mixing, directed=directed, seed=seed)
+  if name == "barabasi_albert":
+    require(1 <= int(degree) < nodes, f"barabasi_albert needs 1 <= degree < nodes, not degree={degree}, nodes={nodes}")
+    return _from_networkx(networkx.barabasi_albert_graph(nodes, int(degree), seed=seed), directed)
+  ships = {
+    "karate": networkx.karate_club_graph,
+    "les_miserables": networkx.les_miserables_graph,
+    "florentine": networkx.florentine_families_graph,
+  }
+  return _from_networkx(ships[name](), directed)
+
+
+def read_edge_list(path: str | Path, *, directed: bool = False) -> Graph:
+  """A text file (or .gz) with two integers a line, any white space or a comma between; # and % start comments.
+
+  Further columns are ignored. Ids may have gaps.
+
+  Raises:
+    InputError: no such file, no edges, or a line that does not start with two integers (its number is told).
+  """
+  path = Path(path)
+  require(path.is_file(), f"no edge list {str(path)!r}; give the path of a text file with two node ids a line")
+  with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+    pairs = []
+    for number, line in enumerate(file, 1):
+      words = line.replace(",", " ").split()
+      if not words or words[0][0] in "#%":
+        continue
+      try:
+        pairs.append((int(words[0]), int(words[1])))
+      except (ValueError, IndexError):
+        text = line.strip()[:40]
+        require(False, f"{path}, line {number}: {text!r} does not start with two integer node ids; mend or remove it")
+  require(bool(pairs), f"{path} holds no edges; expected a line 'u v' for each")
+  names, ends = np.unique(np.array(pairs, np.int64), return_inverse=True)
+  return make(len(names), ends.reshape(-1, 2), directed=directed)
+
+
+def rmat(
+  nodes: int,
+  edges: int,
+  *,
+  directed: bool = False,
+  seed: int = 0,
+  quadrants: tuple[float, ...] = (0.57, 0.19, 0.19, 0.05),
+) -> Graph:
+  """R-MAT (Chakrabarti et al. 2004): every edge falls through log2(nodes) levels of a 2 x 2 split of the matrix.
+
+  Draws `edges` pairs; repetitions and self-loops are then dropped, so |E| is somewhat smaller. Node ids are shuffled.
+
+  Raises:
+    InputError: nodes is not a power of two, or the four probabilities do not sum to 1.
+  """
+  require(nodes >= 2 and nodes & (nodes - 1) == 0, f"rmat needs a power of two of nodes, not {nodes}")
+  require(
+    len(quadrants) == 4 and abs(sum(quadrants) - 1) < 1e-9, f"quadrants {quadrants} must be 4 numbers that sum to 1"
+  )
+  rng = np.random.default_rng(seed)
+  ends = np.zeros((2, edges), np.int64)
+  bounds = np.cumsum(quadrants)[:3]
+  for _ in range(nodes.bit_length() - 1):
+    quadrant = np.searchsorted(bounds, rng.random(edges, np.float32))
+    ends = 2 * ends + np.stack([quadrant // 2, quadrant % 2])
+  return make(nodes, rng.permutation(nodes)[ends].T, directed=directed)
+
+
+def sbm(nodes: int, edges: int, *, blocks: int, mixing: float, directed: bool = False, seed: int = 0) -> Graph:
+  """A stochastic block model with equal blocks: each edge stays in the block of its first end but for a share `mixing`.
+
+  Raises:
+    InputError: blocks outside 1..nodes, or mixing outside 0..1.
+  """
+  require(1 <= blocks <= nodes, f"blocks is {blocks}; it must lie in 1..{nodes}, the number of nodes")
+  require(0 <= mixing <= 1, f"mixing is {mixing}; it is a share and must lie in 0..1")
+  rng = np.random.default_rng(seed)
+  u = rng.integers(0, nodes, edges)
+  # Node v is in block v mod blocks: a partner in the same block is a node with the same remainder.
+  members = (nodes - 1 - u % blocks) // blocks + 1
+  same = u % blocks + blocks * (rng.random(edges) * members).astype(np.int64)
+  v = np.where(rng.random(edges) < mixing, rng.integers(0, nodes, edges), same)
+  return make(nodes, np.stack([u, v], axis=1), directed=directed)
+
+
+def _from_networkx(graph, directed: bool) -> Graph:
+  graph = networkx.convert_node_labels_to_integers(graph)
+  edges = np.array(graph.edges, np.int64).reshape(-1, 2)
+  return make(len(graph), np.concatenate([edges, edges[:, ::-1]]) if directed else edges, directed=directed)

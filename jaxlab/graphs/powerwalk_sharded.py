@@ -1,0 +1,91 @@
+"""PowerWalk over a mesh axis: vertices by range, flow and fingerprints with their vertex.
+
+Device i holds the rows of F, S and the out-edges and fingerprints of its range of vertices. A step multiplies locally
+into partial sums for all vertices; `psum_scatter` adds them and leaves each device its range. The numbers are those of
+one device but for the order of additions.
+
+  parts = shard(graph, index, mesh, axis="data")
+  estimate = query(sources, parts, mesh, axis="data", steps=2)        # (nodes, queries), sharded by vertex
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require, require_choice
+from jaxlab.graphs.powerwalk import RESET, Index, WalkGraph, spmm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Rows of edges and fingerprints by device: (local source, target anywhere, weight), padded with weight 0."""
+
+  edges: tuple[Int[Array, "devices edges"], Int[Array, "devices edges"], Float[Array, "devices edges"]]
+  index: tuple[Int[Array, "devices entries"], Int[Array, "devices entries"], Float[Array, "devices entries"]]
+  nodes: int = dataclasses.field(metadata=dict(static=True))
+
+
+def shard(graph: WalkGraph, index: Index, mesh: Mesh, *, axis: str) -> Parts:
+  """Cuts a graph and its index by ranges of vertices and places them.
+
+  Raises:
+    InputError: an axis the mesh has not, or an index of another graph.
+  """
+  require_choice("axis", axis, mesh.axis_names)
+  require(index.nodes == graph.nodes, f"the index has {index.nodes} vertices, the graph {graph.nodes}; build it anew")
+  devices = mesh.shape[axis]
+  local = -(-graph.nodes // devices)
+  weights = 1 / np.asarray(graph.degree)[np.asarray(graph.in_sources)]
+  place = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(axis)))
+
+  def cut(sources, targets, weights):
+    sources, targets, weights = (np.asarray(x) for x in (sources, targets, weights))
+    owner = sources // local
+    width = max(int(np.bincount(owner, minlength=devices).max()), 1)
+    out = np.zeros((devices, width), np.int32), np.full((devices, width), local * devices - 1, np.int32)
+    out += (np.zeros((devices, width), np.float32),)
+    for d in range(devices):
+      mine = owner == d
+      for row, values in zip(out, (sources - d * local, targets, weights), strict=True):
+        row[d, : mine.sum()] = values[mine]
+    return tuple(place(row) for row in out)
+
+  edges = cut(graph.in_sources, graph.in_targets, weights)
+  return Parts(edges, cut(index.origins, index.visited, index.values), graph.nodes)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axis", "steps", "reset"))
+def query(
+  sources: Int[Array, "queries"], parts: Parts, mesh: Mesh, *, axis: str, steps: int, reset: float = RESET
+) -> Float[Array, "nodes queries"]:
+  """`powerwalk.query` without pruning, sharded by vertex over `axis`.
+
+  Raises:
+    InputError: negative steps.
+  """
+  require(steps >= 0, f"steps is {steps}; it must be 0 (fingerprint alone) or more")
+  devices = mesh.shape[axis]
+  local = -(-parts.nodes // devices)
+  rows = PartitionSpec(axis)
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, check_vma=False)
+  def run(sources, edges, index):
+    edges, index = jax.tree.map(lambda x: x[0], (edges, index))
+    here = sources[None] - jax.lax.axis_index(axis) * local == jnp.arange(local)[:, None]
+    flow = here.astype(jnp.float32)
+
+    def spread(entries, flow):
+      total = spmm(*entries, flow, nodes=local * devices)
+      return jax.lax.psum_scatter(total, axis, scatter_dimension=0, tiled=True)
+
+    body = lambda _, carry: (carry[0] + reset * carry[1], (1 - reset) * spread(edges, carry[1]))
+    s, flow = jax.lax.fori_loop(0, steps, body, (jnp.zeros_like(flow), flow))
+    return s + spread(index, flow)
+
+  return run(sources, parts.edges, parts.index)[: parts.nodes]

@@ -1,0 +1,64 @@
+import gzip
+
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.graphs import common
+
+
+def test_an_edge_list_loses_comments_gaps_loops_and_repetitions(tmp_path):
+  path = tmp_path / "graph.txt"
+  path.write_text("# a comment\n% another\n\n7 3\n3\t7\n3,100 0.5\n100 100\n7 3\n")
+  graph = common.load("edge_list", path=str(path))
+  assert graph.nodes == 3 and not graph.directed
+  np.testing.assert_array_equal(graph.edges, [[0, 1], [0, 2]])
+  directed = common.load("edge_list", path=str(path), directed=True)
+  np.testing.assert_array_equal(directed.edges, [[0, 1], [0, 2], [1, 0]])
+  packed = tmp_path / "graph.txt.gz"
+  packed.write_bytes(gzip.compress(path.read_bytes()))
+  np.testing.assert_array_equal(common.read_edge_list(packed).edges, graph.edges)
+
+
+@pytest.mark.parametrize(
+  "content, message", [("", "holds no edges"), ("# x\n", "holds no edges"), ("1 2\n1 b\n", "line 2")]
+)
+def test_a_bad_file_is_named(tmp_path, content, message):
+  path = tmp_path / "bad.txt"
+  path.write_text(content)
+  with pytest.raises(InputError, match=message):
+    common.load("edge_list", path=str(path))
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: common.load("magic"), "data.name is 'magic'"),
+    (lambda: common.load("edge_list"), "give data.path"),
+    (lambda: common.load("edge_list", path="/no/where"), "no edge list '/no/where'"),
+    (lambda: common.load("rmat", nodes=100), "power of two"),
+    (lambda: common.load("sbm", nodes=10, blocks=11), "blocks is 11"),
+    (lambda: common.load("sbm", nodes=10, mixing=1.5, blocks=2), "mixing is 1.5"),
+    (lambda: common.load("rmat", nodes=1), "nodes >= 2"),
+    (lambda: common.make(3, np.array([[0, 3]])), r"0..3; with nodes=3"),
+    (lambda: common.make(3, np.array([0, 1])), "expected"),
+    (lambda: common.rmat(8, 10, quadrants=(0.5, 0.5, 0.5, 0.5)), "sum to 1"),
+  ],
+)
+def test_impossible_graphs_are_named(call, message):
+  with pytest.raises(InputError, match=message):
+    call()
+
+
+def test_generated_graphs_are_simple_and_shaped_as_asked():
+  graph = common.load("sbm", nodes=4000, degree=5, blocks=10, mixing=0.1)
+  inside = (graph.edges[:, 0] % 10 == graph.edges[:, 1] % 10).mean()
+  assert 0.85 < inside < 0.95 and 19000 < len(graph.edges) <= 20000
+  hubs = common.load("rmat", nodes=1024, degree=8)
+  degree = np.bincount(hubs.edges.ravel(), minlength=1024)
+  assert degree.max() > 10 * degree.mean()
+  again = common.load("rmat", nodes=1024, degree=8)
+  np.testing.assert_array_equal(hubs.edges, again.edges)
+  assert len(common.load("karate").edges) == 78 and len(common.load("karate", directed=True).edges) == 156
+  for g in (graph, hubs, common.load("barabasi_albert", nodes=50, degree=3)):
+    assert (g.edges[:, 0] < g.edges[:, 1]).all() and len(np.unique(g.edges, axis=0)) == len(g.edges)

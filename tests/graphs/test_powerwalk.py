@@ -1,0 +1,289 @@
+import jax
+import jax.numpy as jnp
+import networkx
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import powerwalk as config_file
+from experiments import powerwalk as experiment
+from experiments.console import Console
+from jaxlab.core.checks import InputError
+from jaxlab.core.mesh import make_mesh
+from jaxlab.graphs import common, powerwalk, powerwalk_baselines, powerwalk_sharded
+
+C = powerwalk.RESET
+# 50 vertices, some of them dangling.
+RAW = common.load("sbm", nodes=50, degree=3, blocks=5, mixing=0.3, directed=True, seed=2)
+GRAPH = powerwalk.walk_graph(RAW)
+SOURCES = np.arange(0, 48, 6)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+def matrix(graph):
+  """P from the definition."""
+  p = np.zeros((graph.nodes, graph.nodes))
+  for v in range(graph.nodes):
+    for w in np.asarray(graph.targets)[int(graph.offsets[v]) : int(graph.offsets[v + 1])]:
+      p[v, w] += 1 / int(graph.degree[v])
+  return p
+
+
+PPR = C * np.linalg.inv(np.eye(50) - (1 - C) * matrix(GRAPH))
+
+
+def exact_index(dtype=jnp.float64):
+  origin, vertex = np.nonzero(PPR)
+  return powerwalk.make_index(50, origin, vertex, PPR[origin, vertex], dtype)
+
+
+def test_dangling_vertices_loop_and_rows_sum_to_one():
+  out = np.bincount(RAW.edges[:, 0], minlength=50)
+  assert (out == 0).any()
+  p = matrix(GRAPH)
+  np.testing.assert_allclose(p.sum(1), 1)
+  np.testing.assert_array_equal(np.diag(p)[out == 0], 1)
+  both = powerwalk.walk_graph(common.load("karate"))
+  assert len(both.targets) == 2 * 78
+
+
+def test_power_iteration_is_the_dense_solve():
+  """c (I - (1 - c) P)^-1 on n = 50 (powerwalk.md oracle 4); and scipy's products."""
+  actual = powerwalk.exact(jnp.arange(50), GRAPH, dtype=jnp.float64)
+  np.testing.assert_allclose(actual, PPR.T, atol=1e-10)
+  transposed = powerwalk_baselines.transition(GRAPH).T.tocsr()
+  scipy_rows = powerwalk_baselines.scipy_power(SOURCES, transposed, iterations=150)
+  np.testing.assert_allclose(scipy_rows, PPR[SOURCES].T, atol=1e-10)
+
+
+def test_networkx_agrees_where_no_vertex_dangles():
+  karate = networkx.karate_club_graph()
+  graph = powerwalk.walk_graph(common.load("karate"))
+  expected = networkx.pagerank(karate, alpha=1 - C, personalization={5: 1}, tol=1e-10, max_iter=300, weight=None)
+  actual = powerwalk.exact(jnp.array([5]), graph)[:, 0]
+  np.testing.assert_allclose(actual, [expected[v] for v in range(34)], atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
+def test_with_exact_fingerprints_the_answer_is_exact_for_every_number_of_steps(steps):
+  """The decomposition theorem, to 1e-10 (powerwalk.md oracle 1); without an index L1 is (1 - c)^T (oracle 2)."""
+  answer = powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), steps=steps, dtype=jnp.float64)
+  np.testing.assert_allclose(answer, PPR[SOURCES].T, atol=1e-10)
+  short = powerwalk.query(jnp.asarray(SOURCES), GRAPH, None, steps=steps, dtype=jnp.float64)
+  np.testing.assert_allclose(np.abs(short - PPR[SOURCES].T).sum(0), (1 - C) ** steps, atol=1e-10)
+
+
+@pytest.mark.parametrize("prune", powerwalk.PRUNE)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_mass_is_conserved_or_accounted_for(prune, steps):
+  """|S| + |F| + |H| = 1, less what "drop" reports (powerwalk.md oracle 3)."""
+  s, f, h, dropped = powerwalk.decompose(
+    jnp.asarray(SOURCES), GRAPH, steps=steps, eps=0.02, prune=prune, dtype=jnp.float64
+  )
+  np.testing.assert_allclose(s.sum(0) + f.sum(0) + h.sum(0) + dropped, 1, atol=1e-12)
+  assert (float(dropped.sum()) > 0) == (prune == "drop")
+  assert (float(h.sum()) > 0) == (prune == "hold")
+
+
+@given(st.floats(1e-4, 0.2), st.integers(0, 5))
+def test_dropping_never_exceeds_the_truth_and_holding_stays_exact(eps, steps):
+  """With exact fingerprints: drop <= p_u, its error is the missing mass; hold is exact (powerwalk.md oracle 8)."""
+  options = dict(steps=steps, eps=eps, dtype=jnp.float64)
+  less = np.asarray(powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), prune="drop", **options))
+  held = powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), prune="hold", **options)
+  truth = PPR[SOURCES].T
+  assert (less <= truth + 1e-12).all()
+  np.testing.assert_allclose(np.abs(less - truth).sum(0), 1 - less.sum(0), atol=1e-10)
+  np.testing.assert_allclose(held, truth, atol=1e-10)
+
+
+@pytest.mark.parametrize("prune", powerwalk.PRUNE)
+def test_the_error_is_at_most_dropped_mass_plus_that_of_the_fingerprints(prune):
+  """powerwalk.md oracle 8, with a real index."""
+  index = powerwalk.build_index(GRAPH, jax.random.key(0), walks=20)
+  rows = np.zeros((50, 50))
+  np.add.at(rows, (np.asarray(index.origins), np.asarray(index.visited)), np.asarray(index.values))
+  s, f, h, dropped = (
+    np.asarray(x)
+    for x in powerwalk.decompose(jnp.asarray(SOURCES), GRAPH, steps=2, eps=0.01, prune=prune, dtype=jnp.float64)
+  )
+  estimate = np.asarray(powerwalk.combine(jnp.asarray(s), jnp.asarray(f), jnp.asarray(h), index))
+  bound = dropped + (f + h).T @ np.abs(rows - PPR).sum(1)
+  error = np.abs(estimate - PPR[SOURCES].T).sum(0)
+  assert (error <= bound + 1e-5).all() and (error > 0.01).sum() >= 6
+
+
+def test_full_paths_are_unbiased():
+  """z-test over 200 seeds, every entry, Bonferroni (powerwalk.md oracle 5)."""
+  run = jax.jit(
+    lambda key: C / 20 * powerwalk.dense_visits(key, GRAPH, jnp.asarray(SOURCES), per_origin=20, length=100)
+  )
+  samples = np.asarray(jax.lax.map(run, jax.random.split(jax.random.key(0), 200)))
+  truth = PPR[SOURCES]
+  seen = truth * 200 * 20 > 20  # enough visits for the normal limit
+  z = (samples.mean(0) - truth)[seen] / (samples.std(0, ddof=1)[seen] / np.sqrt(200))
+  assert seen.sum() > 50
+  assert np.abs(z).max() < scipy.stats.t(199).isf(0.005 / seen.sum())
+
+
+def test_the_variance_of_full_paths_is_that_of_returns_on_a_cycle():
+  """p c (1 + r)/(1 - r) - p^2 with r = (1 - c)^3 on a 3-cycle; ends have p (1 - p) (powerwalk.md oracle 5)."""
+  graph = powerwalk.walk_graph(common.make(3, np.array([[0, 1], [1, 2], [2, 0]]), directed=True))
+  p = C * (1 - C) ** np.arange(3) / (1 - (1 - C) ** 3)
+  walkers = jnp.zeros(40_000, jnp.int32)
+  visits = C * np.asarray(powerwalk.dense_visits(jax.random.key(1), graph, walkers, per_origin=1, length=100))
+  r = (1 - C) ** 3
+  np.testing.assert_allclose(visits.mean(0), p, rtol=0.02)
+  np.testing.assert_allclose(visits.var(0), p * C * (1 + r) / (1 - r) - p**2, rtol=0.05)
+  position, _ = powerwalk.walks(jax.random.key(2), graph, walkers, length=100)
+  ends = np.asarray(position[-1])[:, None] == np.arange(3)
+  np.testing.assert_allclose(ends.var(0), p * (1 - p), rtol=0.05)
+  assert (visits.var(0) < ends.var(0)).all()
+
+
+def test_walkers_are_conserved_follow_edges_and_stop_for_good():
+  """powerwalk.md oracle 7: every walk has one start, lives on a share 1 - c a step, and its visits are counted once."""
+  origins = jnp.repeat(jnp.arange(50), 400)
+  position, alive = (np.asarray(x) for x in powerwalk.walks(jax.random.key(0), GRAPH, origins, length=12))
+  assert alive[0].all() and (np.diff(alive.astype(int), axis=0) <= 0).all()
+  np.testing.assert_allclose(alive.mean(1), (1 - C) ** np.arange(12), atol=0.012)
+  moved = alive[1:]
+  assert (matrix(GRAPH)[position[:-1], position[1:]][moved] > 0).all()
+  assert (position[1:] == position[:-1])[~moved].all()
+  counts = powerwalk.dense_visits(jax.random.key(0), GRAPH, jnp.arange(50), per_origin=400, length=12)
+  assert float(counts.sum()) == alive.sum()
+  np.testing.assert_array_equal(np.asarray(counts).sum(1), alive.reshape(12, 50, 400).sum((0, 2)))
+
+
+def test_sorted_visits_are_the_dense_ones():
+  options = dict(per_origin=30, length=20)
+  dense = powerwalk.dense_visits(jax.random.key(3), GRAPH, jnp.arange(50), **options)
+  row, vertex, count = powerwalk.sorted_visits(jax.random.key(3), GRAPH, jnp.arange(50), **options)
+  again = np.zeros((50, 50))
+  real = np.asarray(count) > 0
+  np.add.at(again, (np.asarray(row)[real], np.asarray(vertex)[real]), np.asarray(count)[real])
+  np.testing.assert_array_equal(again, dense)
+
+
+def test_an_index_keeps_the_largest_entries():
+  whole = powerwalk.build_index(GRAPH, jax.random.key(0), walks=50, block=16)
+  small = powerwalk.build_index(GRAPH, jax.random.key(0), walks=50, block=16, cap=5)
+  raw = powerwalk.build_index(GRAPH, jax.random.key(0), walks=50, block=16, cap=5, norm="unbiased")
+  dense = lambda i: np.asarray(jnp.zeros((50, 50)).at[i.origins, i.visited].add(i.values))
+  np.testing.assert_allclose(dense(whole).sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(dense(small).sum(1), 1, rtol=1e-5)
+  assert ((dense(small) > 0).sum(1) <= 5).all() and whole.bytes == 8 * (dense(whole) > 0).sum()
+  assert (dense(raw).sum(1) < 1.5).all()
+  for v in range(50):
+    assert dense(whole)[v][dense(small)[v] > 0].min() >= dense(whole)[v][dense(small)[v] == 0].max() - 1e-6
+
+
+def test_a_batch_answers_as_one_by_one_and_in_chunks(monkeypatch):
+  """powerwalk.md oracle 6; ties go to the smaller id."""
+  index = powerwalk.build_index(GRAPH, jax.random.key(0), walks=10)
+  batch = powerwalk.query(jnp.asarray(SOURCES), GRAPH, index, steps=2)
+  one = [powerwalk.query(jnp.asarray([u]), GRAPH, index, steps=2)[:, 0] for u in SOURCES]
+  np.testing.assert_allclose(batch, jnp.stack(one, 1), atol=1e-6)
+  ids, scores = powerwalk.top_k(SOURCES, GRAPH, index, k=7, batch=3, steps=2)
+  expected = np.argsort(-np.asarray(batch).T, axis=1, kind="stable")[:, :7]
+  np.testing.assert_array_equal(ids, expected)
+  np.testing.assert_allclose(scores, np.take_along_axis(np.asarray(batch).T, expected, 1), atol=1e-6)
+  monkeypatch.setattr(powerwalk, "_MESSAGES", 8 * 13)
+  np.testing.assert_allclose(powerwalk.step(batch, GRAPH), matrix(GRAPH).T @ np.asarray(batch), atol=1e-6)
+
+
+def test_backward_sweeps_are_the_forward_estimate():
+  index = powerwalk.build_index(GRAPH, jax.random.key(0), walks=10)
+  targets = jnp.array([0, 3, 44])
+  columns = powerwalk.backward(targets, GRAPH, index, steps=3)
+  forward = powerwalk.query(jnp.arange(50), GRAPH, index, steps=3)
+  np.testing.assert_allclose(columns, np.asarray(forward)[np.asarray(targets)].T, atol=1e-5)
+
+
+def test_eight_devices_answer_as_one():
+  """Vertices by range over a mesh axis, 50 of them on 8 devices."""
+  assert jax.device_count() == 8
+  index = powerwalk.build_index(GRAPH, jax.random.key(0), walks=10)
+  mesh = make_mesh({"data": 8})
+  parts = powerwalk_sharded.shard(GRAPH, index, mesh, axis="data")
+  assert len(parts.edges[0].sharding.device_set) == 8
+  for steps in (0, 3):
+    whole = powerwalk.query(jnp.asarray(SOURCES), GRAPH, index, steps=steps)
+    sharded = powerwalk_sharded.query(jnp.asarray(SOURCES), parts, mesh, axis="data", steps=steps)
+    np.testing.assert_allclose(sharded, whole, atol=1e-6)
+
+
+def test_hubs_hold_the_flow_and_need_no_other_rows():
+  """All vertices hubs: the fingerprint of the source; none: S + F; always mass one, exact with exact rows of hubs."""
+  hubs = np.asarray(GRAPH.degree) >= 4
+  assert 0 < hubs.sum() < 50
+  rows = exact_index()
+  kept = hubs[np.asarray(rows.origins)]
+  index = powerwalk.make_index(50, *(np.asarray(x)[kept] for x in (rows.origins, rows.visited, rows.values)))
+  answer = lambda t: np.asarray(powerwalk.query(jnp.asarray(SOURCES), GRAPH, index, steps=t, hubs=jnp.asarray(hubs)))
+  np.testing.assert_allclose(answer(3).sum(0), 1, atol=1e-5)
+  np.testing.assert_allclose(answer(100), PPR[SOURCES].T, atol=1e-5)
+  np.testing.assert_allclose(answer(0)[:, hubs[SOURCES]], PPR[SOURCES].T[:, hubs[SOURCES]], atol=1e-5)
+
+
+def test_forward_push_keeps_its_invariant_and_stops_below_r_max():
+  """p_u = reserve + sum_v residual(v) p_v, residual < r_max d; FORA and ends of walks estimate p_u."""
+  reserve, residual, edges = powerwalk_baselines.forward_push(jnp.asarray(SOURCES), GRAPH, r_max=1e-3)
+  np.testing.assert_allclose(reserve + PPR.T @ np.asarray(residual), PPR[SOURCES].T, atol=1e-5)
+  assert (np.asarray(residual) < 1e-3 * np.asarray(GRAPH.degree)[:, None]).all() and (np.asarray(edges) > 0).all()
+  estimate = powerwalk_baselines.fora(jax.random.key(0), GRAPH, jnp.asarray(SOURCES), r_max=1e-2)
+  assert float(np.abs(estimate - PPR[SOURCES].T).sum(0).max()) < 0.1
+  ends = powerwalk_baselines.end_point(jax.random.key(0), GRAPH, jnp.asarray(SOURCES), per_source=20_000)
+  assert float(np.abs(ends - PPR[SOURCES].T).sum(0).max()) < 0.06
+
+
+def test_measures_of_quality():
+  truth = jnp.array([[0.5, 0.3, 0.15, 0.05]]).T
+  perfect = powerwalk.quality(truth, truth, k=2)
+  assert {name: float(v[0]) for name, v in perfect.items()} == {"l1": 0, "precision": 1, "rag": 1, "ndcg": 1}
+  wrong = powerwalk.quality(jnp.array([[0.5, 0.1, 0.35, 0.05]]).T, truth, k=2)
+  assert float(wrong["precision"][0]) == 0.5 and float(wrong["rag"][0]) == pytest.approx(0.65 / 0.8)
+  assert float(wrong["l1"][0]) == pytest.approx(0.4)
+  assert float(wrong["ndcg"][0]) == pytest.approx((0.5 + 0.15 / np.log2(3)) / (0.5 + 0.3 / np.log2(3)))
+
+
+def test_work_counts_edges_and_entries():
+  chain = powerwalk.walk_graph(common.make(4, np.array([[0, 1], [0, 2], [1, 3], [2, 3]]), directed=True))
+  index = powerwalk.make_index(4, np.array([3, 3, 1]), np.array([0, 3, 1]), np.ones(3))
+  found = powerwalk.work(jnp.array([0]), chain, index, steps=2)
+  assert found == {"edges": 4.0, "entries": 2.0, "active": 1.0}
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: powerwalk.top_k([50], GRAPH, None, k=3, steps=1), "vertices are 0..49"),
+    (lambda: powerwalk.top_k([], GRAPH, None, k=3, steps=1), "non-empty"),
+    (lambda: powerwalk.top_k([0], GRAPH, None, k=51, steps=1), "k is 51"),
+    (lambda: powerwalk.top_k([0], GRAPH, None, k=5, batch=0, steps=1), "batch is 0"),
+    (lambda: powerwalk.decompose(jnp.array([0]), GRAPH, steps=-1), "steps is -1"),
+    (lambda: powerwalk.decompose(jnp.array([0]), GRAPH, steps=1, reset=1.0), "reset is 1.0"),
+    (lambda: powerwalk.decompose(jnp.array([0]), GRAPH, steps=1, prune="some"), "prune is 'some'"),
+    (lambda: powerwalk.build_index(GRAPH, jax.random.key(0), walks=0), "walks=0"),
+    (lambda: powerwalk.build_index(GRAPH, jax.random.key(0), walks=1, norm="l2"), "norm is 'l2'"),
+    (lambda: powerwalk_sharded.shard(GRAPH, exact_index(), make_mesh(), axis="x"), "axis is 'x'"),
+    (lambda: powerwalk_baselines.fora(jax.random.key(0), GRAPH, jnp.array([0]), r_max=0.1, eps=-1.0), "positive"),
+  ],
+)
+def test_impossible_requests_are_named(call, message):
+  with pytest.raises(InputError, match=message):
+    call()
+
+
+def test_the_experiment_runs_at_test_scale(tmp_path):
+  report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console())
+  assert report.claims and report.figures
+  for name in report.figures:
+    assert (tmp_path / name).is_file()
