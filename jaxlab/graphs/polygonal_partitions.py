@@ -32,7 +32,7 @@ METHODS = ("greedy", "gap", "angular", "random", "axes")
 ROOTS = ("square", "circle")
 
 # Polygons handled by one call; also the largest of the few batch sizes that are ever compiled.
-_CHUNK = 16384
+_CHUNK = 4096
 
 
 class Polygon(NamedTuple):
@@ -283,6 +283,24 @@ def _worst_aspect(polygon, theta, shares):
   return jnp.max(jnp.stack([polygon_metrics(part).aspect for part in cut(polygon, theta, shares)]))
 
 
+def _best_direction(polygons, middle, allowed, shares):
+  """The allowed direction, either way round, with the least worst aspect ratio, for every polygon of a batch."""
+  first = jnp.argsort(~allowed, axis=1)
+  middle, allowed = jnp.take_along_axis(middle, first, 1), jnp.take_along_axis(allowed, first, 1)
+
+  def attempt(i, best):
+    score, theta = best
+    # Both orders of the two children: the line turned by pi.
+    turned = middle[:, i // 2] + (i % 2) * jnp.pi
+    tried = jnp.where(allowed[:, i // 2], jax.vmap(_worst_aspect)(polygons, turned, shares), jnp.inf)
+    return jnp.minimum(score, tried), jnp.where(tried < score, turned, theta)
+
+  # Few gaps are wide, so the loop ends with the batch's longest list, long before V.
+  most = jnp.max(jnp.sum(allowed, axis=1))
+  start = jnp.full(len(middle), jnp.inf), middle[:, 0]
+  return jax.lax.fori_loop(0, 2 * most, attempt, start)[1]
+
+
 @functools.partial(jax.jit, static_argnames="method")
 def _cut_batch(polygons, theta, shares, depth, *, method):
   """Cuts every polygon, along `theta` if the method is "given"; (left, right, separation)."""
@@ -299,11 +317,7 @@ def _cut_batch(polygons, theta, shares, depth, *, method):
     else:
       middle = jnp.broadcast_to(jnp.array([0.0, jnp.pi / 2]), (len(theta), 2))
       allowed = jnp.ones_like(middle, bool)
-    options = jnp.concatenate([middle, middle + jnp.pi], 1)
-    # One option after the other for the whole batch: all at once would need options x V^2 numbers a polygon.
-    scores = jax.lax.map(lambda t: jax.vmap(_worst_aspect)(polygons, t, shares), options.T).T
-    scores = jnp.where(jnp.concatenate([allowed, allowed], 1), scores, jnp.inf)
-    theta = jnp.take_along_axis(options, jnp.argmin(scores, axis=1)[:, None], 1)[:, 0]
+    theta = _best_direction(polygons, middle, allowed, shares)
   left, right = jax.vmap(cut)(polygons, theta, shares)
   return left, right, jax.vmap(separation)(polygons, theta)
 
@@ -317,7 +331,7 @@ def _cut_level(polygons, theta, shares, depth, method):
   for at in range(0, len(theta), _CHUNK):
     chunk = slice(at, at + _CHUNK)
     length = len(theta[chunk])
-    padded = next(size for size in (32, 1024, _CHUNK) if size >= length)
+    padded = next(size for size in (8, 64, 256, 1024, _CHUNK) if size >= length)
     fill = lambda a, extra=padded - length: np.concatenate([a, np.repeat(a[:1], extra, axis=0)])
     arguments = [Polygon(*(fill(part[chunk]) for part in polygons)), fill(theta[chunk]), fill(shares[chunk])]
     result = _cut_batch(*arguments, np.float64(depth), method=method)

@@ -144,7 +144,7 @@ def test_streamed_statistics_are_the_direct_ones():
   np.testing.assert_allclose(s["interference_absent"], inter[x == 0].mean(), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(s["positive_present"], (p > 0)[x > 0].mean(), rtol=1e-5)
   np.testing.assert_allclose(s["positive_absent"], (p > 0)[x == 0].mean(), rtol=1e-5)
-  weighted = (r2 * x.sum(0))[keep].sum() / x.sum(0)[keep].sum()
+  weighted = (r2[keep] * x.sum(0)[keep]).sum() / x.sum(0)[keep].sum()
   np.testing.assert_allclose(s["frequency_weighted_r2"], weighted, rtol=1e-4)
 
 
