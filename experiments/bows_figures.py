@@ -16,14 +16,14 @@ def draw_synthetic(grams: dict, workdir: Path) -> str:
     len(kinds), len(latents) + 1, figsize=(1.7 * len(latents) + 1.7, 6.8), layout="constrained"
   )
   off = ~np.eye(12, dtype=bool)
-  for row, kind in zip(axes, kinds, strict=True):
+  for level, (row, kind) in enumerate(zip(axes, kinds, strict=True)):
     for axis, name in zip(row, ["covariance", *latents], strict=True):
       matrix = grams["covariance"] if name == "covariance" else grams[kind, name]
       limit = np.abs(matrix[off]).max()
       axis.imshow(np.where(off, matrix, np.nan), cmap="RdBu_r", vmin=-limit, vmax=limit)
       axis.set(xticks=[], yticks=[])
       axis.grid(False)
-      if row is axes[0]:
+      if level == 0:
         axis.set_title("covariance" if name == "covariance" else f"m = {name}", fontsize=10)
     row[0].set_ylabel(kind)
   return figures.save(figure, workdir, "synthetic")

@@ -227,7 +227,8 @@ def word_statistics(sums: dict[str, Float[Array, "d"]]) -> dict[str, np.ndarray]
   """Per-word R2 and interference, and their means, in float64.
 
   R2_v = 1 - sum (x - x^)^2 / (sum x^2 - (sum x)^2 / n); words that are never or always active are NaN. `present` and
-  `absent` are means over all (window, word) pairs where the word is or is not in the window.
+  `absent` are means over all (window, word) pairs where the word is or is not in the window; frequent words weigh more
+  in the former, so `interference_within` takes the difference word by word before it averages (by active count).
   """
   s = {name: np.asarray(value, np.float64) for name, value in sums.items()}
   silent = s["count"] - s["active"]
@@ -235,6 +236,7 @@ def word_statistics(sums: dict[str, Float[Array, "d"]]) -> dict[str, np.ndarray]
   with np.errstate(divide="ignore", invalid="ignore"):
     r2 = np.where(spread > 0, 1 - s["squared_error"] / spread, np.nan)
     received = np.where(s["active"] > 0, s["interference_active"] / s["active"], np.nan)
+    without = np.where(silent > 0, (s["interference"] - s["interference_active"]) / silent, np.nan)
   absent = lambda name: (s[name] - s[f"{name}_active"]).sum() / silent.sum()
   present = lambda name: s[f"{name}_active"].sum() / s["active"].sum()
   return {
@@ -244,6 +246,7 @@ def word_statistics(sums: dict[str, Float[Array, "d"]]) -> dict[str, np.ndarray]
     "received": received,
     "interference_present": present("interference"),
     "interference_absent": absent("interference"),
+    "interference_within": np.nansum((received - without) * s["active"]) / s["active"].sum(),
     "positive_present": present("positive"),
     "positive_absent": absent("positive"),
   }

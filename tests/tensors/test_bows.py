@@ -142,6 +142,8 @@ def test_streamed_statistics_are_the_direct_ones():
   np.testing.assert_allclose(s["mean_r2"], r2[keep].mean(), rtol=1e-4)
   np.testing.assert_allclose(s["interference_present"], inter[x > 0].mean(), rtol=1e-4)
   np.testing.assert_allclose(s["interference_absent"], inter[x == 0].mean(), rtol=1e-4, atol=1e-5)
+  each = [inter[x[:, v] > 0, v].mean() - inter[x[:, v] == 0, v].mean() if keep[v] else 0.0 for v in range(20)]
+  np.testing.assert_allclose(s["interference_within"], (each * x.sum(0)).sum() / x.sum(), rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(s["positive_present"], (p > 0)[x > 0].mean(), rtol=1e-5)
   np.testing.assert_allclose(s["positive_absent"], (p > 0)[x == 0].mean(), rtol=1e-5)
   weighted = (r2[keep] * x.sum(0)[keep]).sum() / x.sum(0)[keep].sum()
