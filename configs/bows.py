@@ -9,6 +9,19 @@ On your own text (months need dates in it):
 
   python -m experiments.run --config=configs/bows.py:cpu --workdir=runs/bows_books \
       --config.data.name=local_text --config.data.path=books/val.jsonl.xz --config.data.split=validation
+
+The second, on 12,000 paragraphs of novels and two shared CPU cores (74 s), printed:
+
+  held-out interference, present minus absent    0.144, 0.146, 0.127 at m = 25, 50, 100; columns shuffled 0.045 .. 0.019
+  the same word by word                          0.101, 0.104, 0.092; columns shuffled 0.000
+  R2 of windows minus of single words            0.20 to 0.21; Spearman with the interference received 0.74 to 0.88
+  circular features, Gram against covariance     within 0.02 of the reference table; ReLU beats PCA at m = 2 (0.91x)
+  column-shuffled circle, m = 4                  ring score 2.7 of 12 (circle 12)
+  value coding, accuracy 0.97                    0.94 by the probe's plane alone, 0.30 without it
+
+Not reproduced there: 5 times the shuffled control (3.2: frequent words), a fall with m between 25 and 50 (2400 steps
+with one seed do fall: 0.154, 0.141, 0.114), a rise with decay 1 at m = 100 (800 steps), 5 times the shuffled clusters'
+contrast (4.8). The novels name some months in fewer than five paragraphs, so months were not measured.
 """
 
 import ml_collections
