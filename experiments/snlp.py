@@ -177,7 +177,7 @@ def measure_speed(config, model: Transformer, console) -> dict:
 
 
 def make_claims(config, quality: dict, speed: dict, depth: int) -> list[Claim]:
-  """The sheet's claims, in the revised form of the paper, and the first version's."""
+  """The paper's claims in its revised form, and the first version's."""
   surrogate, layers = config.snlp.surrogate, list(config.snlp.layers)
   n = layers[-1]
   key = lambda n, k, initial="h0": f"n{n} K{k} {surrogate} {initial}"

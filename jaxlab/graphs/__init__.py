@@ -1,1 +1,1 @@
-"""Methods that split graphs: into supernodes and superedges (SSumM), or a walk into steps (PowerWalk)."""
+"""Methods that split graphs and trees."""

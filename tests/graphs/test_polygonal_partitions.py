@@ -1,0 +1,437 @@
+import math
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+import scipy.cluster.hierarchy
+import scipy.optimize
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.polygonal_partitions import get_config
+from experiments import polygonal_partitions as experiment
+from experiments.console import Console
+from jaxlab.core.checks import InputError
+from jaxlab.graphs import polygonal_partitions as polygons
+from jaxlab.graphs import slack_boxes as boxes
+from jaxlab.graphs import treemaps
+from jaxlab.graphs.weighted_trees import (
+  binarise,
+  first_third,
+  is_leaf,
+  node_depths,
+  tree_from_sizes,
+  weighted_tree,
+)
+
+BOUNDED = ("greedy", "gap", "angular")
+
+
+@st.composite
+def trees(draw, most=24):
+  """Stars, chains and anything between, with weights over up to 24 orders of magnitude."""
+  n = draw(st.integers(2, most))
+  reach = draw(st.sampled_from([1, 2, 5, most]))
+  parents = [-1] + [draw(st.integers(max(0, k - reach), k - 1)) for k in range(1, n)]
+  span = draw(st.sampled_from([0.0, 3.0, 12.0]))
+  weights = [10 ** draw(st.floats(-span, span)) for _ in range(n)]
+  return weighted_tree(parents, weights)
+
+
+def vertices(polygon, i):
+  """Absolute vertices of polygon i of a batch."""
+  return polygon.origin[i] + polygon.vertices[i, : polygon.count[i]]
+
+
+def cross(a, b):
+  return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+@pytest.mark.parametrize("method", BOUNDED)
+@pytest.mark.parametrize("root", polygons.ROOTS)
+@given(tree=trees())
+def test_polygons_keep_areas_convexity_angles_and_the_aspect_bound(method, root, tree):
+  """polygonal_partitions.md oracle (a): areas to 1e-9, convex, every cut at phi or more, asp <= 10 / tan(phi/2)."""
+  binary = binarise(tree)
+  height = len(binary.levels)
+  partition = polygons.partition(binary, method=method, root=root)
+  phi = polygons.separation_bound(height, method=method, root=root)
+  for separation in partition.separations:
+    assert separation.min() >= phi - 1e-9
+  corners = 4 if root == "square" else polygons.palette_size(height)
+  for depth, level in enumerate(partition.levels):
+    assert level.count.max() <= corners + depth
+    metrics = polygons.measure(level)
+    assert metrics.aspect.max() <= polygons.aspect_bound(height, method=method, root=root)
+    assert (metrics.aspect <= 2 * metrics.diam / metrics.width * (1 + 1e-9)).all()
+    rho = 5 / math.tan(min(phi, math.pi / 6) / 2)
+    assert (metrics.diam / metrics.width).max() <= max(math.sqrt(2), rho)
+    edges = np.roll(level.vertices, -1, axis=1) - level.vertices
+    for edge, count, diam in zip(edges, level.count, metrics.diam, strict=True):
+      edge = edge[:count] / diam
+      assert cross(edge, np.roll(edge, -1, axis=0)).min() > -1e-9
+  areas = polygons.measure(partition.of_nodes(binary)).area
+  np.testing.assert_allclose(areas, tree.weights / tree.weights[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", polygons.METHODS)
+def test_children_tile_their_parent(method):
+  """The two parts of every cut lie in the parent, on two sides of a line, and their areas add up."""
+  random = np.random.default_rng(0)
+  parents = [-1, *(int(random.integers(max(0, k - 5), k)) for k in range(1, 24))]
+  tree = weighted_tree(parents, random.lognormal(0, 3, 24))
+  binary = binarise(tree)
+  partition = polygons.partition(binary, method=method)
+  checked = 0
+  for level, parents, children in zip(binary.levels, partition.levels[:-1], partition.levels[1:], strict=True):
+    area = polygons.measure(children).area
+    np.testing.assert_allclose(area[::2] + area[1::2], polygons.measure(parents).area[level.slots], rtol=1e-12)
+    for i, slot in enumerate(level.slots):
+      whole, left, right = vertices(parents, slot), vertices(children, 2 * i), vertices(children, 2 * i + 1)
+      edge = np.roll(whole, -1, axis=0) - whole
+      for part in (left, right):
+        assert cross(edge[:, None], part[None] - whole[:, None]).min() > -1e-14
+      # The separating line: an edge of one part with the whole other part outside.
+      edges = np.roll(left, -1, axis=0) - left
+      outside = cross(edges[:, None], right[None] - left[:, None]).max(axis=1)
+      assert outside.min() < 1e-14
+      checked += 1
+  assert checked == is_leaf(tree.parents).sum() - 1 > 5
+
+
+def exact_low_area(corners, theta, point):
+  """Area of a polygon's part whose coordinate along (sin theta, -cos theta) is at most the point's, in fractions."""
+  normal = (Fraction(math.sin(theta)), Fraction(-math.cos(theta)))
+  along = lambda p: normal[0] * p[0] + normal[1] * p[1]
+  limit, kept = along(point), []
+  for a, b in zip(corners, corners[1:] + corners[:1], strict=True):
+    if along(a) <= limit:
+      kept.append(a)
+    if (along(a) - limit) * (along(b) - limit) < 0:
+      t = (limit - along(a)) / (along(b) - along(a))
+      kept.append(tuple(u + t * (v - u) for u, v in zip(a, b, strict=True)))
+  twice = sum(a[0] * b[1] - a[1] * b[0] for a, b in zip(kept, kept[1:] + kept[:1], strict=True))
+  return twice / 2
+
+
+@pytest.mark.parametrize("share", [0.5, 0.03, 1e-6, 1 - 1e-6, 1e-12])
+@pytest.mark.parametrize("theta", [0.3, 1.2, 2.9, 0.3 + math.pi])
+def test_a_cut_agrees_with_exact_arithmetic(theta, share):
+  """The line found in float64 cuts off the stated area, computed in rational numbers, on the stated side."""
+  corner = np.array([[0, 0], [3, -1], [4, 0.5], [3.5, 2], [1, 2.5], [-0.5, 1]])
+  edges = np.roll(corner, -1, axis=0) - corner
+  pad = lambda a: np.pad(a, ((0, 2),) + ((0, 0),) * (a.ndim - 1))
+  with jax.enable_x64(True):
+    whole = polygons.Polygon(
+      np.zeros(2), pad(corner), pad(np.mod(np.arctan2(edges[:, 1], edges[:, 0]), np.pi)), np.int32(6)
+    )
+    left, right = jax.jit(polygons.cut)(whole, theta, np.array([share, 1 - share]))
+  rational = [tuple(map(Fraction, map(float, p))) for p in corner]
+  area = exact_low_area(
+    rational, theta, (Fraction(100) * Fraction(math.sin(theta)), Fraction(-100) * Fraction(math.cos(theta)))
+  )
+  normal = np.array([math.sin(theta), -math.cos(theta)])
+  small, sign = (left, 1) if share < 0.5 else (right, -1)
+  points = np.asarray(small.origin + small.vertices)[: small.count]
+  # Both ends of the cut are the points farthest along the normal; the middle one's line is the cut.
+  end = points[np.argsort(-sign * (points @ normal))[:2]].mean(axis=0)
+  cut_off = exact_low_area(rational, theta if sign > 0 else theta + math.pi, tuple(map(Fraction, map(float, end))))
+  wanted = min(share, 1 - share)
+  # The ends are rounded to 1e-16 of the whole: an area of s^2 keeps 1e-15 / s of its digits there.
+  np.testing.assert_allclose(float(cut_off / area), wanted, rtol=1e-9 + 1e-15 / math.sqrt(wanted) * 10)
+  measured = polygons.measure(jax.tree.map(lambda a: np.asarray(a)[None], small)).area[0]
+  np.testing.assert_allclose(measured, wanted * float(area), rtol=1e-9)
+  other = polygons.measure(jax.tree.map(lambda a: np.asarray(a)[None], right if share < 0.5 else left)).area[0]
+  np.testing.assert_allclose(measured + other, float(area), rtol=1e-12)
+
+
+def test_tiny_corners_keep_their_shape():
+  """A chain of 20 cuts of 1e-4 each: areas of 1e-80, where absolute coordinates keep nothing."""
+  tree = weighted_tree([-1, *(2 * (i // 2) for i in range(40))], [1e4 ** -(i // 2 + i % 2) for i in range(41)])
+  binary = binarise(tree)
+  areas = polygons.measure(polygons.partition(binary).of_nodes(binary)).area
+  assert areas.min() < 1e-70
+  np.testing.assert_allclose(areas, tree.weights / tree.weights[0], rtol=1e-9)
+
+
+def test_metrics_of_known_polygons():
+  """A square has aspect ratio 2 and width 1; a 3-4-5 triangle is as wide as its height on the 5."""
+  triangle = np.array([[0, 0], [4, 0], [0, 3.0]])
+  edges = np.roll(triangle, -1, axis=0) - triangle
+  angles = np.mod(np.arctan2(edges[:, 1], edges[:, 0]), np.pi)
+  square = polygons.root_polygon("square", 4)
+  np.testing.assert_allclose(polygons.measure(polygons._batch(square)), [[1], [math.sqrt(2)], [1], [2]])
+  measured = polygons.measure(polygons._batch(polygons.Polygon(np.zeros(2), triangle, angles, np.int32(3))))
+  np.testing.assert_allclose(measured, [[6], [5], [2.4], [25 / 6]])
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 7, 30, 61])
+def test_the_palette_avoids_the_square_and_itself(height):
+  """Distinct directions, each at pi / (2N) from 0 and pi/2 at least, N even (an odd palette contains pi/2)."""
+  size, theta = polygons.palette_size(height), polygons.level_directions(height)
+  assert size % 2 == 0 and size >= height == len(np.unique(theta))
+  away = np.abs(np.mod(theta + np.pi / 4, np.pi / 2) - np.pi / 4)
+  assert away.min() >= np.pi / (2 * size) - 1e-12
+
+
+def test_candidates_are_the_middles_of_the_gaps():
+  square = polygons.root_polygon("square", 4)
+  middle, gap = polygons.candidate_thetas(*polygons.directions(jax.tree.map(np.asarray, square)))
+  wide = np.asarray(gap) > 1e-6
+  np.testing.assert_allclose(np.sort(np.asarray(middle)[wide]), [np.pi / 4, 3 * np.pi / 4], rtol=1e-6)
+  np.testing.assert_allclose(np.asarray(gap).sum(), np.pi, rtol=1e-6)
+
+
+def test_the_height_of_the_binary_tree_ignores_weights():
+  """H <= depth + log_1.5(leaves), and reweighting changes no cut's place (polygonal_partitions.md, step 0)."""
+  random = np.random.default_rng(0)
+  for tree in experiment.random_trees(40, 200, 2):
+    binary = binarise(tree)
+    leaves = int(is_leaf(tree.parents).sum())
+    assert len(binary.levels) <= node_depths(tree.parents).max() + math.log(leaves, 1.5) + 1e-9
+    other = binarise(weighted_tree(tree.parents, random.lognormal(0, 6, len(tree.parents))))
+    np.testing.assert_array_equal(binary.level_of, other.level_of)
+    np.testing.assert_array_equal(binary.slot_of, other.slot_of)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=9))
+def test_the_shorter_prefix_with_a_third(values):
+  values = np.sort(values)[::-1]
+  cut = int(first_third(values, np.array([0]), np.array([len(values)]))[0])
+  total = values.sum()
+  assert cut == 1 or values[: cut - 1].sum() < total / 3 * (1 + 1e-9)
+  assert values[:cut].sum() >= total / 3 * (1 - 1e-9) or cut == len(values) - 1
+  assert values[0] > 2 / 3 * total or max(values[:cut].sum(), values[cut:].sum()) <= 2 / 3 * total * (1 + 1e-9)
+
+
+def test_the_order_of_siblings_does_not_change_areas_or_the_order_of_sizes():
+  """polygonal_partitions.md oracle (a): permuting siblings leaves every node's area as it is."""
+  weights = np.random.default_rng(0).lognormal(0, 4, 12)
+  shuffle = np.random.default_rng(1).permutation(12)
+  area = lambda w: polygons.measure(polygons.partition(b := binarise(experiment.star(w))).of_nodes(b)).area[1:]
+  np.testing.assert_allclose(area(weights)[shuffle], area(weights[shuffle]), rtol=1e-12)
+
+
+def test_nodes_of_one_child_share_its_polygon():
+  tree = weighted_tree([-1, 0, 1, 2, 2], [0, 0, 0, 1, 3])
+  binary = binarise(tree)
+  nodes = polygons.partition(binary).of_nodes(binary)
+  np.testing.assert_allclose(nodes.vertices[0], nodes.vertices[2])
+  assert len(binary.levels) == 1
+  single = weighted_tree([-1], [2.0])
+  assert polygons.partition(binarise(single)).of_nodes(binarise(single)).count.tolist() == [4]
+
+
+def test_polygons_stay_fat_where_axis_parallel_cuts_do_not():
+  """The sheet's caterpillar with sides 1e-3 .. 1e-9: tens for the bounded methods, 1e6 and more for axis cuts."""
+  tree = experiment.caterpillar(10 ** -np.random.default_rng(0).uniform(3, 9, 14))
+  aspect = experiment.worst_aspects(tree)
+  assert max(aspect[m] for m in BOUNDED) < 80 and aspect["greedy"] < 30
+  assert min(aspect[m] for m in ("axes", "slice-and-dice", "squarified", "exact split")) > 1e6
+
+
+def test_angular_grows_linearly_on_caterpillars():
+  """Worst aspect in proportion to H, at 1.27 H or less (polygonal_partitions.md, measured table)."""
+  worst = {}
+  for n in (30, 60, 120):
+    partition = polygons.partition(binarise(experiment.caterpillar(np.full(n, 0.3))), method="angular")
+    worst[n] = float(experiment.level_metrics(partition).aspect.max()) / n
+  assert max(worst.values()) <= 1.28 and max(worst.values()) / min(worst.values()) < 1.1
+
+
+@pytest.mark.parametrize("eps", [0.5, 0.1, 0.02])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_slack_boxes_keep_aspect_volume_and_place(eps, dimensions):
+  """The slack theorem: aspect <= max(root, 3, 1/eps), (1 - eps)^depth <= volume / share <= 1, disjoint and inside."""
+  for k, tree in enumerate(experiment.random_trees(60, 30, dimensions)):
+    root = np.random.default_rng(k).uniform(1, 1 / eps, dimensions)
+    low, sides = boxes.slack_boxes(tree, eps=eps, root_sides=root)
+    limit = max(boxes.box_aspect(root), 3, 1 / eps)
+    assert boxes.box_aspect(sides).max() <= limit * (1 + 1e-9)
+    ratio = sides.prod(axis=1) / root.prod() / (tree.weights / tree.weights[0])
+    assert ratio.max() <= 1 + 1e-9
+    assert (ratio >= (1 - eps) ** node_depths(tree.parents) * (1 - 1e-9)).all()
+    up = tree.parents[1:]
+    assert (low[1:] >= low[up] - 1e-12).all() and (low[1:] + sides[1:] <= (low[up] + sides[up]) * (1 + 1e-12)).all()
+    for node in range(len(tree.parents)):
+      children = np.flatnonzero(tree.parents == node)
+      a, b = low[children], low[children] + sides[children]
+      apart = (b[:, None] <= a[None] + 1e-12) | (b[None] <= a[:, None] + 1e-12)
+      assert (apart.any(axis=-1) | np.eye(len(children), dtype=bool)).all()
+
+
+def test_no_slack_is_exact():
+  tree = experiment.star(np.random.default_rng(0).lognormal(0, 5, 30))
+  _, sides = boxes.slack_boxes(tree, eps=0.0)
+  np.testing.assert_allclose(sides.prod(axis=1), tree.weights / tree.weights[0], rtol=1e-12)
+  assert boxes.box_aspect(sides).max() > 10 >= boxes.box_aspect(boxes.slack_boxes(tree, eps=0.1)[1]).max()
+
+
+def test_the_cubical_size_solves_its_equation():
+  side = np.random.default_rng(0).lognormal(0, 2, (200, 4))
+  volume = side.prod(axis=1) * np.random.default_rng(1).uniform(1e-9, 1, 200)
+  size = boxes._cubical_size(side, volume)
+  np.testing.assert_allclose(np.minimum(side, size[:, None]).prod(axis=1), volume, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("spread", [2, 9, 16])
+def test_no_embedding_beats_the_lower_bound(dimensions, spread):
+  """polygonal_partitions.md oracle (a): LB <= distortion, of boxes and of any other placement."""
+  tree = experiment.random_ultrametric(60, spread, np.random.default_rng(dimensions))
+  points, bound = boxes.embed_ultrametric(tree, dimensions=dimensions)
+  found = boxes.distortion(points, tree)
+  assert bound * (1 - 1e-6) <= found <= 20 * bound
+  anything = np.random.default_rng(0).normal(size=points.shape)
+  assert boxes.distortion(anything, tree) >= bound
+  if dimensions == 1:  # on the line the boxes are optimal
+    np.testing.assert_allclose(found, bound, rtol=1e-6)
+
+
+def test_tiled_distortion_is_the_ratio_over_all_pairs():
+  """More points than a tile; distances from each pair's lowest common ancestor."""
+  tree = experiment.random_ultrametric(300, 8, np.random.default_rng(3))
+  points = np.random.default_rng(0).normal(size=(300, 2))
+  leaves = np.flatnonzero(is_leaf(tree.parents))
+  above = {}
+  for leaf in leaves.tolist():
+    chain = [leaf]
+    while tree.parents[chain[-1]] >= 0:
+      chain.append(int(tree.parents[chain[-1]]))
+    above[leaf] = chain
+  delta = np.zeros((300, 300))
+  for i, a in enumerate(leaves.tolist()):
+    seen = set(above[a])
+    for j, b in enumerate(leaves.tolist()):
+      delta[i, j] = 0 if i == j else tree.labels[next(v for v in above[b] if v in seen)]
+  np.testing.assert_array_equal(boxes.distance_matrix(tree), delta)
+  pairs = np.triu_indices(300, 1)
+  ratio = np.linalg.norm(points[:, None] - points[None], axis=-1)[pairs] / delta[pairs]
+  np.testing.assert_allclose(boxes.distortion(points, tree), ratio.max() / ratio.min(), rtol=1e-10)
+
+
+def equilateral(n):
+  return boxes.Ultrametric(np.array([-1] + [0] * n), np.array([2.0] + [0.0] * n))
+
+
+def test_small_ultrametrics_against_brute_force():
+  """Two points: distortion 1. n equidistant points on a line: n - 1, attained. Four in the plane: sqrt 2 (search)."""
+  for dimensions in (1, 2, 3):
+    points, bound = boxes.embed_ultrametric(equilateral(2), dimensions=dimensions)
+    assert bound == 1 and boxes.distortion(points, equilateral(2)) == pytest.approx(1)
+  for n in (3, 5):
+    points, bound = boxes.embed_ultrametric(equilateral(n), dimensions=1)
+    assert bound == pytest.approx(n - 1) == boxes.distortion(points, equilateral(n))
+  tree, random = equilateral(4), np.random.default_rng(0)
+  starts = [random.normal(size=8) for _ in range(3)]
+  value = lambda x: boxes.distortion(x.reshape(4, 2), tree)
+  best = min(scipy.optimize.minimize(value, x, method="Nelder-Mead").fun for x in starts)
+  points, bound = boxes.embed_ultrametric(tree, dimensions=2)
+  assert best == pytest.approx(math.sqrt(2), rel=1e-2)
+  assert bound <= best and boxes.distortion(points, tree) >= best * (1 - 1e-2)
+
+
+def test_slack_helps_a_star_with_outliers():
+  """Outliers of volume 1/N: exact rectangles push them into slivers (polygonal_partitions.md, measured)."""
+  tree = experiment.star_with_outliers(200)
+  slack, bound = boxes.embed_ultrametric(tree, dimensions=2, eps=0.1)
+  exact, _ = boxes.embed_ultrametric(tree, dimensions=2, eps=0.0)
+  assert bound == pytest.approx(math.sqrt(200) - 1, rel=0.05)
+  assert bound < boxes.distortion(slack, tree) < 0.7 * boxes.distortion(exact, tree)
+
+
+def test_rounded_labels_stay_within_a_factor_of_two_and_make_the_tree_shallow():
+  parents = np.arange(-1, 40)
+  deep = boxes.Ultrametric(
+    np.concatenate([parents, np.arange(40)]), np.concatenate([1.1 ** -np.arange(41.0), [0.0] * 40])
+  )
+  deep.labels[40] = 0.0
+  rounded = boxes.round_labels(deep)
+  spread = math.log2(1.1**39)
+  assert node_depths(rounded.parents).max() <= spread + 2 < node_depths(deep.parents).max()
+  before, after = boxes.distance_matrix(deep), boxes.distance_matrix(rounded)
+  pairs = ~np.eye(len(before), dtype=bool)
+  assert (after[pairs] >= before[pairs] * (1 - 1e-9)).all() and (after[pairs] < 2 * before[pairs]).all()
+
+
+def test_a_linkage_becomes_its_cophenetic_distances():
+  points = np.random.default_rng(0).normal(size=(25, 3))
+  merges = scipy.cluster.hierarchy.linkage(points, "single")
+  delta = boxes.distance_matrix(boxes.from_linkage(merges))
+  np.testing.assert_allclose(delta[np.triu_indices(25, 1)], scipy.cluster.hierarchy.cophenet(merges))
+
+
+def test_squarified_is_the_published_example():
+  """Areas 6 6 4 3 2 2 1 in a 6 x 4 rectangle (Bruls et al. 2000, figure 4)."""
+  _, sides = treemaps.squarify_row_by_row([6, 6, 4, 3, 2, 2, 1], 0, 0, 6, 4)
+  expected = [(3, 2), (3, 2), (12 / 7, 7 / 3), (9 / 7, 7 / 3), (6 / 5, 5 / 3), (6 / 5, 5 / 3), (3 / 5, 5 / 3)]
+  np.testing.assert_allclose(sides, expected)
+
+
+@pytest.mark.parametrize("treemap", [treemaps.slice_and_dice, treemaps.squarified])
+def test_rectangular_baselines_have_exact_areas_inside_their_parents(treemap):
+  for tree in experiment.random_trees(12, 30, 5):
+    low, sides = treemap(tree)
+    np.testing.assert_allclose(sides.prod(axis=1), tree.weights / tree.weights[0], rtol=1e-6)
+    up = tree.parents[1:]
+    assert (low[1:] >= low[up] - 1e-9).all() and (low[1:] + sides[1:] <= low[up] + sides[up] + 1e-9).all()
+
+
+def test_mds_is_isometric_in_enough_dimensions_and_stress_descent_improves_on_it():
+  tree = experiment.random_ultrametric(20, 3, np.random.default_rng(0))
+  delta = boxes.distance_matrix(tree)
+  assert boxes.distortion(treemaps.classical_mds(delta, 19), tree) == pytest.approx(1, abs=1e-6)
+  flat = boxes.distortion(treemaps.classical_mds(delta, 2), tree)
+  assert boxes.distortion(treemaps.stress_descent(delta, 2, steps=200), tree) < flat
+  assert treemaps.random_projection(delta, 2, 0).shape == (20, 2)
+
+
+def test_paths_make_a_tree():
+  tree, names = tree_from_sizes({"a/x": 1, "a/y": 2, "b": 4})
+  assert dict(zip(names, tree.weights.tolist(), strict=True)) == {"": 7, "a": 3, "a/x": 1, "a/y": 2, "b": 4}
+  binary = binarise(tree)
+  picture = polygons.svg(polygons.partition(binary).of_nodes(binary), ["#123456"] * 5)
+  assert picture.startswith("<svg") and picture.count("<polygon") == 5
+
+
+def test_experiment_reports_claims_and_figures(tmp_path):
+  report = experiment.run(get_config("test"), tmp_path, tmp_path, Console())
+  assert len(report.claims) > 10 and len(report.figures) == 3
+  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+  assert "<polygon" in (tmp_path / "treemap.svg").read_text()
+  bounds = [c for c in report.claims if "over its bound" in c.name]
+  assert len(bounds) == 4 and all(c.holds for c in bounds)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: weighted_tree([-1, 0, 0], [0, 1, 0]), "leaf 2 has weight 0; weights must be positive"),
+    (lambda: weighted_tree([-1, 0, 0], [0, 1, -3]), "leaf 2 has weight -3"),
+    (lambda: weighted_tree([-1, 0], [0, math.nan]), "leaf 1 has weight nan"),
+    (lambda: weighted_tree([-1, 0, 0], [0, 1, 1e-200]), "ratio must stay above"),
+    (lambda: weighted_tree([-1, 2, 0], [0, 1, 1]), "node 1 has parent 2; node 0 is the root"),
+    (lambda: weighted_tree([0, 0], [1, 1]), "node 0 has parent 0"),
+    (lambda: weighted_tree([-1, 0], [1]), "1 weights for 2 nodes"),
+    (lambda: polygons.partition(binarise(experiment.star([1, 2])), method="magic"), "method is 'magic'"),
+    (lambda: polygons.partition(binarise(experiment.star([1, 2])), root="cube"), "root is 'cube'"),
+    (lambda: polygons.aspect_bound(5, method="random"), "method with a bound is 'random'"),
+    (lambda: boxes.slack_boxes(experiment.star([1, 2]), eps=0.7), "eps is 0.7; it must lie in 0..0.5"),
+    (lambda: boxes.slack_boxes(experiment.star([1, 2]), root_sides=(1, 0)), "one positive number per dimension"),
+    (lambda: boxes.embed_ultrametric(equilateral(3), dimensions=0), "dimensions is 0"),
+    (
+      lambda: boxes.embed_ultrametric(boxes.Ultrametric(np.array([-1, 0, 1, 1]), np.array([1.0, 2, 0, 0]))),
+      "node 1 has a larger label than its parent",
+    ),
+    (lambda: boxes.embed_ultrametric(boxes.Ultrametric(np.array([-1, 0]), np.array([1.0, 1]))), "leaf 1 has label 1"),
+    (lambda: boxes.distortion(np.zeros((2, 2)), equilateral(3)), "2 points for 3 leaves"),
+    (lambda: boxes.from_linkage(np.array([[0, 1, 0.0, 2]])), "coincident points"),
+    (lambda: experiment.file_sizes("package", "no_such_package"), "not an installed package"),
+    (lambda: experiment.file_sizes("directory", "/no/such"), "is not a folder"),
+    (lambda: experiment.file_sizes("tarball", "x"), "config.data.name is 'tarball'"),
+  ],
+)
+def test_mistakes_are_named(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
