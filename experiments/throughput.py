@@ -11,7 +11,7 @@ import numpy as np
 from experiments import figures, timing
 from experiments.results import Claim, Report
 from jaxlab.core import mesh as meshes
-from jaxlab.models import Transformer, hub
+from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
 from jaxlab.models.transformer import flat_call
 from jaxlab.training import loop, losses
@@ -165,7 +165,7 @@ def torch_speed(model: Transformer, lengths, repetitions: int) -> dict:
   from experiments.torch_nanochat import Nanochat
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  tensors = hub.to_tensors(model, hub.KARPATHY)
+  tensors = hub.to_tensors(model, formats.KARPATHY)
   opponent = Nanochat(model.config, tensors, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
   compiled = torch.compile(opponent, mode="reduce-overhead", fullgraph=True)
   wait = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -16,7 +16,7 @@ class Nanochat(nn.Module):
   """`model(tokens: int64[batch, time]) -> float32[batch, time, vocab]`."""
 
   def __init__(self, config: TransformerConfig, tensors: dict, dtype=torch.float32, device="cpu"):
-    """`tensors`: NumPy arrays under karpathy's names (`hub.to_tensors(model, hub.KARPATHY)`)."""
+    """`tensors`: NumPy arrays under karpathy's names (`hub.to_tensors(model, formats.KARPATHY)`)."""
     super().__init__()
     require(set(config.windows) == {None}, "the torch opponent has full windows only; use window_pattern='L'")
     self.config = config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import generate, hub
+from jaxlab.models import formats, generate, hub
 from tests.common import configs, random_model, random_tokens
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -59,18 +59,18 @@ def test_large_checkpoints_are_sharded_and_saving_again_leaves_no_stale_shard(tm
 
 def test_nanochat_tensors_round_trip_and_legacy_ones_are_filled_in():
   model = random_model(CONFIGS["nanochat"])
-  tensors = hub.to_tensors(model, hub.KARPATHY)
+  tensors = hub.to_tensors(model, formats.KARPATHY)
   assert tensors["transformer.h.1.attn.c_q.weight"].shape == (48, 48)
   assert "value_embeds.1.weight" in tensors and "value_embeds.0.weight" not in tensors
   raw = dict(n_layer=6, n_embd=48, n_head=3, n_kv_head=3, vocab_size=64, sequence_len=512, window_pattern="SSSL")
-  config = hub.karpathy_config(raw, tensors)
+  config = formats.karpathy_config(raw, tensors)
   assert config == model.config
-  back = hub.from_tensors(config, hub.KARPATHY, tensors.__getitem__, tensors)
+  back = hub.from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors)
   tokens = random_tokens(1, 9)
   np.testing.assert_array_equal(back(tokens), model(tokens))
   old = {k: v for k, v in tensors.items() if "ve_gate" not in k and "value_embeds" not in k and "lambda" not in k}
-  config = hub.karpathy_config(raw | {"window_pattern": "L"}, old)
-  legacy = hub.from_tensors(config, hub.KARPATHY, old.__getitem__, old)
+  config = formats.karpathy_config(raw | {"window_pattern": "L"}, old)
+  legacy = hub.from_tensors(config, formats.KARPATHY, old.__getitem__, old)
   assert not config.value_embeddings and float(legacy.backout_lambda[...]) == 0
   np.testing.assert_array_equal(legacy.blocks.residual_lambda[...], np.ones(6))
 

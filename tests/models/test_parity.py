@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.models import generate, hub
+from jaxlab.models import formats, generate, hub
 from tests.common import configs, random_model, random_tokens
 
 torch = pytest.importorskip("torch")
@@ -45,5 +45,5 @@ def test_the_torch_opponent_computes_the_same_function():
 
   model = random_model(nanochat(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512, window_pattern="L"))
   tokens = random_tokens(2, 33)
-  opponent = Nanochat(model.config, hub.to_tensors(model, hub.KARPATHY))
+  opponent = Nanochat(model.config, hub.to_tensors(model, formats.KARPATHY))
   np.testing.assert_allclose(model(tokens), opponent(torch.from_numpy(np.array(tokens)).long()).numpy(), atol=1e-4)
