@@ -1,0 +1,1 @@
+"""Methods that split tensors and matrices into factors and parts."""
