@@ -1,0 +1,451 @@
+"""FunBaT: Bayesian Tucker and CP models with factors that are functions (ICLR 2024, arXiv 2311.04829).
+
+An observation y_n comes with K real coordinates i_n^1..i_n^K. The factors are functions u^k: R -> R^{R_k} with
+independent Matern-nu Gaussian process components, the core W has the prior N(0, v_w I), and
+
+  y_n = w' (u^1(i_n^1) x ... x u^K(i_n^K)) + eps,   eps ~ N(0, 1 / tau),   tau ~ Gamma(a0, b0),   w = vec(W);
+
+CP fixes W to the superdiagonal of ones. A Matern process is a Markov chain over the sorted coordinates, so that a pass
+over J of them costs O(J). q = q(w) q(tau) prod_k q(u^k) is found by conditional expectation propagation: each
+likelihood term sends a Gaussian message to u^k(i_n^k), with a = W_(k) (x_{j != k} u^j),
+
+  Lam_n = E[tau] E[aa'],   eta_n = E[tau] y_n E[a],   new = d old + (1 - d) fresh,
+
+and likewise to w and tau; then a Kalman smoother over each mode's coordinates turns the sums of messages into q(u^k).
+Damping is linear, so only the sums over the observations of one coordinate are kept: no array of size N x M x M.
+
+  data = funbat.observe(coordinates, y)                                     # (N, K) floats, (N,)
+  state, history = funbat.fit(data, funbat.Settings(rank=3, lengthscale=0.1), jax.random.key(0), epochs=50)
+  mean, variance = funbat.predict(state, data.grids, new_coordinates, settings)
+
+Kronecker order everywhere: mode 1 slowest, as `W.reshape(R_1, ..., R_K)` has it.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core import kalman
+from jaxlab.core.checks import require, require_choice
+from jaxlab.tensors import matern
+
+MODELS = ("tucker", "cp")
+INITIAL = ("small", "code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Everything that is fixed before the data are seen.
+
+  Attributes:
+    rank: R, or one R_k a mode (Tucker).
+    model: "tucker" learns the core; "cp" fixes it to the superdiagonal of ones.
+    kernel: "matern12", "matern32", or "white" (no smoothing: the discrete Bayesian CP / Tucker model).
+    lengthscale, variance: l_k and s2_k, one number or one a mode.
+    damping: (d_U, d_tau, d_gamma): weights of the old message to factors, noise and core.
+    inner: refresh each mode's messages just before its smoother; False: all messages first, then all smoothers, which
+      from some starts ends in a cycle (two modes of the wrong relative sign flip each other at every epoch).
+    extra_prior: v of an extra pull N(0, v) on every u^k(t_j), as the authors' code has it (v = 1); None: the model.
+    core_variance: v_w; None gives the core no prior, as the authors' code does.
+    core_moments: "full" uses E[ww'] in every message, "mean" E[w]E[w]' as the authors' code does.
+    update_core: False keeps the initial core of a Tucker model.
+    noise: (a0, b0).
+    initial: "small" (covariances 0.1 I, E[tau] = 10, core near the superdiagonal) or "code" (I, 1, a uniform core:
+      with centred data and s2 = 1 it falls into the fixed point at zero).
+    scan: "assoc" or "seq", see `kalman.smooth`.
+  """
+
+  rank: int | tuple[int, ...] = 3
+  model: str = "tucker"
+  kernel: str = "matern12"
+  lengthscale: float | tuple[float, ...] = 0.1
+  variance: float | tuple[float, ...] = 1.0
+  damping: tuple[float, float, float] = (0.3, 0.8, 0.5)
+  inner: bool = True
+  extra_prior: float | None = None
+  core_variance: float | None = 1.0
+  core_moments: str = "full"
+  update_core: bool = True
+  noise: tuple[float, float] = (1.0, 1.0)
+  initial: str = "small"
+  scan: str = "seq"
+
+  def __post_init__(self):
+    require_choice("model", self.model, MODELS)
+    require_choice("kernel", self.kernel, matern.KERNELS)
+    require_choice("initial", self.initial, INITIAL)
+    require_choice("core_moments", self.core_moments, ("full", "mean"))
+    require_choice("scan", self.scan, kalman.SCANS)
+    for name in ("rank", "lengthscale", "variance"):
+      values = np.atleast_1d(getattr(self, name))
+      require(bool((values > 0).all()), f"{name} is {getattr(self, name)}; it must be positive")
+    require(self.model == "tucker" or len(set(np.atleast_1d(self.rank))) == 1, "a CP model has one rank for all modes")
+    require(all(0 <= d < 1 for d in self.damping), f"damping is {self.damping}; each must lie in [0, 1)")
+
+  def of_mode(self, name: str, k: int, modes: int):
+    """Field `name` of mode k."""
+    value = getattr(self, name)
+    require(not isinstance(value, tuple) or len(value) == modes, f"{name} is {value}; the data have {modes} modes")
+    return value[k] if isinstance(value, tuple) else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """`grids[k]` are the coordinates of mode k, increasing; `index[n, k]` says which one observation n has."""
+
+  grids: tuple[Float[Array, "J_k"], ...]
+  index: Int[Array, "N K"]
+  y: Float[Array, "N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """q(u^k) on the grid, and the summed messages that made it."""
+
+  mean: Float[Array, "J R"]
+  cov: Float[Array, "J R R"]
+  precision: Float[Array, "J R R"]
+  linear: Float[Array, "J R"]
+  chain: kalman.Posterior
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """q(u), q(w) = N(core_mean, core_cov), q(tau) = Gamma(shape, rate), with the summed messages to w and tau."""
+
+  modes: tuple[Mode, ...]
+  core_mean: Float[Array, "M"]
+  core_cov: Float[Array, "M M"]
+  core_precision: Float[Array, "M M"]
+  core_linear: Float[Array, "M"]
+  residual: Float[Array, ""]
+  shape: Float[Array, ""]
+  rate: Float[Array, ""]
+
+
+def observe(coordinates: Float[Array, "N K"], y: Float[Array, "N"], *, dtype=None) -> Data:
+  """Data from real coordinates: the grid of a mode is its sorted distinct values (repeated ones are merged).
+
+  Raises:
+    InputError: shapes that disagree, no observation, or NaN / infinite values.
+  """
+  dtype = dtype or jnp.asarray(0.0).dtype
+  coordinates, y = np.asarray(coordinates, dtype), np.asarray(y, dtype)
+  require(
+    coordinates.ndim == 2 and y.shape == coordinates.shape[:1] and len(y) > 0,
+    f"coordinates {coordinates.shape} and y {y.shape} do not fit; expected (N, K) and (N,) with N >= 1",
+  )
+  _require_finite("coordinates", coordinates)
+  pairs = [np.unique(column, return_inverse=True) for column in coordinates.T]
+  return on_grids([grid for grid, _ in pairs], np.stack([inverse for _, inverse in pairs], 1), y, dtype=dtype)
+
+
+def on_grids(grids, index: Int[Array, "N K"], y: Float[Array, "N"], *, dtype=None) -> Data:
+  """Data on given grids, which may hold coordinates without an observation: folds then share shapes (`jax.vmap`).
+
+  Raises:
+    InputError: a grid with NaN, unsorted or duplicate coordinates; an index outside it; NaN in y.
+  """
+  dtype = dtype or jnp.asarray(0.0).dtype
+  grids = tuple(np.asarray(grid, dtype) for grid in grids)
+  index, y = np.asarray(index), np.asarray(y, dtype)
+  require(
+    index.shape == (len(y), len(grids)) and len(y) > 0,
+    f"index has shape {index.shape}; expected (N, K) = {(len(y), len(grids))} with N >= 1",
+  )
+  _require_finite("y", y)
+  for k, grid in enumerate(grids):
+    _require_finite(f"grid {k}", grid)
+    step = np.diff(grid)
+    require(
+      bool((step > 0).all()),
+      f"grid {k} is not increasing at position {int(np.argmin(step > 0)) + 1 if len(step) else 0} (a duplicate or "
+      f"unsorted coordinate, in {np.dtype(dtype).name}); merge duplicates with observe(coordinates, y)",
+    )
+    low, high = int(index[:, k].min()), int(index[:, k].max())
+    require(low >= 0 and high < len(grid), f"index of mode {k} spans {low}..{high}; its grid has {len(grid)} entries")
+  return Data(tuple(map(jnp.asarray, grids)), jnp.asarray(index, jnp.int32), jnp.asarray(y))
+
+
+def initial_state(data: Data, settings: Settings, key: jax.Array) -> State:
+  """Random means in (0, 1); covariances, noise and core as `settings.initial` says; messages near zero."""
+  modes, size, dtype = len(data.grids), data.y.shape[0], data.y.dtype
+  small = settings.initial == "small"
+  ranks = [settings.of_mode("rank", k, modes) for k in range(modes)]
+  keys = jax.random.split(key, 2 * modes + 1)
+  made = []
+  for k, (rank, grid) in enumerate(zip(ranks, data.grids, strict=True)):
+    mean = jax.random.uniform(keys[2 * k], (len(grid), rank), dtype)
+    eye = jnp.broadcast_to(jnp.eye(rank, dtype=dtype), (len(grid), rank, rank))
+    count = jnp.zeros(len(grid), dtype).at[data.index[:, k]].add(1e-3)[:, None]
+    linear = count * jax.random.uniform(keys[2 * k + 1], (len(grid), rank), dtype)
+    width = rank * matern.order(settings.kernel)
+    moments = jnp.zeros((len(grid), width), dtype), jnp.zeros((len(grid), width, width), dtype)
+    cov = (0.1 if small else 1.0) * eye
+    made.append(Mode(mean, cov, count[..., None] * eye, linear, kalman.Posterior(*moments, *moments)))
+  width = ranks[0] if settings.model == "cp" else math.prod(ranks)
+  if settings.model == "cp":
+    core, cov = jnp.ones(width, dtype), jnp.zeros((width, width), dtype)
+  else:
+    core = superdiagonal(ranks, dtype)
+    if settings.update_core and small:
+      core = core + 0.1 * jax.random.normal(keys[-1], core.shape, dtype)
+    elif settings.update_core:
+      core = jax.random.uniform(keys[-1], core.shape, dtype)
+    cov = jnp.eye(width, dtype=dtype) * (0.0 if not settings.update_core else 0.1 if small else 1.0)
+  shape = jnp.asarray(settings.noise[0] + size / 2, dtype)
+  rate = shape / (10.0 if small else 1.0)
+  message = 1e-3 * jnp.eye(width, dtype=dtype)
+  return State(tuple(made), core, cov, message, message @ core, rate - settings.noise[1], shape, rate)
+
+
+def superdiagonal(ranks, dtype=jnp.float32) -> Float[Array, "M"]:
+  """vec of the core with ones at (r, r, ..., r): the CP model as a Tucker model."""
+  core = np.zeros(tuple(ranks))
+  core[tuple([np.arange(min(ranks))] * len(ranks))] = 1
+  return jnp.asarray(core.reshape(-1), dtype)
+
+
+def epoch(state: State, data: Data, settings: Settings) -> State:
+  """One sweep: every mode, then the core, then the noise."""
+  with jax.default_matmul_precision("highest"):
+    modes = range(len(data.grids))
+    if settings.inner:
+      for k in modes:
+        state = _replace_mode(state, k, smooth_mode(*damped_message(state, data, settings, k), data, settings, k))
+    else:
+      messages = [damped_message(state, data, settings, k) for k in modes]
+      new = tuple(smooth_mode(*message, data, settings, k) for k, message in enumerate(messages))
+      state = dataclasses.replace(state, modes=new)
+    if settings.model == "tucker" and settings.update_core:
+      state = update_core(state, data, settings)
+    return update_noise(state, data, settings)
+
+
+def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Data | None = None):
+  """Runs `epochs` sweeps from a random start, in one `lax.scan`.
+
+  Args:
+    test: observations on the same grids; their error is recorded after each epoch.
+
+  Returns:
+    (State, {"train_rmse", "noise" = (E[tau])^-1/2, and with `test` "test_rmse", "test_mae"}, each (epochs,)).
+
+  Raises:
+    InputError: epochs < 1.
+  """
+  require(epochs >= 1, f"epochs is {epochs}; at least one is needed")
+
+  def body(state, _):
+    state = epoch(state, data, settings)
+    error = expected(state, data.index, settings)[0] - data.y
+    row = {"train_rmse": jnp.sqrt(jnp.mean(error**2)), "noise": jnp.sqrt(state.rate / state.shape)}
+    if test is not None:
+      error = expected(state, test.index, settings)[0] - test.y
+      row |= {"test_rmse": jnp.sqrt(jnp.mean(error**2)), "test_mae": jnp.mean(jnp.abs(error))}
+    return state, row
+
+  return jax.lax.scan(body, initial_state(data, settings, key), length=epochs)
+
+
+def damped_message(state: State, data: Data, settings: Settings, k: int):
+  """(Lam^k_j, eta^k_j): the messages to u^k(t_j) summed over the observations there, damped."""
+  mode, tau = state.modes[k], state.shape / state.rate
+  first, second = conditional_moments(_gathered(state, data.index), state, settings, k)
+  column, size = data.index[:, k], mode.mean.shape[0]
+  gather = lambda values: jax.ops.segment_sum(values, column, num_segments=size)
+  d = settings.damping[0]
+  precision = d * mode.precision + (1 - d) * tau * gather(second)
+  return precision, d * mode.linear + (1 - d) * tau * gather(data.y[:, None] * first)
+
+
+def conditional_moments(factors, state: State, settings: Settings, k: int):
+  """E[a] (N, R_k) and E[aa'] (N, R_k, R_k) of a = W_(k) (x_{j != k} u^j); for CP a = prod_{j != k} u^j.
+
+  Args:
+    factors: per mode (E[u] (N, R_j), E[uu'] (N, R_j, R_j)) at the observations.
+  """
+  means = [m for j, (m, _) in enumerate(factors) if j != k]
+  seconds = [s for j, (_, s) in enumerate(factors) if j != k]
+  if settings.model == "cp":
+    return math.prod(means, start=jnp.ones_like(factors[k][0])), math.prod(seconds, start=jnp.ones_like(factors[k][1]))
+  ranks = [m.shape[1] for m, _ in factors]
+  rest = math.prod(ranks) // ranks[k]
+  size = factors[k][0].shape[0]
+  z, zz = kron(means, size), kron_square(seconds, size)
+  mean = jnp.moveaxis(state.core_mean.reshape(ranks), k, 0).reshape(ranks[k], rest)
+  square = _core_square(state, settings).reshape(*ranks, *ranks)
+  square = jnp.moveaxis(square, (k, len(ranks) + k), (0, 1)).reshape(ranks[k], ranks[k], rest * rest)
+  return z @ mean.T, jnp.einsum("np,rsp->nrs", zz.reshape(-1, rest * rest), square)
+
+
+def smooth_mode(precision, linear, data: Data, settings: Settings, k: int) -> Mode:
+  """q(u^k) from its summed messages: a Kalman smoother over the grid of mode k."""
+  prior, width, rank = prior_chain(data.grids, settings, k), precision.shape[0], precision.shape[1]
+  seen = precision if settings.extra_prior is None else precision + jnp.eye(rank) / settings.extra_prior
+  # The emission H = [I 0] picks the values out of (values, derivatives).
+  pad = prior.noise.shape[-1] - rank
+  state_linear = jnp.concatenate([linear, jnp.zeros((width, pad), linear.dtype)], 1)
+  chain = kalman.smooth(prior, jnp.pad(seen, ((0, 0), (0, pad), (0, pad))), state_linear, scan=settings.scan)
+  return Mode(chain.mean[:, :rank], chain.cov[:, :rank, :rank], precision, linear, chain)
+
+
+def prior_chain(grids, settings: Settings, k: int) -> kalman.Chain:
+  """The Matern prior of mode k on its grid."""
+  return matern.chain(
+    grids[k],
+    kernel=settings.kernel,
+    lengthscale=settings.of_mode("lengthscale", k, len(grids)),
+    variance=settings.of_mode("variance", k, len(grids)),
+    rank=settings.of_mode("rank", k, len(grids)),
+  )
+
+
+def update_core(state: State, data: Data, settings: Settings) -> State:
+  """q(w) = N(V sum eta, V), V = (sum_n Lam_n + I / v_w)^-1 with Lam_n = E[tau] E[zz'], eta_n = E[tau] y_n E[z]."""
+  factors, tau, d = _gathered(state, data.index), state.shape / state.rate, settings.damping[2]
+  (_, first), rest = factors[0], factors[1:]
+  zz = kron_square([s for _, s in rest], len(data.y))
+  # The sum over n is one matrix product of (N, R_1^2) and (N, (M / R_1)^2): E[zz'] itself is never formed.
+  total = jnp.einsum("nab,npq->apbq", first, zz).reshape(state.core_cov.shape)
+  precision = d * state.core_precision + (1 - d) * tau * total
+  linear = d * state.core_linear + (1 - d) * tau * data.y @ kron([m for m, _ in factors], len(data.y))
+  prior = 0.0 if settings.core_variance is None else 1.0 / settings.core_variance
+  cov = kalman.symmetric(jnp.linalg.inv(precision + prior * jnp.eye(len(linear), dtype=linear.dtype)))
+  return dataclasses.replace(state, core_mean=cov @ linear, core_cov=cov, core_precision=precision, core_linear=linear)
+
+
+def update_noise(state: State, data: Data, settings: Settings) -> State:
+  """q(tau) = Gamma(a0 + N / 2, b0 + sum_n b_n), b_n = (y^2 - 2 y E[y] + E[y^2]) / 2 of the model's y, damped."""
+  d = settings.damping[1]
+  residual = d * state.residual + (1 - d) * half_residual(state, data, settings)
+  return dataclasses.replace(state, residual=residual, rate=settings.noise[1] + residual)
+
+
+def half_residual(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
+  """sum_n b_n = sum_n E[(y_n - w' z_n)^2] / 2."""
+  mean, second = expected(state, data.index, settings)
+  return 0.5 * jnp.sum(data.y**2 - 2 * data.y * mean + second)
+
+
+def expected(state: State, index: Int[Array, "N K"], settings: Settings):
+  """(E[w'z], E[(w'z)^2]), each (N,), on the grid."""
+  return _output_moments(_gathered(state, index), state, settings)
+
+
+def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Settings, *, rule: str = "markov"):
+  """Mean and variance of a new observation at any coordinates.
+
+  E[y] = E[w]' E[z], Var[y] = tr(E[ww'] E[zz']) - E[y]^2 + b / (a - 1).
+
+  Args:
+    rule: "markov" is exact; "merge" is the authors' code, which joins the neighbours as if independent (an ablation).
+
+  Raises:
+    InputError: the coordinates have another number of modes.
+  """
+  require(
+    coordinates.ndim == 2 and coordinates.shape[1] == len(grids),
+    f"coordinates have shape {coordinates.shape}; expected (N, {len(grids)})",
+  )
+  factors = []
+  for k in range(len(grids)):
+    mean, cov = factor_at(state, grids, coordinates[:, k], settings, k, rule=rule)
+    factors.append((mean, cov + mean[:, :, None] * mean[:, None, :]))
+  mean, second = _output_moments(factors, state, settings)
+  return mean, jnp.maximum(second - mean**2, 0) + state.rate / (state.shape - 1)
+
+
+def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings, k: int, *, rule: str = "markov"):
+  """E (T, R_k) and Cov (T, R_k, R_k) of u^k at any points: between, beyond and on the grid of mode k."""
+  rank = settings.of_mode("rank", k, len(grids))
+  options = dict(
+    kernel=settings.kernel,
+    lengthscale=settings.of_mode("lengthscale", k, len(grids)),
+    variance=settings.of_mode("variance", k, len(grids)),
+    rank=rank,
+  )
+  mean, cov = matern.interpolate(grids[k], state.modes[k].chain, points, rule=rule, **options)
+  return mean[:, :rank], cov[:, :rank, :rank]
+
+
+def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
+  """log p(y) >= E[log p(y | .)] - KL(q(u)) - KL(q(w)) - KL(q(tau)); with d = 0 no update lowers it.
+
+  KL(q(u^k)) = sum_j (eta_j' m_j - tr(Lam_j M2_j) / 2) - log Z, log Z as in `kalman.log_normaliser`.
+
+  Raises:
+    InputError: messages with an extra prior, or a core without one.
+  """
+  require(settings.extra_prior is None, "the bound is that of the model itself; set extra_prior=None")
+  require(settings.core_variance is not None, "the bound needs a prior on the core; set core_variance")
+  digamma, lgamma = jax.scipy.special.digamma, jax.scipy.special.gammaln
+  (a, b), (a0, b0) = (state.shape, state.rate), settings.noise
+  size = data.y.shape[0]
+  log_tau = digamma(a) - jnp.log(b)
+  bound = 0.5 * size * (log_tau - math.log(2 * math.pi)) - a / b * half_residual(state, data, settings)
+  bound -= (a - a0) * digamma(a) - lgamma(a) + math.lgamma(a0) + a0 * (jnp.log(b) - math.log(b0)) + a * (b0 - b) / b
+  for k, mode in enumerate(state.modes):
+    prior, rank = prior_chain(data.grids, settings, k), mode.mean.shape[1]
+    pad = prior.noise.shape[-1] - rank
+    precision = jnp.pad(mode.precision, ((0, 0), (0, pad), (0, pad)))
+    linear = jnp.pad(mode.linear, ((0, 0), (0, pad)))
+    second = mode.cov + mode.mean[:, :, None] * mode.mean[:, None, :]
+    tilt = jnp.sum(mode.linear * mode.mean) - 0.5 * jnp.sum(mode.precision * second)
+    bound -= tilt - kalman.log_normaliser(prior, precision, linear, mode.chain)
+  if settings.model == "tucker" and settings.update_core:
+    v, width = settings.core_variance, state.core_mean.shape[0]
+    square = jnp.trace(state.core_cov) + state.core_mean @ state.core_mean
+    bound -= 0.5 * (square / v - width + width * math.log(v) - jnp.linalg.slogdet(state.core_cov)[1])
+  return bound
+
+
+def kron(vectors, size: int) -> Float[Array, "N M"]:
+  """Row-wise Kronecker product of (N, R_k), the first slowest; of none, ones."""
+  out = jnp.ones((size, 1), vectors[0].dtype if vectors else None)
+  for v in vectors:
+    out = jnp.einsum("na,nb->nab", out, v).reshape(size, -1)
+  return out
+
+
+def kron_square(matrices, size: int) -> Float[Array, "N M M"]:
+  """Kronecker product of (N, R_k, R_k) for each n, the first slowest; of none, ones."""
+  out = jnp.ones((size, 1, 1), matrices[0].dtype if matrices else None)
+  for m in matrices:
+    width = out.shape[1] * m.shape[1]
+    out = jnp.einsum("nab,ncd->nacbd", out, m).reshape(size, width, width)
+  return out
+
+
+def _output_moments(factors, state, settings):
+  """E[y] = E[a] . m^1 and E[y^2] = <E[aa'], M2^1>: mode 1 against all others."""
+  first, second = conditional_moments(factors, state, settings, 0)
+  return jnp.sum(first * factors[0][0], -1), jnp.sum(second * factors[0][1], (-1, -2))
+
+
+def _gathered(state, index):
+  second = lambda mode: mode.cov + mode.mean[:, :, None] * mode.mean[:, None, :]
+  return [(mode.mean[index[:, k]], second(mode)[index[:, k]]) for k, mode in enumerate(state.modes)]
+
+
+def _core_square(state, settings):
+  square = jnp.outer(state.core_mean, state.core_mean)
+  return square + state.core_cov if settings.core_moments == "full" else square
+
+
+def _replace_mode(state, k, mode):
+  return dataclasses.replace(state, modes=(*state.modes[:k], mode, *state.modes[k + 1 :]))
+
+
+def _require_finite(name, values):
+  require(
+    bool(np.isfinite(values).all()),
+    f"{name} has {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those observations",
+  )

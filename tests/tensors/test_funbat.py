@@ -1,0 +1,415 @@
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import funbat as config_file
+from experiments import funbat as experiment
+from experiments.console import Console
+from jaxlab.core import kalman
+from jaxlab.core.checks import InputError
+from jaxlab.tensors import funbat, funbat_baselines, matern
+from jaxlab.tensors.funbat import Settings
+
+RANK = 2
+# Eager scans and solves compile one by one; whole functions compile once.
+fit = jax.jit(funbat.fit, static_argnames=("settings", "epochs"))
+predict = jax.jit(funbat.predict, static_argnames=("settings", "rule"))
+epoch = jax.jit(funbat.epoch, static_argnames="settings")
+factor_at = jax.jit(funbat.factor_at, static_argnames=("settings", "k", "rule"))
+interpolate = jax.jit(matern.interpolate, static_argnames=("rule", "kernel", "lengthscale", "variance", "rank"))
+smooth = jax.jit(kalman.smooth, static_argnames="scan")
+steps = jax.jit(matern.steps, static_argnames=("kernel", "rank"))
+initial_state = jax.jit(funbat.initial_state, static_argnames="settings")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def covariance(kernel, lengthscale, variance, a, b):
+  d = np.abs(a[:, None] - b[None, :])
+  x = np.sqrt(3) * d / lengthscale
+  return variance * (np.exp(-d / lengthscale) if kernel == "matern12" else (1 + x) * np.exp(-x))
+
+
+def random_problem(seed=0, size=60, levels=(5, 6, 4), cov=None):
+  """Observations on a grid, and a state whose every moment is random."""
+  rng = np.random.default_rng(seed)
+  grids = [np.sort(rng.uniform(size=n)) for n in levels]
+  index = np.stack([rng.integers(0, n, size) for n in levels], 1)
+  return funbat.on_grids(grids, index, rng.normal(size=size))
+
+
+def random_state(data, settings, seed=0):
+  state = initial_state(data, settings, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  square = lambda *shape: (lambda r: jnp.asarray(r @ r.swapaxes(-1, -2)))(0.5 * rng.normal(size=(*shape, shape[-1])))
+  modes = tuple(dataclasses.replace(m, cov=square(*m.mean.shape)) for m in state.modes)
+  core_cov = square(len(state.core_mean)) if settings.update_core and settings.model == "tucker" else state.core_cov
+  return dataclasses.replace(state, modes=modes, core_cov=core_cov, rate=state.shape / 1.7)
+
+
+@pytest.mark.parametrize("scan", kalman.SCANS)
+@pytest.mark.parametrize("kernel", ["matern12", "matern32"])
+def test_one_mode_of_rank_one_is_gaussian_process_regression(kernel, scan):
+  """funbat.md oracle 1: mean and covariance at training and new points, between, on and beyond the grid; and log Z."""
+  rng = np.random.default_rng(0)
+  t, y, tau, ls, s2 = np.sort(rng.uniform(0, 1, 25)), rng.normal(size=25), 3.0, 0.2, 1.3
+  new = np.concatenate([[-0.5, -0.01], rng.uniform(0, 1, 12), t[[0, 7, 24]], [1.02, 2.0]])
+  options = dict(kernel=kernel, lengthscale=ls, variance=s2, rank=1)
+  chain = matern.chain(jnp.asarray(t), **options)
+  width = matern.order(kernel)
+  precision = jnp.zeros((25, width, width)).at[:, 0, 0].set(tau)
+  linear = jnp.zeros((25, width)).at[:, 0].set(tau * y)
+  posterior = smooth(chain, precision, linear, scan=scan)
+  k = covariance(kernel, ls, s2, t, t) + np.eye(25) / tau
+  points = np.concatenate([t, new])
+  cross = covariance(kernel, ls, s2, points, t)
+  mean, cov = interpolate(jnp.asarray(t), posterior, jnp.asarray(points), **options)
+  np.testing.assert_allclose(mean[:, 0], cross @ np.linalg.solve(k, y), atol=1e-8)
+  np.testing.assert_allclose(cov[:, 0, 0], s2 - np.sum(cross.T * np.linalg.solve(k, cross.T), 0), atol=1e-8)
+  evidence = jax.jit(kalman.log_normaliser)(chain, precision, linear, posterior) + np.sum(
+    0.5 * np.log(tau / (2 * np.pi)) - 0.5 * tau * y**2
+  )
+  expected = -0.5 * (y @ np.linalg.solve(k, y) + np.linalg.slogdet(k)[1] + 25 * np.log(2 * np.pi))
+  np.testing.assert_allclose(evidence, expected, rtol=1e-9)
+
+
+def test_joining_the_neighbours_as_if_independent_is_not_the_process():
+  """The `merge` ablation: exact on the grid, wrong and over-confident between."""
+  t = jnp.linspace(0, 1, 9)
+  options = dict(kernel="matern12", lengthscale=0.5, variance=1.0, rank=1)
+  posterior = smooth(matern.chain(t, **options), jnp.ones((9, 1, 1)), jnp.sin(6 * t)[:, None])
+  exact, merged = (interpolate(t, posterior, t + 0.06, rule=rule, **options) for rule in matern.RULES)
+  assert float((merged[1] / exact[1])[:-1].max()) < 0.9
+  np.testing.assert_allclose(*(interpolate(t, posterior, t, rule=r, **options)[0] for r in matern.RULES))
+
+
+@given(log_x=st.floats(-9, 1.5), lengthscale=st.floats(0.05, 5))
+def test_process_noise_of_a_short_step_keeps_its_digits(log_x, lengthscale):
+  """Q(dt) against its integral's series q [dt^3 / 3, dt^2 / 2, dt] at small x, against P - A P A' at large."""
+  dt = 10.0**log_x * lengthscale
+  options = dict(kernel="matern32", lengthscale=lengthscale, variance=0.7, rank=1)
+  a, q = steps(jnp.asarray(dt), **options)
+  p = matern.stationary(dtype=jnp.float64, **options)
+  np.testing.assert_allclose(q, p - a @ p @ a.T, atol=1e-12 * float(p.max()))
+  if log_x < -4:
+    strength = 4 * (np.sqrt(3) / lengthscale) ** 3 * 0.7
+    np.testing.assert_allclose(q, strength * np.array([[dt**3 / 3, dt**2 / 2], [dt**2 / 2, dt]]), rtol=2e-3)
+  float32 = steps(jnp.asarray(dt, jnp.float32), **options)[1]
+  np.testing.assert_allclose(float32, q, rtol=2e-5)
+
+
+def test_the_scan_and_the_loop_fit_the_same_model():
+  """funbat.md oracle 2."""
+  data = random_problem()
+  run = lambda scan: fit(data, Settings(rank=RANK, kernel="matern32", scan=scan), jax.random.key(0), epochs=5)[0]
+  for a, b in zip(jax.tree.leaves(run("assoc")), jax.tree.leaves(run("seq")), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("model", funbat.MODELS)
+def test_summed_messages_are_messages_per_observation(model):
+  """funbat.md oracles 3 and 5: every observation keeps its own damped message, moments by brute-force sums over w."""
+  settings, data = Settings(rank=RANK, model=model, kernel="matern12", scan="seq"), random_problem(size=12)
+  state = random_state(data, settings)
+  d_u, d_tau, d_core = settings.damping
+  tau = float(state.shape / state.rate)
+  index, y = np.asarray(data.index), np.asarray(data.y)
+  core = np.asarray(state.core_mean if model == "tucker" else funbat.superdiagonal([RANK] * 3)).reshape([RANK] * 3)
+  cov = np.asarray(state.core_cov if model == "tucker" else np.zeros((8, 8)))
+  ww = (np.outer(core.reshape(-1), core.reshape(-1)) + cov).reshape([RANK] * 6)
+  first = [np.asarray(m.mean)[index[:, k]] for k, m in enumerate(state.modes)]
+  second = [
+    np.asarray(m.cov)[index[:, k]] + f[:, :, None] * f[:, None]
+    for k, (m, f) in enumerate(zip(state.modes, first, strict=True))
+  ]
+  for k in range(3):
+    i, j = [x for x in range(3) if x != k]
+    # per-observation old messages, all different, whose sums are the state's aggregated ones
+    rng = np.random.default_rng(k)
+    old = rng.normal(size=(12, RANK, RANK)), rng.normal(size=(12, RANK))
+    sums = np.zeros_like(state.modes[k].precision), np.zeros_like(state.modes[k].linear)
+    fresh = np.zeros_like(sums[0]), np.zeros_like(sums[1])
+    for n in range(12):
+      mean, square = np.zeros(RANK), np.zeros((RANK, RANK))
+      for r, p, q in itertools.product(range(RANK), repeat=3):
+        at = lambda r, p, q, k=k: tuple(np.insert([p, q], k, r))
+        mean[r] += core[at(r, p, q)] * first[i][n, p] * first[j][n, q]
+        for s, a, b in itertools.product(range(RANK), repeat=3):
+          square[r, s] += ww[at(r, p, q) + at(s, a, b)] * second[i][n, p, a] * second[j][n, q, b]
+      place = index[n, k]
+      sums[0][place] += old[0][n]
+      sums[1][place] += old[1][n]
+      fresh[0][place] += d_u * old[0][n] + (1 - d_u) * tau * square
+      fresh[1][place] += d_u * old[1][n] + (1 - d_u) * tau * y[n] * mean
+    mode = dataclasses.replace(state.modes[k], precision=jnp.asarray(sums[0]), linear=jnp.asarray(sums[1]))
+    given_state = dataclasses.replace(state, modes=(*state.modes[:k], mode, *state.modes[k + 1 :]))
+    precision, linear = funbat.damped_message(given_state, data, settings, k)
+    np.testing.assert_allclose(precision, fresh[0], atol=1e-10)
+    np.testing.assert_allclose(linear, fresh[1], atol=1e-10)
+  letters = np.einsum("na,nb,nc->nabc", *first).reshape(12, -1)
+  squares = np.einsum("nad,nbe,ncf->nabcdef", *second).reshape(12, 8, 8)
+  flat, square = core.reshape(-1), ww.reshape(8, 8)
+  b = np.sum(y**2 / 2 - y * (letters @ flat) + 0.5 * np.einsum("ij,nij->n", square, squares))
+  np.testing.assert_allclose(funbat.half_residual(state, data, settings), b, rtol=1e-10)
+  new = funbat.update_noise(state, data, settings)
+  np.testing.assert_allclose(new.rate, 1 + d_tau * float(state.residual) + (1 - d_tau) * b, rtol=1e-10)
+  assert float(new.shape) == 1 + 12 / 2
+  if model == "tucker":
+    new = funbat.update_core(state, data, settings)
+    precision = d_core * np.asarray(state.core_precision) + (1 - d_core) * tau * squares.sum(0)
+    np.testing.assert_allclose(new.core_cov, np.linalg.inv(precision + np.eye(8)), atol=1e-10)
+    linear = d_core * np.asarray(state.core_linear) + (1 - d_core) * tau * y @ letters
+    np.testing.assert_allclose(new.core_mean, new.core_cov @ linear, atol=1e-10)
+
+
+def test_a_frozen_superdiagonal_core_is_the_cp_model():
+  """funbat.md oracle 4."""
+  data = random_problem()
+  start = jax.random.key(3)
+  frozen = Settings(rank=RANK, update_core=False, kernel="matern32")
+  cp = dataclasses.replace(frozen, model="cp")
+  (a, ha), (b, hb) = (fit(data, s, start, epochs=3) for s in (frozen, cp))
+  for x, y in zip(jax.tree.leaves((a.modes, a.rate)), jax.tree.leaves((b.modes, b.rate)), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-9)
+  np.testing.assert_allclose(ha["train_rmse"], hb["train_rmse"])
+  points = jnp.asarray(np.random.default_rng(0).uniform(size=(7, 3)))
+  for x, y in zip(predict(a, data.grids, points, frozen), predict(b, data.grids, points, cp), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    Settings(rank=(2, 3, 2), kernel="matern12", damping=(0.0, 0.0, 0.0)),
+    Settings(rank=2, model="cp", kernel="matern32", damping=(0.0, 0.0, 0.0)),
+  ],
+)
+def test_no_undamped_update_lowers_the_evidence_bound(settings):
+  """funbat.md oracle 6, after every single block update."""
+  data, seed = random_problem(1), 1
+  state = epoch(initial_state(data, settings, jax.random.key(seed)), data, settings)
+  bound = jax.jit(lambda s: funbat.elbo(s, data, settings))
+  update = jax.jit(
+    lambda s, k: funbat._replace_mode(
+      s, k, funbat.smooth_mode(*funbat.damped_message(s, data, settings, k), data, settings, k)
+    ),
+    static_argnums=1,
+  )
+  core, noise = (jax.jit(lambda s, f=f: f(s, data, settings)) for f in (funbat.update_core, funbat.update_noise))
+  values = [float(bound(state))]
+  for _ in range(8):
+    for k in range(3):
+      state = update(state, k)
+      values.append(float(bound(state)))
+    if settings.model == "tucker":
+      state = core(state)
+      values.append(float(bound(state)))
+    state = noise(state)
+    values.append(float(bound(state)))
+  steps = np.diff(values)
+  assert steps.min() > -1e-8 * abs(values[-1]) and values[-1] > values[0] + 0.1
+
+
+@pytest.mark.parametrize("model, scan", [("tucker", "seq"), ("cp", "assoc")])
+def test_with_one_mode_the_model_is_regression_whatever_its_form(model, scan):
+  """funbat.md oracle 1 through the whole model: K = 1, R = 1, tau fixed by a sharp prior, and w fixed to 1."""
+  rng = np.random.default_rng(0)
+  t, y, tau = np.sort(rng.uniform(size=30)), rng.normal(size=30), 2.0
+  settings = Settings(
+    rank=1,
+    model=model,
+    update_core=False,
+    kernel="matern32",
+    damping=(0.0, 0.0, 0.0),
+    noise=(1e14, 1e14 / tau),
+    lengthscale=0.3,
+    variance=1.5,
+    scan=scan,
+  )
+  data = funbat.observe(t[:, None], y)
+  state = initial_state(data, settings, jax.random.key(0))
+  state = dataclasses.replace(state, rate=state.shape / tau)
+  state = epoch(state, data, settings)
+  new = np.concatenate([[-0.2], rng.uniform(size=9), [1.4]])
+  mean, variance = predict(state, data.grids, jnp.asarray(new)[:, None], settings)
+  k, cross = covariance("matern32", 0.3, 1.5, t, t) + np.eye(30) / tau, covariance("matern32", 0.3, 1.5, new, t)
+  np.testing.assert_allclose(mean, cross @ np.linalg.solve(k, y), atol=1e-8)
+  expected = 1.5 - np.sum(cross.T * np.linalg.solve(k, cross.T), 0) + 1 / tau
+  np.testing.assert_allclose(variance, expected, atol=1e-8)
+
+
+def test_the_published_surface_is_learned():
+  """funbat.md oracle 7: 675 of 1,350 points on six random 15 x 15 grids; test RMSE < 0.006 in 100 epochs."""
+  config = config_file.get_config("test")
+  config.surface.epochs = 100
+  result, _ = experiment.learn_surface(config)
+  assert result["markov"]["rmse"] < 0.006 < 0.1 * result["std"]
+  assert result["markov"]["rmse"] <= result["merge"]["rmse"] and result["markov"]["coverage_95"] > 0.9
+
+
+def test_coordinates_without_an_observation_are_interpolated():
+  """A grid point with no data in the smoother is the prediction at an unseen coordinate; and inf data at none."""
+  data, settings = random_problem(), Settings(rank=RANK, kernel="matern32")
+  rng = np.random.default_rng(1)
+  extra = [np.sort(np.concatenate([g, rng.uniform(-0.2, 1.2, 3)])) for g in data.grids]
+  wide = np.stack(
+    [
+      np.searchsorted(e, np.asarray(g)[data.index[:, k]])
+      for k, (e, g) in enumerate(zip(extra, data.grids, strict=True))
+    ],
+    1,
+  )
+  larger = funbat.on_grids(extra, wide, data.y)
+  first = initial_state(data, settings, jax.random.key(0))
+  start = initial_state(larger, settings, jax.random.key(0))
+  modes = []
+  for k, mode in enumerate(start.modes):
+    at = np.searchsorted(extra[k], np.asarray(data.grids[k]))
+    put = lambda new, old, at=at: jnp.zeros_like(new).at[at].set(old)
+    old = first.modes[k]
+    modes.append(
+      dataclasses.replace(
+        mode,
+        mean=put(mode.mean, old.mean),
+        precision=put(mode.precision, old.precision),
+        linear=put(mode.linear, old.linear),
+      )
+    )
+  start = dataclasses.replace(start, modes=tuple(modes))
+  for _ in range(3):
+    first, start = epoch(first, data, settings), epoch(start, larger, settings)
+  for k in range(3):
+    mean, cov = factor_at(first, data.grids, jnp.asarray(extra[k]), settings, k)
+    np.testing.assert_allclose(start.modes[k].mean, mean, atol=1e-9)
+    np.testing.assert_allclose(start.modes[k].cov, cov, atol=1e-9)
+
+
+def test_predictive_moments_are_those_of_the_posterior():
+  """E and Var of a new y against 200,000 draws of factors, core and noise."""
+  data, settings = random_problem(), Settings(rank=RANK)
+  state = fit(data, settings, jax.random.key(0), epochs=3)[0]
+  rng, points = np.random.default_rng(0), np.array([[0.31, 0.55, 0.72]])
+  mean, variance = predict(state, data.grids, jnp.asarray(points), settings)
+  draw = lambda m, c: rng.multivariate_normal(np.asarray(m), np.asarray(c), 200_000)
+  factors = [factor_at(state, data.grids, jnp.asarray(points[:, k]), settings, k) for k in range(3)]
+  w = draw(state.core_mean, state.core_cov).reshape(-1, RANK, RANK, RANK)
+  y = np.einsum("nabc,na,nb,nc->n", w, *(draw(m[0], c[0]) for m, c in factors))
+  y = y + rng.normal(size=len(y)) / np.sqrt(rng.gamma(state.shape, 1 / state.rate, len(y)))
+  np.testing.assert_allclose(mean[0], y.mean(), atol=5 * y.std() / np.sqrt(len(y)))
+  np.testing.assert_allclose(variance[0], y.var(), rtol=0.05)
+
+
+def test_the_recommended_start_does_not_collapse():
+  """Zero is a stable fixed point (funbat.md, pitfalls): the small start fits to RMSE < 0.5 std."""
+  rng = np.random.default_rng(0)
+  grids = [np.linspace(0, 1, n) for n in (12, 14, 16)]
+  index = np.stack([rng.integers(0, len(g), 500) for g in grids], 1)
+  y = sum(np.prod([np.sin((2 + r) * 3 * g[index[:, k]] + r) for k, g in enumerate(grids)], 0) for r in range(2))
+  y = (y - y.mean()) / y.std() + 0.1 * rng.normal(size=500)
+  data = funbat.on_grids(grids, index, y)
+  learn = lambda **o: fit(data, Settings(rank=2, lengthscale=0.3, **o), jax.random.key(0), epochs=30)[1]
+  assert float(learn()["train_rmse"][-1]) < 0.5
+  code = learn(initial="code", core_moments="mean", core_variance=None, extra_prior=1.0, damping=(0.5, 0.6, 0.9))
+  assert np.isfinite(np.asarray(code["train_rmse"])).all()
+
+
+def test_folds_run_under_vmap():
+  folds = [random_problem(seed) for seed in (0, 1)]
+  folds = [dataclasses.replace(f, grids=folds[0].grids) for f in folds]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *folds)
+  run = lambda d: fit(d, Settings(rank=RANK), jax.random.key(0), epochs=2)[1]["train_rmse"]
+  np.testing.assert_allclose(jax.vmap(run)(stacked), [run(f) for f in folds], rtol=1e-9)
+
+
+def test_repeated_coordinates_are_merged():
+  """Two observations of one coordinate share a grid entry, and replicates act as one of twice the precision."""
+  data = funbat.observe(np.array([[0.3, 1.0], [0.3, 2.0], [0.1, 1.0], [0.1, 1.0]]), np.arange(4.0))
+  assert [g.tolist() for g in data.grids] == [[0.1, 0.3], [1.0, 2.0]]
+  assert data.index.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0]]
+
+
+def test_least_squares_recovers_a_noiseless_tensor():
+  """Baselines: CP-ALS and P-Tucker fit a rank-2 tensor; functional factors fit a function of their own basis."""
+  rng = np.random.default_rng(0)
+  factors = [rng.normal(size=(n, 2)) for n in (6, 7, 8)]
+  index = np.stack(np.meshgrid(*map(np.arange, (6, 7, 8)), indexing="ij"), -1).reshape(-1, 3)
+  y = np.einsum("nr,nr,nr->n", *(f[index[:, k]] for k, f in enumerate(factors)))
+  seen = rng.permutation(len(y))[: len(y) * 2 // 3]
+  data = funbat.on_grids([np.linspace(0, 1, n) for n in (6, 7, 8)], index[seen], y[seen])
+  for model in funbat.MODELS:
+    solve = jax.jit(lambda key, m=model: funbat_baselines.als(data, key, rank=2, ridge=1e-6, sweeps=200, model=m))
+    got = funbat_baselines.multilinear(*solve(jax.random.key(1)), jnp.asarray(index))
+    assert np.sqrt(np.mean((got - y) ** 2)) < 0.02 * y.std()
+  for kind in funbat_baselines.BASES:
+    bases = [funbat_baselines.basis(g, kind=kind, size=3) for g in data.grids]
+    smooth = [b @ rng.normal(size=(3, 1)) for b in bases]
+    target = np.prod([np.asarray(s)[index[seen, k], 0] for k, s in enumerate(smooth)], 0)
+    exact = dataclasses.replace(data, y=jnp.asarray(target))
+    got = funbat_baselines.basis_als(exact, bases, jax.random.key(0), rank=1, ridge=1e-8, sweeps=30)
+    np.testing.assert_allclose(funbat_baselines.multilinear(*got, exact.index), target, atol=1e-3 * target.std())
+
+
+def test_gaussian_process_baselines_learn_a_smooth_function():
+  """The sparse bound with as many inducing points as data is the exact GP; both interpolate."""
+  rng = np.random.default_rng(0)
+  x, new = rng.uniform(size=(60, 2)), rng.uniform(0.1, 0.9, size=(20, 2))
+  f = lambda x: np.sin(4 * x[:, 0]) + x[:, 1] ** 2
+  arrays = jnp.asarray(x), jnp.asarray(f(x)), jnp.asarray(new), jax.random.key(0)
+  mean, variance = jax.jit(lambda *a: funbat_baselines.gp(*a, points=60, steps=60))(*arrays)
+  sparse = jax.jit(lambda *a: funbat_baselines.sparse_gp(*a, inducing=60, steps=60))(*arrays)
+  for got in (mean, sparse):
+    assert np.sqrt(np.mean((got - f(new)) ** 2)) < 0.1 * f(x).std()
+  assert float(variance.min()) > 0
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: funbat.observe(np.array([[0.1, np.nan]]), np.ones(1)), "coordinates has 1 NaN"),
+    (lambda: funbat.observe(np.ones((2, 2)), np.array([1.0, np.inf])), "y has 1 NaN or infinite"),
+    (lambda: funbat.observe(np.ones((2, 2)), np.ones(3)), r"\(2, 2\) and y \(3,\) do not fit"),
+    (lambda: funbat.on_grids([np.array([0.0, 1.0, 1.0])], np.zeros((1, 1), int), np.ones(1)), "at position 2 .*merge"),
+    (lambda: funbat.on_grids([np.array([0.0, 1.0])], np.full((1, 1), 2), np.ones(1)), r"spans 2\.\.2; its grid has 2"),
+    (lambda: Settings(rank=0), "rank is 0; it must be positive"),
+    (lambda: Settings(rank=(2, 3), model="cp"), "one rank for all modes"),
+    (lambda: Settings(kernel="rbf"), "kernel is 'rbf'"),
+    (lambda: Settings(damping=(1.0, 0.0, 0.0)), "each must lie in"),
+    (lambda: funbat.fit(random_problem(), Settings(rank=(2, 2)), jax.random.key(0), epochs=1), "the data have 3 modes"),
+    (lambda: funbat.fit(random_problem(), Settings(), jax.random.key(0), epochs=0), "epochs is 0"),
+    (lambda: funbat_baselines.als(random_problem(), jax.random.key(0), rank=1, ridge=0, sweeps=1), "ridge is 0"),
+  ],
+)
+def test_mistakes_are_named(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
+
+
+def test_the_experiment_runs_at_test_scale(tmp_path):
+  with jax.enable_x64(False):
+    report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console())
+  assert {c.name.split(",")[0] for c in report.claims} >= {
+    "test RMSE on the surface",
+    "associative scan against the loop",
+  }
+  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+
+
+def test_a_wrong_file_is_named(tmp_path):
+  config = config_file.get_config("test")
+  config.data.name = "npz"
+  with pytest.raises(InputError, match="not a file"):
+    experiment.load_folds(config)
+  config.data.path = str(tmp_path / "x.npz")
+  np.savez(config.data.path, **{"data/0/tr_ind": np.zeros((1, 1)), "data/1/tr_ind": np.zeros((1, 1))})
+  with pytest.raises(InputError, match="expected data/<fold>"):
+    experiment.load_folds(config)
