@@ -1,6 +1,29 @@
 r"""Linking vector spaces, graphs and matroids: do two parts need more shared coordinates than their connectivity?
 
-python -m experiments.run --config=configs/linkage.py:cpu --workdir=runs/linkage
+Paper (arXiv 2024; background arXiv 1609.07991): theory, no experiments. The overlap P of two vector spaces can be
+brought to the connectivity of their link in polynomial time, a space can be decomposed with as little, and graphs and
+matroids follow under conditions.
+
+  python -m experiments.run --config=configs/linkage.py:cpu --workdir=runs/linkage
+
+printed on two shared cores (90 s; load average 3 to 6):
+
+  failures of six identities, 1000 random instances each over GF(2), GF(3), GF(101)        0          <= 0     yes
+  subsets where matroid link and generic vector link differ, 300 pairs                     0          <= 0     yes
+  matroid links whose connectivity exceeds |P|, 300 pairs                                  0          <= 0     yes
+  graphs where |W| + 1 - c_S - c_Q is not the rank over GF(2) and the reals, of 8          0          <= 0     yes
+  graphs whose minimised overlap is not the formula, of 6                                  0          <= 0     yes
+  resistive networks in two parts joined at P', largest difference of a voltage            9.659e-15  <= 1e-8  yes
+  block sizes at which the ways to minimise choose different P'                            0          <= 0     yes
+  minimise_overlap over GF(2), 32 columns a block, packed words over loop of integer rows  2.097 x    >= 1     yes
+  minimise_overlap over GF(101), 32 columns a block, one batch over NumPy loop             2.553 x    >= 1     yes
+
+Without the random scales on P, 20 of the 300 pairs of matroids differ, 15 with a lower and 5 with a higher rank.
+A spectral cut leaves both halves of a graph connected: a tree on the boundary is then the least overlap. Cut at random
+they are in pieces, and the least is 1 or 2 below the tree.
+The lead of the batched form falls with the size (23 x at 4 columns over GF(101)): it eliminates padded shapes, the
+loops drop rows and columns as they go. The identities run on spaces of at most 6 columns a block.
+Scale h200 minimises 100,000 instances of up to 32 columns; it has not been run.
 """
 
 import ml_collections

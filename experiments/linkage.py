@@ -47,9 +47,12 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
 
 
 def random_spaces(p: int, instances: int, size: int, seed: int):
-  """Pairs over 3 * size columns, of random density, rank and number of columns that are used (the others are zero)."""
+  """Pairs over 3 * size columns, of random density, rank and number of columns that are used (the others are zero).
+
+  Of two draws the larger number of columns is used: many rows over few columns are everything, and nothing is shared.
+  """
   rng = np.random.default_rng(seed)
-  use = lambda: np.arange(size) < rng.integers(1, size + 1, instances)[:, None]
+  use = lambda: np.arange(size) < rng.integers(1, size + 1, (2, instances)).max(0)[:, None]
   s, shared, q = use(), use(), use()
 
   def draw(columns):
@@ -67,7 +70,13 @@ def check_identities(p: int, config) -> dict:
   result = jax.jit(jax.vmap(lambda a, b: identities(a, b, size, p)))(a, b)
   before = float(np.mean(np.any(np.asarray(a[:, :, size:]) != 0, 1).sum(-1)))
   failures = {name: int(np.sum(~np.asarray(ok))) for name, ok in result.items() if name != "size"}
-  return {"instances": instances, "failures": failures, "before": before, "after": float(np.mean(result["size"]))}
+  return {
+    "instances": instances,
+    "failures": failures,
+    "before": before,
+    "after": float(np.mean(result["size"])),
+    "sizes": np.bincount(result["size"]).tolist(),
+  }
 
 
 def identities(a, b, size: int, p: int) -> dict:
