@@ -112,7 +112,7 @@ def eliminate(m: Shaped[Array, "m n"], p: int, mask: Shaped[Array, "n"] | None =
     return Reduced(m, jnp.zeros(0, bool), jnp.asarray(after, jnp.int32))
   mask = jnp.ones(columns, bool) if mask is None else mask
   inverse = _inverse(p)
-  index = jnp.arange(rows)
+  index, place = jnp.arange(rows), jnp.arange(columns)
 
   def step(j, carry):
     a, pivots, rank = carry
@@ -136,10 +136,11 @@ def eliminate(m: Shaped[Array, "m n"], p: int, mask: Shaped[Array, "n"] | None =
       new = jax.lax.rem(new, jnp.asarray(p, m.dtype))
     else:
       # Rounding must leave no dust where the exact answer is zero: neither in this column nor in a vanished row.
-      new = jnp.where(jnp.abs(new) > TOLERANCE, new, 0).at[:, j].set(0)
-    new = jnp.where((index == at)[:, None], pivot_row.at[j].set(1), new)
+      new = jnp.where((jnp.abs(new) > TOLERANCE) & (place != j), new, 0)
+      pivot_row = jnp.where(place == j, 1, pivot_row)
+    new = jnp.where((index == at)[:, None], pivot_row, new)
     a = jnp.where(found, new, carry[0])
-    return a, pivots.at[j].set(found), rank + found
+    return a, pivots | (place == j) & found, rank + found
 
   start = (m, jnp.zeros(columns, bool), jnp.asarray(after, jnp.int32))
   return Reduced(*jax.lax.fori_loop(0, columns, step, start))
@@ -163,7 +164,7 @@ def _eliminate_words(m, mask, after):
     column = jnp.where(index == at, False, jnp.where(index == chosen, column[at], column))
     new = jnp.where(column[:, None], swapped ^ row, swapped)
     new = jnp.where((index == at)[:, None], row, new)
-    pivots = pivots.at[word].set(pivots[word] | (found.astype(jnp.uint32) << bit))
+    pivots = pivots | jnp.where(jnp.arange(words) == word, found.astype(jnp.uint32) << bit, 0)
     return jnp.where(found, new, a), pivots, rank + found
 
   start = (m, jnp.zeros(words, jnp.uint32), jnp.asarray(after, jnp.int32))
