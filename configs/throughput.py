@@ -10,11 +10,18 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test, cpu (tiny shapes, no peak known), h200, paper (the same)."""
   big = scale in ("h200", "paper")
 
-  def training(*, depth, aspect_ratio, batch, accumulate, remat, head_dim=128):
+  def training(*, depth, aspect_ratio, batch, accumulate, head_dim=128):
     shape = dict(depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)
     shape |= {} if big else dict(vocab_size=512, context=64)
     return dict(
-      shape=shape, batch=batch, accumulate=accumulate, remat=remat, steps=4 if big else 2, length=2048 if big else 64
+      shape=shape,
+      batch=batch,
+      accumulate=accumulate,
+      length=2048 if big else 64,
+      steps=4 if big else 2,
+      remat="dots",
+      unroll=True,
+      keep_logits=True,
     )
 
   return ml_collections.ConfigDict(
@@ -22,13 +29,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       paper="throughput",
       experiment="throughput",
       scale=scale,
+      claimed=("d20_width1280",),
       shapes=("d20_width1280", "d32_width640") if big else ("tiny",),
       training={
-        "d20_width1280": training(depth=20, aspect_ratio=64, batch=256, accumulate=16, remat="dots"),
-        "d32_width640": training(depth=32, aspect_ratio=20, batch=256, accumulate=16, remat="dots"),
+        "d20_width1280": training(depth=20, aspect_ratio=64, batch=256, accumulate=16),
+        "d32_width640": training(depth=32, aspect_ratio=20, batch=256, accumulate=16),
       }
       if big
-      else {"tiny": training(depth=4, aspect_ratio=8, head_dim=16, batch=4, accumulate=2, remat="dots")},
+      else {"tiny": training(depth=4, aspect_ratio=8, head_dim=16, batch=4, accumulate=2)},
       step=dict(
         shape=dict(depth=20, window_pattern="L")
         if big

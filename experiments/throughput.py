@@ -13,10 +13,14 @@ from experiments.results import Claim, Report
 from jaxlab.core import mesh as meshes
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
-from jaxlab.models.transformer import flat_call
+from jaxlab.models.transformer import flat_call, fuse_projections
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import peak_flops
 from jaxlab.training.optimizers import muon_adamw
+
+# Two honest times of a step: waited for one by one, which adds the wait of the host to each, and issued in a row.
+WAYS = {"waited": "each call waited for", "in_a_row": "20 calls in a row"}
+_ROW = 20
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
@@ -34,24 +38,24 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   metrics = {"training": training, "forward": steps, "decode": decode, "torch": torch_times}
   claims = []
   for name, result in training.items():
-    if result["mfu"]:
+    if result["mfu"] and name in config.claimed:
       claims.append(
         Claim(
           f"training MFU, {name}", "", "higher", ours=result["mfu"], threshold=0.4, baseline="bf16 peak of the card"
         )
       )
-  for length, result in steps.items():
-    best = min(v["median"] for v in result.values())
-    if length in torch_times:
+  for length in torch_times:
+    for way, how in WAYS.items():
+      best = min(kind[way]["median"] for kind in steps[length].values())
       claims.append(
         Claim(
-          f"sequential forward, {length[1:]} tokens, batch 1, over torch.compile",
+          f"sequential forward, {length[1:]} tokens, batch 1, over torch.compile, {how}",
           "x",
           "higher",
-          ours=torch_times[length]["median"] / best,
+          ours=torch_times[length][way]["median"] / best,
           threshold=1.0,
-          baseline=f"torch {torch_times[length]['median']:.3f} ms, reduce-overhead",
-          note=f"ours {best:.3f} ms; alternation is impossible across two frameworks, both warm on the same card",
+          baseline=f"torch {torch_times[length][way]['median']:.3f} ms, reduce-overhead",
+          note=f"ours {best:.3f} ms; both warm on the same card, one after the other",
         )
       )
   for context, result in decode.items():
@@ -89,7 +93,8 @@ def train_speed(case: dict) -> dict:
   batch, length, steps = case["batch"], case["length"], case["steps"]
   optimizer = muon_adamw(config, steps=1000, batch_tokens=batch * length)
   state = loop.initial_state(Transformer(config, jax.random.key(0)), optimizer, mesh, 0)
-  loss = lambda m, b, step, key: losses.language_model_loss(m, b, remat=case["remat"])
+  options = {name: case[name] for name in ("remat", "unroll", "keep_logits")}
+  loss = lambda m, b, step, key: losses.language_model_loss(m, b, **options)
   step = loop.make_step(loss, optimizer, meshes.shardings(state, mesh), accumulate=case["accumulate"])
   ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length + 1)).astype(np.int32)
   data = jax.device_put({"inputs": ids[:, :-1], "targets": ids[:, 1:]}, meshes.batch_sharding(mesh))
@@ -115,34 +120,40 @@ def train_speed(case: dict) -> dict:
 
 
 def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
-  """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating."""
+  """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`."""
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
+  model = fuse_projections(model)
   unrolled, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
   contestants = {
     "scan": functools.partial(jax.jit(lambda m, t: m(t)), model, tokens),
     "unrolled": functools.partial(unrolled, arrays, tokens),
   }
-  return timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
+  waited = timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
+  in_a_row = timing.compare(contestants, repetitions=max(3, repetitions // _ROW), inner=_ROW).summary()
+  return {name: {"waited": waited[name], "in_a_row": in_a_row[name]} for name in contestants}
 
 
 def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
-  """Milliseconds of one cached decode step (donated cache), against reading weights and keys once."""
+  """Milliseconds of a cached decode step (donated cache), steps in a row, against reading weights and keys once."""
   result = {}
   bandwidth = copy_bandwidth()
   for context in contexts:
-    cache = model.empty_cache(1, context + repetitions + 8)
+    rows = max(3, repetitions // _ROW)
+    cache = model.empty_cache(1, context + (rows + 1) * _ROW)
     prefill = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
-    _, cache = jax.jit(model.extend)(prefill, cache)
-    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), model, donate_argnums=2)
+    _, cache = jax.jit(lambda m, t, c: m.extend(t, c))(model, prefill, cache)
+    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), fuse_projections(model), donate_argnums=2)
     token, seconds = prefill[:, :1], []
-    for _ in range(repetitions + 5):
+    for _ in range(rows + 1):
       begin = time.perf_counter()
-      logits, cache = jax.block_until_ready(step(arrays, token, cache))
-      seconds.append(time.perf_counter() - begin)
+      for _ in range(_ROW):
+        logits, cache = step(arrays, token, cache)
+      jax.block_until_ready(logits)
+      seconds.append((time.perf_counter() - begin) / _ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
     size += sum(a.size * a.dtype.itemsize for a in (cache.keys, cache.values))
     result[f"context {context}"] = {
-      "milliseconds": timing.Times({"step": np.array(seconds[5:])}).summary()["step"],
+      "milliseconds": timing.Times({"step": np.array(seconds[1:])}).summary()["step"],
       "floor_ms": 1e3 * size / bandwidth,
       "finite": bool(jnp.isfinite(logits).all()),
     }
@@ -172,15 +183,20 @@ def torch_speed(model: Transformer, lengths, repetitions: int) -> dict:
   result = {}
   for length in lengths:
     tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-    seconds = []
-    with torch.inference_mode():
-      for _ in range(repetitions + 10):
-        wait()
-        begin = time.perf_counter()
+
+    def seconds(inner, tokens=tokens):
+      wait()
+      begin = time.perf_counter()
+      for _ in range(inner):
         compiled(tokens)
-        wait()
-        seconds.append(time.perf_counter() - begin)
-    result[f"T{length}"] = timing.Times({"torch": np.array(seconds[10:])}).summary()["torch"]
+      wait()
+      return (time.perf_counter() - begin) / inner
+
+    with torch.inference_mode():
+      seconds(10)
+      waited = np.array([seconds(1) for _ in range(repetitions)])
+      in_a_row = np.array([seconds(_ROW) for _ in range(max(3, repetitions // _ROW))])
+    result[f"T{length}"] = timing.Times({"waited": waited, "in_a_row": in_a_row}).summary()
   return result
 
 
@@ -188,10 +204,13 @@ def draw(steps: dict, torch_times: dict, workdir: Path) -> str:
   figure, axis = figures.subplots()
   lengths = [int(name[1:]) for name in steps]
   for kind in ("scan", "unrolled"):
-    axis.plot(lengths, [r[kind]["median"] for r in steps.values()], "o-", label=f"jax, {kind}")
+    axis.plot(lengths, [r[kind]["in_a_row"]["median"] for r in steps.values()], "o-", label=f"jax, {kind}")
   if torch_times:
-    axis.plot(lengths, [r["median"] for r in torch_times.values()], "s--", label="torch.compile, reduce-overhead")
-  axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Sequential forward, batch 1")
+    times = [r["in_a_row"]["median"] for r in torch_times.values()]
+    axis.plot(lengths, times, "s--", label="torch.compile, reduce-overhead")
+  axis.set(
+    xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Sequential forward, batch 1, calls in a row"
+  )
   axis.set_xticks(lengths, lengths)
   axis.minorticks_off()
   axis.legend()

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_FLASH_FROM = 256  # queries; below, XLA's few fused kernels take less time than cuDNN's call
+
 
 class AttentionFn(Protocol):
   """Causal attention of `time` new queries at absolute positions start .. start + time - 1 over `keys` positions.
@@ -26,7 +28,8 @@ class AttentionFn(Protocol):
 
 
 def dot_product_attention(q, k, v, *, window=None, start=0):
-  """Dense softmax attention, an `AttentionFn`: cuDNN flash attention on a GPU in 16 bits, XLA elsewhere.
+  """Dense softmax attention, an `AttentionFn`: cuDNN flash attention on a GPU in 16 bits, XLA elsewhere and where the
+  whole score matrix is small.
 
   With start = 0 (static) and as many keys as queries this is plain causal attention. Otherwise positions past the
   query's own are masked, so `k` and `v` may be a cache with room to spare. A single query under a window reads only
@@ -35,7 +38,7 @@ def dot_product_attention(q, k, v, *, window=None, start=0):
   time, keys = q.shape[1], k.shape[1]
   if isinstance(start, int) and start == 0 and time == keys:
     narrow = window is not None and window < time
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and time >= _FLASH_FROM
     return jax.nn.dot_product_attention(
       q,
       k,

@@ -78,10 +78,14 @@ class MLP(nnx.Module):
     uniform = lambda k: jax.random.uniform(k, (d, f), minval=-bound, maxval=bound)
     self.gate = Linear(uniform(k1), ("embed", "mlp")) if swiglu else None
     self.up = Linear(uniform(k2), ("embed", "mlp"))
+    self.gate_up = nnx.data(None)  # `transformer.fuse_projections` puts gate and up side by side here
     down = jax.random.normal(k3, (f, d)) / math.sqrt(f * 2 * config.depth) if swiglu else jnp.zeros((f, d))
     self.down = Linear(down, ("mlp", "embed"))
 
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    if self.gate_up is not None:
+      gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+      return self.down(jax.nn.silu(gate) * up)
     if self.gate is None:
       return self.down(jnp.square(jax.nn.relu(self.up(x))))
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -57,6 +57,7 @@ class Block(nnx.Module):
     self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", "heads"))
     self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
     self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
+    self.qkv = nnx.data(None)  # `fuse_projections` puts q, k and v side by side here
     zero_out = config.mlp == "relu2"
     out = (
       jnp.zeros((h * n, d))
@@ -87,7 +88,10 @@ class Block(nnx.Module):
     mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
     a = self.attention_norm(_read(x, mixing))
     split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
-    q, k, v = split(self.q(a)), split(self.k(a)), split(self.v(a))
+    if self.qkv is not None:
+      q, k, v = jnp.split(split(self.qkv(a)), [c.q_heads, c.q_heads + c.kv_heads], axis=-2)
+    else:
+      q, k, v = split(self.q(a)), split(self.k(a)), split(self.v(a))
     if value is not None:
       gate = 3 * jax.nn.sigmoid(a[..., :_GATE_CHANNELS] @ self.value_gate[...].astype(a.dtype))
       v = v + gate[..., None] * value.astype(v.dtype)
@@ -322,11 +326,10 @@ def sequential(
   def group(carry, parts):
     weights, values, mixing, first = parts
     outputs, taken = [], 0
-    for i in range(period):
-      part = lambda tree: jax.tree.map(lambda a: a[i], tree)  # noqa: B023 (used at once)
+    for i, (layer, mix) in enumerate(zip(_unstack(weights, period), _unstack(mixing, period), strict=True)):
       value = values[taken] if kinds[i][1] else None
       taken += kinds[i][1]
-      carry = block(carry, (part(weights), value, part(mixing)), *kinds[i], first + i)
+      carry = block(carry, (layer, value, mix), *kinds[i], first + i)
       outputs.append(carry[0])
     return carry, jnp.stack(outputs) if keep_trace else None
 
@@ -391,6 +394,19 @@ def layer_parallel(
   return outputs, cache
 
 
+def fuse_projections(model: Transformer) -> Transformer:
+  """The same function with q, k, v (and SwiGLU's gate, up) as one product each: fewer, larger kernels for inference."""
+  model = jax.tree.map(lambda a: a, model)
+  block = model.blocks
+  beside = lambda *maps: Linear(jnp.concatenate([m.weight[...] for m in maps], axis=-1), maps[0].weight.axes)
+  block.qkv = beside(block.q, block.k, block.v)
+  block.q = block.k = block.v = None
+  if isinstance(block.mlp, MLP) and block.mlp.gate is not None:
+    block.mlp.gate_up = beside(block.mlp.gate, block.mlp.up)
+    block.mlp.gate = block.mlp.up = None
+  return model
+
+
 def flat_call(function, model: Transformer, **jit_options):
   """`function(model, *args)` for the shortest possible step: (jitted, arrays), to be called as jitted(arrays, *args).
 
@@ -414,6 +430,13 @@ def _keep_products(primitive, *args, **params) -> bool:
   """Checkpoint policy: keep the results of weight products and of cuDNN's flash attention."""
   flash = primitive.name.startswith("dot_product_attention_fwd")
   return flash or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
+def _unstack(tree, layers: int) -> list:
+  """Per-layer trees of a stacked one. The gradient of one split is one concatenation, that of slices a sum of pads."""
+  leaves, rest = jax.tree.flatten(tree)
+  split = [jax.lax.split(a, (1,) * layers) for a in leaves]
+  return [jax.tree.unflatten(rest, [jnp.squeeze(a[i], 0) for a in split]) for i in range(layers)]
 
 
 def _take(a, index):

@@ -1,5 +1,6 @@
 """Next-token cross-entropy, with the logits made a slice at a time."""
 
+import functools
 import math
 
 import jax
@@ -12,18 +13,25 @@ _SLICE_BYTES = 2**29  # float32 logits made at once
 
 
 def token_losses(
-  model: Transformer, hidden: tuple[Array, Array | None], targets: Int[Array, "batch time"]
+  model: Transformer,
+  hidden: tuple[Array, Array | None],
+  targets: Int[Array, "batch time"],
+  *,
+  keep_logits: bool = False,
 ) -> Float[Array, "batch time"]:
   """-log p(target) in nats, float32; 0 where the target is -1.
 
-  The logits of the whole batch would be the largest array of a training step: they are computed for slices of the time
-  axis, and again for the gradient.
+  The float32 logits of the whole batch would be the largest array of a training step: they are computed for slices of
+  the time axis, and again for the gradient, either from the hidden states or, with `keep_logits`, from the head's
+  products kept in the computing dtype (one matrix product less, batch * time * vocab numbers more).
   """
   batch, time = targets.shape
   wanted = max(1, batch * time * model.config.vocab_size * 4 // _SLICE_BYTES)
   slices = next(n for n in range(wanted, time + 1) if time % n == 0)
 
-  @jax.checkpoint
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if keep_logits else None
+
+  @functools.partial(jax.checkpoint, policy=policy, prevent_cse=slices == 1 or keep_logits)
   def one(model, hidden, targets):
     logits = model.logits(*hidden)
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -32,7 +40,11 @@ def token_losses(
   if slices == 1:
     return one(model, hidden, targets)
   cut = lambda a: jnp.moveaxis(a.reshape(batch, slices, time // slices, *a.shape[2:]), 1, 0)
-  losses = jax.lax.map(lambda part: one(model, *part), jax.tree.map(cut, (hidden, targets)))
+  parts = jax.tree.map(cut, (hidden, targets))
+  if keep_logits:  # written out: what a loop keeps is copied into one array
+    losses = jnp.stack([one(model, *jax.tree.map(lambda a: a[i], parts)) for i in range(slices)])  # noqa: B023
+  else:
+    losses = jax.lax.map(lambda part: one(model, *part), parts)
   return jnp.moveaxis(losses, 0, 1).reshape(batch, time)
 
 
@@ -41,10 +53,16 @@ def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch tim
   return losses.sum() / jnp.maximum((targets >= 0).sum(), 1)
 
 
-def language_model_loss(model: Transformer, batch, *, remat: str = "none") -> tuple[Array, dict[str, Array]]:
-  """Cross-entropy of the sequential network: (loss, {}). `batch` has int32 `inputs` and `targets`."""
-  hidden = model.hidden(batch["inputs"], remat=remat)
-  return mean_loss(token_losses(model, hidden, batch["targets"]), batch["targets"]), {}
+def language_model_loss(
+  model: Transformer, batch, *, remat: str = "none", unroll: bool = False, keep_logits: bool = False
+) -> tuple[Array, dict[str, Array]]:
+  """Cross-entropy of the sequential network: (loss, {}). `batch` has int32 `inputs` and `targets`.
+
+  The options trade compilation time and memory for speed: see `transformer.sequential` and `token_losses`.
+  """
+  hidden = model.hidden(batch["inputs"], remat=remat, unroll=unroll)
+  losses = token_losses(model, hidden, batch["targets"], keep_logits=keep_logits)
+  return mean_loss(losses, batch["targets"]), {}
 
 
 def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
