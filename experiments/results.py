@@ -134,7 +134,9 @@ def device_kind() -> str:
 
 
 def _git() -> str:
-  """The commit, "-dirty" with uncommitted changes; GIT_COMMIT where the code runs without its repository."""
+  """The commit, "-dirty" with uncommitted changes; GIT_COMMIT says it where the code runs on a copy."""
+  if os.environ.get("GIT_COMMIT"):
+    return os.environ["GIT_COMMIT"]
   describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
   run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-  return run.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
+  return run.stdout.strip() or "unknown"

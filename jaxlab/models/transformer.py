@@ -6,6 +6,7 @@ where it likes.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -89,24 +90,28 @@ class Block(nnx.Module):
     a = self.attention_norm(_read(x, mixing))
     split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
     if self.qkv is not None:
-      q, k, v = jnp.split(split(self.qkv(a)), [c.q_heads, c.q_heads + c.kv_heads], axis=-2)
+      qk, v = jnp.split(split(self.qkv(a)), [c.q_heads + c.kv_heads], axis=-2)
+      turned = (qk,)
     else:
-      q, k, v = split(self.q(a)), split(self.k(a)), split(self.v(a))
+      turned, v = (split(self.q(a)), split(self.k(a))), split(self.v(a))
     if value is not None:
       gate = 3 * jax.nn.sigmoid(a[..., :_GATE_CHANNELS] @ self.value_gate[...].astype(a.dtype))
       v = v + gate[..., None] * value.astype(v.dtype)
+    norms = (self.q_norm, self.k_norm)
     if c.qk_norm == "before_rope":
-      q, k = self.q_norm(q), self.k_norm(k)
-    q, k = apply_rope(q, side.cos, side.sin), apply_rope(k, side.cos, side.sin)
+      turned = [norm(y) for norm, y in zip(norms, turned, strict=False)]
+    turned = [apply_rope(y, side.cos, side.sin) for y in turned]
     if c.qk_norm == "after_rope":
-      q, k = self.q_norm(q), self.k_norm(k)
-    return x, mixing, q * c.qk_scale, k * c.qk_scale, v
+      turned = [norm(y) for norm, y in zip(norms, turned, strict=False)]
+    turned = [y * c.qk_scale for y in turned]
+    q, k = turned if self.qkv is None else jnp.split(turned[0], [c.q_heads], axis=-2)
+    return x, mixing, q, k, v
 
   def finish(self, x, mixing, attended, all_mixing):
-    """The block's output from its input and (batch, time, q_heads, head_dim) attention."""
+    """(the block's output, the MLP's mixing) from its input and (batch, time, q_heads, head_dim) attention."""
     x = _write(x, mixing, self.o(attended.reshape(*attended.shape[:-2], -1)))
     mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
-    return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing))))
+    return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing)))), mixing
 
   def _mixing(self, mixing: Mixing, x, sublayer: int, static):
     if self.config.hyper.dynamic:
@@ -311,7 +316,7 @@ def sequential(
     if cache is not None:
       cache = tuple(_write_cache(store, new, layer, side.start) for store, new in zip(cache, (k, v), strict=True))
       k, v = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
-    x = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
+    x, _ = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
     if backout is not None:
       here = layer == c.depth // 2
       backout = jax.lax.select(here, x, backout) if not isinstance(here, bool) else (x if here else backout)
@@ -354,53 +359,75 @@ def sequential(
 
 
 def layer_parallel(
-  model: Transformer,
-  states,
-  side: Side,
-  *,
-  start: int = 0,
-  attention: AttentionFn = dot_product_attention,
-  cache: tuple[Array, Array] | None = None,
+  model: Transformer, states, side: Side, *, start: int = 0, attention: AttentionFn = dot_product_attention
 ):
-  """Evaluates layers start .. start + n - 1 at once, layer start + j on `states[j]` (snlp.md M7).
-
-  Projections and MLPs are products batched over layers; attention runs once per window kind with layers folded into the
-  batch. Returns (outputs like `states`, cache or None); the cache is as in `sequential`.
-  """
+  """Outputs of layers start .. start + n - 1, layer start + j evaluated on `states[j]` (snlp.md M7)."""
   c = model.config
-  n, batch = states.shape[:2]
-  weights = layer_slice(model.blocks, start, start + n)
-  mixing = None if side.mixing is None else tuple(m[start : start + n] for m in side.mixing)
-  values = None
-  if side.values is not None:
-    empty = jnp.zeros_like(side.values[0])
-    row = {layer: i for i, layer in enumerate(c.value_layers)}
-    values = jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, start + n)])
+  stop = start + states.shape[0]
+  attend = functools.partial(attend_layers, windows=c.windows[start:stop], attention=attention, start=side.start)
+  blocks, values, mixing = layer_slice(model.blocks, start, stop), layer_values(c, side, start, stop), side.mixing
+  mixing = None if mixing is None else tuple(m[start:stop] for m in mixing)
+  return evaluate_blocks(blocks, states, side, values=values, mixing=mixing, attend=attend)[0]
+
+
+def evaluate_blocks(blocks: Block, states, side: Side, *, values, mixing, attend):
+  """Stacked blocks, each on its own state: projections and MLPs are products batched over the layers.
+
+  Args:
+    values: gathered value embeddings (n, ...) or None; mixing: static matrices of these blocks or None.
+    attend: (q, k, v), each (n, batch, time, heads, head_dim) -> attention of every layer.
+
+  Returns:
+    (outputs like `states`, (k, v), (attention mixing, MLP mixing) or (None, None)).
+  """
   project = lambda w, x, value, mix: w.project(x, side, value, mix)
-  inner, mix, q, k, v = jax.vmap(project)(weights, states, values, mixing)
-  if cache is not None:
-    cache = tuple(_write_cache(store, new, start, side.start) for store, new in zip(cache, (k, v), strict=True))
-    k, v = (store[start : start + n] for store in cache)
-  windows = c.windows[start : start + n]
-  attended = [None] * n
-  for window in dict.fromkeys(windows):
-    index = [j for j in range(n) if windows[j] == window]
-    fold = lambda a: _take(a, index).reshape(len(index) * batch, *a.shape[2:])  # noqa: B023 (used at once)
-    out = attention(fold(q), fold(k), fold(v), window=window, start=side.start)
+  inner, mix, q, k, v = jax.vmap(project)(blocks, states, values, mixing)
+  attended = attend(q, k, v)
+  outputs, mlp_mix = jax.vmap(lambda w, x, m, y, s: w.finish(x, m, y, s))(blocks, inner, mix, attended, mixing)
+  return outputs, (k, v), (mix, mlp_mix)
+
+
+def attend_layers(q, k, v, *, windows, attention: AttentionFn, start):
+  """Attention of n layers at once: once per kind of window, with the layers folded into the batch."""
+  layers, batch = q.shape[:2]
+  attended = [None] * layers
+  for window, index in window_kinds(windows).items():
+    fold = lambda a: _take(a, index).reshape(-1, *a.shape[2:])  # noqa: B023 (used at once)
+    out = attention(fold(q), fold(k), fold(v), window=window, start=start)
     for j, y in zip(index, out.reshape(len(index), batch, *out.shape[1:]), strict=True):
       attended[j] = y
-  attended = jnp.stack(attended)
-  outputs = jax.vmap(lambda w, x, m, y, s: w.finish(x, m, y, s))(weights, inner, mix, attended, mixing)
-  return outputs, cache
+  return jnp.stack(attended)
+
+
+def window_kinds(windows) -> dict[int | None, list[int]]:
+  """The positions of every kind of window."""
+  return {kind: [j for j, window in enumerate(windows) if window == kind] for kind in dict.fromkeys(windows)}
+
+
+def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
+  """Value embeddings of layers start..stop (n, batch, time, kv_heads, head_dim), zeros where a layer has none; None
+  for models without."""
+  if side.values is None:
+    return None
+  row = {layer: i for i, layer in enumerate(config.value_layers)}
+  empty = jnp.zeros_like(side.values[0])
+  return jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, stop)])
 
 
 def fuse_projections(model: Transformer) -> Transformer:
-  """The same function with q, k, v (and SwiGLU's gate, up) as one product each: fewer, larger kernels for inference."""
+  """The same function with q, k, v (and SwiGLU's gate, up) as one product each: fewer, larger kernels for inference.
+
+  Queries and keys then are normalised and rotated together too.
+  """
   model = jax.tree.map(lambda a: a, model)
   block = model.blocks
   beside = lambda *maps: Linear(jnp.concatenate([m.weight[...] for m in maps], axis=-1), maps[0].weight.axes)
   block.qkv = beside(block.q, block.k, block.v)
   block.q = block.k = block.v = None
+  if block.q_norm is not None and block.q_norm.gain is not None:
+    heads = ((block.q_norm, block.config.q_heads), (block.k_norm, block.config.kv_heads))
+    gains = [jnp.repeat(norm.gain[...][:, None], count, axis=1) for norm, count in heads]
+    block.q_norm.gain = nnx.Param(jnp.concatenate(gains, axis=1), axes=(None, None))
   if isinstance(block.mlp, MLP) and block.mlp.gate is not None:
     block.mlp.gate_up = beside(block.mlp.gate, block.mlp.up)
     block.mlp.gate = block.mlp.up = None
@@ -445,6 +472,5 @@ def _take(a, index):
 
 
 def _write_cache(store, new, layer, start):
-  """Writes (batch, time, ...) or (n, batch, time, ...) entries at (layer, :, start)."""
-  new = new[None] if new.ndim == 4 else new
-  return jax.lax.dynamic_update_slice(store, new.astype(store.dtype), (layer, 0, start, 0, 0))
+  """Writes (batch, time, ...) entries at (layer, :, start)."""
+  return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], (layer, 0, start, 0, 0))

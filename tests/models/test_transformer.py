@@ -132,7 +132,7 @@ def test_layers_at_once_equal_a_loop_over_layers(name, start):
   x, side, _ = model.embed(tokens)
   n = model.depth - start
   states = x + jax.random.normal(jax.random.key(3), (n, *x.shape))
-  actual, _ = jax.jit(lambda m, s: layer_parallel(m, s, side, start=start))(model, states)
+  actual = jax.jit(lambda m, s: layer_parallel(m, s, side, start=start))(model, states)
   loop = lambda m, s: [sequential(m, s[j], side, start=start + j, stop=start + j + 1)[0] for j in range(n)]
   np.testing.assert_allclose(actual, jnp.stack(jax.jit(loop)(model, states)), rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,7 @@
 """The loss in slices: the same value and gradient however the logits are made and kept."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ def test_slices_and_kept_logits_change_neither_loss_nor_gradient(monkeypatch, ke
 
   def plain(m):
     p = jax.nn.log_softmax(m(batch["inputs"]))
-    chosen = np.take_along_axis(p, np.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+    chosen = jnp.take_along_axis(p, jnp.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
     return -(chosen * (batch["targets"] >= 0)).sum() / 23
 
   sliced = lambda m: losses.language_model_loss(m, batch, keep_logits=keep_logits)[0]
