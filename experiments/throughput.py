@@ -13,7 +13,7 @@ from experiments.results import Claim, Report
 from jaxlab.core import mesh as meshes
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
-from jaxlab.models.transformer import flat_call, fuse_projections
+from jaxlab.models.transformer import flat_call, for_inference
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import peak_flops
 from jaxlab.training.optimizers import muon_adamw
@@ -122,7 +122,7 @@ def train_speed(case: dict) -> dict:
 def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
   """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`."""
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
-  model = fuse_projections(model)
+  model = for_inference(model)
   unrolled, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
   contestants = {
     "scan": functools.partial(jax.jit(lambda m, t: m(t)), model, tokens),
@@ -142,7 +142,7 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
     cache = model.empty_cache(1, context + (rows + 1) * _ROW)
     prefill = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
     _, cache = jax.jit(lambda m, t, c: m.extend(t, c))(model, prefill, cache)
-    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), fuse_projections(model), donate_argnums=2)
+    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), for_inference(model), donate_argnums=2)
     token, seconds = prefill[:, :1], []
     for _ in range(rows + 1):
       begin = time.perf_counter()

@@ -136,6 +136,15 @@ def streams(transition: Float[Array, "n *batch s s"] | Callable[[Float[Array, "n
   return surrogate
 
 
+def transferred(tensor: Float[Array, "n n s s"]) -> Surrogate:
+  """`streams` with matrices that depend on nothing, as one product: e_j = sum_{i <= j} T[j, i] r_i.
+
+  `tensor` is `recurrence.transfer_tensor` of the matrices.
+  """
+  product = lambda r: jnp.einsum("jisu,i...ud->j...sd", tensor.astype(r.dtype), r, precision="highest")
+  return lambda blocks, inputs: (blocks(inputs), product)
+
+
 def exact(blocks: Blocks, inputs):
   """A_j = J_j, by a chain of n Jacobian-vector products: full Newton. An oracle for tests, not fast."""
   outputs, jvp = jax.linearize(blocks, inputs)

@@ -10,6 +10,10 @@ steps the first k outputs are exact, so n steps are the network itself. A regula
 two steps are enough. Works on any stacked `Transformer`, a loaded Llama or Qwen3 too:
 
   logits = snlp.forward(model, tokens, layers=24, iterations=2)
+
+Where the paper's symbols are: G, r, e, the Newton step: `core.newton.solve`; A_j: `make_surrogate`; S, n (n_par), K,
+the initial trace: `solve`; L_fwd, the training loss: `regulariser`, w(step): `regulariser_weight`; CxFM, wide layers:
+`snlp_suffix`; cached decoding and self-speculation: `snlp_decode`; layers over devices: `snlp_sharded`.
 """
 
 from collections.abc import Sequence
@@ -19,8 +23,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core import newton
-from jaxlab.core.checks import require, require_choice
-from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence
+from jaxlab.core.checks import require, require_choice, require_divides
+from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer_tensor
+from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
@@ -32,30 +37,46 @@ INITIAL = ("h0", "batch_fwd")
 
 def forward(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "batch time vocab"]:
   """Logits of the layer-parallel network; the options are those of `solve`."""
-  return model.logits(*hidden(model, tokens, **options))
+  states = hidden(model, tokens, **options)
+  return model.logits(*states)
 
 
 def hidden(
   model: Transformer,
   tokens: Int[Array, "batch time"],
   *,
-  layers: int,
+  layers: int | Suffix,
+  groups: int = 1,
   attention: AttentionFn = dot_product_attention,
   **options,
 ):
   """(final state, backout state or None) of the layer-parallel network: what `model.logits` reads.
 
-  A backout layer inside the suffix is read from the approximate trace.
+  A backout layer inside the suffix is read from the approximate trace: its own estimate, or that of the wide layer
+  which contains it.
+
+  Args:
+    layers: n, or a suffix that `snlp_suffix.fuse` made of the model.
+    groups: C; split the suffix into C consecutive groups, solve the first, hand its last state to the second as its
+      exact input, and so on (block Gauss-Seidel; M9's second reading). C K evaluations in a row instead of K.
+
+  Raises:
+    InputError: as `solve`; groups of a fused suffix, or groups that do not divide the layers.
   """
-  _check_layers(model, layers)
+  suffix = _suffix(model, layers)
+  require(groups >= 1, f"groups is {groups}; the suffix is solved in at least one")
+  require(groups == 1 or not suffix.fused, "groups split plain layers; a fused suffix is solved in one")
+  require_divides("groups", groups, "layers (n_par)", suffix.layers)
   x, side, _ = model.embed(tokens)
-  start = model.depth - layers
-  x, backout, _, _ = sequential(model, x, side, stop=start, attention=attention)
-  trace = solve(model, x, side, layers=layers, attention=attention, **options).trace
-  inside = model.depth // 2 - start
-  if model.config.backout and inside >= 0:
-    backout = trace[inside + 1]
-  return trace[-1], backout
+  x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
+  size = suffix.layers // groups
+  for g in range(groups):
+    part = suffix if groups == 1 else plain(model, size, stop=suffix.start + (g + 1) * size)
+    trace = solve(model, x, side, layers=part, attention=attention, **options).trace
+    x = trace[-1]
+    if model.config.backout and part.start <= model.depth // 2 < part.stop:
+      backout = trace[part.unit_of(model.depth // 2) + 1]
+  return x, backout
 
 
 def solve(
@@ -63,10 +84,10 @@ def solve(
   h: Float[Array, "batch time *state"],
   side: Side,
   *,
-  layers: int,
+  layers: int | Suffix,
   iterations: int,
   surrogate: str = "identity",
-  initial: str = "h0",
+  initial: str | Float[Array, "units batch time *state"] = "h0",
   damping: float = 0.0,
   key: jax.Array | None = None,
   attention: AttentionFn = dot_product_attention,
@@ -75,12 +96,14 @@ def solve(
   """Solves the suffix from its exact input h = h_S.
 
   Args:
-    layers: n, layers in the suffix.
+    layers: n, layers in the suffix, or the suffix itself.
     iterations: K, Newton steps.
     surrogate: "identity" A = I; "jacobi" A = 0; "damped" A = (1 - damping) I; "scaled" A_j = lambda_j I of a model with
       residual lambdas; "diagonal" A_j = diag(J_j) by one Hutchinson probe (needs `key`); "streams" the products
-      Hres_mlp Hres_attn of a model with static hyper-connections; "exact" A_j = J_j, an oracle.
-    initial: "h0" starts from z_j = h_S; "batch_fwd" from z_{j+1} = f_{S+j}(h_S), one more evaluation of the suffix.
+      Hres_mlp Hres_attn of a model with hyper-connections (HCN), dynamic ones at the current iterate; "exact"
+      A_j = J_j, an oracle.
+    initial: "h0" starts from z_j = h_S; "batch_fwd" from z_{j+1} = f_{S+j}(h_S), one more evaluation of the suffix; an
+      array is the start itself, z_1 .. z_n (the last token's trace: "warm"; `snlp_preheat`'s prediction: "preheat").
     tolerance: stop early at this relative residual (see `newton.solve`).
 
   Returns:
@@ -89,41 +112,61 @@ def solve(
   Raises:
     InputError: n outside 1..L, K < 1, or a surrogate this model cannot offer.
   """
-  _check_layers(model, layers)
-  require_choice("initial", initial, INITIAL)
-  start = model.depth - layers
-  blocks = lambda z: layer_parallel(model, z, side, start=start, attention=attention)[0]
-  trace = jnp.broadcast_to(h, (layers + 1, *h.shape))
-  if initial == "batch_fwd":
-    trace = trace.at[1:].set(blocks(trace[:-1]))
-  chosen = make_surrogate(model, side, surrogate, layers=layers, damping=damping, key=key)
+  suffix = _suffix(model, layers)
+  evaluated = lambda z: evaluate(model, suffix, z, side, attention=attention)
+  chosen = make_surrogate(model, suffix, side, surrogate, evaluated, damping=damping, key=key)
+  blocks = lambda z: evaluated(z)[0]
+  trace = initial_trace(blocks, h, initial, suffix.units)
   return newton.solve(blocks, trace, iterations=iterations, surrogate=chosen, tolerance=tolerance)
 
 
+def initial_trace(blocks, h, initial, units: int) -> Float[Array, "units_plus_1 batch time *state"]:
+  """z_0 = h and the start of z_1 .. z_units that `initial` names or is (M4)."""
+  repeated = jnp.broadcast_to(h, (units, *h.shape))
+  if isinstance(initial, str):
+    require_choice("initial", initial, INITIAL)
+    rest = blocks(repeated) if initial == "batch_fwd" else repeated
+  else:
+    require(initial.shape == repeated.shape, f"the initial trace has shape {initial.shape}; expected {repeated.shape}")
+    rest = initial.astype(h.dtype)
+  return jnp.concatenate([h[None], rest])
+
+
 def make_surrogate(
-  model: Transformer, side: Side, name: str, *, layers: int, damping: float = 0.0, key: jax.Array | None = None
+  model: Transformer, suffix: Suffix, side: Side, name: str, evaluated, *, damping: float = 0.0, key=None
 ) -> newton.Surrogate:
-  """The surrogate A_j of the last `layers` layers by its name in `SURROGATES`."""
+  """The surrogate A_j of a suffix by its name in `SURROGATES`; `evaluated(z)` is `snlp_suffix.evaluate` at z."""
   require_choice("surrogate", name, SURROGATES)
-  start = model.depth - layers
   if name == "damped":
     return newton.scaled(1.0 - damping)
   if name == "scaled":
     require(model.config.residual_lambdas, "surrogate 'scaled' needs residual lambdas; use 'identity' for this model")
-    return newton.scaled(model.blocks.residual_lambda[...][start:])
+    return newton.scaled(suffix.blocks.residual_lambda[...])
   if name == "diagonal":
     require(key is not None, "surrogate 'diagonal' draws a random probe; pass key=jax.random.key(seed)")
     return newton.diagonal(key, damping=damping, clip=2.0)
   if name == "streams":
-    return newton.streams(stream_transition(side, start))
+    hyper = model.config.hyper
+    require(hyper is not None, "surrogate 'streams' needs hyper-connections; use 'identity' for this model")
+    if not hyper.dynamic:
+      return newton.transferred(transfer_tensor(stream_transition(side, suffix)))
+
+    def dynamic(blocks, inputs):
+      outputs, _, (attention, mlp) = evaluated(inputs)
+      return outputs, lambda r: matrix_recurrence(mlp[2] @ attention[2], r)
+
+    return dynamic
   return {"identity": newton.identity, "jacobi": newton.jacobi, "exact": newton.exact}[name]
 
 
-def stream_transition(side: Side, start: int) -> Float[Array, "n 1 1 s s"]:
-  """A_j = Hres_mlp,j Hres_attn,j of layers start.. : doubly stochastic, the same for every token."""
-  require(side.mixing is not None, "surrogate 'streams' needs static hyper-connections; use 'identity' for this model")
-  residual = side.mixing[2][start:]
-  return (residual[:, 1] @ residual[:, 0])[:, None, None]
+def stream_transition(side: Side, suffix: Suffix) -> Float[Array, "units s s"]:
+  """A_j = Hres_mlp,j Hres_attn,j of a model with static hyper-connections: doubly stochastic, the same for every token.
+
+  A wide layer mixes once, with the means of its layers' matrices.
+  """
+  residual = side.mixing[2][suffix.start : suffix.stop]
+  residual = residual.reshape(suffix.units, suffix.chunk, *residual.shape[1:]).mean(axis=1)
+  return residual[:, 1] @ residual[:, 0]
 
 
 def regulariser(
@@ -165,18 +208,22 @@ def regulariser(
   )
 
   def of(n):
-    _check_layers(model, n)
-    start = model.depth - n
+    suffix = plain(model, n)
+    start = suffix.start
     h = trace[start - 1] if start else h0
     if idn_last_layer_only:
-      c, _ = layer_parallel(model, h[None], side, start=model.depth - 1, attention=attention)
+      c = layer_parallel(model, h[None], side, start=model.depth - 1, attention=attention)
       return _relative_error(c, trace[-1:], detach_target)
-    outputs, _ = layer_parallel(model, jnp.broadcast_to(h, (n, *h.shape)), side, start=start, attention=attention)
+    repeated = jnp.broadcast_to(h, (n, *h.shape))
+    outputs, _, mixing = evaluate(model, suffix, repeated, side, attention=attention)
     increments = outputs - h
     if surrogate == "identity":
       c = h + linear_recurrence(1.0, increments)
     else:
-      c = h + matrix_recurrence(stream_transition(side, start), increments)
+      require(model.config.hyper is not None, "surrogate 'streams' needs hyper-connections; use 'identity'")
+      dynamic = model.config.hyper.dynamic
+      a = mixing[1][2] @ mixing[0][2] if dynamic else stream_transition(side, suffix)[:, None, None]
+      c = h + matrix_recurrence(a, increments)
     chosen = jnp.array(penalised(n, stride))
     return _relative_error(c[chosen], trace[start:][chosen], detach_target)
 
@@ -199,7 +246,7 @@ def regulariser_weight(step: Int[Array, ""], *, weight: float, steps: int, warmu
 def trace_error(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "n"]:
   """mean over tokens of ||z_{j+1} - h_{S+j+1}|| / ||h_{S+j+1}|| for j = 0..n-1; the options are those of `solve`."""
   h0, trace, side = model.trace(tokens)
-  start = model.depth - options["layers"]
+  start = plain(model, options["layers"]).start
   h = trace[start - 1] if start else h0
   z = solve(model, h, side, **options).trace[1:]
   return jax.vmap(lambda a, b: _relative_error(a[None], b[None], False))(z, trace[start:])
@@ -214,7 +261,7 @@ def jacobian_norms(
   """
   h0, trace, side = model.trace(tokens)
   states = jnp.concatenate([h0[None], trace[:-1]])
-  blocks = lambda z: wide(layer_parallel(model, z, side)[0])
+  blocks = lambda z: wide(layer_parallel(model, z, side))
   unit = lambda v: v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-12)
   base = blocks(states)
 
@@ -241,8 +288,5 @@ def _norm(x):
   return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def _check_layers(model, layers: int) -> None:
-  require(
-    isinstance(model, Transformer), f"SNLP needs a Transformer with stacked blocks, not {type(model).__name__}; see hub"
-  )
-  require(1 <= layers <= model.depth, f"layers (n_par) is {layers}; it must lie in 1..{model.depth}, the model's depth")
+def _suffix(model, layers: int | Suffix) -> Suffix:
+  return layers if isinstance(layers, Suffix) else plain(model, layers)

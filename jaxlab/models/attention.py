@@ -76,3 +76,9 @@ class Cache:
   @property
   def capacity(self) -> int:
     return self.keys.shape[2]
+
+
+def write_cache(store: Array, new: Array, where: tuple) -> Array:
+  """`store` with the entries `new` written at `where`; the axes `where` leaves out start at 0."""
+  index = [jnp.asarray(i, jnp.int32) for i in (*where, *[0] * (store.ndim - len(where)))]
+  return jax.lax.dynamic_update_slice(store, new.astype(store.dtype), index)

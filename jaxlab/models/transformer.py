@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
+from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention, write_cache
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table, wide
 
@@ -148,6 +148,7 @@ class Transformer(nnx.Module):
       jax.random.normal(keys[0], (c.vocab_size, c.width)) * (0.8 if c.embed_norm else 0.02), axes=("vocab", "embed")
     )
     self.blocks = jax.vmap(lambda layer, k: Block(c, layer, k))(layers, jax.random.split(keys[1], c.depth))
+    self.mixing = nnx.data(None)  # static mixing matrices, where `for_inference` has worked them out
     self.norm = RMSNorm(c.width, c.norm_eps, c.norm_gain)
     if not c.tied_embeddings:
       self.head = Linear(jax.random.normal(keys[2], (c.width, c.vocab_size)) * 0.001, ("embed", "vocab"))
@@ -193,8 +194,11 @@ class Transformer(nnx.Module):
     _, _, trace, _ = sequential(self, x, side, attention=attention, remat=remat, keep_trace=True)
     return x, trace, side
 
-  def embed(self, tokens: Int[Array, "batch time"], cache: Cache | None = None):
-    """(state of layer 0, side, pre-smear embedding of the last token). Positions continue the cache's."""
+  def embed(self, tokens: Int[Array, "batch time"], cache=None):
+    """(state of layer 0, side, pre-smear embedding of the last token).
+
+    Positions continue the cache's: a `Cache`, or anything with its `length` and `previous`.
+    """
     c = self.config
     batch, time = tokens.shape
     start = 0 if cache is None else cache.length
@@ -211,7 +215,9 @@ class Transformer(nnx.Module):
     if c.value_embeddings:
       values = jnp.take(self.value_embeddings[...], tokens, axis=1).astype(x.dtype)
       values = values.reshape(-1, batch, time, c.kv_heads, c.head_dim)
-    mixing = static_mixing(self.blocks) if c.hyper and not c.hyper.dynamic else None
+    mixing = self.mixing
+    if mixing is None and c.hyper and not c.hyper.dynamic:
+      mixing = static_mixing(self.blocks)
     cos, sin = rope_table(c, start + jnp.arange(time), x.dtype)
     side = Side(x, cos, sin, start, values, mixing)
     state = jnp.repeat(x[..., None, :], c.hyper.streams, axis=-2) if c.hyper else x
@@ -314,7 +320,9 @@ def sequential(
     weights, value, mixing = parts
     inner, mix, q, k, v = weights.project(x, side, value if has_value else None, mixing)
     if cache is not None:
-      cache = tuple(_write_cache(store, new, layer, side.start) for store, new in zip(cache, (k, v), strict=True))
+      cache = tuple(
+        write_cache(store, new[None], (layer, 0, side.start)) for store, new in zip(cache, (k, v), strict=True)
+      )
       k, v = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
     x, _ = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
     if backout is not None:
@@ -331,7 +339,7 @@ def sequential(
   def group(carry, parts):
     weights, values, mixing, first = parts
     outputs, taken = [], 0
-    for i, (layer, mix) in enumerate(zip(_unstack(weights, period), _unstack(mixing, period), strict=True)):
+    for i, (layer, mix) in enumerate(zip(unstack_layers(weights, period), unstack_layers(mixing, period), strict=True)):
       value = values[taken] if kinds[i][1] else None
       taken += kinds[i][1]
       carry = block(carry, (layer, value, mix), *kinds[i], first + i)
@@ -414,24 +422,35 @@ def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
   return jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, stop)])
 
 
-def fuse_projections(model: Transformer) -> Transformer:
-  """The same function with q, k, v (and SwiGLU's gate, up) as one product each: fewer, larger kernels for inference.
+def for_inference(model: Transformer) -> Transformer:
+  """The same function in fewer, larger kernels: `fuse_projections` of its blocks, static mixing matrices worked out."""
+  model = jax.tree.map(lambda a: a, model)
+  if model.config.hyper and not model.config.hyper.dynamic:
+    model.mixing = nnx.data(static_mixing(model.blocks))
+  model.blocks = fuse_projections(model.blocks)
+  return model
+
+
+def fuse_projections(blocks: Block) -> Block:
+  """Stacked blocks with q, k, v (and SwiGLU's gate, up) as one product each.
 
   Queries and keys then are normalised and rotated together too.
   """
-  model = jax.tree.map(lambda a: a, model)
-  block = model.blocks
+  blocks = jax.tree.map(lambda a: a, blocks)
+  c, mlp = blocks.config, blocks.mlp
   beside = lambda *maps: Linear(jnp.concatenate([m.weight[...] for m in maps], axis=-1), maps[0].weight.axes)
-  block.qkv = beside(block.q, block.k, block.v)
-  block.q = block.k = block.v = None
-  if block.q_norm is not None and block.q_norm.gain is not None:
-    heads = ((block.q_norm, block.config.q_heads), (block.k_norm, block.config.kv_heads))
-    gains = [jnp.repeat(norm.gain[...][:, None], count, axis=1) for norm, count in heads]
-    block.q_norm.gain = nnx.Param(jnp.concatenate(gains, axis=1), axes=(None, None))
-  if isinstance(block.mlp, MLP) and block.mlp.gate is not None:
-    block.mlp.gate_up = beside(block.mlp.gate, block.mlp.up)
-    block.mlp.gate = block.mlp.up = None
-  return model
+  blocks.qkv = beside(blocks.q, blocks.k, blocks.v)
+  blocks.q = blocks.k = blocks.v = None
+  if blocks.q_norm is not None and blocks.q_norm.gain is not None:
+    gains = []
+    for norm, heads in ((blocks.q_norm, c.q_heads), (blocks.k_norm, c.kv_heads)):
+      gain = norm.gain[...]  # one a layer, or already one a head
+      gains.append(gain if gain.ndim == 3 else jnp.repeat(gain[:, None], heads, axis=1))
+    blocks.q_norm.gain = nnx.Param(jnp.concatenate(gains, axis=1), axes=(None, None))
+  if isinstance(mlp, MLP) and mlp.gate is not None:
+    mlp.gate_up = beside(mlp.gate, mlp.up)
+    mlp.gate = mlp.up = None
+  return blocks
 
 
 def flat_call(function, model: Transformer, **jit_options):
@@ -459,7 +478,7 @@ def _keep_products(primitive, *args, **params) -> bool:
   return flash or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
 
-def _unstack(tree, layers: int) -> list:
+def unstack_layers(tree, layers: int) -> list:
   """Per-layer trees of a stacked one. The gradient of one split is one concatenation, that of slices a sum of pads."""
   leaves, rest = jax.tree.flatten(tree)
   split = [jax.lax.split(a, (1,) * layers) for a in leaves]
@@ -469,8 +488,3 @@ def _unstack(tree, layers: int) -> list:
 def _take(a, index):
   """Rows of a static index; a whole range is no copy."""
   return a if index == list(range(a.shape[0])) else a[jnp.array(index)]
-
-
-def _write_cache(store, new, layer, start):
-  """Writes (batch, time, ...) entries at (layer, :, start)."""
-  return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], (layer, 0, start, 0, 0))

@@ -5,7 +5,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxlab.core.checks import InputError
-from jaxlab.depth import snlp
+from jaxlab.depth import snlp, snlp_suffix
 from jaxlab.models.transformer import sequential
 from tests.common import configs, plain_attention, random_model, random_tokens
 
@@ -14,6 +14,7 @@ TOKENS = random_tokens(2, 16)
 OFFERED = {
   "nanochat": ("identity", "jacobi", "damped", "scaled", "diagonal", "exact"),
   "mhc": ("identity", "streams", "exact"),
+  "mhc_dynamic": ("identity", "streams"),
   "llama": ("identity", "jacobi", "exact"),
   "qwen3_moe": ("identity",),
 }
@@ -78,9 +79,9 @@ def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step()
 def test_stream_transitions_never_expand():
   model = random_model(CONFIGS["mhc"])
   _, side, _ = model.embed(TOKENS)
-  a = np.asarray(snlp.stream_transition(side, 2))
-  assert a.shape == (4, 1, 1, 4, 4)
-  np.testing.assert_allclose(a.sum(-2), 1, atol=1e-5)
+  a = np.asarray(snlp.stream_transition(side, snlp_suffix.plain(model, 4)))
+  assert a.shape == (4, 4, 4)
+  np.testing.assert_allclose(a.sum(-2), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride, count", [(3, 17), (6, 9), (0, 3)])
@@ -168,7 +169,7 @@ def test_power_iteration_finds_the_norm_of_a_linear_block():
     (dict(layers=3, iterations=0), "iterations is 0"),
     (dict(layers=3, iterations=1, surrogate="magic"), "surrogate is 'magic'"),
     (dict(layers=3, iterations=1, initial="cold"), "initial is 'cold'"),
-    (dict(layers=3, iterations=1, surrogate="streams"), "needs static hyper-connections"),
+    (dict(layers=3, iterations=1, surrogate="streams"), "needs hyper-connections"),
     (dict(layers=3, iterations=1, surrogate="scaled"), "needs residual lambdas"),
   ],
 )

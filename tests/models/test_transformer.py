@@ -8,7 +8,7 @@ from jaxlab.models import TransformerConfig
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import nanochat
 from jaxlab.models.layers import sinkhorn
-from jaxlab.models.transformer import flat_call, fuse_projections, layer_parallel, sequential, static_mixing
+from jaxlab.models.transformer import flat_call, for_inference, layer_parallel, sequential, static_mixing
 from tests.common import SHAPE, configs, random_model, random_tokens
 
 CONFIGS = configs()
@@ -99,10 +99,10 @@ def test_a_flat_call_is_the_call_without_slices_of_weights():
   assert "f32[6,48,192]" not in program  # the stack of MLP weights is never made
 
 
-@pytest.mark.parametrize("name", ["nanochat", "qwen3", "qwen3_moe"])
-def test_fused_projections_are_the_same_network(name):
+@pytest.mark.parametrize("name", ["nanochat", "mhc", "qwen3", "qwen3_moe"])
+def test_the_inference_form_is_the_same_network(name):
   model, tokens = random_model(CONFIGS[name]), random_tokens(2, 9)
-  fused = fuse_projections(model)
+  fused = for_inference(model)
   assert model.blocks.qkv is None and fused.blocks.q is None
   np.testing.assert_allclose(jax.jit(type(fused).__call__)(fused, tokens), model(tokens), rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,124 @@
+"""Split networks: uncached steps, cached decoding and generation against the whole network (snlp.md M13, oracle 10)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.depth import snlp
+from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, generate, prefill, split, step
+from jaxlab.depth.snlp_suffix import fuse
+from jaxlab.models.generate import generate as plain_generate
+from tests.common import configs, plain_attention, random_model, random_tokens
+
+CONFIGS = configs()
+TOKENS = random_tokens(2, 140)  # past the short window of 128
+PROMPT = 132
+
+
+def decode(network, tokens, prompt, *, start=prefill, **options):
+  """Logits of tokens prompt .. : one cached step each, after a prefill."""
+  logits, state = jax.jit(lambda n, t: start(n, t, capacity=tokens.shape[1] + 3))(network, tokens[:, :prompt])
+  one = jax.jit(lambda n, t, s: step(n, t, s, **options))
+  rows = [logits[:, -1]]
+  for i in range(prompt, tokens.shape[1]):
+    logits, state = one(network, tokens[:, i : i + 1], state)
+    rows.append(logits[:, -1])
+  return jnp.stack(rows, axis=1)
+
+
+@pytest.mark.parametrize("name, surrogate", [("nanochat", "scaled"), ("mhc", "streams"), ("qwen3", "identity")])
+def test_an_uncached_step_is_the_forward(name, surrogate):
+  model = random_model(CONFIGS[name])
+  options = dict(iterations=2, surrogate=surrogate, initial="batch_fwd")
+  expected = jax.jit(lambda m: snlp.forward(m, TOKENS, layers=4, **options))(model)
+  actual, state = jax.jit(lambda n: step(n, TOKENS, **options))(split(model, 4))
+  assert state is None
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "mhc", "mhc_dynamic", "qwen3", "qwen3_moe"])
+def test_decoding_with_n_iterations_is_the_sequential_network(name):
+  """Windows, value embeddings, hyper-connections, experts; 8 steps after a prompt longer than the window."""
+  model = random_model(CONFIGS[name])
+  expected = jax.jit(lambda m: m(TOKENS))(model)[:, PROMPT - 1 :]
+  surrogate = "streams" if "mhc" in name else "identity"
+  actual = decode(split(model, 4), TOKENS, PROMPT, iterations=4, surrogate=surrogate)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_decoding_with_n_iterations_is_exact_in_float64_and_from_a_warm_start():
+  with jax.enable_x64(True):
+    model = random_model(CONFIGS["nanochat"], dtype="float64")
+    tokens = random_tokens(1, 12)
+    expected = jax.jit(lambda m: m(tokens, attention=plain_attention))(model)[:, 3:]
+    begin = lambda n, t, capacity: prefill(n, t, capacity=capacity, attention=plain_attention)
+    for initial in ("h0", "warm"):
+      options = dict(start=begin, iterations=4, initial=initial, attention=plain_attention)
+      np.testing.assert_allclose(decode(split(model, 4), tokens, 4, **options), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_suffix_a_step_is_the_plain_cached_step():
+  model = random_model(CONFIGS["nanochat"])
+  expected = jax.jit(lambda m: m(TOKENS))(model)[:, PROMPT - 1 :]
+  np.testing.assert_allclose(decode(split(model), TOKENS, PROMPT), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_iteration_with_its_own_keys_is_the_uncached_forward():
+  """K = 1 from h0 reads every token's keys at h_S, cached or not, if the prompt was prefilled by SNLP too."""
+  model = random_model(CONFIGS["nanochat"])
+  expected = jax.jit(lambda m: snlp.forward(m, TOKENS, layers=4, iterations=1))(model)[:, PROMPT - 1 :]
+  options = dict(iterations=1, cache_kv="last_iteration")
+  begin = lambda n, t, capacity: step(n, t, empty_state(n, batch=2, capacity=capacity), **options)
+  actual = decode(split(model, 4), TOKENS, PROMPT, start=begin, **options)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_between_one_and_n_iterations_cached_and_uncached_differ():
+  model = random_model(CONFIGS["nanochat"])
+  uncached = jax.jit(lambda m: snlp.forward(m, TOKENS, layers=4, iterations=2))(model)[:, PROMPT:]
+  cached = decode(split(model, 4), TOKENS, PROMPT, iterations=2)[:, 1:]
+  gap = float(jnp.abs(cached - uncached).max())
+  assert np.isfinite(gap) and gap > 1e-3
+
+
+def test_a_fused_suffix_decodes_as_its_uncached_self():
+  """K = units is the wide network run sequentially, whether its keys are cached or not."""
+  model = random_model(CONFIGS["qwen3"])
+  suffix = fuse(model, 4, chunk=2)
+  expected = jax.jit(lambda m, s: snlp.forward(m, TOKENS, layers=s, iterations=2))(model, suffix)[:, PROMPT - 1 :]
+  begin = lambda n, t, capacity: prefill(n, t, capacity=capacity, iterations=2)
+  actual = decode(split(model, suffix), TOKENS, PROMPT, start=begin, iterations=2)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_of_the_plain_model_goes_on_as_a_state():
+  model = random_model(CONFIGS["nanochat"])
+  network = split(model, 4)
+  _, cache = model.extend(TOKENS[:, :PROMPT], model.empty_cache(2, 150))
+  expected, _ = model.extend(TOKENS[:, PROMPT:], cache)
+  actual, state = exact_step(network, TOKENS[:, PROMPT:], from_cache(network, cache))
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+  assert int(state.length) == 140
+
+
+def test_generation_with_n_iterations_is_plain_generation():
+  model, prompt = random_model(CONFIGS["nanochat"]), TOKENS[:, :5]
+  expected = plain_generate(model, prompt, tokens=12)
+  actual = jax.jit(lambda n: generate(n, prompt, tokens=12, iterations=4))(split(model, 4))
+  np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(surrogate="exact"), "surrogate is 'exact'"),
+    (dict(initial="warm"), "'warm' needs a state"),
+    (dict(iterations=0), "iterations is 0"),
+  ],
+)
+def test_impossible_steps_are_named(options, message):
+  network = split(random_model(CONFIGS["qwen3"]), 4)
+  with pytest.raises(InputError, match=message):
+    step(network, TOKENS, **options)
