@@ -212,11 +212,8 @@ def finish_exactly(network: Network, x, backout, side: Side, state: State, *, at
       g, row = where[j]
 
       def attend(q, k, v, window, g=g, row=row):
-        written = [
-          write_cache(store, new[None], (row, 0, side.start)) for store, new in zip(groups[g], (k, v), strict=True)
-        ]
-        groups[g] = tuple(written)
-        return attention(q, *(store[row] for store in written), window=window, start=side.start)
+        groups[g] = _write(groups[g], (k[None], v[None]), (row, 0, side.start))
+        return attention(q, *(store[row] for store in groups[g]), window=window, start=side.start)
 
       layer = suffix.start + j
       x = _layer(model, block, layer, x, side, attend)
@@ -269,9 +266,7 @@ def prefix_states(network: Network, tokens, state: State | None, attention: Atte
 
     def attend(q, k, v, window, layer=layer):
       if state is not None:
-        k, v = (
-          write_cache(store, new, (0, side.start)) for store, new in zip(state.prefix[layer], (k, v), strict=True)
-        )
+        k, v = _write(state.prefix[layer], (k, v), (0, side.start))
         written.append((k, v))
       return attention(q, k, v, window=window, start=side.start)
 
@@ -304,10 +299,7 @@ class _Stores:
 
   def write(self, k, v):
     rows = [(_rows(k, index), _rows(v, index)) for index in self._kinds.values()]
-    self.pairs = tuple(
-      tuple(write_cache(store, new, (0, 0, self._start)) for store, new in zip(pair, news, strict=True))
-      for pair, news in zip(self.pairs, rows, strict=True)
-    )
+    self.pairs = tuple(_write(p, new, (0, 0, self._start)) for p, new in zip(self.pairs, rows, strict=True))
 
   def attend(self, q, k, v):
     self.write(k, v)
@@ -327,3 +319,7 @@ def _kinds(network: Network) -> dict[int | None, list[int]]:
 
 def _rows(a, index: list[int]):
   return a if len(index) == a.shape[0] else jnp.stack([a[j] for j in index])
+
+
+def _write(pair: Pair, new: Pair, where: tuple) -> Pair:
+  return tuple(write_cache(store, entries, where) for store, entries in zip(pair, new, strict=True))

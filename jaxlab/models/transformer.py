@@ -320,9 +320,8 @@ def sequential(
     weights, value, mixing = parts
     inner, mix, q, k, v = weights.project(x, side, value if has_value else None, mixing)
     if cache is not None:
-      cache = tuple(
-        write_cache(store, new[None], (layer, 0, side.start)) for store, new in zip(cache, (k, v), strict=True)
-      )
+      place = (layer, 0, side.start)
+      cache = tuple(write_cache(store, new[None], place) for store, new in zip(cache, (k, v), strict=True))
       k, v = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
     x, _ = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
     if backout is not None:
