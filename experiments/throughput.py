@@ -11,9 +11,10 @@ import numpy as np
 from experiments import figures, timing
 from experiments.results import Claim, Report
 from jaxlab.core import mesh as meshes
+from jaxlab.core.trees import flat_jit
+from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
-from jaxlab.models.transformer import flat_call, for_inference
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import peak_flops
 from jaxlab.training.optimizers import muon_adamw
@@ -122,11 +123,10 @@ def train_speed(case: dict) -> dict:
 def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
   """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`."""
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
-  model = for_inference(model)
-  unrolled, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
+  unrolled, leaves = flat_jit(lambda n, t: snlp_inference.step(n, t)[0], snlp_inference.split(model))
   contestants = {
     "scan": functools.partial(jax.jit(lambda m, t: m(t)), model, tokens),
-    "unrolled": functools.partial(unrolled, arrays, tokens),
+    "unrolled": functools.partial(unrolled, leaves, tokens),
   }
   waited = timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
   in_a_row = timing.compare(contestants, repetitions=max(3, repetitions // _ROW), inner=_ROW).summary()
@@ -139,19 +139,20 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
   bandwidth = copy_bandwidth()
   for context in contexts:
     rows = max(3, repetitions // _ROW)
-    cache = model.empty_cache(1, context + (rows + 1) * _ROW)
-    prefill = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
-    _, cache = jax.jit(lambda m, t, c: m.extend(t, c))(model, prefill, cache)
-    step, arrays = flat_call(lambda m, t, c: m.extend(t, c, unroll=True), for_inference(model), donate_argnums=2)
-    token, seconds = prefill[:, :1], []
+    network = snlp_inference.split(model)
+    prompt = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
+    capacity = context + (rows + 1) * _ROW
+    _, state = jax.jit(lambda n, t: snlp_inference.prefill(n, t, capacity=capacity))(network, prompt)
+    step, leaves = flat_jit(snlp_inference.step, network, donate_argnums=2)
+    token, seconds = prompt[:, :1], []
     for _ in range(rows + 1):
       begin = time.perf_counter()
       for _ in range(_ROW):
-        logits, cache = step(arrays, token, cache)
+        logits, state = step(leaves, token, state)
       jax.block_until_ready(logits)
       seconds.append((time.perf_counter() - begin) / _ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
-    size += sum(a.size * a.dtype.itemsize for a in (cache.keys, cache.values))
+    size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix))
     result[f"context {context}"] = {
       "milliseconds": timing.Times({"step": np.array(seconds[1:])}).summary()["step"],
       "floor_ms": 1e3 * size / bandwidth,

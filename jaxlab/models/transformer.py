@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
       jax.random.normal(keys[0], (c.vocab_size, c.width)) * (0.8 if c.embed_norm else 0.02), axes=("vocab", "embed")
     )
     self.blocks = jax.vmap(lambda layer, k: Block(c, layer, k))(layers, jax.random.split(keys[1], c.depth))
-    self.mixing = nnx.data(None)  # static mixing matrices, where `for_inference` has worked them out
+    self.mixing = nnx.data(None)  # static mixing matrices, where they were worked out before
     self.norm = RMSNorm(c.width, c.norm_eps, c.norm_gain)
     if not c.tied_embeddings:
       self.head = Linear(jax.random.normal(keys[2], (c.width, c.vocab_size)) * 0.001, ("embed", "vocab"))
@@ -421,15 +421,6 @@ def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
   return jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, stop)])
 
 
-def for_inference(model: Transformer) -> Transformer:
-  """The same function in fewer, larger kernels: `fuse_projections` of its blocks, static mixing matrices worked out."""
-  model = jax.tree.map(lambda a: a, model)
-  if model.config.hyper and not model.config.hyper.dynamic:
-    model.mixing = nnx.data(static_mixing(model.blocks))
-  model.blocks = fuse_projections(model.blocks)
-  return model
-
-
 def fuse_projections(blocks: Block) -> Block:
   """Stacked blocks with q, k, v (and SwiGLU's gate, up) as one product each.
 
@@ -450,25 +441,6 @@ def fuse_projections(blocks: Block) -> Block:
     mlp.gate_up = beside(mlp.gate, mlp.up)
     mlp.gate = mlp.up = None
   return blocks
-
-
-def flat_call(function, model: Transformer, **jit_options):
-  """`function(model, *args)` for the shortest possible step: (jitted, arrays), to be called as jitted(arrays, *args).
-
-  The parameters go in as plain arrays, split by layer. A slice of stacked weights inside the step would be a copy of
-  them in every call, and a module's tree takes as long to flatten as a small step takes to run. Inside, the layers are
-  stacked again and, where `function` unrolls them, XLA drops both the stack and the slices. `jit_options` count
-  `arrays` as argument 0.
-  """
-  leaves, rest = jax.tree.flatten(model)
-  stacked = {id(leaf) for leaf in jax.tree.leaves(model.blocks)}
-  arrays = [list(leaf) if id(leaf) in stacked else leaf for leaf in leaves]
-
-  def call(arrays, *args):
-    whole = [jnp.stack(a) if isinstance(a, list) else a for a in arrays]
-    return function(jax.tree.unflatten(rest, whole), *args)
-
-  return jax.jit(call, **jit_options), arrays
 
 
 def _keep_products(primitive, *args, **params) -> bool:

@@ -8,7 +8,7 @@ from jaxlab.models import TransformerConfig
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import nanochat
 from jaxlab.models.layers import sinkhorn
-from jaxlab.models.transformer import flat_call, for_inference, layer_parallel, sequential, static_mixing
+from jaxlab.models.transformer import layer_parallel, sequential, static_mixing
 from tests.common import SHAPE, configs, random_model, random_tokens
 
 CONFIGS = configs()
@@ -89,22 +89,6 @@ def test_rematerialised_gradients_are_the_gradients(name):
     jax.tree.map(close, gradient(model, remat), plain)
   with pytest.raises(InputError, match="remat is 'some'"):
     model(tokens, remat="some")
-
-
-def test_a_flat_call_is_the_call_without_slices_of_weights():
-  model, tokens = random_model(CONFIGS["nanochat"]), random_tokens(1, 9)
-  jitted, arrays = flat_call(lambda m, t: m(t, unroll=True), model)
-  np.testing.assert_allclose(jitted(arrays, tokens), model(tokens), rtol=1e-4, atol=1e-4)
-  program = jitted.lower(arrays, tokens).compile().as_text()
-  assert "f32[6,48,192]" not in program  # the stack of MLP weights is never made
-
-
-@pytest.mark.parametrize("name", ["nanochat", "mhc", "qwen3", "qwen3_moe"])
-def test_the_inference_form_is_the_same_network(name):
-  model, tokens = random_model(CONFIGS[name]), random_tokens(2, 9)
-  fused = for_inference(model)
-  assert model.blocks.qkv is None and fused.blocks.q is None
-  np.testing.assert_allclose(jax.jit(type(fused).__call__)(fused, tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
