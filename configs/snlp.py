@@ -18,16 +18,91 @@ not the speed.
 
 import ml_collections
 
+SETTINGS = {
+  "test": ("n3 K1", "n2 K2", "n2 K1 F2"),
+  "cpu": (
+    *(f"n{n} K{k}" for n in (3, 6, 9) for k in (1, 2, 4)),
+    *("n3 K3", "n9 K1 batch_fwd", "n9 K2 jacobi", "n9 K2 diagonal", "n8 K1 F2", "n8 K1 G4"),
+  ),
+  "h200": (
+    *(f"n{n} K{k}" for n in (8, 16, 24) for k in (1, 2, 4, 8)),
+    *("n24 K1 batch_fwd", "n24 K2 jacobi", "n24 K2 diagonal"),
+    *("n24 K1 F2", "n24 K2 F2", "n12 K1 F12", "n24 K1 G12"),
+  ),
+}
+SLICED = {"test": ("n3 K1",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2", "n24 K2 F2")}
+CACHED = {"test": ("n3 K2",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2")}
+
+
+def bench(scale: str) -> dict:
+  """Cases of `snlp_speed`: the trained model itself on a CPU; the paper's 0.5 B shapes and d20 x 1280 on a GPU."""
+  decode = lambda shape, context, settings, batch=1, **more: (
+    dict(shape=shape, kind="decode", context=context, room=600, batch=batch, settings=settings) | more
+  )
+  forward = lambda shape, tokens, settings, batch=1, **more: (
+    dict(shape=shape, kind="forward", tokens=tokens, batch=batch, settings=settings) | more
+  )
+  if scale != "h200":
+    few = ("n3 K1",) if scale == "test" else ("n3 K1", "n6 K1", "n9 K1", "n9 K2", "n9 K4", "n8 K1 F2")
+    lengths = (16,) if scale == "test" else (64, 256)
+    most = "n3 K1" if scale == "test" else "n8 K1 F2"
+    cases = [forward("model", t, few) for t in lengths] + [decode("model", lengths[0], few)]
+    first = f"model, forward, {lengths[0]} tokens, batch 1"
+    claims = [dict(case=first, setting=most, threshold=1.0, paper=2.58)]
+    repetitions = 3 if scale == "test" else 10
+    common = dict(shapes={}, dtype="float32", floors=[], repetitions=repetitions)
+    return dict(cases=cases, claims=claims, shown=few, **common)
+  grid = tuple(f"n{n} K{k}" for n in (8, 12, 16, 24) for k in (1, 2, 4))
+  fused = ("n24 K1 F2", "n24 K2 F2", "n24 K2 F6", "n12 K1 F12")
+  table = ("n8 K4", "n12 K1", "n24 K1", "n24 K2", "n24 K4", "n24 K1 F2", "n24 K2 F2", "n12 K1 F12")
+  few = ("n24 K1", "n24 K2", "n24 K1 F2")
+  main = "0.5B, decode, context 2048, batch 1"
+  cases = [
+    decode("0.5B", 2048, grid + fused, kernels=("unrolled", "n24 K1", "n24 K2", "n24 K1 F2")),
+    decode("0.5B", 128, table),
+    decode("0.5B", 2048, few, batch=8),
+    *(forward("0.5B", t, table) for t in (64, 128, 512, 2048)),
+    forward("0.5B", 128, few, batch=8),
+    decode("d20_width1280", 2048, ("n8 K1", "n12 K1", "n16 K1", "n16 K2", "n16 K1 F2")),
+    forward("d20_width1280", 128, ("n16 K1", "n16 K2", "n16 K1 F2")),
+    decode("0.5B_mHC", 2048, ("n16 K1 streams", "n16 K4 streams", "n24 K2 streams", "n24 K2")),
+    forward("0.5B_mHC", 128, ("n16 K1 streams", "n16 K4 streams")),
+  ]
+  plain = dict(depth=32, aspect_ratio=20, x0=False, value_embeddings=False)
+  return dict(
+    shapes={
+      "0.5B": plain,
+      "d20_width1280": dict(depth=20),
+      "0.5B_mHC": plain | dict(value_embeddings=True, hyper=dict(streams=4)),
+    },
+    dtype="bfloat16",
+    cases=cases,
+    claims=[
+      dict(case=main, setting="n24 K1 F2", threshold=2.5, paper=2.58),
+      dict(case=main, setting="n24 K2", threshold=1.5, paper=1.88),
+      dict(case=main, setting="n24 K1", threshold=2.5),
+      dict(case=main, setting="n24 K2 F2", threshold=1.5, paper=2.09),
+      dict(case="0.5B, forward, 2048 tokens, batch 1", setting="n24 K2 F2", threshold=1.0, paper=2.09),
+      dict(case="0.5B, forward, 128 tokens, batch 1", setting="n24 K2", threshold=1.0, paper=1.88),
+      dict(case="0.5B_mHC, decode, context 2048, batch 1", setting="n16 K1 streams", threshold=1.0, paper=1.60),
+    ],
+    floors=[dict(case=main, setting="n24 K1 F2")],
+    shown=("n12 K1", "n24 K1", "n24 K2", "n24 K1 F2", "n24 K2 F2"),
+    repetitions=12,
+  )
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (a minute), cpu (2 cores, 8 minutes), h200 (one GPU), paper (0.5B, four GPUs)."""
   pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
+  sizes = "h200" if scale == "paper" else scale if scale in SETTINGS else "cpu"
   return ml_collections.ConfigDict(
     dict(
       paper="snlp",
       experiment="snlp",
       scale=scale,
       seed=0,
+      parts=("quality", "speculation", "speed", "memory"),  # measured once a workdir, each in a file of its own
       model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
       shape=dict(
         depth=pick(test=4, cpu=12, h200=32, paper=32),
@@ -46,25 +121,31 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         steps=pick(test=6, cpu=200, h200=1200, paper=4800),
         batch=pick(test=4, cpu=8, h200=128, paper=512),
         length=pick(test=32, cpu=256, h200=512, paper=2048),
-        accumulate=pick(cpu=1, paper=8),
+        accumulate=pick(cpu=1, h200=2, paper=8),
         scale=pick(test=1.0, cpu=1.0),
         recall=0.0,  # share of rows that are generated recall tasks
         warmdown=0.65,
         warmup=pick(cpu=20, h200=40, paper=40),
         dtype=pick(test="float32", cpu="float32", h200="bfloat16", paper="bfloat16"),
+        remat=pick(cpu="none", h200="dots", paper="full"),
         checkpoint_every=pick(test=2, cpu=50, h200=400, paper=200),
       ),
       reg=dict(
         weight=0.5,
         stride=pick(test=1, cpu=3, h200=6, paper=6),
         layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
+        surrogate="identity",
         detach_target=False,
         sampled=False,
       ),
-      snlp=dict(
-        surrogate="identity",
-        layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
-        iterations=pick(test=(1, 2), cpu=(1, 2, 4), h200=(1, 2, 4, 8), paper=(1, 2, 4, 8)),
+      snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
+      speculation=dict(
+        settings=pick(test=("n2 K1",), cpu=("n6 K1",), h200=("n24 K1", "n24 K2", "n16 K1"), paper=("n24 K1",)),
+        drafts=pick(test=(2,), cpu=(4,), h200=(2, 4, 8), paper=(2, 4, 8)),
+        prompt=pick(test=8, cpu=64),
+        prompts=pick(test=2, cpu=4, h200=8, paper=8),
+        tokens=pick(test=8, cpu=64, h200=256, paper=256),
+        repetitions=pick(test=2, cpu=5, h200=10, paper=10),
       ),
       eval=dict(
         split="validation",
@@ -73,11 +154,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         batch=pick(test=4, cpu=8, h200=64, paper=16),
         tokens=pick(test=512, cpu=8192, h200=1_000_000, paper=1_000_000),
       ),
-      bench=dict(
-        lengths=pick(test=(16,), cpu=(64, 256), h200=(128, 512, 2048), paper=(128, 512, 2048)),
-        repetitions=pick(test=3, cpu=30, h200=100, paper=100),
-        threshold=1.0,
-      ),
+      bench=bench(sizes),
       mesh=dict(data=-1),
     )
   )

@@ -128,6 +128,14 @@ def write_text(path: Path, text: str) -> None:
   os.replace(temporary, path)
 
 
+def part(workdir: Path, name: str, measure) -> dict:
+  """What `measure()` returned when this run's part `name` was measured: kept in the workdir as JSON, measured once."""
+  file = workdir / f"{name}.json"
+  if not file.exists():
+    write_text(file, json.dumps(finite({"git": _git(), "device": device_kind(), "result": measure()}), indent=1))
+  return json.loads(file.read_text())["result"]
+
+
 def device_kind() -> str:
   kind = jax.devices()[0].device_kind
   return f"CPU ({os.cpu_count()} cores, {platform.machine()})" if kind == "cpu" else kind

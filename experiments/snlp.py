@@ -10,57 +10,90 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import figures, timing
+from experiments import figures, results, snlp_speed, timing
 from experiments.results import Claim, Report
+from experiments.snlp_settings import forward, parse
 from experiments.text import Text, checkpoint_folder, load_text, model_config, train_model
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
 from jaxlab.data import packing
-from jaxlab.depth import snlp
+from jaxlab.depth import snlp, snlp_inference
+from jaxlab.depth.snlp_speculative import speculate
 from jaxlab.models import Transformer, hub
 from jaxlab.models.transformer import sequential
-from jaxlab.training import losses
-from jaxlab.training.loop import cast
+from jaxlab.training import loop, losses
 from jaxlab.training.metrics import read_metrics
+from jaxlab.training.optimizers import muon_adamw
 
 PLAIN, REGULARISED = "plain", "regularised"
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
+  """Measures the parts of config.parts; a part that this workdir holds already is not measured again."""
   folder = checkpoint_folder(config)
-  text = load_text(config, cache, given=folder)
-  if folder:
-    models = {PLAIN: hub.load(folder)}
-  else:
-    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
-    check_suffixes(config, shape.depth)
-    models = train_pair(config, text, shape, workdir, console)
-  depth = next(iter(models.values())).depth
-  check_suffixes(config, depth)
-  quality = measure_quality(config, text, models, console)
-  speed = measure_speed(config, next(reversed(models.values())), console)
-  metrics = {"quality": quality, "speed": speed}
-  files = {
-    draw_perplexity(quality, depth, workdir): "Perplexity lost against the sequential network, by Newton steps K"
+  for text in (*config.snlp.settings, *config.snlp.cached):
+    parse(text)
+
+  @functools.cache
+  def prepared():
+    text = load_text(config, cache, given=folder)
+    if folder:
+      models = {PLAIN: hub.load(folder)}
+    else:
+      shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
+      check_suffixes(config, shape.depth)
+      models = train_pair(config, text, shape, workdir, console)
+    check_suffixes(config, next(iter(models.values())).depth)
+    return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
+
+  measures = {
+    "quality": lambda: measure_quality(config, *prepared(), console),
+    "speculation": lambda: measure_speculation(config, *prepared(), console),
+    "memory": lambda: measure_memory(config, prepared()[0], workdir),
   }
-  files[draw_trace_error(quality, workdir)] = "Error of one Newton step at each layer of the suffix"
-  if not folder:
-    files[draw_training(workdir, models)] = "Training loss of the two models"
-  return Report(metrics, make_claims(config, quality, speed, depth), files)
+  metrics = {name: results.part(workdir, name, measures[name]) for name in config.parts if name != "speed"}
+  if "speed" in config.parts:
+    last = lambda: next(reversed(prepared()[1].values()))
+    metrics["speed"] = snlp_speed.measure(config.bench, last, workdir, console)
+  claims, files = [], {}
+  if "quality" in metrics:
+    quality = metrics["quality"]
+    claims += quality_claims(config, quality)
+    files[draw_perplexity(quality, workdir)] = "Perplexity lost against the sequential network, by Newton steps K"
+    files[draw_trace_error(quality, workdir)] = "Error of one Newton step at each layer of the suffix"
+    if REGULARISED in quality and not folder:
+      files[draw_training(quality, workdir)] = "Training loss of the two models"
+  if "memory" in metrics:
+    claims += memory_claims(metrics["memory"])
+  if "speculation" in metrics:
+    claims += speculation_claims(metrics["speculation"])
+  if "speed" in metrics:
+    cases = metrics["speed"]["cases"]
+    claims += speed_claims(config, cases)
+    files[snlp_speed.draw_speed(metrics["speed"], tuple(config.bench.shown), workdir)] = "Speed-up by setting and case"
+    if fits := latency_fits(cases):
+      metrics["latency_model"] = fits
+      files[snlp_speed.draw_latency(fits, workdir)] = "Latency model against measurement"
+    if "quality" in metrics:
+      files[draw_frontier(metrics, workdir)] = "Speed-up against perplexity lost"
+  return Report(metrics, claims, files)
 
 
 def check_suffixes(config, depth: int) -> None:
-  for n in (*config.snlp.layers, *config.reg.layers):
-    require(1 <= n <= depth, f"n_par={n} layers in parallel, but the model has {depth}; lower snlp.layers / reg.layers")
+  wanted = [parse(text)["layers"] for text in (*config.snlp.settings, *config.snlp.cached)]
+  for n in (*wanted, *config.reg.layers):
+    require(1 <= n <= depth, f"n_par={n} layers in parallel, but the model has {depth}; see snlp.settings, reg.layers")
 
 
-def train_pair(config, text: Text, shape, workdir: Path, console) -> dict[str, Transformer]:
-  """The same initial parameters and data, without and with the regulariser."""
+def training_losses(config) -> dict:
+  """The two loss functions: the same but for the regulariser."""
+  remat = config.train.remat
 
   def plain_loss(model, batch, step, key):
-    return losses.language_model_loss(model, batch)
+    return losses.language_model_loss(model, batch, remat=remat)
 
   def regularised_loss(model, batch, step, key):
-    h0, trace, side = model.trace(batch["inputs"])
+    h0, trace, side = model.trace(batch["inputs"], remat=remat)
     backout = trace[model.depth // 2] if model.config.backout else None
     ce = losses.mean_loss(losses.token_losses(model, (trace[-1], backout), batch["targets"]), batch["targets"])
     r = snlp.regulariser(
@@ -70,235 +103,369 @@ def train_pair(config, text: Text, shape, workdir: Path, console) -> dict[str, T
       side,
       layers=tuple(config.reg.layers),
       stride=config.reg.stride,
-      surrogate=config.snlp.surrogate,
+      surrogate=config.reg.surrogate,
       detach_target=config.reg.detach_target,
       key=key if config.reg.sampled else None,
     )
     weight = snlp.regulariser_weight(step, weight=config.reg.weight, steps=config.train.steps)
     return ce + weight * r, {"cross_entropy": ce, "regulariser": r}
 
+  return {PLAIN: plain_loss, REGULARISED: regularised_loss}
+
+
+def train_pair(config, text: Text, shape, workdir: Path, console) -> dict[str, Transformer]:
+  """The same initial parameters and data, without and with the regulariser."""
   start = Transformer(shape, jax.random.key(config.seed))
-  go = functools.partial(train_model, config, text, start, console=console)
   return {
-    PLAIN: go(plain_loss, workdir=workdir / PLAIN, title=PLAIN),
-    REGULARISED: go(regularised_loss, workdir=workdir / REGULARISED, title=REGULARISED),
+    name: train_model(config, text, start, loss, workdir=workdir / name, console=console, title=name)
+    for name, loss in training_losses(config).items()
   }
 
 
-def settings(config, depth: int) -> list[dict]:
-  """The grid: n x K with the configured surrogate and start; one batch_fwd, one Jacobi; K = n once."""
-  surrogate, layers, steps = config.snlp.surrogate, list(config.snlp.layers), list(config.snlp.iterations)
-  grid = [dict(layers=n, iterations=k, surrogate=surrogate, initial="h0") for n in layers for k in steps]
-  n = layers[-1]
-  grid.append(dict(layers=n, iterations=1, surrogate=surrogate, initial="batch_fwd"))
-  grid.append(dict(layers=n, iterations=2, surrogate="jacobi", initial="h0"))
-  grid.append(dict(layers=layers[0], iterations=layers[0], surrogate=surrogate, initial="h0"))
-  return grid
+def measure_memory(config, text: Text, workdir: Path) -> dict:
+  """Temporary bytes of a compiled training step, plain and regularised."""
+  shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
+  t, mesh = config.train, meshes.make_mesh(config.mesh.to_dict())
+  optimizer = muon_adamw(shape, steps=t.steps, batch_tokens=t.batch * t.length)
+  state = loop.initial_state(Transformer(shape, jax.random.key(0)), optimizer, mesh, 0)
+  ids = jax.ShapeDtypeStruct((t.batch, t.length), jnp.int32, sharding=meshes.batch_sharding(mesh))
+  result = {}
+  for name, loss in training_losses(config).items():
+    step = loop.make_step(
+      loss, optimizer, meshes.shardings(state, mesh), accumulate=t.accumulate, compute_dtype=t.dtype
+    )
+    result[name] = timing.memory(step.lower(state, {"inputs": ids, "targets": ids}).compile())
+  return result
 
 
-def describe(setting: dict) -> str:
-  return f"n{setting['layers']} K{setting['iterations']} {setting['surrogate']} {setting['initial']}"
+def measure_speculation(config, text: Text, models: dict[str, Transformer], console) -> dict:
+  """Greedy self-speculation on text prompts: acceptance, and the whole generation against sequential generation."""
+  spec = config.speculation
+  rows = packing.evaluation_batches(text.split(config.eval.split), row=config.eval.length, batch=1, limit=10**9)
+  prompts = [jnp.asarray(rows[i]["inputs"][:, : spec.prompt]) for i in range(spec.prompts)]
+  result = {}
+  for name, model in models.items():
+    plain = snlp_inference.split(model)
+    sequential_run = jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))
+    expected = [sequential_run(plain, p) for p in prompts]
+    result[name] = {}
+    for setting in spec.settings:
+      s = parse(setting)
+      network = snlp_inference.split(model, s["layers"])
+      options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
+      for draft in spec.drafts:
+        console.say(f"speculating, {name}, {setting}, {draft} drafts")
+        go = jax.jit(functools.partial(speculate, tokens=spec.tokens, draft=draft, **options))
+        outputs = [go(network, p) for p in prompts]
+        accepted, cycles = (sum(int(getattr(o[1], part)) for o in outputs) for part in ("accepted", "cycles"))
+        equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(outputs, expected, strict=True)])
+        pair = {
+          "sequential": functools.partial(sequential_run, plain, prompts[0]),
+          "speculative": functools.partial(go, network, prompts[0]),
+        }
+        times = timing.compare(pair, repetitions=spec.repetitions, warmup=2)
+        ratio, spread = times.speedup("speculative", "sequential")
+        result[name][f"{setting} B{draft}"] = {
+          "acceptance": accepted / (cycles * draft),
+          "tokens_per_cycle": 1 + accepted / cycles,
+          "equal_tokens": float(equal),
+          "speedup": ratio,
+          "spread": spread,
+          "milliseconds": times.summary(),
+        }
+  return result
 
 
 def measure_quality(config, text: Text, models: dict[str, Transformer], console) -> dict:
-  """Perplexity of every model, sequential, without its suffix, and at every setting; agreement and trace errors."""
+  """Perplexity of every model, sequential, by the baselines and at every setting; agreement and trace errors."""
   e = config.eval
   split = text.split(e.split)
   full = packing.evaluation_batches(split, row=e.length, batch=e.batch, limit=e.tokens)
   slices = packing.mid_document_batches(split, row=e.slice, batch=e.batch, limit=e.tokens)
   depth = next(iter(models.values())).depth
-  computing = {name: cast(model, config.train.dtype) for name, model in models.items()}
-  plain = lambda m, tokens: m.hidden(tokens)
-  evaluate = losses.evaluator(plain, text.token_bytes)
+  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens), text.token_bytes)
   result = {
-    name: {"sequential": evaluate(m, full), "sequential_slices": evaluate(m, slices), "snlp": {}, "early_exit": {}}
-    for name, m in computing.items()
+    name: {
+      "depth": depth,
+      "sequential": evaluate(m, full),
+      "sequential_slices": evaluate(m, slices),
+      "snlp": {},
+      "baselines": {},
+      "cached": {},
+    }
+    for name, m in models.items()
   }
-
-  def early_exit(m, tokens, n):
-    x, side, _ = m.embed(tokens)
-    x, backout, _, _ = sequential(m, x, side, stop=m.depth - n)
-    return x, (x if m.config.backout and m.depth // 2 >= m.depth - n else backout)
-
-  for n in config.snlp.layers:
-    if n < depth:
-      exit_loss = losses.evaluator(functools.partial(early_exit, n=n))
-      for name, m in computing.items():
-        result[name]["early_exit"][f"n{n}"] = exit_loss(m, full)
+  for n in dict.fromkeys(parse(text)["layers"] for text in config.snlp.settings):
+    for baseline, hidden in (("early exit", early_exit), ("painters", painters)):
+      if n < depth:
+        loss = losses.evaluator(functools.partial(hidden, n=n))
+        for name, m in models.items():
+          result[name]["baselines"][f"{baseline} n{n}"] = loss(m, full)
   sample = full[0]["inputs"]
-  agreement = jax.jit(_agreement, static_argnames=("layers", "iterations", "surrogate", "initial"))
-  for setting in console.track("evaluating", settings(config, depth)):
-    parallel = losses.evaluator(functools.partial(snlp.hidden, **setting), text.token_bytes)
-    for name, m in computing.items():
-      top1, cosine = agreement(m, sample, **setting)
-      result[name]["snlp"][describe(setting)] = parallel(m, full) | {
-        **setting,
-        "slices": parallel(m, slices)["perplexity"],
+  for setting in console.track("evaluating", config.snlp.settings):
+    hidden = forward(setting)
+    parallel = losses.evaluator(hidden, text.token_bytes)
+    agreement = jax.jit(functools.partial(_agreement, hidden))
+    for name, m in models.items():
+      top1, cosine = agreement(m, sample)
+      result[name]["snlp"][setting] = parallel(m, full) | {
+        **parse(setting),
+        "slices": parallel(m, slices)["perplexity"] if setting in config.snlp.sliced else None,
         "top1_agreement": float(top1),
         "logit_cosine": float(cosine),
       }
+  for setting in config.snlp.cached:
+    for name, m in models.items():
+      result[name]["cached"][setting] = cached_loss(m, full[0], setting)
   error = jax.jit(snlp.trace_error, static_argnames=("layers", "iterations", "surrogate"))
-  for name, m in computing.items():
-    chosen = dict(layers=config.snlp.layers[-1], iterations=1, surrogate=config.snlp.surrogate)
+  for name, m in models.items():
+    chosen = dict(layers=max(config.reg.layers), iterations=1, surrogate=config.reg.surrogate)
     result[name]["trace_error"] = np.asarray(error(m, sample, **chosen)).tolist()
     result[name]["jacobian_norms"] = np.asarray(jax.jit(snlp.jacobian_norms)(m, sample, jax.random.key(0))).tolist()
   return result
 
 
-def _agreement(model, tokens, **setting):
+def early_exit(model: Transformer, tokens, n: int):
+  """The network without its last n layers."""
+  x, side, _ = model.embed(tokens)
+  x, backout, _, _ = sequential(model, x, side, stop=model.depth - n)
+  return x, (x if model.config.backout and model.depth // 2 >= model.depth - n else backout)
+
+
+def painters(model: Transformer, tokens, n: int):
+  """The last n layers on the same input, their outputs averaged (Layers as Painters)."""
+  x, side, _ = model.embed(tokens)
+  x, backout, _, _ = sequential(model, x, side, stop=model.depth - n)
+  states = snlp.solve(model, x, side, layers=n, iterations=1, surrogate="jacobi").trace
+  if model.config.backout and model.depth // 2 >= model.depth - n:
+    backout = states[model.depth // 2 - (model.depth - n) + 1]
+  return states[1:].mean(axis=0).astype(x.dtype), backout
+
+
+def cached_loss(model: Transformer, batch: dict, setting: str) -> dict:
+  """Teacher-forced loss of the cached decoder, token by token from an empty cache, with the sequential one's."""
+  s = parse(setting)
+  options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
+  inputs, targets = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
+
+  @jax.jit
+  def total(network, plain):
+    def one(state, pair):
+      token, target = pair
+      logits, state = snlp_inference.step(network, token[:, None], state, **options)
+      chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
+      loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
+      return state, jnp.where(target >= 0, loss, 0.0).sum()
+
+    state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
+    _, sums = jax.lax.scan(one, state, (inputs.T, targets.T))
+    whole = losses.token_losses(plain, plain.hidden(inputs), targets)
+    uncached = losses.token_losses(plain, forward(setting)(plain, inputs), targets)
+    count = (targets >= 0).sum()
+    return sums.sum() / count, uncached.sum() / count, whole.sum() / count
+
+  cached, uncached, whole = (float(x) for x in total(snlp_inference.split(model, s["layers"]), model))
+  return {"cached": cached, "uncached": uncached, "sequential": whole}
+
+
+def _agreement(hidden, model, tokens):
   """Share of positions with the sequential network's argmax, and mean cosine of the logits."""
-  a, b = model(tokens), snlp.forward(model, tokens, **setting)
+  a, b = model(tokens), model.logits(*hidden(model, tokens))
   cosine = jnp.sum(a * b, -1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
   return jnp.mean(jnp.argmax(a, -1) == jnp.argmax(b, -1)), jnp.mean(cosine)
 
 
-def measure_speed(config, model: Transformer, console) -> dict:
-  """Whole uncached forwards, one sequence, against the faster of the scanned and the unrolled sequential network."""
-  model = cast(model, config.train.dtype)
-  result = {}
-  for length in config.bench.lengths:
-    tokens = jax.random.randint(jax.random.key(0), (1, length), 0, model.config.vocab_size)
-    contestants = {
-      "scan": jax.jit(lambda m, t: m(t)),
-      "unrolled": jax.jit(lambda m, t: m(t, unroll=True)),
-    }
-    for setting in settings(config, model.depth):
-      if setting["surrogate"] == config.snlp.surrogate:
-        contestants[describe(setting)] = jax.jit(functools.partial(snlp.forward, **setting))
-    console.say(f"timing {len(contestants)} forwards of {length} tokens")
-    calls = {name: functools.partial(f, model, tokens) for name, f in contestants.items()}
-    times = timing.compare(calls, repetitions=config.bench.repetitions, warmup=2)
-    best = min(("scan", "unrolled"), key=times.median)
-    speedups = {name: times.speedup(name, best) for name in calls if name not in ("scan", "unrolled")}
-    result[f"T{length}"] = {
-      "milliseconds": times.summary(),
-      "sequential": best,
-      "speedup": {name: {"ratio": ratio, "p10": low, "p90": high} for name, (ratio, (low, high)) in speedups.items()},
-    }
-  return result
+def lost(quality: dict, name: str, setting: str) -> float:
+  """Perplexity lost against the same model run sequentially, in %."""
+  return 100 * (quality[name]["snlp"][setting]["perplexity"] / quality[name]["sequential"]["perplexity"] - 1)
 
 
-def make_claims(config, quality: dict, speed: dict, depth: int) -> list[Claim]:
+def quality_claims(config, quality: dict) -> list[Claim]:
   """The paper's claims in its revised form, and the first version's."""
-  surrogate, layers = config.snlp.surrogate, list(config.snlp.layers)
-  n = layers[-1]
-  key = lambda n, k, initial="h0": f"n{n} K{k} {surrogate} {initial}"
-  loss_of = lambda name, setting: (
-    100 * (quality[name]["snlp"][setting]["perplexity"] / quality[name]["sequential"]["perplexity"] - 1)
-  )
+  depth = quality[PLAIN]["depth"]
   main = REGULARISED if REGULARISED in quality else PLAIN
-  exact = quality[main]["snlp"][key(layers[0], layers[0])]["loss"]
-  claims = [
-    Claim(
-      f"K = n is the network itself (n = {layers[0]})",
-      "nats",
-      "lower",
-      ours=abs(exact - quality[main]["sequential"]["loss"]),
-      threshold=1e-3,
-      baseline="sequential",
-    )
-  ]
-  few = [k for k in config.snlp.iterations if k in (1, 2, 4) and k < n]
-  limits = {1: 25.0, 2: 25.0, 4: 10.0}
-  for k in few:
+  plain = lambda s: s["chunk"] == 0 and s["groups"] == 1 and s["initial"] == "h0" and s["surrogate"] != "jacobi"
+  rows = {text: s for text in config.snlp.settings if plain(s := parse(text))}
+  claims = []
+  for text, s in rows.items():
+    if s["layers"] == s["iterations"]:
+      exact = quality[main]["snlp"][text]["loss"]
+      claims.append(
+        Claim(
+          f"K = n is the network itself (n = {s['layers']})",
+          "nats",
+          "lower",
+          ours=abs(exact - quality[main]["sequential"]["loss"]),
+          threshold=1e-3,
+          baseline="sequential",
+        )
+      )
+  n = max(s["layers"] for s in rows.values())
+  few = {s["iterations"]: text for text, s in rows.items() if s["layers"] == n and s["iterations"] in (1, 2, 4)}
+  for k, text in few.items():
     claims.append(
       Claim(
         f"perplexity lost at n = {n} of {depth} layers, K = {k}, {main} model",
         "%",
         "lower",
-        ours=loss_of(main, key(n, k)),
-        threshold=limits[k],
+        ours=lost(quality, main, text),
+        threshold={1: 25.0, 2: 25.0, 4: 10.0}[k],
         paper={1: 17.0, 2: 5.1}.get(k),
-        baseline=loss_of(PLAIN, key(n, k)) if main != PLAIN else "sequential",
+        baseline=lost(quality, PLAIN, text) if main != PLAIN else "sequential",
         note="paper: 12 chunks of 2 layers, w/o x0 and value embeddings, 2048 tokens; baseline: the plain model",
       )
     )
-  if main == REGULARISED:
-    # A ratio of two losses says something only where the plain model loses something.
-    for k in [k for k in few if k <= 2 and (k == few[0] or loss_of(PLAIN, key(n, k)) > 0.1)]:
+  if main == PLAIN:
+    return claims
+  # A ratio of two losses says something only where the plain model loses something.
+  for k, text in few.items():
+    if k <= 2 and lost(quality, PLAIN, text) > (0 if k == min(few) else 0.1):
       claims.append(
         Claim(
           f"regularised over plain perplexity loss, n = {n}, K = {k}",
           "ratio",
           "lower",
-          ours=loss_of(main, key(n, k)) / loss_of(PLAIN, key(n, k)),
+          ours=lost(quality, main, text) / lost(quality, PLAIN, text),
           threshold=0.5,
-          baseline=loss_of(PLAIN, key(n, k)),
+          baseline=lost(quality, PLAIN, text),
           note="baseline: the plain model's loss in % at the same setting",
         )
       )
-    errors = {name: quality[name]["trace_error"][-1] for name in (main, PLAIN)}
-    claims.append(
-      Claim(
-        f"trace error of the last layer, regularised over plain, n = {n}, K = 1",
-        "ratio",
-        "lower",
-        ours=errors[main] / errors[PLAIN],
-        threshold=0.5,
-        baseline=errors[PLAIN],
-        note="baseline: the plain model's relative error",
-      )
+  errors = {name: quality[name]["trace_error"][-1] for name in (main, PLAIN)}
+  claims.append(
+    Claim(
+      f"trace error of the last layer, regularised over plain, n = {len(quality[main]['trace_error'])}, K = 1",
+      "ratio",
+      "lower",
+      ours=errors[main] / errors[PLAIN],
+      threshold=0.5,
+      baseline=errors[PLAIN],
+      note="baseline: the plain model's relative error",
     )
-    change = lambda what: 100 * (quality[main][what]["perplexity"] / quality[PLAIN][what]["perplexity"] - 1)
-    claims.append(
-      Claim(
-        "sequential perplexity changed by the regulariser, full context",
-        "%",
-        "lower",
-        ours=change("sequential"),
-        threshold=3.0,
-        paper=-0.5,
-        baseline=quality[PLAIN]["sequential"]["perplexity"],
-      )
+  )
+  change = lambda what: 100 * (quality[main][what]["perplexity"] / quality[PLAIN][what]["perplexity"] - 1)
+  claims.append(
+    Claim(
+      "sequential perplexity changed by the regulariser, full context",
+      "%",
+      "lower",
+      ours=change("sequential"),
+      threshold=3.0,
+      paper=-0.5,
+      baseline=quality[PLAIN]["sequential"]["perplexity"],
     )
-    claims.append(
-      Claim(
-        f"v1: sequential perplexity changed by the regulariser, {config.eval.slice}-token slices without BOS",
-        "%",
-        "lower",
-        ours=change("sequential_slices"),
-        threshold=-4.7,
-        paper=-23.4,
-        baseline=quality[PLAIN]["sequential_slices"]["perplexity"],
-        note="the first version of the paper claimed 4.7 to 23.4 % better; the second withdrew it",
-      )
+  )
+  claims.append(
+    Claim(
+      f"v1: sequential perplexity changed by the regulariser, {config.eval.slice}-token slices without BOS",
+      "%",
+      "lower",
+      ours=change("sequential_slices"),
+      threshold=-4.7,
+      paper=-23.4,
+      baseline=quality[PLAIN]["sequential_slices"]["perplexity"],
+      note="the first version of the paper claimed 4.7 to 23.4 % better; the second withdrew it",
     )
-  length = f"T{config.bench.lengths[0]}"
-  for k in few:
-    measured = speed[length]["speedup"][key(n, k)]
+  )
+  return claims
+
+
+def memory_claims(memory: dict) -> list[Claim]:
+  ratio = memory[REGULARISED]["temporaries"] / memory[PLAIN]["temporaries"]
+  return [
+    Claim(
+      "temporary memory of a training step, regularised over plain",
+      "ratio",
+      "lower",
+      ours=ratio,
+      threshold=2.0,
+      baseline=f"{memory[PLAIN]['temporaries'] / 2**30:.2f} GiB",
+    )
+  ]
+
+
+def speculation_claims(speculation: dict) -> list[Claim]:
+  main = REGULARISED if REGULARISED in speculation else PLAIN
+  setting, best = max(speculation[main].items(), key=lambda item: item[1]["speedup"])
+  same = min(row["equal_tokens"] for runs in speculation.values() for row in runs.values())
+  return [
+    Claim(
+      f"self-speculative greedy generation over sequential generation, {main}, best of {len(speculation[main])}",
+      "x",
+      "higher",
+      ours=best["speedup"],
+      threshold=1.0,
+      spread=tuple(best["spread"]),
+      baseline="cached sequential generation, one jit",
+      note=f"{setting}: acceptance {best['acceptance']:.2f}, {best['tokens_per_cycle']:.2f} tokens a cycle",
+    ),
+    Claim(
+      "speculative tokens equal to sequential ones, all runs, worst",
+      "",
+      "higher",
+      ours=same,
+      threshold=1.0,
+      baseline="sequential greedy generation",
+      note="in 16 bits an argmax between near-equal logits can fall either way in two kernels",
+    ),
+  ]
+
+
+def speed_claims(config, cases: dict) -> list[Claim]:
+  claims = []
+  for c in config.bench.claims:
+    case = cases[c["case"]]
+    measured = case["speedup"][c["setting"]]
     claims.append(
       Claim(
-        f"speed-up of an uncached forward, {length[1:]} tokens, n = {n}, K = {k}",
+        f"speed-up, {c['case']}, {c['setting']}",
         "x",
         "higher",
         ours=measured["ratio"],
-        threshold=config.bench.threshold,
-        paper={1: 2.58, 2: 2.09}.get(k),
-        baseline=f"jitted sequential ({speed[length]['sequential']})",
+        threshold=c["threshold"],
+        paper=c.get("paper"),
+        baseline=f"compiled sequential step ({case['sequential']})",
         spread=(measured["p10"], measured["p90"]),
-        note="paper: eager PyTorch, 2048 tokens, one GPU",
+        note="paper: eager PyTorch, uncached 2048 tokens, one GPU" if c.get("paper") else None,
+      )
+    )
+  for c in config.bench.floors:
+    case = cases[c["case"]]
+    claims.append(
+      Claim(
+        f"time over the bytes the step must read, {c['case']}, {c['setting']}",
+        "x",
+        "lower",
+        ours=case["milliseconds"][c["setting"]]["median"] / case["floor_ms"][c["setting"]],
+        threshold=1.3,
+        baseline=f"{case['floor_ms'][c['setting']]:.3f} ms at the bandwidth of a large copy",
       )
     )
   return claims
 
 
-def draw_perplexity(quality: dict, depth: int, workdir: Path) -> str:
-  shown = lambda r: r["initial"] == "h0" and r["surrogate"] != "jacobi"
-  lost = lambda r, q: 100 * (r["perplexity"] / q["sequential"]["perplexity"] - 1)
-  most = max(lost(r, q) for q in quality.values() for r in q["snlp"].values() if shown(r))
+def latency_fits(cases: dict) -> dict:
+  """The latency model of every case with enough plain settings to tell its three terms apart."""
+  enough = lambda c: sum(not parse(text)["chunk"] for text in c["speedup"]) >= 5
+  return {name: snlp_speed.fit_latency(c) for name, c in cases.items() if enough(c)}
+
+
+def draw_perplexity(quality: dict, workdir: Path) -> str:
+  shown = lambda r: r["initial"] == "h0" and r["surrogate"] != "jacobi" and not r["chunk"] and r["groups"] == 1
+  most = max(lost(quality, name, t) for name, q in quality.items() for t, r in q["snlp"].items() if shown(r))
   figure, axes = figures.subplots(len(quality), squeeze=False, sharey=True)
   for axis, (name, q) in zip(axes[0], quality.items(), strict=True):
-    rows = [r for r in q["snlp"].values() if shown(r)]
-    for n in sorted({r["layers"] for r in rows}):
-      points = sorted((r["iterations"], lost(r, q)) for r in rows if r["layers"] == n)
-      axis.plot(*zip(*points, strict=True), "o-", label=f"n = {n} of {depth}")
+    rows = {text: r for text, r in q["snlp"].items() if shown(r)}
+    for n in sorted({r["layers"] for r in rows.values()}):
+      points = sorted((r["iterations"], lost(quality, name, t)) for t, r in rows.items() if r["layers"] == n)
+      axis.plot(*zip(*points, strict=True), "o-", label=f"n = {n} of {q['depth']}")
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set(title=f"{name} model", xlabel="Newton steps K", xscale="log")
     # Linear where little is lost, logarithmic where much is.
     axis.set_yscale("symlog", linthresh=1.0)
     axis.set_yticks(ticks := [0, 0.25, 0.5, 1, 3, 10, 30, 100, 300], ticks)
     axis.set_ylim(-0.1, 1.2 * max(0.25, most))
-    axis.set_xticks(ticks := sorted({r["iterations"] for r in rows}), ticks)
+    axis.set_xticks(ticks := sorted({r["iterations"] for r in rows.values()}), ticks)
     axis.minorticks_off()
     axis.legend()
   axes[0][0].set_ylabel("perplexity lost (%)")
@@ -314,11 +481,28 @@ def draw_trace_error(quality: dict, workdir: Path) -> str:
   return figures.save(figure, workdir, "trace_error")
 
 
-def draw_training(workdir: Path, models: dict) -> str:
+def draw_training(quality: dict, workdir: Path) -> str:
   figure, axis = figures.subplots()
-  for name in models:
+  for name in quality:
     rows = read_metrics(workdir / name)
     axis.plot([r["step"] for r in rows], [r.get("cross_entropy", r["loss"]) for r in rows], label=name, lw=1)
   axis.set(xlabel="step", ylabel="cross-entropy (nats)", title="Training")
   axis.legend()
   return figures.save(figure, workdir, "training")
+
+
+def draw_frontier(metrics: dict, workdir: Path) -> str:
+  """Settings whose quality and speed were both measured; the first case stands for speed."""
+  name, case = next(iter(metrics["speed"]["cases"].items()))
+  quality = metrics["quality"]
+  figure, axis = figures.subplots()
+  for model in quality:
+    both = [text for text in quality[model]["snlp"] if text in case["speedup"]]
+    points = [(case["speedup"][text]["ratio"], lost(quality, model, text)) for text in both]
+    axis.plot(*zip((1.0, 0.0), *points, strict=True), "o", label=model)
+    for text, point in zip(both, points, strict=True):
+      axis.annotate(text, point, xytext=(4, 3), textcoords="offset points", size=7)
+  axis.set_yscale("symlog", linthresh=1.0)
+  axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")
+  axis.legend()
+  return figures.save(figure, workdir, "frontier")

@@ -1,6 +1,5 @@
 """How fast the foundation is: training MFU, and the sequential step against torch.compile on the same card."""
 
-import functools
 import time
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import numpy as np
 
 from experiments import figures, timing
 from experiments.results import Claim, Report
+from experiments.snlp_speed import random_model
 from jaxlab.core import mesh as meshes
-from jaxlab.core.trees import flat_jit
 from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
@@ -73,20 +72,6 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   return Report(metrics, claims, {draw(steps, torch_times, workdir): "Sequential forward, batch 1"})
 
 
-def random_model(shape: dict, dtype: str) -> Transformer:
-  """Random parameters, none of them zero."""
-  config = nanochat(**shape)
-
-  def make(key):
-    model = Transformer(config, key)
-    leaves, structure = jax.tree.flatten(model)
-    keys = jax.random.split(key, len(leaves))
-    noisy = lambda a, k: a + 0.02 * jax.random.normal(k, a.shape)
-    return loop.cast(jax.tree.unflatten(structure, [noisy(a, k) for a, k in zip(leaves, keys, strict=True)]), dtype)
-
-  return jax.jit(make)(jax.random.key(0))
-
-
 def train_speed(case: dict) -> dict:
   """Tokens per second and MFU of the whole training step (optimizer included), after compilation."""
   config = nanochat(**case["shape"])
@@ -123,10 +108,10 @@ def train_speed(case: dict) -> dict:
 def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
   """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`."""
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
-  unrolled, leaves = flat_jit(lambda n, t: snlp_inference.step(n, t)[0], snlp_inference.split(model))
+  network = snlp_inference.split(model)
   contestants = {
-    "scan": functools.partial(jax.jit(lambda m, t: m(t)), model, tokens),
-    "unrolled": functools.partial(unrolled, leaves, tokens),
+    "scan": timing.steady(lambda m, t: m(t), model, tokens),
+    "unrolled": timing.steady(lambda n, t: snlp_inference.step(n, t)[0], network, tokens),
   }
   waited = timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
   in_a_row = timing.compare(contestants, repetitions=max(3, repetitions // _ROW), inner=_ROW).summary()
@@ -136,38 +121,24 @@ def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
 def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
   """Milliseconds of a cached decode step (donated cache), steps in a row, against reading weights and keys once."""
   result = {}
-  bandwidth = copy_bandwidth()
+  bandwidth = timing.copy_bandwidth()
   for context in contexts:
     rows = max(3, repetitions // _ROW)
     network = snlp_inference.split(model)
     prompt = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
-    capacity = context + (rows + 1) * _ROW
-    _, state = jax.jit(lambda n, t: snlp_inference.prefill(n, t, capacity=capacity))(network, prompt)
-    step, leaves = flat_jit(snlp_inference.step, network, donate_argnums=2)
-    token, seconds = prompt[:, :1], []
-    for _ in range(rows + 1):
-      begin = time.perf_counter()
-      for _ in range(_ROW):
-        logits, state = step(leaves, token, state)
-      jax.block_until_ready(logits)
-      seconds.append((time.perf_counter() - begin) / _ROW)
+    capacity = context + (rows + 4) * _ROW
+    prefill = jax.jit(snlp_inference.prefill, static_argnames="capacity")
+    _, state = prefill(network, prompt, capacity=capacity)
+    step = timing.steady(snlp_inference.step, network, prompt[:, :1], carry=state)
+    times = timing.compare({"step": step}, repetitions=rows, inner=_ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
     size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix))
     result[f"context {context}"] = {
-      "milliseconds": timing.Times({"step": np.array(seconds[1:])}).summary()["step"],
+      "milliseconds": times.summary()["step"],
       "floor_ms": 1e3 * size / bandwidth,
-      "finite": bool(jnp.isfinite(logits).all()),
+      "finite": bool(jnp.isfinite(step()).all()),
     }
   return result
-
-
-def copy_bandwidth(size: int = 2**30) -> float:
-  """Bytes a second, read plus written, of a large copy on this device."""
-  size = size if jax.default_backend() != "cpu" else size // 16
-  source = jnp.arange(size // 4, dtype=jnp.float32)
-  copy = jax.jit(lambda x: x + 1)
-  times = timing.compare({"copy": lambda: copy(source)}, repetitions=10)
-  return 2 * size / times.median("copy")
 
 
 def torch_speed(model: Transformer, lengths, repetitions: int) -> dict:

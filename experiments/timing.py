@@ -1,10 +1,15 @@
 """Timing: compile and warm up outside the clock, alternate contestants in one process, report medians and ratios."""
 
+import concurrent.futures
 import dataclasses
+import functools
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -37,8 +42,10 @@ def compare(
   Args:
     inner: calls a measurement, issued back to back; the time is per call. Use more than 1 for calls of microseconds.
   """
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # the first call compiles
+    list(pool.map(lambda run: jax.block_until_ready(run()), contestants.values()))
   for run in contestants.values():
-    for _ in range(warmup):
+    for _ in range(warmup - 1):
       jax.block_until_ready(run())
   seconds = {name: np.empty(repetitions) for name in contestants}
   for i in range(repetitions):
@@ -49,6 +56,56 @@ def compare(
       jax.block_until_ready(result)
       seconds[name][i] = (time.perf_counter() - start) / inner
   return Times(seconds)
+
+
+def steady(function: Callable, tree, *args, carry=None) -> Callable[[], object]:
+  """A contestant `run()` that evaluates `function(tree, *args)` on the same buffers in every call.
+
+  The last output is donated to the next call. With outputs at new addresses a CUDA graph is rewritten node by node
+  before each launch, which for small kernels takes longer than running them. `tree` is passed as a list of leaves: a
+  module takes long to flatten.
+
+  Args:
+    carry: if given, the function is `(tree, *args, carry) -> (output, carry)` and goes on from its own carry.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+
+  @functools.partial(jax.jit, donate_argnums=(1, 2), keep_unused=True)
+  def call(leaves, output, carry, *args):
+    result = function(jax.tree.unflatten(structure, leaves), *args, *(() if carry is None else (carry,)))
+    return (result, None) if carry is None else result
+
+  last = [None, jax.tree.map(jnp.copy, carry)]
+  output = jax.eval_shape(lambda leaves, carry, args: call(leaves, None, carry, *args)[0], leaves, carry, args)
+  last[0] = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), output)
+
+  def run():
+    last[:] = call(leaves, *last, *args)
+    return last[0]
+
+  return run
+
+
+def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:
+  """Kernels and copies a call launches on the GPU, from a profile; None elsewhere."""
+  if jax.default_backend() != "gpu":
+    return None
+  jax.block_until_ready(run())
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(repetitions):
+        jax.block_until_ready(run())
+    profile = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+  streams = (line for plane in profile.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name)
+  return sum(1 for line in streams for _ in line.events) / repetitions
+
+
+def copy_bandwidth(size: int = 2**30) -> float:
+  """Bytes a second, read plus written, of a large copy on this device."""
+  size = size if jax.default_backend() != "cpu" else size // 16
+  source = jnp.arange(size // 4, dtype=jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  return 2 * size / compare({"copy": lambda: copy(source)}, repetitions=10).median("copy")
 
 
 def memory(compiled) -> dict[str, int]:

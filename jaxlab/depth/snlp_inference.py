@@ -28,7 +28,7 @@ from jaxlab.models.generate import sample
 from jaxlab.models.transformer import (
   Block,
   Side,
-  fuse_projections,
+  for_inference,
   layer_slice,
   static_mixing,
   unstack_layers,
@@ -75,9 +75,9 @@ def split(model: Transformer, layers: int | Suffix = 0) -> Network:
   """
   suffix = plain(model, layers) if isinstance(layers, int) and layers else layers or None
   start = model.depth if suffix is None else suffix.start
-  prefix = tuple(unstack_layers(fuse_projections(layer_slice(model.blocks, 0, start)), start)) if start else ()
+  prefix = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, start)), start)) if start else ()
   if suffix is not None:
-    suffix = dataclasses.replace(suffix, blocks=fuse_projections(suffix.blocks))
+    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks))
   rest = jax.tree.map(lambda a: a, model)
   if model.config.hyper and not model.config.hyper.dynamic:
     rest.mixing = static_mixing(model.blocks)

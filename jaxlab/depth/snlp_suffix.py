@@ -79,7 +79,7 @@ def fuse(model: Transformer, layers: int, *, chunk: int, average: bool = False) 
   require_divides("chunk", chunk, "layers (n_par)", layers)
   require(c.experts is None, "experts cannot be fused: their routers choose per layer; use plain layers")
   require(not (c.hyper and c.hyper.dynamic), "dynamic hyper-connections cannot be fused: each layer mixes by itself")
-  require(suffix.blocks.qkv is None, "fuse layers before fuse_projections, not after")
+  require(suffix.blocks.qkv is None, "fuse layers before for_inference, not after")
   units, scale = layers // chunk, 1 / chunk if average else 1.0
   groups = lambda a: a.reshape(units, chunk, *a.shape[1:])
   mean = lambda param: param.set_value(groups(param[...]).mean(axis=1).astype(param.dtype))

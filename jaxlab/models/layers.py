@@ -20,6 +20,16 @@ class Linear(nnx.Module):
     return x @ self.weight[...].astype(x.dtype)
 
 
+class TransposedLinear(nnx.Module):
+  """y = x W^T, W: (*stack, outputs, inputs): the layout in which one token's product reads memory in a row."""
+
+  def __init__(self, linear: Linear):
+    self.weight = nnx.Param(jnp.swapaxes(linear.weight[...], -1, -2), axes=linear.weight.axes[::-1])
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+
+
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps), times a gain if the model has gains; reduced in float32."""
 
@@ -78,7 +88,7 @@ class MLP(nnx.Module):
     uniform = lambda k: jax.random.uniform(k, (d, f), minval=-bound, maxval=bound)
     self.gate = Linear(uniform(k1), ("embed", "mlp")) if swiglu else None
     self.up = Linear(uniform(k2), ("embed", "mlp"))
-    self.gate_up = nnx.data(None)  # `transformer.fuse_projections` puts gate and up side by side here
+    self.gate_up = nnx.data(None)  # `transformer.for_inference` puts gate and up side by side here
     down = jax.random.normal(k3, (f, d)) / math.sqrt(f * 2 * config.depth) if swiglu else jnp.zeros((f, d))
     self.down = Linear(down, ("mlp", "embed"))
 

@@ -17,7 +17,18 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention, write_cache
 from jaxlab.models.config import TransformerConfig
-from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, apply_rope, rms_norm, rope_table, wide
+from jaxlab.models.layers import (
+  MLP,
+  Linear,
+  Mixing,
+  MoE,
+  RMSNorm,
+  TransposedLinear,
+  apply_rope,
+  rms_norm,
+  rope_table,
+  wide,
+)
 
 _SMEAR_CHANNELS = 24
 _GATE_CHANNELS = 12
@@ -58,7 +69,7 @@ class Block(nnx.Module):
     self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", "heads"))
     self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
     self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
-    self.qkv = nnx.data(None)  # `fuse_projections` puts q, k and v side by side here
+    self.qkv = nnx.data(None)  # `for_inference` puts q, k and v side by side here
     zero_out = config.mlp == "relu2"
     out = (
       jnp.zeros((h * n, d))
@@ -421,10 +432,11 @@ def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
   return jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, stop)])
 
 
-def fuse_projections(blocks: Block) -> Block:
-  """Stacked blocks with q, k, v (and SwiGLU's gate, up) as one product each.
+def for_inference(blocks: Block) -> Block:
+  """Stacked blocks as the same functions in fewer and faster kernels.
 
-  Queries and keys then are normalised and rotated together too.
+  q, k, v (and SwiGLU's gate, up) become one product each, queries and keys are normalised and rotated together, and
+  weights lie transposed.
   """
   blocks = jax.tree.map(lambda a: a, blocks)
   c, mlp = blocks.config, blocks.mlp
@@ -440,6 +452,10 @@ def fuse_projections(blocks: Block) -> Block:
   if isinstance(mlp, MLP) and mlp.gate is not None:
     mlp.gate_up = beside(mlp.gate, mlp.up)
     mlp.gate = mlp.up = None
+  for owner, names in ((blocks, ("qkv", "o")), (mlp, ("gate_up", "up", "down"))):
+    for name in names:
+      if isinstance(linear := getattr(owner, name, None), Linear):
+        setattr(owner, name, TransposedLinear(linear))
   return blocks
 
 
