@@ -56,24 +56,24 @@ def bench(scale: str) -> dict:
   fused = ("n24 K1 F2", "n24 K2 F2", "n24 K2 F6", "n12 K1 F12")
   table = ("n8 K4", "n12 K1", "n24 K1", "n24 K2", "n24 K4", "n24 K1 F2", "n24 K2 F2", "n12 K1 F12")
   few = ("n24 K1", "n24 K2", "n24 K1 F2")
-  main = "0.5B, decode, context 2048, batch 1"
+  main = "d32_width640, decode, context 2048, batch 1"
   cases = [
-    decode("0.5B", 2048, grid + fused, kernels=("unrolled", "n24 K1", "n24 K2", "n24 K1 F2")),
-    decode("0.5B", 128, table),
-    decode("0.5B", 2048, few, batch=8),
-    *(forward("0.5B", t, table) for t in (64, 128, 512, 2048)),
-    forward("0.5B", 128, few, batch=8),
+    decode("d32_width640", 2048, grid + fused, kernels=("unrolled", "n24 K1", "n24 K2", "n24 K1 F2")),
+    decode("d32_width640", 128, table),
+    decode("d32_width640", 2048, few, batch=8),
+    *(forward("d32_width640", t, table) for t in (64, 128, 512, 2048)),
+    forward("d32_width640", 128, few, batch=8),
     decode("d20_width1280", 2048, ("n8 K1", "n12 K1", "n16 K1", "n16 K2", "n16 K1 F2")),
     forward("d20_width1280", 128, ("n16 K1", "n16 K2", "n16 K1 F2")),
-    decode("0.5B_mHC", 2048, ("n16 K1 streams", "n16 K4 streams", "n24 K2 streams", "n24 K2")),
-    forward("0.5B_mHC", 128, ("n16 K1 streams", "n16 K4 streams")),
+    decode("d32_width640_mhc", 2048, ("n16 K1 streams", "n16 K4 streams", "n24 K2 streams", "n24 K2")),
+    forward("d32_width640_mhc", 128, ("n16 K1 streams", "n16 K4 streams")),
   ]
   plain = dict(depth=32, aspect_ratio=20, x0=False, value_embeddings=False)
   return dict(
     shapes={
-      "0.5B": plain,
+      "d32_width640": plain,
       "d20_width1280": dict(depth=20),
-      "0.5B_mHC": plain | dict(value_embeddings=True, hyper=dict(streams=4)),
+      "d32_width640_mhc": plain | dict(value_embeddings=True, hyper=dict(streams=4)),
     },
     dtype="bfloat16",
     cases=cases,
@@ -82,9 +82,9 @@ def bench(scale: str) -> dict:
       dict(case=main, setting="n24 K2", threshold=1.5, paper=1.88),
       dict(case=main, setting="n24 K1", threshold=2.5),
       dict(case=main, setting="n24 K2 F2", threshold=1.5, paper=2.09),
-      dict(case="0.5B, forward, 2048 tokens, batch 1", setting="n24 K2 F2", threshold=1.0, paper=2.09),
-      dict(case="0.5B, forward, 128 tokens, batch 1", setting="n24 K2", threshold=1.0, paper=1.88),
-      dict(case="0.5B_mHC, decode, context 2048, batch 1", setting="n16 K1 streams", threshold=1.0, paper=1.60),
+      dict(case="d32_width640, forward, 2048 tokens, batch 1", setting="n24 K2 F2", threshold=1.0, paper=2.09),
+      dict(case="d32_width640, forward, 128 tokens, batch 1", setting="n24 K2", threshold=1.0, paper=1.88),
+      dict(case="d32_width640_mhc, decode, context 2048, batch 1", setting="n16 K1 streams", threshold=1.0, paper=1.60),
     ],
     floors=[dict(case=main, setting="n24 K1 F2")],
     shown=("n12 K1", "n24 K1", "n24 K2", "n24 K1 F2", "n24 K2 F2"),
