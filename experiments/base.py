@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import figures
-from experiments.results import Claim, Report, number, write_text
+from experiments.results import Claim, Report, number
 from experiments.text import Text, load_text, model_config, train_model
+from jaxlab.core.files import write_text
 from jaxlab.data import packing, recall
 from jaxlab.models import Transformer, generate, hub
 from jaxlab.training import losses

@@ -6,7 +6,8 @@ import matplotlib.colors
 import numpy as np
 from matplotlib.collections import PolyCollection
 
-from experiments import figures, results
+from experiments import figures
+from jaxlab.core.files import write_text
 from jaxlab.graphs import polygonal_partitions as polygons
 from jaxlab.graphs.weighted_trees import Tree, is_leaf, node_depths
 
@@ -57,7 +58,7 @@ def draw_treemaps(tree: Tree, names, drawings: dict, real: dict, workdir: Path) 
 def write_svg(tree: Tree, names, drawing: polygons.Polygon, workdir: Path) -> None:
   leaf, colours = np.flatnonzero(is_leaf(tree.parents)), node_colours(tree, names)
   shapes = polygons.Polygon(*(part[leaf] for part in drawing))
-  results.write_text(workdir / "treemap.svg", polygons.svg(shapes, [colours[i] for i in leaf]))
+  write_text(workdir / "treemap.svg", polygons.svg(shapes, [colours[i] for i in leaf]))
 
 
 def draw_aspects(skewed: dict, workdir: Path) -> str:

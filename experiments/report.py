@@ -13,8 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from experiments.results import markdown, number, write_text
+from experiments.results import markdown, number
 from jaxlab.core.checks import InputError, require
+from jaxlab.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

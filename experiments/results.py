@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxlab.core.checks import require_choice
+from jaxlab.core.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +117,6 @@ def finite(value):
   if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
     value = value.item()
   return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes under a temporary name, syncs, renames."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with open(temporary, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def part(workdir: Path, name: str, measure) -> dict:

@@ -124,7 +124,7 @@ def _join(how: str) -> None:
 
 def _same_config(config, workdir: Path) -> None:
   """Writes config.json, or refuses a folder that holds a run of another config."""
-  from experiments.results import write_text
+  from jaxlab.core.files import write_text
 
   mine = json.loads(config.to_json_best_effort())
   file = workdir / "config.json"

@@ -105,7 +105,7 @@ def copy_bandwidth(size: int = 2**30) -> float:
   size = size if jax.default_backend() != "cpu" else size // 16
   source = jnp.arange(size // 4, dtype=jnp.float32)
   copy = jax.jit(lambda x: x + 1)
-  return 2 * size / compare({"copy": lambda: copy(source)}, repetitions=10).median("copy")
+  return 2 * size / compare({"copy": lambda: copy(source)}, repetitions=10, inner=10).median("copy")
 
 
 def memory(compiled) -> dict[str, int]:

@@ -47,6 +47,7 @@ def solve(
   iterations: int,
   surrogate: Surrogate,
   tolerance: float | None = None,
+  remat: bool = False,
 ) -> Solution:
   """Runs Newton steps from an initial trace.
 
@@ -57,6 +58,7 @@ def solve(
     surrogate: one of the functions below.
     tolerance: stop once ||r|| <= tolerance * ||z|| (Frobenius, float32). None runs exactly `iterations` steps, unrolled
       and reverse-differentiable; with a tolerance the loop is a `while_loop`, differentiable forward only.
+    remat: keep only the iterates for the gradient and evaluate every step once more in the backward pass.
 
   Raises:
     InputError: iterations < 1, or a trace with no block in it.
@@ -72,6 +74,7 @@ def solve(
     return new, jnp.linalg.norm(residual.astype(jnp.float32))
 
   if tolerance is None:
+    step = jax.checkpoint(step) if remat else step
     norms = []
     for _ in range(iterations):
       trace, norm = step(trace)

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxlab.core.checks import InputError, require
+from jaxlab.core.files import write_text
 
 BOS = "<|bos|>"
 SPECIALS = (
@@ -62,9 +63,7 @@ def trained(texts: Sequence[str], *, key: str, vocab_size: int, cache: str | os.
   if not file.exists():
     tokenizer = train(texts, vocab_size)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, file)
+    write_text(file, tokenizer.to_str())
   return load(file)
 
 

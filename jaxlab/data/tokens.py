@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlab.core.checks import require
+from jaxlab.core.files import write_files
 from jaxlab.data.corpora import Documents
 
 _CHUNK = 256  # documents tokenized at a time, on all cores
@@ -42,14 +43,9 @@ def tokenize(documents: Documents, tokenizer: Tokenizer, *, bos: int, cache: str
         parts.append(np.array(encoding.ids, kind))
         lengths.append(len(parts[-1]))
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / "ids.npy", np.concatenate(parts))
-    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    save = lambda array: lambda file: np.save(file, array)
+    write_files(folder, {"ids.npy": save(np.concatenate(parts)), "offsets.npy": save(offsets)})
   ids = np.load(folder / "ids.npy", mmap_mode="r")
   require(len(ids) > 0, "the corpus has no token in it; give text")
   return Tokens(ids, np.load(folder / "offsets.npy"), bos)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-  temporary = path.with_name(f".{os.getpid()}.{path.name}")
-  np.save(temporary, array)
-  os.replace(temporary, path)

@@ -30,6 +30,7 @@ from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
 from jaxlab.models.transformer import Side, layer_parallel, sequential
+from jaxlab.training.losses import mean_loss, token_losses
 
 SURROGATES = ("identity", "jacobi", "damped", "scaled", "diagonal", "streams", "exact")
 INITIAL = ("h0", "batch_fwd")
@@ -92,6 +93,7 @@ def solve(
   key: jax.Array | None = None,
   attention: AttentionFn = dot_product_attention,
   tolerance: float | None = None,
+  remat: bool = False,
 ) -> newton.Solution:
   """Solves the suffix from its exact input h = h_S.
 
@@ -104,7 +106,7 @@ def solve(
       A_j = J_j, an oracle.
     initial: "h0" starts from z_j = h_S; "batch_fwd" from z_{j+1} = f_{S+j}(h_S), one more evaluation of the suffix; an
       array is the start itself, z_1 .. z_n (the last token's trace: "warm"; `snlp_preheat`'s prediction: "preheat").
-    tolerance: stop early at this relative residual (see `newton.solve`).
+    tolerance, remat: as `newton.solve`.
 
   Returns:
     The trace z_0 .. z_n, residual norms before each step, and the steps run.
@@ -117,7 +119,7 @@ def solve(
   chosen = make_surrogate(model, suffix, side, surrogate, evaluated, damping=damping, key=key)
   blocks = lambda z: evaluated(z)[0]
   trace = initial_trace(blocks, h, initial, suffix.units)
-  return newton.solve(blocks, trace, iterations=iterations, surrogate=chosen, tolerance=tolerance)
+  return newton.solve(blocks, trace, iterations=iterations, surrogate=chosen, tolerance=tolerance, remat=remat)
 
 
 def initial_trace(blocks, h, initial, units: int) -> Float[Array, "units_plus_1 batch time *state"]:
@@ -241,6 +243,17 @@ def penalised(n: int, stride: int) -> list[int]:
 def regulariser_weight(step: Int[Array, ""], *, weight: float, steps: int, warmup: float = 0.2) -> Float[Array, ""]:
   """weight * min(1, step / (warmup * steps)): the regulariser comes in linearly over the first part of the run."""
   return weight * jnp.minimum(1.0, step / max(warmup * steps, 1.0))
+
+
+def finetuning_loss(model: Transformer, batch: dict, **options) -> tuple[Array, dict[str, Array]]:
+  """(cross-entropy, {}) of the layer-parallel network itself, gradients through all K iterations (M12).
+
+  Fine-tuning on this loss trains the network that will be run. Targets of -1 do not count: give only the assistant's
+  tokens others. The options are those of `hidden`; every iteration is evaluated again for the gradient.
+  """
+  states = hidden(model, batch["inputs"], remat=True, **options)
+  losses = token_losses(model, states, batch["targets"])
+  return mean_loss(losses, batch["targets"]), {}
 
 
 def trace_error(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "n"]:

@@ -6,13 +6,13 @@ NanoChatForCausalLM, or JaxlabTransformer for models that have no Hugging Face c
 their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint of karpathy/nanochat.
 """
 
-import io
 import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.files import write_files
 from jaxlab.models import formats
 from jaxlab.models.config import Experts, HyperConnections, RopeScaling, TransformerConfig
 from jaxlab.models.transformer import Transformer
@@ -138,13 +139,13 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
     names = names if len(shards) > 1 else ["model.safetensors"]
     files = {}
     for name, shard in zip(names, shards, strict=True):
-      files[name] = lambda shard=shard: safetensors.numpy.save(shard, metadata={"format": "pt"})
+      files[name] = lambda file, shard=shard: file.write(safetensors.numpy.save(shard, metadata={"format": "pt"}))
     if len(shards) > 1:
       weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
       index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-      files["model.safetensors.index.json"] = lambda: json.dumps(index, indent=2).encode()
+      files["model.safetensors.index.json"] = _json(index)
     description = formats.describe(config, arch) | {"dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
-    files["config.json"] = lambda: json.dumps(description, indent=2).encode()
+    files["config.json"] = _json(description)
     write_files(folder, files)
     for old in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
       if old.name not in files:
@@ -166,23 +167,8 @@ def to_tensors(model: Transformer, table: Mapping[str, tuple[str, bool]] | None)
   return tensors
 
 
-def write_files(folder: Path, files: Mapping[str, Callable[[], bytes]]) -> None:
-  """Writes all files under temporary names and syncs them, then renames them in order.
-
-  What can fail (a full disk) fails before the first rename, so what was there stays whole.
-  """
-  temporary = {name: folder / f".{name}.{os.getpid()}" for name in files}
-  try:
-    for name, content in files.items():
-      with open(temporary[name], "wb") as file:
-        file.write(content())
-        file.flush()
-        os.fsync(file.fileno())
-    for name in files:
-      os.replace(temporary[name], folder / name)
-  finally:
-    for path in temporary.values():
-      path.unlink(missing_ok=True)
+def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
+  return lambda file: file.write(json.dumps(content, indent=2).encode())
 
 
 def read_config(folder: Path) -> tuple[TransformerConfig, Mapping | None]:
@@ -284,10 +270,6 @@ def _write_karpathy(folder: Path, c: TransformerConfig, tensors: dict[str, np.nd
     window_pattern=c.window_pattern,
   )
 
-  def weights():
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
   meta = {"model_config": config, "step": 0}
-  write_files(folder, {"meta_000000.json": lambda: json.dumps(meta, indent=2).encode(), "model_000000.pt": weights})
+  weights = lambda file: torch.save(state, file)
+  write_files(folder, {"meta_000000.json": _json(meta), "model_000000.pt": weights})

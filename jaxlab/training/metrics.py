@@ -1,11 +1,12 @@
 """Metrics of a run: a line of JSON a step, TensorBoard events, and what the device could do at best."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
 import tensorboardX
+
+from jaxlab.core.files import write_text
 
 # Dense bfloat16 peak of a device, FLOP/s, by the vendors' data sheets.
 _PEAKS = {
@@ -38,9 +39,7 @@ class MetricsWriter:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.jsonl"
     kept = [line for line in _lines(file) if line["step"] <= resume_after]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, file)
+    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = open(file, "a")  # noqa: SIM115 (closed in __exit__)
     self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_after + 1)
 

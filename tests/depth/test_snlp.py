@@ -176,3 +176,28 @@ def test_power_iteration_finds_the_norm_of_a_linear_block():
 def test_impossible_requests_are_named(options, message):
   with pytest.raises(InputError, match=message):
     snlp.forward(random_model(CONFIGS["llama"]), TOKENS, **options)
+
+
+def test_a_given_start_must_have_the_shape_of_the_trace():
+  model = random_model(CONFIGS["llama"])
+  _, trace, side = model.trace(TOKENS)
+  with pytest.raises(InputError, match="initial trace has shape"):
+    snlp.solve(model, trace[1], side, layers=4, iterations=1, initial=trace[3:])
+
+
+def test_fine_tuning_goes_through_all_iterations():
+  """Remat changes no gradient, the loss counts the given targets alone, and a few steps lower it."""
+  model = random_model(CONFIGS["llama"])
+  batch = {"inputs": TOKENS, "targets": jnp.roll(TOKENS, -1, axis=1).at[:, :8].set(-1)}
+  options = dict(layers=4, iterations=2)
+
+  def written_out(m):
+    p = jax.nn.log_softmax(snlp.forward(m, TOKENS, **options))[:, 8:]
+    return -jnp.mean(jnp.take_along_axis(p, batch["targets"][:, 8:, None], -1))
+
+  loss = lambda m: snlp.finetuning_loss(m, batch, **options)[0]
+  (value, gradient), (expected, plain) = (jax.jit(jax.value_and_grad(f))(model) for f in (loss, written_out))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), gradient, plain)
+  stepped = jax.tree.map(lambda p, g: p - 0.02 * g, model, gradient)
+  assert float(loss(stepped)) < float(value)

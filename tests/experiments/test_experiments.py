@@ -78,7 +78,7 @@ def test_every_config_runs_at_test_scale(name, tmp_path, cache):
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.data.name=nope"], "unknown dataset 'nope'"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=gpt2"], "config.model is 'gpt2'"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=hf:/no/where"], "no checkpoint '/no/where'"),
-    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.depth=1"], "n_par=2 layers in parallel.* has 1"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.depth=1"], "n_par=3 layers in parallel.* has 1"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.window_pattern=X"], "made of S"),
     (["--config=configs/snlp.py:test", "--workdir=/dev/null/x"], "/dev/null"),
   ],
