@@ -30,6 +30,7 @@ UNTRAINED = "untrained"
 
 _intervene = jax.jit(geometry.intervene, static_argnames=("layer", "skip"))
 _collect = jax.jit(geometry.collect)
+_neighbours = jax.jit(classes.neighbours, static_argnames="k")
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
@@ -111,22 +112,28 @@ def split_rows(tokens: Tokens, config, seed: int) -> dict[str, tuple[np.ndarray,
   return result
 
 
-@functools.partial(jax.jit, static_argnames=("k", "rank", "ridge", "vocab"))
-def predict(reference, query, own, mlp, *, k: int, rank: int, ridge: float, vocab: int) -> dict[str, jax.Array]:
+def predict(reference, query, own, mlp, *, k: int, **options) -> dict[str, jax.Array]:
   """T(x) of every class for the query tokens, fitted on the reference tokens of one layer."""
+  near = _neighbours(reference["x"], query["x"], k=k, own=own)
+  # One after the other: two batched LAPACK calls at once can block all threads of XLA's CPU pool for ever.
+  return {name: jax.block_until_ready(_predict(name, reference, query, near, mlp, **options)) for name in CLASSES}
+
+
+@functools.partial(jax.jit, static_argnames=("name", "rank", "ridge", "vocab"))
+def _predict(name: str, reference, query, near, mlp, *, rank: int, ridge: float, vocab: int):
   x, y, u, q = reference["x"], reference["y"], reference["y"] - reference["x"], query["x"]
-  index, weight = classes.neighbours(x, q, k=k, own=own)
-  local = lambda name: classes.apply_local(
-    name, x, y, q, index, weight, ridge=ridge, **({"rank": rank} if name == "low_rank" else {})
-  )
+  if name in classes.LOCAL:
+    options = {"rank": rank} if name == "low_rank" else {}
+    return classes.apply_local(name, x, y, q, *near, ridge=ridge, **options)
   both = lambda part: jnp.concatenate([part["x"], part["context"]], axis=1)
-  return {name: local(name) for name in classes.LOCAL} | {
-    "identity": q,
-    "token_lookup": q + classes.fit_lookup(reference["ids"], u, vocab=vocab)[query["ids"]],
-    "global_affine": q + classes.apply_affine(classes.fit_affine(x, u, ridge=ridge), q),
-    "mlp": q + classes.apply_mlp(mlp, q),
-    "context": q + classes.apply_affine(classes.fit_affine(both(reference), u, ridge=ridge), both(query)),
+  increment = {
+    "identity": lambda: jnp.zeros_like(q),
+    "token_lookup": lambda: classes.fit_lookup(reference["ids"], u, vocab=vocab)[query["ids"]],
+    "global_affine": lambda: classes.apply_affine(classes.fit_affine(x, u, ridge=ridge), q),
+    "mlp": lambda: classes.apply_mlp(mlp, q),
+    "context": lambda: classes.apply_affine(classes.fit_affine(both(reference), u, ridge=ridge), both(query)),
   }
+  return q + increment[name]()
 
 
 @jax.jit
@@ -165,7 +172,6 @@ def prior_measures(x, y) -> dict:
   }
 
 
-# One class at a time: mapped over the classes, this hangs XLA's CPU runtime (jaxlib 0.10.2, two cores).
 @functools.partial(jax.jit, static_argnames="dimensions")
 def describe(query, few, mean, outputs, inside, of_null, *, dimensions: int) -> dict:
   """The figures of one class: mean and median over tokens, in both forms, with and without the mean; and its N1.

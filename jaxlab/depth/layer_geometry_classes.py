@@ -96,8 +96,9 @@ def low_rank(
   gram = inputs @ inputs.T
   lam = ridge * jnp.trace(gram) / len(gram)
   factor = jax.scipy.linalg.cho_factor(gram + lam * jnp.eye(len(gram), dtype=gram.dtype))
-  change = increments.T @ jax.scipy.linalg.cho_solve(factor, inputs @ x)
-  fitted = gram @ jax.scipy.linalg.cho_solve(factor, increments)
+  right = jnp.concatenate([increments, (inputs @ x)[:, None]], axis=1)
+  solved = jax.scipy.linalg.cho_solve(factor, right)
+  change, fitted = increments.T @ solved[:, -1], gram @ solved[:, :-1]
   energy, left = jnp.linalg.eigh(fitted @ fitted.T)
   energy, left = energy[-rank:], left[:, -rank:]
   # Directions below rounding have no reliable singular vector.
@@ -163,6 +164,9 @@ def apply_local(
   **options,
 ) -> Float[Array, "M width"]:
   """T(x) of a local class by its name in `LOCAL`, fitted for each token on the neighbours that `neighbours` found.
+
+  On a CPU wait for one class before the next and keep them out of one jit: batched LAPACK calls that run at the same
+  time can block all threads of XLA's pool (jaxlib 0.10.2, two cores).
 
   Args:
     reference, outputs: x and y of the reference tokens.
