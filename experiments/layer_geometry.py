@@ -115,8 +115,7 @@ def split_rows(tokens: Tokens, config, seed: int) -> dict[str, tuple[np.ndarray,
 def predict(reference, query, own, mlp, *, k: int, **options) -> dict[str, jax.Array]:
   """T(x) of every class for the query tokens, fitted on the reference tokens of one layer."""
   near = _neighbours(reference["x"], query["x"], k=k, own=own)
-  # One after the other: two batched LAPACK calls at once can block all threads of XLA's CPU pool for ever.
-  return {name: jax.block_until_ready(_predict(name, reference, query, near, mlp, **options)) for name in CLASSES}
+  return {name: _predict(name, reference, query, near, mlp, **options) for name in CLASSES}
 
 
 @functools.partial(jax.jit, static_argnames=("name", "rank", "ridge", "vocab"))

@@ -165,9 +165,6 @@ def apply_local(
 ) -> Float[Array, "M width"]:
   """T(x) of a local class by its name in `LOCAL`, fitted for each token on the neighbours that `neighbours` found.
 
-  On a CPU wait for one class before the next and keep them out of one jit: batched LAPACK calls that run at the same
-  time can block all threads of XLA's pool (jaxlib 0.10.2, two cores).
-
   Args:
     reference, outputs: x and y of the reference tokens.
     options: `ridge`, and `rank` of low_rank.
@@ -180,7 +177,10 @@ def apply_local(
   require(1 <= rank <= k, f"rank is {rank}; it must lie in 1..{k}, the number of neighbours")
   fit = functools.partial(LOCAL[name], **options)
   one = lambda token: fit(token[0], reference[token[1]], outputs[token[1]], token[2])
-  return jax.lax.map(one, (x, index, weight), batch_size=_CHUNK)
+  # Batched LAPACK calls that meet in XLA's CPU pool (those of the last, shorter chunk and of the others, for instance)
+  # wait for each other for ever once they hold all its threads (jaxlib 0.10.2): there, one token at a time.
+  chunk = None if jax.default_backend() == "cpu" else _CHUNK
+  return jax.lax.map(one, (x, index, weight), batch_size=chunk)
 
 
 def fit_affine(
