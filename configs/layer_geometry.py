@@ -33,10 +33,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         split="validation",
         row=pick(test=24, cpu=128, **large(512)),  # BOS and row - 1 tokens
         reference=pick(test=8, cpu=40, **large(32)),  # rows
-        evaluation=pick(test=4, cpu=10, **large(4)),
+        evaluation=pick(test=4, cpu=6, **large(4)),
       ),
       train=dict(
-        steps=pick(test=4, cpu=200, **large(1500, 4000)),
+        steps=pick(test=4, cpu=150, **large(1500, 4000)),
         batch=pick(test=4, cpu=16, **large(128)),
         length=pick(test=24, cpu=128, **large(512)),
         accumulate=1,
@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       splits=pick(cpu=1, **large(3)),  # ways to divide the documents; figures are means over them
       fit=dict(
-        neighbours=pick(test=8, cpu=32, **large(64)),
+        neighbours=pick(test=8, cpu=24, **large(64)),
         rank=pick(test=4, cpu=8, **large(16)),
         ridge=1e-2,
         steps=pick(test=20, cpu=300, **large(2000)),

@@ -23,8 +23,8 @@ from jaxlab.depth import layer_geometry_classes as classes
 from jaxlab.models import Transformer, hub
 from jaxlab.training import losses
 
-TOKENWISE = ("identity", "token_lookup", "global_affine", *classes.LOCAL, "mlp")
-CLASSES = (*TOKENWISE, "context")
+LOCAL = ("diagonal", "low_rank", "orthogonal")
+CLASSES = ("identity", "token_lookup", "global_affine", *LOCAL, "mlp", "context")
 MAIN = "mlp"  # the strongest tokenwise class; claims, doses and noise are about this one
 UNTRAINED = "untrained"
 
@@ -121,7 +121,7 @@ def predict(reference, query, own, mlp, *, k: int, **options) -> dict[str, jax.A
 @functools.partial(jax.jit, static_argnames=("name", "rank", "ridge", "vocab"))
 def _predict(name: str, reference, query, near, mlp, *, rank: int, ridge: float, vocab: int):
   x, y, u, q = reference["x"], reference["y"], reference["y"] - reference["x"], query["x"]
-  if name in classes.LOCAL:
+  if name in LOCAL:
     options = {"rank": rank} if name == "low_rank" else {}
     return classes.apply_local(name, x, y, q, *near, ridge=ridge, **options)
   both = lambda part: jnp.concatenate([part["x"], part["context"]], axis=1)
