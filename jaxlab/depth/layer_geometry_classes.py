@@ -95,9 +95,9 @@ def low_rank(
   inputs, increments = scale * near, scale * (target - near)
   gram = inputs @ inputs.T
   lam = ridge * jnp.trace(gram) / len(gram)
-  factor = jax.scipy.linalg.cho_factor(gram + lam * jnp.eye(len(gram), dtype=gram.dtype))
   right = jnp.concatenate([increments, (inputs @ x)[:, None]], axis=1)
-  solved = jax.scipy.linalg.cho_solve(factor, right)
+  # Not cho_solve: on a busy CPU its triangular solves wait milliseconds for BLAS threads.
+  solved = jnp.linalg.solve(gram + lam * jnp.eye(len(gram), dtype=gram.dtype), right)
   change, fitted = increments.T @ solved[:, -1], gram @ solved[:, :-1]
   energy, left = jnp.linalg.eigh(fitted @ fitted.T)
   energy, left = energy[-rank:], left[:, -rank:]
