@@ -94,11 +94,12 @@ def low_rank(
   scale = jnp.sqrt(weight)[:, None]
   inputs, increments = scale * near, scale * (target - near)
   gram = inputs @ inputs.T
-  lam = ridge * jnp.trace(gram) / len(gram)
-  right = jnp.concatenate([increments, (inputs @ x)[:, None]], axis=1)
-  # Not cho_solve: on a busy CPU its triangular solves wait milliseconds for BLAS threads.
-  solved = jnp.linalg.solve(gram + lam * jnp.eye(len(gram), dtype=gram.dtype), right)
-  change, fitted = increments.T @ solved[:, -1], gram @ solved[:, :-1]
+  # By eigenvectors: triangular solves of this size wait milliseconds for BLAS threads on a busy CPU.
+  spectrum, axes = jnp.linalg.eigh(gram)
+  spectrum = jnp.maximum(spectrum, 0.0)
+  lam = ridge * jnp.sum(spectrum) / len(gram)
+  change = increments.T @ (axes @ ((axes.T @ (inputs @ x)) / (spectrum + lam)))
+  fitted = (axes * (spectrum / (spectrum + lam))) @ (axes.T @ increments)
   energy, left = jnp.linalg.eigh(fitted @ fitted.T)
   energy, left = energy[-rank:], left[:, -rank:]
   # Directions below rounding have no reliable singular vector.
