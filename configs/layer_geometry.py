@@ -1,6 +1,22 @@
 r"""Layer geometry: is a layer's update tokenwise, and is the rest of it what matters for the output?
 
-python -m experiments.run --config=configs/layer_geometry.py:cpu --workdir=runs/layer_geometry
+Paper (arXiv 2604.02459): on DistilGPT2, Pythia and Mamba the update is almost perfectly aligned with its tokenwise part,
+the residual is not, and its size has a Spearman correlation of 0.7 to 0.95 with the output change of removing it.
+
+  python -m experiments.run --config=configs/layer_geometry.py:cpu --workdir=runs/layer_geometry
+
+Took 200 s on two busy CPU cores with OPENBLAS_NUM_THREADS=1 and the training of the two small models (about a minute)
+resumed from its checkpoints. Held-out MLP class; nanochats of 4 and 6 layers, and the shipped base; printed:
+  layers with cos(u, t) - cos(r, t) > 0.3 and E(u) / E(r) > 2         0 of 4, 0 of 6, 6 of 6: E(r) is large in 64 and
+                                                                      96 dimensions, of which the subspace has 16
+  layers that exceed the isotropic null and the curve of R^2 too      0, 0, 0: cos(u, t) is sqrt(R^2) to 0.02
+  Spearman of ||r|| and KL, one token, median over layers             0.82, 0.71, 0.78 (untrained model 0.80)
+  KL of removing r over that of equal-norm noise, median              3.3, 3.6, 1.9
+  all single-token interventions of 512 tokens in one pass            48 x a forward a position
+  low-rank fits of 10,000 tokens over NumPy                           0.60 x: on a CPU one token at a time
+The alignment is what R^2 makes of any least-squares fit, and an untrained model has the correlation too; that removing r
+hurts more than noise is not explained by either. On a busy CPU set OPENBLAS_NUM_THREADS=1: small LAPACK calls otherwise
+wait for BLAS threads. Scale h200 has not been run.
 """
 
 import ml_collections
@@ -37,7 +53,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       train=dict(
         steps=pick(test=4, cpu=150, **large(1500, 4000)),
-        batch=pick(test=4, cpu=16, **large(128)),
+        batch=pick(test=8, cpu=16, **large(128)),
         length=pick(test=24, cpu=128, **large(512)),
         accumulate=1,
         scale=1.0,
