@@ -1,7 +1,7 @@
 r"""Layer geometry: is a layer's update tokenwise, and is the rest of it what matters for the output?
 
-Paper (arXiv 2604.02459): on DistilGPT2, Pythia and Mamba the update is almost perfectly aligned with its tokenwise part,
-the residual is not, and its size has a Spearman correlation of 0.7 to 0.95 with the output change of removing it.
+Paper (arXiv 2604.02459): on DistilGPT2, Pythia and Mamba the update is almost perfectly aligned with its tokenwise
+part, the residual is not, and the size of the residual has a Spearman correlation of 0.7 to 0.95 with the output change.
 
   python -m experiments.run --config=configs/layer_geometry.py:cpu --workdir=runs/layer_geometry
 
@@ -14,8 +14,8 @@ resumed from its checkpoints. Held-out MLP class; nanochats of 4 and 6 layers, a
   KL of removing r over that of equal-norm noise, median              3.3, 3.6, 1.9
   all single-token interventions of 512 tokens in one pass            48 x a forward a position
   low-rank fits of 10,000 tokens over NumPy                           0.60 x: on a CPU one token at a time
-The alignment is what R^2 makes of any least-squares fit, and an untrained model has the correlation too; that removing r
-hurts more than noise is not explained by either. On a busy CPU set OPENBLAS_NUM_THREADS=1: small LAPACK calls otherwise
+The alignment is what R^2 makes of any least-squares fit, and an untrained model has the correlation too; that removing
+r hurts more than noise is explained by neither. On a busy CPU set OPENBLAS_NUM_THREADS=1: small LAPACK calls otherwise
 wait for BLAS threads. Scale h200 has not been run.
 """
 
