@@ -1,7 +1,7 @@
 r"""Layer geometry: is a layer's update tokenwise, and is the rest of it what matters for the output?
 
 Paper (arXiv 2604.02459): on DistilGPT2, Pythia and Mamba the update is almost perfectly aligned with its tokenwise
-part, the residual is not, and the size of the residual has a Spearman correlation of 0.7 to 0.95 with the output change.
+part, the residual is not, and the residual's size has a Spearman correlation of 0.7 to 0.95 with the output change.
 
   python -m experiments.run --config=configs/layer_geometry.py:cpu --workdir=runs/layer_geometry
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from tests.common import configs, random_model, random_tokens
 CONFIGS = configs()
 TOKENS = random_tokens(2, 10)
 D, N, K = 16, 512, 40
+collect, logits = jax.jit(geometry.collect), jax.jit(lambda model, tokens: model(tokens))
 intervene = jax.jit(geometry.intervene, static_argnames=("layer", "skip"))
 
 
@@ -169,24 +171,30 @@ def test_alignment_of_a_least_squares_fit_is_a_function_of_r2():
     np.testing.assert_allclose(figures["cos_ut"][0], jnp.sqrt(geometry.explained(u, t)), atol=1e-7)
 
 
+@functools.partial(jax.jit, static_argnames="layer")
+def rewritten(model, new, *, layer):
+  """The logits with other outputs of one layer from the fifth position on, by a plain forward."""
+  x, side, _ = model.embed(TOKENS)
+  state, backout, _, _ = sequential(model, x, side, stop=layer + 1)
+  changed = state.at[:, 4:].set(new.reshape(state[:, 4:].shape))
+  final, later, _, _ = sequential(model, changed, side, start=layer + 1)
+  middle = model.depth // 2
+  read = later if middle > layer else changed if middle == layer else backout
+  return model.logits(final, read if model.config.backout else None)
+
+
 @pytest.mark.parametrize("name, layers", [("nanochat", (3, 5)), ("mhc", (1,)), ("qwen3", (1,))])
 def test_single_token_interventions_in_one_pass_are_one_forward_each(name, layers):
   """Against replacing one position and running the rest of the network, before, at and after the backout layer."""
   model, position = random_model(CONFIGS[name]), 7
-  _, y = geometry.collect(model, TOKENS)
-  x, side, _ = model.embed(TOKENS)
-  middle = model.depth // 2
-  expected = jax.nn.log_softmax(model(TOKENS))[:, position]
+  _, y = collect(model, TOKENS)
+  expected = jax.nn.log_softmax(logits(model, TOKENS))[:, position]
   for layer in layers:
     written = y[layer] + 0.3 * jax.random.normal(jax.random.key(layer), y[layer].shape)
     out = intervene(model, TOKENS, written, layer=layer)
-    state, backout, _, _ = sequential(model, x, side, stop=layer + 1)
-    for mode, places in (("single_token", slice(position, position + 1)), ("all_tokens", slice(4, None))):
-      new = written[:, places.start - 4 : position - 3 if mode == "single_token" else None]
-      changed = state.at[:, places].set(new.reshape(state[:, places].shape))
-      final, later, _, _ = sequential(model, changed, side, start=layer + 1)
-      read = later if middle > layer else changed if middle == layer else backout
-      actual = jax.nn.log_softmax(model.logits(final, read if model.config.backout else None))[:, position]
+    alone = y[layer].at[:, position - geometry.SKIP].set(written[:, position - geometry.SKIP])
+    for mode, new in (("single_token", alone), ("all_tokens", written)):
+      actual = jax.nn.log_softmax(rewritten(model, new, layer=layer))[:, position]
       kl = jnp.sum(jnp.exp(expected) * (expected - actual), axis=-1)
       np.testing.assert_allclose(out[mode]["kl"][:, position - 4], kl, rtol=1e-3, atol=1e-6)
     entropy = -jnp.sum(jnp.exp(expected) * expected, axis=-1)
