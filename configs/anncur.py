@@ -1,0 +1,74 @@
+r"""ANNCUR: do predictions from 1 query-by-item factorisation find a cross-encoder's neighbours better than retrievers?
+
+Paper (arXiv 2210.12579).
+
+  python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur
+"""
+
+import ml_collections
+
+
+def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
+  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, minutes), paper (WordNet as entity linking)."""
+  pick = lambda **by_scale: by_scale.get(scale, by_scale.get("h200" if scale == "paper" else "cpu", by_scale["cpu"]))
+  return ml_collections.ConfigDict(
+    dict(
+      paper="anncur",
+      experiment="anncur",
+      scale=scale,
+      seed=0,
+      data=dict(
+        name=pick(cpu="stdlib_code", paper="wordnet"),  # or local_text with a path, or a tfds name
+        path=pick(cpu="", paper="/usr/share/wordnet"),
+        split=pick(test="validation", cpu="train"),
+        pairs="functions",  # of Python source; sentences: of prose (WordNet has its own)
+        world="verb",  # WordNet: the part of speech that is searched
+        vocabulary=pick(test=400, cpu=2048, h200=8192),
+        query_tokens=pick(test=10, cpu=12, h200=32, paper=48),
+        item_tokens=pick(test=14, cpu=24, h200=48),
+      ),
+      # Of the searched world: items, and queries that are anchors, choose the split, and are tested.
+      domain=dict(
+        size=pick(test=100, cpu=1200, h200=2500, paper=13_767),
+        anchor_queries=pick(test=20, cpu=150, h200=500),
+        dev_queries=pick(test=10, cpu=75, h200=250),
+        test_queries=pick(test=10, cpu=75, h200=250),
+      ),
+      shape=dict(
+        depth=pick(test=1, cpu=2, h200=6),
+        width=pick(test=16, cpu=64, h200=384),
+        q_heads=pick(test=2, cpu=4, h200=6),
+        kv_heads=pick(test=2, cpu=4, h200=6),
+        head_dim=pick(test=8, cpu=16, h200=64),
+        mlp_width=pick(test=32, cpu=128, h200=1024),
+      ),
+      # A dual encoder with negatives of its batch stands in for BERT: every encoder below starts from it.
+      pretrain=dict(epochs=1, steps=pick(test=4, cpu=400, h200=1500, paper=4000), batch=pick(test=8, cpu=64, h200=256),
+                    candidates=2, rate=pick(cpu=3e-3, h200=6e-4)),
+      cross=dict(epochs=1, steps=pick(test=4, cpu=250, h200=1000, paper=4000), batch=pick(test=4, cpu=16, h200=64),
+                 candidates=pick(test=4, cpu=8, h200=16), rate=pick(cpu=1e-3, h200=3e-4)),
+      dual=dict(epochs=2, steps=pick(test=2, cpu=100, h200=400, paper=1500), batch=pick(test=8, cpu=64, h200=256),
+                candidates=3, rate=pick(cpu=1e-3, h200=3e-4), mined=pick(test=8, cpu=64)),
+      distil=dict(epochs=1, steps=pick(test=2, cpu=100, h200=500), batch=pick(test=4, cpu=16, h200=64),
+                  top=pick(test=8, cpu=32, h200=64), rate=pick(cpu=1e-3, h200=3e-4)),
+      hard=pick(test=8, cpu=16, h200=32),  # hard negatives a training query
+      search=dict(
+        ks=pick(test=(1, 5), cpu=(1, 10, 20), h200=(1, 10, 50, 100)),
+        claimed=pick(test=(5,), cpu=(10, 20), h200=(50, 100)),  # k > 10 in the paper
+        budgets=pick(test=(20, 40), cpu=(40, 100, 200), h200=(100, 200, 500)),
+        budget=pick(test=40, cpu=100, h200=200, paper=500),  # of the claims
+        shares=pick(test=(0.4,), cpu=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
+        seeds=pick(test=1, cpu=5),
+        strength=0.01,  # ridge, over s_1^2 / min(k_q, k_i)
+        rounds=4,
+      ),
+      errors=dict(anchors=pick(test=(20,), cpu=(25, 50, 100, 150, 200, 400, 800),
+                               h200=(50, 100, 200, 400, 500, 600, 1000, 2000)), seeds=pick(test=1, cpu=2)),
+      bench=dict(
+        sizes=pick(test=(50, 100), cpu=(50, 500, 5000, 50_000), h200=(1000, 10_000, 100_000, 1_000_000)),
+        anchors=pick(cpu=20, h200=100),
+        retrieve=pick(cpu=20, h200=100),
+        repetitions=pick(test=1, cpu=3, h200=5),
+      ),
+    )
+  )  # fmt: skip
