@@ -29,10 +29,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       # Of the searched world: items, and queries that are anchors, choose the split, and are tested.
       domain=dict(
-        size=pick(test=100, cpu=1200, h200=2500, paper=13_767),
-        anchor_queries=pick(test=20, cpu=150, h200=500),
-        dev_queries=pick(test=10, cpu=75, h200=250),
-        test_queries=pick(test=10, cpu=75, h200=250),
+        size=pick(test=100, cpu=1000, h200=2000, paper=13_767),
+        anchor_queries=pick(test=20, cpu=100, h200=400, paper=500),
+        dev_queries=pick(test=10, cpu=50, h200=200, paper=250),
+        test_queries=pick(test=10, cpu=75, h200=200, paper=250),
+        train=pick(cpu=5000, h200=20_000, paper=50_000),  # training queries of the other worlds at most
       ),
       shape=dict(
         depth=pick(test=1, cpu=2, h200=6),
@@ -43,31 +44,33 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         mlp_width=pick(test=32, cpu=128, h200=1024),
       ),
       # A dual encoder with negatives of its batch stands in for BERT: every encoder below starts from it.
-      pretrain=dict(epochs=1, steps=pick(test=4, cpu=400, h200=1500, paper=4000), batch=pick(test=8, cpu=64, h200=256),
+      pretrain=dict(epochs=1, steps=pick(test=4, cpu=350, h200=300, paper=2000), batch=pick(test=8, cpu=64, h200=256),
                     candidates=2, rate=pick(cpu=3e-3, h200=6e-4)),
-      cross=dict(epochs=1, steps=pick(test=4, cpu=250, h200=1000, paper=4000), batch=pick(test=4, cpu=16, h200=64),
+      cross=dict(epochs=1, steps=pick(test=4, cpu=200, h200=400, paper=2200), batch=pick(test=4, cpu=16, h200=64),
                  candidates=pick(test=4, cpu=8, h200=16), rate=pick(cpu=1e-3, h200=3e-4)),
-      dual=dict(epochs=2, steps=pick(test=2, cpu=100, h200=400, paper=1500), batch=pick(test=8, cpu=64, h200=256),
-                candidates=3, rate=pick(cpu=1e-3, h200=3e-4), mined=pick(test=8, cpu=64)),
-      distil=dict(epochs=1, steps=pick(test=2, cpu=100, h200=500), batch=pick(test=4, cpu=16, h200=64),
-                  top=pick(test=8, cpu=32, h200=64), rate=pick(cpu=1e-3, h200=3e-4)),
+      dual=dict(epochs=2, steps=pick(test=2, cpu=60, h200=100, paper=500), batch=pick(test=8, cpu=64, h200=256),
+                candidates=2, rate=pick(cpu=1e-3, h200=3e-4), mined=pick(test=8, cpu=64)),
+      distil=dict(epochs=1, steps=pick(test=2, cpu=60, h200=200), batch=pick(test=4, cpu=16, h200=64),
+                  top=pick(test=8, cpu=24, h200=64), rate=pick(cpu=1e-3, h200=3e-4)),
+      dtype=pick(cpu="float32", h200="bfloat16"),  # of the encoders' products; scores are float32
+      tile=pick(cpu=256, h200=8192),  # pairs the cross-encoder scores at once
       hard=pick(test=8, cpu=16, h200=32),  # hard negatives a training query
       search=dict(
-        ks=pick(test=(1, 5), cpu=(1, 10, 20), h200=(1, 10, 50, 100)),
-        claimed=pick(test=(5,), cpu=(10, 20), h200=(50, 100)),  # k > 10 in the paper
-        budgets=pick(test=(20, 40), cpu=(40, 100, 200), h200=(100, 200, 500)),
+        ks=pick(test=(1, 5), cpu=(1, 10, 20), h200=(1, 10, 20, 50), paper=(1, 10, 50, 100)),
+        claimed=pick(test=(5,), cpu=(10, 20), h200=(20, 50), paper=(50, 100)),  # k > 10 in the paper
+        budgets=pick(test=(20, 40), cpu=(40, 100, 200), h200=(100, 200, 400), paper=(100, 200, 500, 1000)),
         budget=pick(test=40, cpu=100, h200=200, paper=500),  # of the claims
-        shares=pick(test=(0.4,), cpu=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
+        shares=pick(test=(0.4,), cpu=(0.25, 0.5, 0.75)),  # of the budget that are anchor items
         seeds=pick(test=1, cpu=5),
         strength=0.01,  # ridge, over s_1^2 / min(k_q, k_i)
         rounds=4,
       ),
-      errors=dict(anchors=pick(test=(20,), cpu=(25, 50, 100, 150, 200, 400, 800),
-                               h200=(50, 100, 200, 400, 500, 600, 1000, 2000)), seeds=pick(test=1, cpu=2)),
+      errors=dict(anchors=pick(test=(20,), cpu=(25, 50, 100, 200, 500), h200=(50, 100, 200, 400, 600, 1000),
+                               paper=(50, 100, 200, 400, 500, 600, 1000, 2000)), seeds=pick(test=1, cpu=2)),
       bench=dict(
-        sizes=pick(test=(50, 100), cpu=(50, 500, 5000, 50_000), h200=(1000, 10_000, 100_000, 1_000_000)),
-        anchors=pick(cpu=20, h200=100),
-        retrieve=pick(cpu=20, h200=100),
+        sizes=pick(test=(50, 100), cpu=(30, 300, 3000, 30_000), h200=(100, 1000, 10_000, 100_000)),
+        anchors=pick(cpu=10, h200=50),
+        retrieve=pick(cpu=10, h200=50),
         repetitions=pick(test=1, cpu=3, h200=5),
       ),
     )

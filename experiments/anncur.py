@@ -18,6 +18,7 @@ from jaxlab.data import corpora, tokenizer
 from jaxlab.models import TransformerConfig
 from jaxlab.tensors import anncur, anncur_baselines, anncur_encoders
 from jaxlab.tensors import anncur_data as data
+from jaxlab.training.loop import cast
 
 PAIRS = {"functions": data.function_pairs, "sentences": data.sentence_pairs}
 HEADS = ("emb", "cls")
@@ -60,6 +61,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "to train on"
   )
   encoders, seconds = train_encoders(config, domain, console)
+  encoders = {name: cast(encoder, config.dtype) for name, encoder in encoders.items()}
   quality = {head: measure_quality(encoders[head], domain, config) for head in HEADS}
   scores, item_scores, pair_rate = score(config, domain, encoders, console)
   retrievers, seconds = make_retrievers(config, domain, encoders, scores["emb"], seconds, pair_rate, console)
@@ -104,7 +106,10 @@ def check_config(config) -> None:
     config.errors.seeds >= 1 and s.seeds >= 1 and all(0 < share < 1 for share in s.shares),
     "search.shares must lie between 0 and 1, seeds must be at least 1",
   )
-  require(max(config.errors.anchors) <= d.size, "errors.anchors must not exceed domain.size")
+  require(
+    max(config.errors.anchors) <= d.size and d.anchor_queries in config.errors.anchors,
+    f"errors.anchors must hold domain.anchor_queries={d.anchor_queries} and not exceed domain.size={d.size}",
+  )
 
 
 def load_pairs(config, cache: Path) -> data.Pairs:
@@ -133,7 +138,9 @@ def load_domain(config, cache: Path) -> Domain:
   others = random.permutation(np.setdiff1d(np.flatnonzero(inside), pairs.gold[queries]))
   own = np.unique(pairs.gold[queries])
   items = np.sort(np.concatenate([own, others[: max(d.size - len(own), 0)]]))
-  train, pool = np.flatnonzero(~inside[pairs.gold]), np.flatnonzero(~inside)
+  train = np.sort(random.permutation(np.flatnonzero(~inside[pairs.gold]))[: d.train])
+  others = random.permutation(np.setdiff1d(np.flatnonzero(~inside), pairs.gold[train]))[: d.train]
+  pool = np.union1d(pairs.gold[train], others)
   require(
     len(queries) == wanted and len(items) == d.size and len(pool) > max(config.hard, config.dual.mined),
     f"the text has {int(inside.sum())} items to search and {len(pool)} to train on, {len(queries)} queries for "
@@ -199,7 +206,7 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
     start = time.perf_counter()
     make = lambda encoder, epoch: batches(c, encoder if mined else None)
     encoder, losses = anncur_encoders.train(
-      encoder, loss, domain.tokens, make, keys[name], epochs=c.epochs, steps=c.steps, rate=c.rate
+      encoder, loss, domain.tokens, make, keys[name], epochs=c.epochs, steps=c.steps, rate=c.rate, dtype=config.dtype
     )
     losses = np.asarray(losses)
     seconds[name] = time.perf_counter() - start
@@ -218,7 +225,7 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
 
 def measure_quality(encoder, domain: Domain, config) -> dict:
   """Accuracy among the gold item and its TF-IDF neighbours; WordNet: among the lemma's synsets."""
-  f = anncur_encoders.cross_scorer(encoder, *domain.tokens)
+  f = anncur_encoders.cross_scorer(encoder, *domain.tokens, tile=config.tile)
   chosen = np.concatenate([domain.dev, domain.test])
   near = anncur_baselines.tf_idf_neighbours(
     [domain.words[0][q] for q in chosen], [domain.words[1][i] for i in domain.items], domain.at(chosen), count=15
@@ -241,10 +248,12 @@ def score(config, domain: Domain, encoders, console) -> tuple[dict, np.ndarray, 
   n, queries = np.arange(len(domain.items)), np.concatenate([domain.anchor, domain.dev, domain.test])
   start, scores = time.perf_counter(), {}
   for head in console.track("score matrix", HEADS):
-    f = anncur_encoders.cross_scorer(encoders[head], *domain.searched)
+    f = anncur_encoders.cross_scorer(encoders[head], *domain.searched, tile=config.tile)
     scores[head] = np.asarray(anncur.score_matrix(f, queries, n))
   rows = np.asarray(anncur.draw_anchors(jax.random.key(config.seed), len(n), len(domain.anchor)))
-  f = anncur_encoders.cross_scorer(encoders["emb"], jnp.asarray(domain.as_query), domain.searched.items)
+  f = anncur_encoders.cross_scorer(
+    encoders["emb"], jnp.asarray(domain.as_query), domain.searched.items, tile=config.tile
+  )
   item_scores = np.asarray(anncur.score_matrix(f, rows, n))
   pairs = sum(s.size for s in (*scores.values(), item_scores))
   rate = pairs / (time.perf_counter() - start)
@@ -275,12 +284,12 @@ def make_retrievers(config, domain: Domain, encoders, scores, seconds: dict, rat
   seconds = seconds | {"score matrix": r_anc.size / rate}
   for name, batches in distil.items():
     make = lambda encoder, epoch, b=batches: b(random, domain.anchor, np.asarray(r_anc), steps=c.steps, batch=c.batch)
-    start = time.perf_counter()
+    start, student = time.perf_counter(), cast(encoders["DE_base"], "float32")
     student, _ = anncur_encoders.train(
-      encoders["DE_base"], anncur_encoders.match_loss, local, make, jax.random.key(1),
-      epochs=c.epochs, steps=c.steps, rate=c.rate,
+      student, anncur_encoders.match_loss, local, make, jax.random.key(1),
+      epochs=c.epochs, steps=c.steps, rate=c.rate, dtype=config.dtype,
     )  # fmt: skip
-    retrievers[f"DE distilled, {name}"] = jax.block_until_ready(dual(student))
+    retrievers[f"DE distilled, {name}"] = jax.block_until_ready(dual(cast(student, config.dtype)))
     seconds[f"distil {name}"] = time.perf_counter() - start
     console.say(f"distilled with {name} in {seconds[f'distil {name}']:.0f} s")
   anchors = anncur.draw_anchors(jax.random.key(0), r_anc.shape[1], config.search.budget // 2)

@@ -28,6 +28,7 @@ from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.layers import Linear, wide
 from jaxlab.models.transformer import sequential
 from jaxlab.tensors import anncur_data as data
+from jaxlab.training.loop import cast
 
 HEADS = ("cls", "emb", "dual")
 _DROPOUT = 0.1
@@ -179,6 +180,7 @@ def train(
   rate: float,
   decay: float = 0.01,
   warmup: float = 0.05,
+  dtype: str = "float32",
 ) -> tuple[Encoder, Float[Array, "epochs*steps"]]:
   """AdamW (no decay on gains), gradient norm clipped at 1, linear warm-up and fall to 0.
 
@@ -186,6 +188,7 @@ def train(
     loss: `(encoder, tokens, batch, key) -> scalar`.
     make_batches: `(encoder, epoch) -> batches` with leading axis `steps`; it may mine negatives with the encoder.
     steps: steps an epoch.
+    dtype: that the loss is computed in; parameters stay float32.
 
   Returns:
     (trained encoder, loss of every step).
@@ -205,7 +208,7 @@ def train(
   def step(carry, part):
     encoder, state = carry
     batch, key = part
-    value, grads = jax.value_and_grad(loss)(encoder, tokens, batch, key)
+    value, grads = jax.value_and_grad(lambda e: loss(cast(e, dtype), tokens, batch, key))(encoder)
     updates, state = optimizer.update(grads, state, encoder)
     return (optax.apply_updates(encoder, updates), state), value
 
@@ -251,8 +254,11 @@ def gold_batches(
   }
 
 
-def cross_scorer(encoder: Encoder, queries: Int[Array, "Q Lq"], items: Int[Array, "n Li"], *, tile: int = 1024):
-  """f(i, j) -> float32 scores of query rows i and item rows j (index arrays that broadcast), `tile` pairs at a time."""
+def cross_scorer(encoder: Encoder, queries: Int[Array, "Q Lq"], items: Int[Array, "n Li"], *, tile: int = 256):
+  """f(i, j) -> float32 scores of query rows i and item rows j (index arrays that broadcast), `tile` pairs at a time.
+
+  A tile's states should fit the cache of a CPU (256) or fill a GPU (8192). For bfloat16 give an encoder that is cast.
+  """
 
   @jax.jit
   def score(encoder, queries, items, i, j):

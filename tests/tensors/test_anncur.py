@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-# C1
-# C2
+from configs import anncur as config_file
+from experiments import anncur as experiment
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
