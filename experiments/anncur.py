@@ -18,7 +18,6 @@ from jaxlab.data import corpora, tokenizer
 from jaxlab.models import TransformerConfig
 from jaxlab.tensors import anncur, anncur_baselines, anncur_encoders
 from jaxlab.tensors import anncur_data as data
-from jaxlab.training.loop import cast
 
 PAIRS = {"functions": data.function_pairs, "sentences": data.sentence_pairs}
 HEADS = ("emb", "cls")
@@ -61,7 +60,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "to train on"
   )
   encoders, seconds = train_encoders(config, domain, console)
-  encoders = {name: cast(encoder, config.dtype) for name, encoder in encoders.items()}
+  encoders = {name: anncur_encoders.cast(encoder, config.dtype) for name, encoder in encoders.items()}
   quality = {head: measure_quality(encoders[head], domain, config) for head in HEADS}
   scores, item_scores, pair_rate = score(config, domain, encoders, console)
   retrievers, seconds = make_retrievers(config, domain, encoders, scores["emb"], seconds, pair_rate, console)
@@ -284,12 +283,12 @@ def make_retrievers(config, domain: Domain, encoders, scores, seconds: dict, rat
   seconds = seconds | {"score matrix": r_anc.size / rate}
   for name, batches in distil.items():
     make = lambda encoder, epoch, b=batches: b(random, domain.anchor, np.asarray(r_anc), steps=c.steps, batch=c.batch)
-    start, student = time.perf_counter(), cast(encoders["DE_base"], "float32")
+    start, student = time.perf_counter(), anncur_encoders.cast(encoders["DE_base"], "float32")
     student, _ = anncur_encoders.train(
       student, anncur_encoders.match_loss, local, make, jax.random.key(1),
       epochs=c.epochs, steps=c.steps, rate=c.rate, dtype=config.dtype,
     )  # fmt: skip
-    retrievers[f"DE distilled, {name}"] = jax.block_until_ready(dual(cast(student, config.dtype)))
+    retrievers[f"DE distilled, {name}"] = jax.block_until_ready(dual(anncur_encoders.cast(student, config.dtype)))
     seconds[f"distil {name}"] = time.perf_counter() - start
     console.say(f"distilled with {name} in {seconds[f'distil {name}']:.0f} s")
   anchors = anncur.draw_anchors(jax.random.key(0), r_anc.shape[1], config.search.budget // 2)

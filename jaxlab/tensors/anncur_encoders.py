@@ -28,7 +28,6 @@ from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.layers import Linear, wide
 from jaxlab.models.transformer import sequential
 from jaxlab.tensors import anncur_data as data
-from jaxlab.training.loop import cast
 
 HEADS = ("cls", "emb", "dual")
 _DROPOUT = 0.1
@@ -84,6 +83,11 @@ class Encoder(nnx.Module):
   def mention(self, hidden, tokens) -> Float[Array, "batch width"]:
     """(h[START] + h[END]) / 2."""
     return (self.at(hidden, tokens, self.marks.start) + self.at(hidden, tokens, self.marks.end)) / 2
+
+
+def cast(encoder: Encoder, dtype) -> Encoder:
+  """A copy for computing: matrices and tables in `dtype`, vectors as they are. Scores stay float32."""
+  return jax.tree.map(lambda leaf: leaf if leaf.ndim < 2 else leaf.astype(dtype), encoder)
 
 
 def with_head(encoder: Encoder, head: str, key: jax.Array) -> Encoder:
