@@ -191,21 +191,22 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
   random = np.random.default_rng(config.seed)
   gold = domain.gold[domain.train]
 
-  def batches(c, encoder=None):
+  def batches(c, steps, encoder=None):
     hard = domain.hard
     if encoder is not None:
       hard = anncur_encoders.mine_negatives(encoder, domain.tokens, domain.train, gold, domain.pool, top=c.mined)
     return anncur_encoders.gold_batches(
-      random, domain.train, gold, domain.pool, hard, steps=c.steps, batch=c.batch, candidates=c.candidates
+      random, domain.train, gold, domain.pool, hard, steps=steps, batch=c.batch, candidates=c.candidates
     )
 
   seconds = {}
 
   def fit(name, encoder, loss, c, mined=False):
     start = time.perf_counter()
-    make = lambda encoder, epoch: batches(c, encoder if mined else None)
+    steps, rate = (c[field][name] if name in HEADS else c[field] for field in ("steps", "rate"))
+    make = lambda encoder, epoch: batches(c, steps, encoder if mined else None)
     encoder, losses = anncur_encoders.train(
-      encoder, loss, domain.tokens, make, keys[name], epochs=c.epochs, steps=c.steps, rate=c.rate, dtype=config.dtype
+      encoder, loss, domain.tokens, make, keys[name], epochs=c.epochs, steps=steps, rate=rate, dtype=config.dtype
     )
     losses = np.asarray(losses)
     seconds[name] = time.perf_counter() - start
@@ -230,7 +231,12 @@ def measure_quality(encoder, domain: Domain, config) -> dict:
     [domain.words[0][q] for q in chosen], [domain.words[1][i] for i in domain.items], domain.at(chosen), count=15
   )
   items = np.concatenate([domain.gold[chosen][:, None], domain.items[near]], 1)
-  result = {"accuracy of 16": float(np.mean(np.argmax(f(chosen[:, None], items), 1) == 0)), "chance": 1 / 16}
+  accuracy = lambda queries: float(np.mean(np.argmax(f(queries[:, None], items), 1) == 0))
+  result = {
+    "accuracy of 16": accuracy(chosen),
+    "with another's query": accuracy(np.roll(chosen, 1)),
+    "chance": 1 / 16,
+  }
   if domain.candidates is not None:
     senses = [domain.candidates[q] for q in chosen]
     best = [s[int(np.argmax(f(np.full(len(s), q), np.array(s))))] for q, s in zip(chosen, senses, strict=True)]

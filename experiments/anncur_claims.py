@@ -38,7 +38,6 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
       )
     )  # fmt: skip
   k = s.claimed[-1]
-  error = 1 - at("ANNCUR", 1)
   claims += [
     Claim(
       f"recall@{k} at C = {s.budget}, ANNCUR less the items of largest mean score", "", "higher",
@@ -50,13 +49,7 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
       ours=at("DE_base", 1) - at("ANNCUR", 1), threshold=0.0, baseline=at("ANNCUR", 1),
       note=f"the paper's reversal at k = 1; DE_base {at('DE_base', 1):.3f}",
     ),
-    Claim(
-      f"share of ANNCUR's recall error at k = 1, C = {s.budget}, that ADACUR removes", "", "higher",
-      ours=(at("ADACUR", 1) - at("ANNCUR", 1)) / max(error, 1e-9), threshold=0.0, paper=0.7,
-      baseline=f"ANNCUR {at('ANNCUR', 1):.3f}",
-      note=f"{s.rounds} rounds, first anchors at random: {at('ADACUR', 1):.3f}; the paper's is 'up to'; "
-      + ", ".join(f"{name} {at(name, 1):.3f}" for name in table if name.startswith(("ADACUR,", "AXN"))),
-    ),
+    *(adaptive_claim(s, table, budget) for budget in sorted({min(s.budgets), s.budget})),
     Claim(
       f"recall@{k} at C = {s.budget}, ANNCUR on EMB-CE less ANNCUR on CLS-CE", "", "higher",
       ours=at("ANNCUR", k) - at("ANNCUR on CLS-CE", k), threshold=0.0, baseline=at("ANNCUR on CLS-CE", k),
@@ -65,13 +58,25 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
   return claims
 
 
+def adaptive_claim(s, table: dict, budget: int) -> Claim:
+  """ADACUR at k = 1, at equal calls of f."""
+  at = lambda name: table[name]["k=1"][f"C={budget}"]
+  return Claim(
+    f"share of ANNCUR's recall error at k = 1, C = {budget}, that ADACUR removes", "", "higher",
+    ours=(at("ADACUR") - at("ANNCUR")) / max(1 - at("ANNCUR"), 1e-9), threshold=0.0, paper=0.7,
+    baseline=f"ANNCUR {at('ANNCUR'):.3f}",
+    note=f"{s.rounds} rounds, first anchors at random: {at('ADACUR'):.3f}; the paper's figure is 'up to'; "
+    + ", ".join(f"{name} {at(name):.3f}" for name in table if name.startswith(("ADACUR,", "AXN"))),
+  )  # fmt: skip
+
+
 def matrix_claims(config, metrics: dict) -> list[Claim]:
   """The encoders and their matrices: is there something to approximate, and how well is it?"""
   quality, errors, spectrum = metrics["quality"], metrics["errors"], metrics["spectrum"]
   cut = config.domain.anchor_queries
   k_i = min(config.errors.anchors, key=lambda a: abs(a - config.search.budget // 2))
   ratio = {head: q["accuracy of 16"] / q["chance"] for head, q in quality.items()}
-  worst = min(ratio, key=ratio.get)
+  worst, other = min(ratio, key=ratio.get), "with another's query"
   name = {"emb": "EMB-CE", "cls": "CLS-CE"}
   lemma = ""
   if "same lemma" in quality["emb"]:
@@ -84,7 +89,10 @@ def matrix_claims(config, metrics: dict) -> list[Claim]:
     Claim(
       "accuracy among the gold item and 15 TF-IDF neighbours, over chance, worse of the two heads", "x", "higher",
       ours=ratio[worst], threshold=2.0, baseline="chance 1/16",
-      note=", ".join(f"{name[h]} {q['accuracy of 16']:.3f}" for h, q in quality.items()) + lemma,
+      note=", ".join(
+        f"{name[h]} {q['accuracy of 16']:.3f}, {q[other]:.3f} when it reads another query" for h, q in quality.items()
+      )
+      + lemma,
     ),
     Claim(
       f"relative error of ANNCUR's scores at k_i = {k_i}, CLS-CE over EMB-CE", "x", "higher",

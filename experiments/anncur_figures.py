@@ -49,9 +49,10 @@ def draw_errors(config, errors: dict, spectrum: dict, workdir: Path) -> str:
   left.set(xlabel="anchor items $k_i$ (line: $k_i = k_q$)", ylabel="relative error, test queries", title="EMB-CE")
   left.legend(fontsize=8)
   for head, label in (("emb", "EMB-CE"), ("cls", "CLS-CE")):
-    s = spectrum[head]["singular values"][:-1]  # without column means the last is 0
+    s = spectrum[head]["singular values"]
     right.loglog(np.arange(1, len(s) + 1), s, label=f"{label}, effective rank {spectrum[head]['centred']:.1f}")
   right.set(xlabel="index", ylabel="singular value / first", title="Score matrices without column means")
+  right.set_ylim(1e-4, 1.5)  # queries that are cut to the same tokens, and the means, leave zeros at the end
   right.legend(fontsize=8)
   return figures.save(figure, workdir, "errors")
 

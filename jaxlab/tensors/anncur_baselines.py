@@ -125,6 +125,7 @@ def cur_oracle(
   return multiply(c, multiply(invert(c), scores, invert(r)), r)
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def cluster_anchors(key: jax.Array, embeddings: Float[Array, "n d"], count: int) -> Int[Array, "count"]:
   """Anchor items by k-means of dual-encoder embeddings: of each cluster the item nearest its mean, ascending.
 
