@@ -82,7 +82,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         claimed=pick(test=(5,), cpu=(10, 20), h200=(20, 50), paper=(50, 100)),  # k > 10 in the paper
         budgets=pick(test=(20, 40), cpu=(40, 100, 200), h200=(100, 200, 400), paper=(100, 200, 500, 1000)),
         budget=pick(test=40, cpu=100, h200=200, paper=500),  # of the claims
-        shares=pick(test=(0.4,), cpu=(0.25, 0.5, 0.75)),  # of the budget that are anchor items
+        shares=pick(test=(0.4,), cpu=(0.4, 0.7), h200=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
         seeds=pick(test=1, cpu=5),
         strength=0.01,  # ridge, over s_1^2 / min(k_q, k_i)
         rounds=4,

@@ -5,6 +5,7 @@ import numpy as np
 from experiments.results import Claim
 
 RETRIEVERS = ("TF-IDF", "BM25", "DE_base")
+NAMES = {"emb": "EMB-CE", "cls": "CLS-CE"}
 
 
 def slope(sizes, seconds) -> float:
@@ -47,12 +48,18 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
     Claim(
       f"recall@1 at C = {s.budget}, DE_base less ANNCUR", "", "higher",
       ours=at("DE_base", 1) - at("ANNCUR", 1), threshold=0.0, baseline=at("ANNCUR", 1),
-      note=f"the paper's reversal at k = 1; DE_base {at('DE_base', 1):.3f}",
+      note="the paper has DE_base ahead at k = 1; here DE_base and ANNCUR: "
+      + ", ".join(f"{c} {table['DE_base']['k=1'][c]:.3f} and {r:.3f}" for c, r in table["ANNCUR"]["k=1"].items())
+      + f", of {config.domain.size} items",
     ),
     *(adaptive_claim(s, table, budget) for budget in sorted({min(s.budgets), s.budget})),
     Claim(
       f"recall@{k} at C = {s.budget}, ANNCUR on EMB-CE less ANNCUR on CLS-CE", "", "higher",
       ours=at("ANNCUR", k) - at("ANNCUR on CLS-CE", k), threshold=0.0, baseline=at("ANNCUR on CLS-CE", k),
+      note="effective rank of the matrices "
+      + ", ".join(f"{name} {metrics['spectrum'][head]['raw']:.1f}" for head, name in NAMES.items())
+      + ", accuracy of the encoders "
+      + ", ".join(f"{name} {metrics['quality'][head]['accuracy of 16']:.3f}" for head, name in NAMES.items()),
     ),
   ]  # fmt: skip
   return claims
@@ -77,10 +84,9 @@ def matrix_claims(config, metrics: dict) -> list[Claim]:
   k_i = min(config.errors.anchors, key=lambda a: abs(a - config.search.budget // 2))
   ratio = {head: q["accuracy of 16"] / q["chance"] for head, q in quality.items()}
   worst, other = min(ratio, key=ratio.get), "with another's query"
-  name = {"emb": "EMB-CE", "cls": "CLS-CE"}
   lemma = ""
   if "same lemma" in quality["emb"]:
-    rows = {name[head]: q["same lemma"] for head, q in quality.items()}
+    rows = {NAMES[head]: q["same lemma"] for head, q in quality.items()}
     lemma = "; among the lemma's synsets " + ", ".join(f"{n} {row['accuracy']:.3f}" for n, row in rows.items())
     lemma += ", most frequent sense {most frequent sense:.3f}, chance {chance:.3f}".format(**rows["EMB-CE"])
   bare, ridge = (errors["emb"][way][f"{cut}"] for way in ("bare", "ridge"))
@@ -90,7 +96,7 @@ def matrix_claims(config, metrics: dict) -> list[Claim]:
       "accuracy among the gold item and 15 TF-IDF neighbours, over chance, worse of the two heads", "x", "higher",
       ours=ratio[worst], threshold=2.0, baseline="chance 1/16",
       note=", ".join(
-        f"{name[h]} {q['accuracy of 16']:.3f}, {q[other]:.3f} when it reads another query" for h, q in quality.items()
+        f"{NAMES[h]} {q['accuracy of 16']:.3f}, {q[other]:.3f} when it reads another query" for h, q in quality.items()
       )
       + lemma,
     ),
@@ -98,9 +104,9 @@ def matrix_claims(config, metrics: dict) -> list[Claim]:
       f"relative error of ANNCUR's scores at k_i = {k_i}, CLS-CE over EMB-CE", "x", "higher",
       ours=errors["cls"]["ridge"][f"{k_i}"] / errors["emb"]["ridge"][f"{k_i}"], threshold=1.0,
       baseline=errors["cls"]["ridge"][f"{k_i}"],
-      note="effective rank " + ", ".join(f"{name[h]} {text}" for h, text in effective.items())
+      note="effective rank " + ", ".join(f"{NAMES[h]} {text}" for h, text in effective.items())
       + "; the mean score alone leaves "
-      + ", ".join(f"{name[h]} {errors[h]['mean score']:.3f}" for h in errors),
+      + ", ".join(f"{NAMES[h]} {errors[h]['mean score']:.3f}" for h in errors),
     ),
     Claim(
       f"relative error at k_i = k_q = {cut}, bare pseudo-inverse over ridge", "x", "higher",
