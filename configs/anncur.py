@@ -1,8 +1,38 @@
-r"""ANNCUR: do predictions from 1 query-by-item factorisation find a cross-encoder's neighbours better than retrievers?
+r"""ANNCUR: does a CUR factorisation of a cross-encoder's scores find its neighbours better than retrieve-and-rerank?
 
-Paper (arXiv 2210.12579).
+Paper (arXiv 2210.12579; ADACUR is its follow-up), in words: for k > 10 better recall at equal cross-encoder calls than
+reranking a dual encoder's or TF-IDF's items; at k = 1 the dual encoder stays ahead; EMB-CE is approximated better than
+CLS-CE. Its BERT encoders and entity-linking data are not here: both encoders are trained from scratch, and what is
+compared is the ranking of methods at equal calls. ADACUR: up to 70 % less recall error at k = 1.
 
   python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur
+
+Docstrings of the Python standard library against 1000 functions; 100 anchor queries, 50 choose the split, 75 are
+tested, 5 draws of anchor items. On two shared CPU cores (212 s, load average 4) it printed:
+
+  recall@20 at C = 100 calls        ANNCUR 0.958, ADACUR 0.988; DE_base 0.695, TF-IDF 0.183, mean score 0.311
+  recall@10 at C = 100              ANNCUR 0.984; DE_base 0.740
+  recall@1 at C = 40                ANNCUR 0.933; ADACUR removes 68 % of the error
+  error at k_i = k_q, bare inverse  3.3 times that of ridge
+  a query against 30,000 items      1029 times faster than scoring all, 1.3 times than reranking (equal calls)
+
+Not reproduced there: DE_base ahead at k = 1 (0.720 against 0.989; at C = 40 0.613 against 0.933); EMB-CE approximated
+better than CLS-CE (its matrix has twice the effective rank, 31 against 15, and the encoders are about as accurate:
+0.23 and 0.20 of 16 candidates, chance 0.06). The product e E and its top 10 alone are a little slower than in NumPy.
+
+WordNet as entity linking (the files of Debian's wordnet-base), verbs searched:
+
+  python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur_wordnet \
+      --config.data.name=wordnet --config.data.path=/usr/share/wordnet
+
+printed, in 6 min on the same cores:
+
+  accuracy of EMB-CE, CLS-CE        0.67, 0.42 of 16 candidates; 0.40, 0.41 among the lemma's synsets (first sense 0.39)
+  recall@20 at C = 100              ANNCUR 0.929, ADACUR 0.986; DE_base 0.827, TF-IDF 0.129, mean score 0.447
+  recall@1 at C = 40                ANNCUR 0.811, ADACUR 0.875; DE_base 0.933: the paper's reversal, gone at C = 100
+  error at k_i = k_q, bare inverse  7.5 times that of ridge
+
+Scale h200 (a 6-layer encoder, 2000 functions) and paper (6 layers, all 13,767 verbs) have not been run.
 """
 
 import ml_collections

@@ -239,7 +239,10 @@ def measure_quality(encoder, domain: Domain, config) -> dict:
   }
   if domain.candidates is not None:
     senses = [domain.candidates[q] for q in chosen]
-    best = [s[int(np.argmax(f(np.full(len(s), q), np.array(s))))] for q, s in zip(chosen, senses, strict=True)]
+    # One rectangle: rows are filled up with their first sense, which the first argmax finds at its own place.
+    width = max(map(len, senses))
+    filled = np.array([s + s[:1] * (width - len(s)) for s in senses])
+    best = np.take_along_axis(filled, np.argmax(f(chosen[:, None], filled), 1)[:, None], 1)[:, 0]
     result["same lemma"] = {
       "accuracy": float(np.mean(best == domain.gold[chosen])),
       "most frequent sense": float(np.mean([s[0] for s in senses] == domain.gold[chosen])),
@@ -248,7 +251,7 @@ def measure_quality(encoder, domain: Domain, config) -> dict:
   return result
 
 
-def score(config, domain: Domain, encoders, console) -> tuple[dict, np.ndarray, float]:
+def score(config, domain: Domain, encoders, console) -> tuple[dict, tuple[np.ndarray, np.ndarray], float]:
   """Rows of anchor, dev and test queries by both heads (CLS-CE and EMB-CE), item-item rows, and pairs a second."""
   n, queries = np.arange(len(domain.items)), np.concatenate([domain.anchor, domain.dev, domain.test])
   start, scores = time.perf_counter(), {}

@@ -4,8 +4,8 @@ Both are the bidirectional `jaxlab.models` transformer with segment embeddings. 
 "cls" is a linear map of the [CLS] state; "emb" is <(h[START] + h[END]) / 2, h[TITLE]> / sqrt(width).
 
   encoder = Encoder(config, jax.random.key(0), head="emb", marks=marks(bpe))
-  encoder, losses = train(encoder, tokens, batches(gold, negatives, ...), rate=1e-3)
-  f = cross_scorer(encoder, query_tokens, item_tokens)     # f(i, j): the score of query i and item j
+  encoder, losses = train(encoder, cross_loss, tokens, make_batches, key, epochs=1, steps=500, rate=1e-3)
+  f = cross_scorer(encoder, *tokens)                       # f(i, j): the score of query i and item j
 
 Token rows come from `anncur_data`.
 """
