@@ -110,7 +110,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       search=dict(
         ks=pick(test=(1, 5), cpu=(1, 10, 20), h200=(1, 10, 20, 50), paper=(1, 10, 50, 100)),
         claimed=pick(test=(5,), cpu=(10, 20), h200=(20, 50), paper=(50, 100)),  # k > 10 in the paper
-        budgets=pick(test=(20, 40), cpu=(40, 100, 200), h200=(100, 200, 400), paper=(100, 200, 500, 1000)),
+        budgets=pick(test=(40,), cpu=(40, 100, 200), h200=(100, 200, 400), paper=(100, 200, 500, 1000)),
         budget=pick(test=40, cpu=100, h200=200, paper=500),  # of the claims
         shares=pick(test=(0.4,), cpu=(0.4, 0.7), h200=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
         seeds=pick(test=1, cpu=5),
@@ -127,7 +127,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         seeds=pick(cpu=1, h200=3),
       ),
       bench=dict(
-        sizes=pick(test=(50, 100), cpu=(30, 300, 3000, 30_000), h200=(100, 1000, 10_000, 100_000)),
+        sizes=pick(test=(50,), cpu=(30, 300, 3000, 30_000), h200=(100, 1000, 10_000, 100_000)),
         anchors=pick(cpu=10, h200=50),
         retrieve=pick(cpu=10, h200=50),
         repetitions=pick(test=1, cpu=3, h200=5),
