@@ -8,7 +8,7 @@ compared is the ranking of methods at equal calls. ADACUR: up to 70 % less recal
   python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur
 
 Docstrings of the Python standard library against 1000 functions; 100 anchor queries, 50 choose the split, 75 are
-tested, 5 draws of anchor items. On two shared CPU cores (212 s, load average 4) it printed:
+tested, 5 draws of anchor items. On two shared CPU cores (209 s, load average 4) it printed:
 
   recall@20 at C = 100 calls        ANNCUR 0.958, ADACUR 0.988; DE_base 0.695, TF-IDF 0.183, mean score 0.311
   recall@10 at C = 100              ANNCUR 0.984; DE_base 0.740
