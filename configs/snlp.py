@@ -18,6 +18,7 @@ not the speed.
 
 import ml_collections
 
+PARTS = ("quality", "speculation", "speed", "memory")
 SETTINGS = {
   "test": ("n3 K1", "n2 K2", "n2 K1 F2"),
   "cpu": (
@@ -31,6 +32,7 @@ SETTINGS = {
   ),
 }
 SLICED = {"test": ("n3 K1",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2", "n24 K2 F2")}
+HCN = ("n8 K1", "n8 K4", "n16 K1", "n16 K2", "n16 K4", "n24 K2")
 CACHED = {"test": ("n3 K2",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2")}
 
 
@@ -102,7 +104,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="snlp",
       scale=scale,
       seed=0,
-      parts=("quality", "speculation", "speed", "memory"),  # measured once a workdir, each in a file of its own
+      parts=pick(
+        cpu=PARTS, h200=(*PARTS, "hcn"), paper=(*PARTS, "hcn")
+      ),  # measured once a workdir, each in a file of its own
       model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
       shape=dict(
         depth=pick(test=4, cpu=12, h200=32, paper=32),
@@ -139,6 +143,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sampled=False,
       ),
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
+      hcn=dict(  # the pair with hyper-connections, of scale h200 and on
+        settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=HCN, paper=HCN),
+        reg=dict(
+          weight=0.5,
+          stride=0,
+          layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
+          surrogate="streams",
+          detach_target=True,
+          sampled=False,
+        ),
+      ),
       speculation=dict(
         settings=pick(test=("n2 K1",), cpu=("n6 K1",), h200=("n24 K1", "n24 K2", "n16 K1"), paper=("n24 K1",)),
         drafts=pick(test=(2,), cpu=(4,), h200=(2, 4, 8), paper=(2, 4, 8)),

@@ -20,12 +20,14 @@ from jaxlab.data import packing
 from jaxlab.depth import snlp, snlp_inference
 from jaxlab.depth.snlp_speculative import speculate
 from jaxlab.models import Transformer, hub
+from jaxlab.models.config import HyperConnections
 from jaxlab.models.transformer import sequential
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import read_metrics
 from jaxlab.training.optimizers import muon_adamw
 
 PLAIN, REGULARISED = "plain", "regularised"
+MHC, MHC_REGULARISED = "mhc", "mhc_regularised"
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
@@ -42,13 +44,21 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     else:
       shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
       check_suffixes(config, shape.depth)
-      models = train_pair(config, text, shape, workdir, console)
+      models = train_pair(config, text, shape, config.reg, (PLAIN, REGULARISED), workdir, console)
     check_suffixes(config, next(iter(models.values())).depth)
+    return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
+
+  def with_streams():
+    """The pair with hyper-connections and their own regulariser."""
+    text = load_text(config, cache)
+    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, hyper=HyperConnections())
+    models = train_pair(config, text, shape, config.hcn.reg, (MHC, MHC_REGULARISED), workdir, console)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
 
   measures = {
     "quality": lambda: measure_quality(config, *prepared(), console),
     "speculation": lambda: measure_speculation(config, *prepared(), console),
+    "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "memory": lambda: measure_memory(config, prepared()[0], workdir),
   }
   metrics = {name: results.part(workdir, name, measures[name]) for name in config.parts if name != "speed"}
@@ -63,6 +73,8 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     files[draw_trace_error(quality, workdir)] = "Error of one Newton step at each layer of the suffix"
     if REGULARISED in quality and not folder:
       files[draw_training(quality, workdir)] = "Training loss of the two models"
+  if "hcn" in metrics:
+    claims += hcn_claims(metrics["hcn"])
   if "memory" in metrics:
     claims += memory_claims(metrics["memory"])
   if "speculation" in metrics:
@@ -85,8 +97,8 @@ def check_suffixes(config, depth: int) -> None:
     require(1 <= n <= depth, f"n_par={n} layers in parallel, but the model has {depth}; see snlp.settings, reg.layers")
 
 
-def training_losses(config) -> dict:
-  """The two loss functions: the same but for the regulariser."""
+def training_loss(config, reg=None):
+  """Cross-entropy, with the regulariser that `reg` describes if given."""
   remat = config.train.remat
 
   def plain_loss(model, batch, step, key):
@@ -101,25 +113,41 @@ def training_losses(config) -> dict:
       h0,
       trace,
       side,
-      layers=tuple(config.reg.layers),
-      stride=config.reg.stride,
-      surrogate=config.reg.surrogate,
-      detach_target=config.reg.detach_target,
-      key=key if config.reg.sampled else None,
+      layers=tuple(reg.layers),
+      stride=reg.stride,
+      surrogate=reg.surrogate,
+      detach_target=reg.detach_target,
+      key=key if reg.sampled else None,
     )
-    weight = snlp.regulariser_weight(step, weight=config.reg.weight, steps=config.train.steps)
+    weight = snlp.regulariser_weight(step, weight=reg.weight, steps=config.train.steps)
     return ce + weight * r, {"cross_entropy": ce, "regulariser": r}
 
-  return {PLAIN: plain_loss, REGULARISED: regularised_loss}
+  return regularised_loss if reg else plain_loss
 
 
-def train_pair(config, text: Text, shape, workdir: Path, console) -> dict[str, Transformer]:
+def train_pair(config, text: Text, shape, reg, names, workdir: Path, console) -> dict[str, Transformer]:
   """The same initial parameters and data, without and with the regulariser."""
   start = Transformer(shape, jax.random.key(config.seed))
   return {
-    name: train_model(config, text, start, loss, workdir=workdir / name, console=console, title=name)
-    for name, loss in training_losses(config).items()
+    name: train_model(
+      config, text, start, training_loss(config, how), workdir=workdir / name, console=console, title=name
+    )
+    for name, how in zip(names, (None, reg), strict=True)
   }
+
+
+def measure_hcn(config, text: Text, models: dict[str, Transformer], console) -> dict:
+  """Perplexities of the models with hyper-connections, solved with their mixing matrices (HCN) and with A = I."""
+  e = config.eval
+  batches = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.tokens)
+  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens))
+  result = {name: {"sequential": evaluate(m, batches), "snlp": {}} for name, m in models.items()}
+  for setting in console.track("evaluating hyper-connections", config.hcn.settings):
+    for surrogate in ("streams", "identity"):
+      solved = losses.evaluator(forward(f"{setting} {surrogate}"))
+      for name, m in models.items():
+        result[name]["snlp"][f"{setting} {surrogate}"] = solved(m, batches)
+  return result
 
 
 def measure_memory(config, text: Text, workdir: Path) -> dict:
@@ -130,7 +158,7 @@ def measure_memory(config, text: Text, workdir: Path) -> dict:
   state = loop.initial_state(Transformer(shape, jax.random.key(0)), optimizer, mesh, 0)
   ids = jax.ShapeDtypeStruct((t.batch, t.length), jnp.int32, sharding=meshes.batch_sharding(mesh))
   result = {}
-  for name, loss in training_losses(config).items():
+  for name, loss in ((PLAIN, training_loss(config)), (REGULARISED, training_loss(config, config.reg))):
     step = loop.make_step(
       loss, optimizer, meshes.shardings(state, mesh), accumulate=t.accumulate, compute_dtype=t.dtype
     )
@@ -367,6 +395,24 @@ def quality_claims(config, quality: dict) -> list[Claim]:
       note="the first version of the paper claimed 4.7 to 23.4 % better; the second withdrew it",
     )
   )
+  return claims
+
+
+def hcn_claims(hcn: dict) -> list[Claim]:
+  claims = []
+  for setting in dict.fromkeys(text.rsplit(" ", 1)[0] for text in hcn[MHC_REGULARISED]["snlp"]):
+    loss = lambda surrogate, setting=setting: hcn[MHC_REGULARISED]["snlp"][f"{setting} {surrogate}"]["loss"]
+    claims.append(
+      Claim(
+        f"HCN's loss over that of A = I on the regularised mHC model, {setting}",
+        "nats",
+        "lower",
+        ours=loss("streams") - loss("identity"),
+        threshold=-1e-4,
+        baseline=loss("identity"),
+        note=f"sequential {hcn[MHC_REGULARISED]['sequential']['loss']:.4f} nats",
+      )
+    )
   return claims
 
 
