@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import figures, results, snlp_speed, timing
 from experiments.results import Claim, Report
-from experiments.snlp_settings import forward, parse
+from experiments.snlp_settings import forward, parse, refit_config
 from experiments.text import Text, checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
@@ -33,6 +33,10 @@ MHC, MHC_REGULARISED = "mhc", "mhc_regularised"
 def run(config, workdir: Path, cache: Path, console) -> Report:
   """Measures the parts of config.parts; a part that this workdir holds already is not measured again."""
   folder = checkpoint_folder(config)
+  parts = config.parts
+  if folder:
+    config = refit_config(config, hub.read_config(folder)[0].depth)
+    parts = [name for name in parts if name not in ("memory", "hcn")]  # those train
   for text in (*config.snlp.settings, *config.snlp.cached):
     parse(text)
 
@@ -61,8 +65,8 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "memory": lambda: measure_memory(config, prepared()[0], workdir),
   }
-  metrics = {name: results.part(workdir, name, measures[name]) for name in config.parts if name != "speed"}
-  if "speed" in config.parts:
+  metrics = {name: results.part(workdir, name, measures[name]) for name in parts if name != "speed"}
+  if "speed" in parts:
     last = lambda: next(reversed(prepared()[1].values()))
     metrics["speed"] = snlp_speed.measure(config.bench, last, workdir, console)
   claims, files = [], {}
@@ -308,12 +312,16 @@ def lost(quality: dict, name: str, setting: str) -> float:
   return 100 * (quality[name]["snlp"][setting]["perplexity"] / quality[name]["sequential"]["perplexity"] - 1)
 
 
+def is_idn(s: dict) -> bool:
+  """The paper's plain form: unfused layers, A = I, from h0."""
+  return (s["chunk"], s["groups"], s["surrogate"], s["initial"]) == (0, 1, "identity", "h0")
+
+
 def quality_claims(config, quality: dict) -> list[Claim]:
   """The paper's claims in its revised form, and the first version's."""
   depth = quality[PLAIN]["depth"]
   main = REGULARISED if REGULARISED in quality else PLAIN
-  plain = lambda s: s["chunk"] == 0 and s["groups"] == 1 and s["initial"] == "h0" and s["surrogate"] != "jacobi"
-  rows = {text: s for text in config.snlp.settings if plain(s := parse(text))}
+  rows = {text: s for text in config.snlp.settings if is_idn(s := parse(text))}
   claims = []
   for text, s in rows.items():
     if s["layers"] == s["iterations"]:
@@ -497,11 +505,10 @@ def latency_fits(cases: dict) -> dict:
 
 
 def draw_perplexity(quality: dict, workdir: Path) -> str:
-  shown = lambda r: r["initial"] == "h0" and r["surrogate"] != "jacobi" and not r["chunk"] and r["groups"] == 1
-  most = max(lost(quality, name, t) for name, q in quality.items() for t, r in q["snlp"].items() if shown(r))
+  most = max(lost(quality, name, t) for name, q in quality.items() for t, r in q["snlp"].items() if is_idn(r))
   figure, axes = figures.subplots(len(quality), squeeze=False, sharey=True)
   for axis, (name, q) in zip(axes[0], quality.items(), strict=True):
-    rows = {text: r for text, r in q["snlp"].items() if shown(r)}
+    rows = {text: r for text, r in q["snlp"].items() if is_idn(r)}
     for n in sorted({r["layers"] for r in rows.values()}):
       points = sorted((r["iterations"], lost(quality, name, t)) for t, r in rows.items() if r["layers"] == n)
       axis.plot(*zip(*points, strict=True), "o-", label=f"n = {n} of {q['depth']}")
@@ -546,7 +553,7 @@ def draw_frontier(metrics: dict, workdir: Path) -> str:
     both = [text for text in quality[model]["snlp"] if text in case["speedup"]]
     points = [(case["speedup"][text]["ratio"], lost(quality, model, text)) for text in both]
     axis.plot(*zip((1.0, 0.0), *points, strict=True), "o", label=model)
-    for text, point in zip(both, points, strict=True):
+    for text, point in zip(("sequential", *both), ((1.0, 0.0), *points), strict=True):
       axis.annotate(text, point, xytext=(4, 3), textcoords="offset points", size=7)
   axis.set_yscale("symlog", linthresh=1.0)
   axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")

@@ -26,6 +26,35 @@ def parse(text: str) -> dict:
   return setting
 
 
+def refit(text: str, before: int, after: int) -> str | None:
+  """The setting on the same share of a network of `after` instead of `before` layers; None if its parts do not fit."""
+  s = parse(text)
+  n = max(1, round(s["layers"] * after / before))
+  if n % max(s["chunk"], 1) or n % s["groups"]:
+    return None
+  new = {"n": n, "K": min(s["iterations"], n)}
+  return " ".join(
+    f"{word[0]}{new[word[0]]}" if word[0] in new and word[1:].isdigit() else word for word in text.split()
+  )
+
+
+def refit_config(config, depth: int):
+  """A copy of an SNLP config whose settings fit a given model of `depth` layers."""
+  config = config.copy_and_resolve_references()
+  before = config.shape.depth
+  many = lambda texts: tuple(dict.fromkeys(new for text in texts if (new := refit(text, before, depth))))
+  for name in ("settings", "sliced", "cached"):
+    config.snlp[name] = many(config.snlp[name])
+  config.speculation.settings = many(config.speculation.settings)
+  config.reg.layers = tuple(dict.fromkeys(max(1, round(n * depth / before)) for n in config.reg.layers))
+  config.bench.shown = many(config.bench.shown)
+  config.bench.cases = [case | {"settings": many(case["settings"])} for case in config.bench.cases]
+  for name in ("claims", "floors"):
+    claims = [c | {"setting": refit(c["setting"], before, depth)} for c in config.bench[name]]
+    config.bench[name] = [c for c in claims if c["setting"]]
+  return config
+
+
 def forward(text: str):
   """`(model, tokens) -> (final state, backout state)` of the uncached network at a setting."""
   s = parse(text)
