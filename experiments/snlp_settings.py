@@ -29,6 +29,8 @@ def parse(text: str) -> dict:
 def refit(text: str, before: int, after: int) -> str | None:
   """The setting on the same share of a network of `after` instead of `before` layers; None if its parts do not fit."""
   s = parse(text)
+  if before == after:
+    return text
   n = max(1, round(s["layers"] * after / before))
   if n % max(s["chunk"], 1) or n % s["groups"]:
     return None
