@@ -98,7 +98,7 @@ def empty_state(network: Network, *, batch: int, capacity: int, dtype=None) -> S
 
 
 def from_cache(network: Network, cache: Cache) -> State:
-  """The state that continues a cache which the sequential model filled.
+  """The state that continues a cache which the sequential model filled; its `trace` is zero, a cache has none.
 
   Raises:
     InputError: a fused suffix, whose keys and values are its own; prefill it with `step`.
@@ -118,39 +118,21 @@ def step(
   tokens: Int[Array, "batch time"],
   state: State | None = None,
   *,
-  iterations: int = 1,
-  surrogate: str = "identity",
-  initial: str = "h0",
-  damping: float = 0.0,
-  cache_kv: str = "recompute",
   attention: AttentionFn = dot_product_attention,
+  **options,
 ) -> tuple[Float[Array, "batch time vocab"], State | None]:
   """Logits of the next `time` tokens, and the state with them (None without a state: a whole forward from position 0).
 
-  Args:
-    iterations, surrogate, initial, damping: as `snlp.solve`; initial may be "warm" (time = 1): the last token's trace.
-    cache_kv: "recompute" keys and values from the corrected inputs z_0 .. z_{n-1}; "last_iteration" keeps those of the
-      last evaluation, one projection less and slightly stale.
+  The options (iterations, surrogate, ...) are those of `step_from`; a network without a suffix takes none.
 
   Raises:
-    InputError: a surrogate that decoding does not offer, "warm" without a state or for several tokens.
+    InputError: as `step_from`.
   """
   x, backout, side, state = prefix_states(network, tokens, state, attention)
   if network.suffix is None:
+    require(not options, f"a network without a suffix has no options; leave out {', '.join(options)}")
     return network.model.logits(x, backout), state
-  return step_from(
-    network,
-    x,
-    backout,
-    side,
-    state,
-    iterations=iterations,
-    surrogate=surrogate,
-    initial=initial,
-    damping=damping,
-    cache_kv=cache_kv,
-    attention=attention,
-  )
+  return step_from(network, x, backout, side, state, attention=attention, **options)
 
 
 def step_from(
@@ -166,8 +148,17 @@ def step_from(
   damping: float = 0.0,
   cache_kv: str = "recompute",
   attention: AttentionFn = dot_product_attention,
-):
-  """The second half of `step`, from what `prefix_states` returned."""
+) -> tuple[Float[Array, "batch time vocab"], State | None]:
+  """The second half of `step`: solves the suffix from what `prefix_states` returned.
+
+  Args:
+    iterations, surrogate, initial, damping: as `snlp.solve`; initial may be "warm" (time = 1): the last token's trace.
+    cache_kv: "recompute" keys and values from the corrected inputs z_0 .. z_{n-1}; "last_iteration" keeps those of the
+      last evaluation, one projection less and slightly stale.
+
+  Raises:
+    InputError: a surrogate that decoding does not offer, "warm" without a state or for several tokens.
+  """
   require_choice("surrogate", surrogate, DECODED)
   require_choice("cache_kv", cache_kv, CACHE_KV)
   start = initial
@@ -206,7 +197,7 @@ def finish_exactly(network: Network, x, backout, side: Side, state: State, *, at
   model, suffix = network.model, network.suffix
   if suffix is not None:
     require(not suffix.fused, "a fused suffix has no sequential network; split the model with plain layers")
-    groups = list(state.suffix)
+    groups, trace = list(state.suffix), []
     where = {j: (g, row) for g, index in enumerate(_kinds(network).values()) for row, j in enumerate(index)}
     for j, block in enumerate(unstack_layers(suffix.blocks, suffix.layers)):
       g, row = where[j]
@@ -218,7 +209,8 @@ def finish_exactly(network: Network, x, backout, side: Side, state: State, *, at
       layer = suffix.start + j
       x = _layer(model, block, layer, x, side, attend)
       backout = x if model.config.backout and layer == model.depth // 2 else backout
-    state = dataclasses.replace(state, suffix=tuple(groups))
+      trace.append(x[:, -1:].astype(state.trace.dtype))
+    state = dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
   return model.logits(x, backout), state
 
 

@@ -130,3 +130,16 @@ def test_impossible_steps_are_named(options, message):
   network = split(random_model(CONFIGS["qwen3"]), 4)
   with pytest.raises(InputError, match=message):
     step(network, TOKENS, **options)
+
+
+def test_a_prefill_leaves_the_exact_trace_of_its_last_token():
+  """What "warm" starts the next token from."""
+  model = random_model(CONFIGS["nanochat"])
+  _, trace, _ = model.trace(TOKENS[:, :9])
+  _, state = prefill(split(model, 4), TOKENS[:, :9], capacity=12)
+  np.testing.assert_allclose(state.trace, trace[2:, :, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_a_suffix_takes_no_options():
+  with pytest.raises(InputError, match="leave out iterations"):
+    step(split(random_model(CONFIGS["qwen3"])), TOKENS, iterations=2)
