@@ -19,6 +19,7 @@ not the speed.
 import ml_collections
 
 PARTS = ("quality", "speculation", "speed", "memory")
+ALL = (*PARTS, "hcn", "competitors")
 SETTINGS = {
   "test": ("n3 K1", "n2 K2", "n2 K1 F2"),
   "cpu": (
@@ -104,9 +105,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="snlp",
       scale=scale,
       seed=0,
-      parts=pick(
-        cpu=PARTS, h200=(*PARTS, "hcn"), paper=(*PARTS, "hcn")
-      ),  # measured once a workdir, each in a file of its own
+      parts=pick(cpu=PARTS, h200=ALL, paper=ALL),  # measured once a workdir, each in a file of its own
       model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
       shape=dict(
         depth=pick(test=4, cpu=12, h200=32, paper=32),
@@ -153,6 +152,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           detach_target=True,
           sampled=False,
         ),
+      ),
+      competitors=dict(  # trained beside, of scale h200 and on
+        settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=("n24 K1", "n24 K2", "n24 K1 F2")),
+        shapes=pick(
+          test=dict(d2=dict(depth=2, aspect_ratio=16)),
+          cpu=dict(d6=dict(depth=6, aspect_ratio=16)),
+          h200=dict(d14_width256=dict(depth=14, aspect_ratio=18), d12_width384=dict(depth=12, aspect_ratio=32)),
+        ),
+        context=pick(test=16, cpu=64, h200=512),
+        repetitions=pick(test=2, cpu=10),
       ),
       speculation=dict(
         settings=pick(test=("n2 K1",), cpu=("n6 K1",), h200=("n24 K1", "n24 K2", "n16 K1"), paper=("n24 K1",)),

@@ -3,6 +3,7 @@
 With config.model = "hf:DIR" nothing is trained: the method is run on that checkpoint as it is.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from experiments.text import Text, checkpoint_folder, load_text, model_config, t
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
 from jaxlab.data import packing
-from jaxlab.depth import snlp, snlp_inference
+from jaxlab.depth import snlp, snlp_inference, snlp_suffix
 from jaxlab.depth.snlp_speculative import speculate
 from jaxlab.models import Transformer, hub
 from jaxlab.models.config import HyperConnections
@@ -36,7 +37,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   parts = config.parts
   if folder:
     config = refit_config(config, hub.read_config(folder)[0].depth)
-    parts = [name for name in parts if name not in ("memory", "hcn")]  # those train
+    parts = [name for name in parts if name not in ("memory", "hcn", "competitors")]  # those train
   for text in (*config.snlp.settings, *config.snlp.cached):
     parse(text)
 
@@ -63,6 +64,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "quality": lambda: measure_quality(config, *prepared(), console),
     "speculation": lambda: measure_speculation(config, *prepared(), console),
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
+    "competitors": lambda: measure_competitors(config, *prepared(), workdir, console),
     "memory": lambda: measure_memory(config, prepared()[0], workdir),
   }
   metrics = {name: results.part(workdir, name, measures[name]) for name in parts if name != "speed"}
@@ -79,6 +81,9 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
       files[draw_training(quality, workdir)] = "Training loss of the two models"
   if "hcn" in metrics:
     claims += hcn_claims(metrics["hcn"])
+  if "competitors" in metrics:
+    claims += competitor_claims(metrics["competitors"])
+    files[draw_competitors(metrics["competitors"], workdir)] = "SNLP beside networks trained to be as fast"
   if "memory" in metrics:
     claims += memory_claims(metrics["memory"])
   if "speculation" in metrics:
@@ -122,6 +127,7 @@ def training_loss(config, reg=None):
       surrogate=reg.surrogate,
       detach_target=reg.detach_target,
       key=key if reg.sampled else None,
+      remat=remat != "none",
     )
     weight = snlp.regulariser_weight(step, weight=reg.weight, steps=config.train.steps)
     return ce + weight * r, {"cross_entropy": ce, "regulariser": r}
@@ -151,6 +157,43 @@ def measure_hcn(config, text: Text, models: dict[str, Transformer], console) -> 
       solved = losses.evaluator(forward(f"{setting} {surrogate}"))
       for name, m in models.items():
         result[name]["snlp"][f"{setting} {surrogate}"] = solved(m, batches)
+  return result
+
+
+def measure_competitors(config, text: Text, models: dict[str, Transformer], workdir: Path, console) -> dict:
+  """Shallower or wider networks of the same training beside SNLP's settings: perplexity, and one decoding step's speed.
+
+  {name: {"perplexity", "speedup" over the whole regularised network, "p10", "p90", "parameters"}}.
+  """
+  c, e = config.competitors, config.eval
+  batches = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.tokens)
+  main = models[REGULARISED]
+  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens))
+  result = {"sequential": evaluate(main, batches)}
+  networks = {"sequential": (snlp_inference.split(main), {})}
+  for setting in c.settings:
+    s = parse(setting)
+    result[setting] = losses.evaluator(forward(setting))(main, batches)
+    layers = snlp_suffix.fuse(main, s["layers"], chunk=s["chunk"]) if s["chunk"] else s["layers"]
+    options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
+    networks[setting] = (snlp_inference.split(main, layers), options)
+  for name, changes in c.shapes.items():
+    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, **changes)
+    start = Transformer(shape, jax.random.key(config.seed))
+    model = train_model(config, text, start, training_loss(config), workdir=workdir / name, console=console, title=name)
+    model = loop.cast(model, config.train.dtype)
+    result[name] = evaluate(model, batches) | {"parameters": shape.matmul_parameters}
+    networks[name] = (snlp_inference.split(model), {})
+  runs = {}
+  for name, (network, options) in networks.items():
+    state = snlp_inference.empty_state(network, batch=1, capacity=c.context + 600)
+    state = dataclasses.replace(state, length=jnp.int32(c.context))
+    step = functools.partial(snlp_inference.step, **options)
+    runs[name] = timing.steady(step, network, jnp.zeros((1, 1), jnp.int32), carry=state)
+  times = timing.compare(runs, repetitions=c.repetitions, inner=20)
+  for name in runs:
+    ratio, (low, high) = times.speedup(name, "sequential")
+    result[name] |= {"speedup": ratio, "p10": low, "p90": high, "milliseconds": times.summary()[name]}
   return result
 
 
@@ -424,6 +467,29 @@ def hcn_claims(hcn: dict) -> list[Claim]:
   return claims
 
 
+def competitor_claims(result: dict) -> list[Claim]:
+  """SNLP at each setting against the best trained network that is at least as fast."""
+  claims = []
+  rivals = {name: r for name, r in result.items() if "parameters" in r}
+  for setting, r in result.items():
+    fast = {name: rival for name, rival in rivals.items() if rival["speedup"] >= 0.95 * r["speedup"]}
+    if setting == "sequential" or setting in rivals or not fast:
+      continue
+    name, best = min(fast.items(), key=lambda item: item[1]["perplexity"])
+    claims.append(
+      Claim(
+        f"perplexity of SNLP {setting} over that of a network as fast, trained on the same tokens",
+        "ratio",
+        "lower",
+        ours=r["perplexity"] / best["perplexity"],
+        threshold=1.0,
+        baseline=f"{name}: {best['perplexity']:.3f} at {best['speedup']:.2f}x",
+        note=f"SNLP {r['perplexity']:.3f} at {r['speedup']:.2f}x; decoding one token, batch 1",
+      )
+    )
+  return claims
+
+
 def memory_claims(memory: dict) -> list[Claim]:
   ratio = memory[REGULARISED]["temporaries"] / memory[PLAIN]["temporaries"]
   return [
@@ -434,6 +500,7 @@ def memory_claims(memory: dict) -> list[Claim]:
       ours=ratio,
       threshold=2.0,
       baseline=f"{memory[PLAIN]['temporaries'] / 2**30:.2f} GiB",
+      note="as config.train.remat says: 'none' keeps every evaluation of the regulariser for the gradient",
     )
   ]
 
@@ -559,3 +626,17 @@ def draw_frontier(metrics: dict, workdir: Path) -> str:
   axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")
   axis.legend()
   return figures.save(figure, workdir, "frontier")
+
+
+def draw_competitors(result: dict, workdir: Path) -> str:
+  figure, axis = figures.subplots()
+  for kind, rows in (
+    ("SNLP, one network", {name: r for name, r in result.items() if "parameters" not in r}),
+    ("networks of their own", {name: r for name, r in result.items() if "parameters" in r}),
+  ):
+    axis.plot([r["speedup"] for r in rows.values()], [r["perplexity"] for r in rows.values()], "o", label=kind)
+    for name, r in rows.items():
+      axis.annotate(name, (r["speedup"], r["perplexity"]), xytext=(4, 3), textcoords="offset points", size=7)
+  axis.set(xlabel="speed-up of one decoding step", ylabel="perplexity", title="The same training tokens")
+  axis.legend()
+  return figures.save(figure, workdir, "competitors")

@@ -183,6 +183,7 @@ def regulariser(
   detach_target: bool = False,
   idn_last_layer_only: bool = False,
   key: jax.Array | None = None,
+  remat: bool = False,
   attention: AttentionFn = dot_product_attention,
 ) -> Float[Array, ""]:
   """R, how far one Newton step from the h0 trace is from the sequential states (added to the loss while pretraining).
@@ -200,6 +201,7 @@ def regulariser(
     detach_target: no gradient into the targets.
     idn_last_layer_only: reproduce a quirk of the authors' code at stride 0: c is f_{L-1}(h_S) without the prefix sum.
     key: if given, one n is drawn and its terms multiplied by len(layers): an unbiased, cheaper estimate.
+    remat: evaluate the blocks again in the backward pass instead of keeping what they computed for every n at once.
 
   Raises:
     InputError: n outside 1..L, or another surrogate.
@@ -229,6 +231,7 @@ def regulariser(
     chosen = jnp.array(penalised(n, stride))
     return _relative_error(c[chosen], trace[start:][chosen], detach_target)
 
+  of = jax.checkpoint(of, static_argnums=0) if remat else of
   if key is None:
     return sum(of(n) for n in layers)
   draw = jax.random.randint(key, (), 0, len(layers))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,8 +126,11 @@ def test_gradient_reaches_the_target_unless_it_is_detached():
   with jax.enable_x64(True):
     model = random_model(CONFIGS["llama"], dtype="float64")
     h0, trace, side = model.trace(TOKENS, attention=plain_attention)
-    whole = lambda t: snlp.regulariser(model, h0, t, side, layers=(2, 5), stride=2, attention=plain_attention)
+    options = dict(layers=(2, 5), stride=2, attention=plain_attention)
+    whole = lambda t, remat=False: snlp.regulariser(model, h0, t, side, remat=remat, **options)
     check_grads(jax.jit(whole), (trace,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
+    kept, again = (jax.jit(jax.grad(functools.partial(whole, remat=remat)))(trace) for remat in (False, True))
+    np.testing.assert_allclose(again, kept, rtol=1e-9, atol=1e-12)
 
 
 def test_the_last_layer_quirk_leaves_the_prefix_sum_out():

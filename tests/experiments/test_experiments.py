@@ -58,6 +58,16 @@ def test_a_second_run_resumes_and_another_config_is_refused(snlp_run, cache):
   assert (workdir / "results.json").read_text() == results_before
 
 
+@pytest.mark.slow
+def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
+  done = command(
+    "--config=configs/snlp.py:test", f"--workdir={tmp_path}", "--config.parts=('hcn','competitors')", cache=cache
+  )
+  assert done.returncode == 0, done.stderr
+  written = json.loads((tmp_path / "results.json").read_text())
+  assert {"hcn", "competitors"} == set(written["metrics"]) and (tmp_path / "competitors.png").exists()
+
+
 @pytest.mark.parametrize("name", ["base", "throughput"])
 def test_every_config_runs_at_test_scale(name, tmp_path, cache):
   done = command(f"--config=configs/{name}.py:test", f"--workdir={tmp_path}", cache=cache)
