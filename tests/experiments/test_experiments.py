@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -121,6 +122,19 @@ def test_timing_measures_the_ratio():
   ratio, (low, high) = times.speedup("fast", over="slow")
   assert 2.5 < ratio < 4.5 and low <= ratio * 1.2 and high >= ratio * 0.8
   assert times.summary()["slow"]["median"] == pytest.approx(20, rel=0.2)
+
+
+def test_steady_runs_reuse_their_buffers_and_carry_their_state():
+  tree = {"a": jnp.ones(3)}
+  count = timing.steady(lambda tree, x, carry: (tree["a"] * x + carry, carry + 1), tree, 2.0, carry=jnp.zeros(3))
+  plain = timing.steady(lambda tree, x: tree["a"] * x, tree, 2.0)
+  places = set()
+  for i in range(4):
+    out = count()
+    np.testing.assert_array_equal(out, 2.0 + i)
+    places.add(out.unsafe_buffer_pointer())
+    np.testing.assert_array_equal(plain(), 2.0)
+  assert len(places) == 1
 
 
 def test_published_runs_make_the_report(snlp_run, tmp_path):
