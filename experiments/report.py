@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from experiments.results import markdown, number
+from experiments.results import cell, markdown, number
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.files import write_text
 
@@ -80,7 +80,7 @@ def readme_table(runs: list[dict]) -> str:
     measured = f"{number(claim['ours'])} {claim['unit']}".strip()
     held = f"[{held} of {len(run['claims'])} claims hold](RESULTS.md)"
     command = f"`--config=configs/{paper}.py:{run['scale']}`"
-    cells = (f"[{paper}](configs/{paper}.py)", question, claim["name"], number(claim.get("paper", "-")))
+    cells = (f"[{paper}](configs/{paper}.py)", question, cell(claim["name"]), number(claim.get("paper", "-")))
     lines.append(f"| {' | '.join(cells)} | {measured}; {held} | {command} |")
   return "\n".join(lines)
 

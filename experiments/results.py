@@ -94,7 +94,7 @@ def markdown(results: dict, prefix: str = "") -> str:
     sign = ">=" if c["better"] == "higher" else "<="
     spread = f" [{number(c['spread'][0])}, {number(c['spread'][1])}]" if "spread" in c else ""
     lines.append(
-      f"| {c['name']} | {number(c.get('paper', '-'))} | {number(c.get('baseline', '-'))} "
+      f"| {cell(c['name'])} | {number(c.get('paper', '-'))} | {cell(c.get('baseline', '-'))} "
       f"| **{number(c['ours'])}** {c['unit']}{spread} | {sign} {number(c['threshold'])} "
       f"| {'yes' if c['holds'] else 'NO'} |"
     )
@@ -106,6 +106,11 @@ def markdown(results: dict, prefix: str = "") -> str:
 def number(value) -> str:
   """Three or four significant digits; text as it is."""
   return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def cell(value) -> str:
+  """A value inside a row of a Markdown table, where a bar would end the cell."""
+  return number(value).replace("|", "\\|")
 
 
 def finite(value):
