@@ -7,7 +7,7 @@ Takes 5 min on one H100 and printed (2026-11-25):
   forward over torch.compile, 64 / 512 / 2048 tokens    0.92 / 0.89 / 0.95 x in a row, 0.84 / 0.90 / 0.95 x one by one
   cached decode step, context 128 / 2048                4.5 / 3.5 times the bytes it must read
 Since then weights lie transposed and every call runs on the same buffers: 0.99 / 1.82 / 4.69 ms in a row, against
-1.17 / 1.98 / 4.88 in the run above and 1.08 / 1.76 / 4.66 of PyTorch there. The two have not yet been timed side by side.
+1.17 / 1.98 / 4.88 in the run above and 1.08 / 1.76 / 4.66 of PyTorch there; not yet timed side by side.
 """
 
 import ml_collections
