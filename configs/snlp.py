@@ -19,7 +19,7 @@ not the speed.
 import ml_collections
 
 PARTS = ("quality", "speculation", "speed", "memory")
-ALL = (*PARTS, "hcn", "competitors")
+ALL = (*PARTS, "hcn", "competitors", "finetuning")
 SETTINGS = {
   "test": ("n3 K1", "n2 K2", "n2 K1 F2"),
   "cpu": (
@@ -162,6 +162,15 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         context=pick(test=16, cpu=64, h200=512),
         repetitions=pick(test=2, cpu=10),
+      ),
+      finetuning=dict(  # on recall tasks, of scale h200 and on
+        setting=pick(test="n3 K1", cpu="n9 K1", h200="n24 K2"),
+        row=pick(test=160, cpu=256, h200=512),
+        batch=pick(test=2, cpu=8, h200=64),
+        steps=pick(test=2, cpu=100, h200=300),
+        questions=pick(test=2, cpu=64, h200=512),
+        scale=0.3,
+        warmup=10,
       ),
       speculation=dict(
         settings=pick(test=("n2 K1",), cpu=("n6 K1",), h200=("n24 K1", "n24 K2", "n16 K1"), paper=("n24 K1",)),

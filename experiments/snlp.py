@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import figures, results, snlp_speed, timing
-from experiments.results import Claim, Report
+from experiments import results, snlp_claims, snlp_figures, snlp_finetuning, snlp_speed, timing
+from experiments.results import Report
+from experiments.snlp_claims import MHC, MHC_REGULARISED, PLAIN, REGULARISED
 from experiments.snlp_settings import forward, parse, refit_config
 from experiments.text import Text, checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core import mesh as meshes
@@ -24,11 +25,9 @@ from jaxlab.models import Transformer, hub
 from jaxlab.models.config import HyperConnections
 from jaxlab.models.transformer import sequential
 from jaxlab.training import loop, losses
-from jaxlab.training.metrics import read_metrics
 from jaxlab.training.optimizers import muon_adamw
 
-PLAIN, REGULARISED = "plain", "regularised"
-MHC, MHC_REGULARISED = "mhc", "mhc_regularised"
+TRAINING_PARTS = ("memory", "hcn", "competitors", "finetuning")  # not for a given checkpoint
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
@@ -37,7 +36,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   parts = config.parts
   if folder:
     config = refit_config(config, hub.read_config(folder)[0].depth)
-    parts = [name for name in parts if name not in ("memory", "hcn", "competitors")]  # those train
+    parts = [name for name in parts if name not in TRAINING_PARTS]
   for text in (*config.snlp.settings, *config.snlp.cached):
     parse(text)
 
@@ -65,6 +64,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "speculation": lambda: measure_speculation(config, *prepared(), console),
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "competitors": lambda: measure_competitors(config, *prepared(), workdir, console),
+    "finetuning": lambda: snlp_finetuning.measure(config, *prepared(), workdir, console),
     "memory": lambda: measure_memory(config, prepared()[0], workdir),
   }
   metrics = {name: results.part(workdir, name, measures[name]) for name in parts if name != "speed"}
@@ -72,31 +72,26 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     last = lambda: next(reversed(prepared()[1].values()))
     metrics["speed"] = snlp_speed.measure(config.bench, last, workdir, console)
   claims, files = [], {}
-  if "quality" in metrics:
-    quality = metrics["quality"]
-    claims += quality_claims(config, quality)
-    files[draw_perplexity(quality, workdir)] = "Perplexity lost against the sequential network, by Newton steps K"
-    files[draw_trace_error(quality, workdir)] = "Error of one Newton step at each layer of the suffix"
-    if REGULARISED in quality and not folder:
-      files[draw_training(quality, workdir)] = "Training loss of the two models"
+  if quality := metrics.get("quality"):
+    claims += snlp_claims.quality(config, quality)
+    files |= snlp_figures.quality(quality, workdir, trained=not folder)
   if "hcn" in metrics:
-    claims += hcn_claims(metrics["hcn"])
+    claims += snlp_claims.hcn(metrics["hcn"])
   if "competitors" in metrics:
-    claims += competitor_claims(metrics["competitors"])
-    files[draw_competitors(metrics["competitors"], workdir)] = "SNLP beside networks trained to be as fast"
+    claims += snlp_claims.competitors(metrics["competitors"])
+    files |= snlp_figures.competitors(metrics["competitors"], workdir)
+  if "finetuning" in metrics:
+    claims += snlp_finetuning.claims(metrics["finetuning"], config.finetuning.setting)
   if "memory" in metrics:
-    claims += memory_claims(metrics["memory"])
+    claims += snlp_claims.memory(metrics["memory"])
   if "speculation" in metrics:
-    claims += speculation_claims(metrics["speculation"])
-  if "speed" in metrics:
-    cases = metrics["speed"]["cases"]
-    claims += speed_claims(config, cases)
-    files[snlp_speed.draw_speed(metrics["speed"], tuple(config.bench.shown), workdir)] = "Speed-up by setting and case"
-    if fits := latency_fits(cases):
-      metrics["latency_model"] = fits
-      files[snlp_speed.draw_latency(fits, workdir)] = "Latency model against measurement"
-    if "quality" in metrics:
-      files[draw_frontier(metrics, workdir)] = "Speed-up against perplexity lost"
+    claims += snlp_claims.speculation(metrics["speculation"])
+  if speed := metrics.get("speed"):
+    claims += snlp_claims.speed(config, speed["cases"])
+    metrics["latency_model"] = snlp_speed.latency_fits(speed["cases"])
+    files |= snlp_speed.draw(speed, metrics["latency_model"], tuple(config.bench.shown), workdir)
+    if quality:
+      files |= snlp_figures.frontier(metrics, workdir)
   return Report(metrics, claims, files)
 
 
@@ -348,295 +343,3 @@ def _agreement(hidden, model, tokens):
   a, b = model(tokens), model.logits(*hidden(model, tokens))
   cosine = jnp.sum(a * b, -1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
   return jnp.mean(jnp.argmax(a, -1) == jnp.argmax(b, -1)), jnp.mean(cosine)
-
-
-def lost(quality: dict, name: str, setting: str) -> float:
-  """Perplexity lost against the same model run sequentially, in %."""
-  return 100 * (quality[name]["snlp"][setting]["perplexity"] / quality[name]["sequential"]["perplexity"] - 1)
-
-
-def is_idn(s: dict) -> bool:
-  """The paper's plain form: unfused layers, A = I, from h0."""
-  return (s["chunk"], s["groups"], s["surrogate"], s["initial"]) == (0, 1, "identity", "h0")
-
-
-def quality_claims(config, quality: dict) -> list[Claim]:
-  """The paper's claims in its revised form, and the first version's."""
-  depth = quality[PLAIN]["depth"]
-  main = REGULARISED if REGULARISED in quality else PLAIN
-  rows = {text: s for text in config.snlp.settings if is_idn(s := parse(text))}
-  claims = []
-  for text, s in rows.items():
-    if s["layers"] == s["iterations"]:
-      exact = quality[main]["snlp"][text]["loss"]
-      claims.append(
-        Claim(
-          f"K = n is the network itself (n = {s['layers']})",
-          "nats",
-          "lower",
-          ours=abs(exact - quality[main]["sequential"]["loss"]),
-          threshold=1e-3,
-          baseline="sequential",
-        )
-      )
-  n = max(s["layers"] for s in rows.values())
-  few = {s["iterations"]: text for text, s in rows.items() if s["layers"] == n and s["iterations"] in (1, 2, 4)}
-  for k, text in few.items():
-    claims.append(
-      Claim(
-        f"perplexity lost at n = {n} of {depth} layers, K = {k}, {main} model",
-        "%",
-        "lower",
-        ours=lost(quality, main, text),
-        threshold={1: 25.0, 2: 25.0, 4: 10.0}[k],
-        paper={1: 17.0, 2: 5.1}.get(k),
-        baseline=lost(quality, PLAIN, text) if main != PLAIN else "sequential",
-        note="paper: 12 chunks of 2 layers, w/o x0 and value embeddings, 2048 tokens; baseline: the plain model",
-      )
-    )
-  if main == PLAIN:
-    return claims
-  # A ratio of two losses says something only where the plain model loses something.
-  for k, text in few.items():
-    if k <= 2 and lost(quality, PLAIN, text) > (0 if k == min(few) else 0.1):
-      claims.append(
-        Claim(
-          f"regularised over plain perplexity loss, n = {n}, K = {k}",
-          "ratio",
-          "lower",
-          ours=lost(quality, main, text) / lost(quality, PLAIN, text),
-          threshold=0.5,
-          baseline=lost(quality, PLAIN, text),
-          note="baseline: the plain model's loss in % at the same setting",
-        )
-      )
-  errors = {name: quality[name]["trace_error"][-1] for name in (main, PLAIN)}
-  claims.append(
-    Claim(
-      f"trace error of the last layer, regularised over plain, n = {len(quality[main]['trace_error'])}, K = 1",
-      "ratio",
-      "lower",
-      ours=errors[main] / errors[PLAIN],
-      threshold=0.5,
-      baseline=errors[PLAIN],
-      note="baseline: the plain model's relative error",
-    )
-  )
-  change = lambda what: 100 * (quality[main][what]["perplexity"] / quality[PLAIN][what]["perplexity"] - 1)
-  claims.append(
-    Claim(
-      "sequential perplexity changed by the regulariser, full context",
-      "%",
-      "lower",
-      ours=change("sequential"),
-      threshold=3.0,
-      paper=-0.5,
-      baseline=quality[PLAIN]["sequential"]["perplexity"],
-    )
-  )
-  claims.append(
-    Claim(
-      f"v1: sequential perplexity changed by the regulariser, {config.eval.slice}-token slices without BOS",
-      "%",
-      "lower",
-      ours=change("sequential_slices"),
-      threshold=-4.7,
-      paper=-23.4,
-      baseline=quality[PLAIN]["sequential_slices"]["perplexity"],
-      note="the first version of the paper claimed 4.7 to 23.4 % better; the second withdrew it",
-    )
-  )
-  return claims
-
-
-def hcn_claims(hcn: dict) -> list[Claim]:
-  claims = []
-  for setting in dict.fromkeys(text.rsplit(" ", 1)[0] for text in hcn[MHC_REGULARISED]["snlp"]):
-    loss = lambda surrogate, setting=setting: hcn[MHC_REGULARISED]["snlp"][f"{setting} {surrogate}"]["loss"]
-    claims.append(
-      Claim(
-        f"HCN's loss over that of A = I on the regularised mHC model, {setting}",
-        "nats",
-        "lower",
-        ours=loss("streams") - loss("identity"),
-        threshold=-1e-4,
-        baseline=loss("identity"),
-        note=f"sequential {hcn[MHC_REGULARISED]['sequential']['loss']:.4f} nats",
-      )
-    )
-  return claims
-
-
-def competitor_claims(result: dict) -> list[Claim]:
-  """SNLP at each setting against the best trained network that is at least as fast."""
-  claims = []
-  rivals = {name: r for name, r in result.items() if "parameters" in r}
-  for setting, r in result.items():
-    fast = {name: rival for name, rival in rivals.items() if rival["speedup"] >= 0.95 * r["speedup"]}
-    if setting == "sequential" or setting in rivals or not fast:
-      continue
-    name, best = min(fast.items(), key=lambda item: item[1]["perplexity"])
-    claims.append(
-      Claim(
-        f"perplexity of SNLP {setting} over that of a network as fast, trained on the same tokens",
-        "ratio",
-        "lower",
-        ours=r["perplexity"] / best["perplexity"],
-        threshold=1.0,
-        baseline=f"{name}: {best['perplexity']:.3f} at {best['speedup']:.2f}x",
-        note=f"SNLP {r['perplexity']:.3f} at {r['speedup']:.2f}x; decoding one token, batch 1",
-      )
-    )
-  return claims
-
-
-def memory_claims(memory: dict) -> list[Claim]:
-  ratio = memory[REGULARISED]["temporaries"] / memory[PLAIN]["temporaries"]
-  return [
-    Claim(
-      "temporary memory of a training step, regularised over plain",
-      "ratio",
-      "lower",
-      ours=ratio,
-      threshold=2.0,
-      baseline=f"{memory[PLAIN]['temporaries'] / 2**30:.2f} GiB",
-      note="as config.train.remat says: 'none' keeps every evaluation of the regulariser for the gradient",
-    )
-  ]
-
-
-def speculation_claims(speculation: dict) -> list[Claim]:
-  main = REGULARISED if REGULARISED in speculation else PLAIN
-  setting, best = max(speculation[main].items(), key=lambda item: item[1]["speedup"])
-  same = min(row["equal_tokens"] for runs in speculation.values() for row in runs.values())
-  return [
-    Claim(
-      f"self-speculative greedy generation over sequential generation, {main}, best of {len(speculation[main])}",
-      "x",
-      "higher",
-      ours=best["speedup"],
-      threshold=1.0,
-      spread=tuple(best["spread"]),
-      baseline="cached sequential generation, one jit",
-      note=f"{setting}: acceptance {best['acceptance']:.2f}, {best['tokens_per_cycle']:.2f} tokens a cycle",
-    ),
-    Claim(
-      "speculative tokens equal to sequential ones, all runs, worst",
-      "",
-      "higher",
-      ours=same,
-      threshold=1.0,
-      baseline="sequential greedy generation",
-      note="in 16 bits an argmax between near-equal logits can fall either way in two kernels",
-    ),
-  ]
-
-
-def speed_claims(config, cases: dict) -> list[Claim]:
-  claims = []
-  for c in config.bench.claims:
-    case = cases[c["case"]]
-    measured = case["speedup"][c["setting"]]
-    claims.append(
-      Claim(
-        f"speed-up, {c['case']}, {c['setting']}",
-        "x",
-        "higher",
-        ours=measured["ratio"],
-        threshold=c["threshold"],
-        paper=c.get("paper"),
-        baseline=f"compiled sequential step ({case['sequential']})",
-        spread=(measured["p10"], measured["p90"]),
-        note="paper: eager PyTorch, uncached 2048 tokens, one GPU" if c.get("paper") else None,
-      )
-    )
-  for c in config.bench.floors:
-    case = cases[c["case"]]
-    claims.append(
-      Claim(
-        f"time over the bytes the step must read, {c['case']}, {c['setting']}",
-        "x",
-        "lower",
-        ours=case["milliseconds"][c["setting"]]["median"] / case["floor_ms"][c["setting"]],
-        threshold=1.3,
-        baseline=f"{case['floor_ms'][c['setting']]:.3f} ms at the bandwidth of a large copy",
-      )
-    )
-  return claims
-
-
-def latency_fits(cases: dict) -> dict:
-  """The latency model of every case with enough plain settings to tell its three terms apart."""
-  enough = lambda c: sum(not parse(text)["chunk"] for text in c["speedup"]) >= 5
-  return {name: snlp_speed.fit_latency(c) for name, c in cases.items() if enough(c)}
-
-
-def draw_perplexity(quality: dict, workdir: Path) -> str:
-  most = max(lost(quality, name, t) for name, q in quality.items() for t, r in q["snlp"].items() if is_idn(r))
-  figure, axes = figures.subplots(len(quality), squeeze=False, sharey=True)
-  for axis, (name, q) in zip(axes[0], quality.items(), strict=True):
-    rows = {text: r for text, r in q["snlp"].items() if is_idn(r)}
-    for n in sorted({r["layers"] for r in rows.values()}):
-      points = sorted((r["iterations"], lost(quality, name, t)) for t, r in rows.items() if r["layers"] == n)
-      axis.plot(*zip(*points, strict=True), "o-", label=f"n = {n} of {q['depth']}")
-    axis.axhline(0, color="black", lw=0.8, ls=":")
-    axis.set(title=f"{name} model", xlabel="Newton steps K", xscale="log")
-    # Linear where little is lost, logarithmic where much is.
-    axis.set_yscale("symlog", linthresh=1.0)
-    axis.set_yticks(ticks := [0, 0.25, 0.5, 1, 3, 10, 30, 100, 300], ticks)
-    axis.set_ylim(-0.1, 1.2 * max(0.25, most))
-    axis.set_xticks(ticks := sorted({r["iterations"] for r in rows.values()}), ticks)
-    axis.minorticks_off()
-    axis.legend()
-  axes[0][0].set_ylabel("perplexity lost (%)")
-  return figures.save(figure, workdir, "perplexity")
-
-
-def draw_trace_error(quality: dict, workdir: Path) -> str:
-  figure, axis = figures.subplots()
-  for name, q in quality.items():
-    axis.plot(range(1, len(q["trace_error"]) + 1), q["trace_error"], "o-", label=name)
-  axis.set(xlabel="layer of the suffix", ylabel="||z - h|| / ||h|| after one step", title="Trace error, K = 1 from h0")
-  axis.legend()
-  return figures.save(figure, workdir, "trace_error")
-
-
-def draw_training(quality: dict, workdir: Path) -> str:
-  figure, axis = figures.subplots()
-  for name in quality:
-    rows = read_metrics(workdir / name)
-    axis.plot([r["step"] for r in rows], [r.get("cross_entropy", r["loss"]) for r in rows], label=name, lw=1)
-  axis.set(xlabel="step", ylabel="cross-entropy (nats)", title="Training")
-  axis.legend()
-  return figures.save(figure, workdir, "training")
-
-
-def draw_frontier(metrics: dict, workdir: Path) -> str:
-  """Settings whose quality and speed were both measured; the first case stands for speed."""
-  name, case = next(iter(metrics["speed"]["cases"].items()))
-  quality = metrics["quality"]
-  figure, axis = figures.subplots()
-  for model in quality:
-    both = [text for text in quality[model]["snlp"] if text in case["speedup"]]
-    points = [(case["speedup"][text]["ratio"], lost(quality, model, text)) for text in both]
-    axis.plot(*zip((1.0, 0.0), *points, strict=True), "o", label=model)
-    for text, point in zip(("sequential", *both), ((1.0, 0.0), *points), strict=True):
-      axis.annotate(text, point, xytext=(4, 3), textcoords="offset points", size=7)
-  axis.set_yscale("symlog", linthresh=1.0)
-  axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")
-  axis.legend()
-  return figures.save(figure, workdir, "frontier")
-
-
-def draw_competitors(result: dict, workdir: Path) -> str:
-  figure, axis = figures.subplots()
-  for kind, rows in (
-    ("SNLP, one network", {name: r for name, r in result.items() if "parameters" not in r}),
-    ("networks of their own", {name: r for name, r in result.items() if "parameters" in r}),
-  ):
-    axis.plot([r["speedup"] for r in rows.values()], [r["perplexity"] for r in rows.values()], "o", label=kind)
-    for name, r in rows.items():
-      axis.annotate(name, (r["speedup"], r["perplexity"]), xytext=(4, 3), textcoords="offset points", size=7)
-  axis.set(xlabel="speed-up of one decoding step", ylabel="perplexity", title="The same training tokens")
-  axis.legend()
-  return figures.save(figure, workdir, "competitors")

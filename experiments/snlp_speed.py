@@ -157,6 +157,18 @@ def fit_latency(result: dict) -> dict:
   }
 
 
+def latency_fits(cases: dict) -> dict:
+  """The latency model of every case with enough plain settings to tell its three terms apart."""
+  enough = lambda c: sum(not parse(text)["chunk"] for text in c["speedup"]) >= 5
+  return {name: fit_latency(c) for name, c in cases.items() if enough(c)}
+
+
+def draw(result: dict, fits: dict, shown: tuple[str, ...], workdir: Path) -> dict[str, str]:
+  """{file: caption} of the speed figures."""
+  files = {draw_speed(result, shown, workdir): "Speed-up by setting and case"}
+  return files | ({draw_latency(fits, workdir): "Latency model against measurement"} if fits else {})
+
+
 def draw_latency(fits: dict[str, dict], workdir: Path) -> str:
   figure, axes = figures.subplots(len(fits), squeeze=False)
   for axis, (name, fit) in zip(axes[0], fits.items(), strict=True):
