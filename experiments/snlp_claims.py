@@ -163,7 +163,7 @@ def memory(measured: dict) -> list[Claim]:
 
 
 def speculation(measured: dict) -> list[Claim]:
-  main = REGULARISED if REGULARISED in speculation else PLAIN
+  main = REGULARISED if REGULARISED in measured else PLAIN
   setting, best = max(measured[main].items(), key=lambda item: item[1]["speedup"])
   same = min(row["equal_tokens"] for runs in measured.values() for row in runs.values())
   return [
