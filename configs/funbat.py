@@ -52,12 +52,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         scan=pick(test="seq", cpu="seq", h200="assoc", paper="assoc"),
       ),
       baselines=dict(
-        ridges=pick(
-          test=(1.0,),
-          cpu=(0.3, 1.0, 3.0),
-          h200=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
-          paper=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
-        ),
+        ridges=pick(test=(1.0,), cpu=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)),
         sweeps=pick(test=3, cpu=20, h200=30, paper=50),
         basis=pick(test=5, cpu=20, h200=40, paper=40),
         mlp_steps=pick(test=50, cpu=3000, h200=20000, paper=50000),
