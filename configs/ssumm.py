@@ -45,6 +45,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       summary=dict(
         ratios=pick(test=(0.3,), cpu=(0.1, 0.2, 0.3, 0.5), h200=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+        # of what no claim rests on: SSumM for RE2, random groups, theta = 0
+        side_ratios=pick(test=(0.3,), cpu=(0.3, 0.5), h200=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
         seeds=pick(cpu=1, h200=5, paper=5),
         iterations=pick(test=3, cpu=20),
         hashes=10,
@@ -54,7 +56,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       host=dict(ratio=pick(test=0.3, cpu=0.2), seeds=pick(test=1, cpu=3, h200=5, paper=5)),
       baselines=dict(
-        supernodes=pick(test=(0.1, 0.5, 0.9), cpu=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)),
+        supernodes=pick(
+          test=(0.1, 0.5, 0.9),
+          cpu=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
+          h200=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        ),
         samples=1.0,
       ),
       scaling=dict(
