@@ -90,7 +90,8 @@ def measure_synthetic(config, console) -> tuple[dict, dict]:
   s = config.synthetic
   result, grams = {}, {}
   x = {name: data.synthetic(name)[:8000] for name in data.STRUCTURES}
-  x["shuffled"] = np.random.default_rng(0).permuted(x["circular"], axis=0)
+  # A second shuffle tells what the first one's sampling noise is.
+  x["shuffled"], again = (np.random.default_rng(seed).permuted(x["circular"], axis=0) for seed in (0, 1))
   for name in console.track("synthetic", list(x)):
     bits = jnp.asarray(np.packbits(x[name], axis=1))
     dense = jnp.asarray(x[name], jnp.float32)
@@ -123,6 +124,9 @@ def measure_synthetic(config, console) -> tuple[dict, dict]:
             correlation=float(np.mean([bows.offdiagonal_correlation(a, covariance) for a in g])),
             ring=float(np.mean([bows.ring_score(p["W"]) for p in each])),
           )
+          if name == "shuffled":
+            other = jnp.cov(jnp.asarray(again.T, jnp.float32), bias=True)
+            row[key]["other_shuffle"] = float(np.mean([bows.offdiagonal_correlation(a, other) for a in g]))
           if name == "circular":
             grams[key, m] = np.asarray(g[0] / jnp.sum(each[0]["W"] ** 2))
             grams["covariance"] = np.asarray(covariance)
@@ -165,16 +169,14 @@ def measure_text(config, words: dict, rows: list, console) -> tuple[dict, dict, 
         bows.evaluate(params, windows["train"], features),
         bows.evaluate(params, windows["held_out"], features),
       )
-      gap = inside["r2"] - np.asarray(bows.one_hot_r2(params))
-      known = np.isfinite(gap) & np.isfinite(inside["received"])
+      alone = np.asarray(bows.one_hot_r2(params))
       per_seed.append(
         {
           "train": scalars(inside),
           "held_out": scalars(outside),
           "shuffled_held_out": scalars(bows.evaluate(pick(control, 0, seed), shuffled["held_out"], features)),
-          "one_hot_r2": float(np.mean(np.asarray(bows.one_hot_r2(params))[known])),
-          "gap": float(gap[known].mean()),
-          "spearman": float(scipy.stats.spearmanr(gap[known], inside["received"][known]).statistic),
+          "one_hot_r2": float(np.mean(alone)),
+          "gap": {"train": context_gap(inside, alone), "held_out": context_gap(outside, alone)},
         }
       )
     result["latents"][f"{m}"] = average(per_seed) | {
@@ -188,6 +190,14 @@ def measure_text(config, words: dict, rows: list, console) -> tuple[dict, dict, 
       },
     }
   return result, models, windows | {"correlation": correlation}
+
+
+def context_gap(statistics: dict, alone: np.ndarray) -> dict:
+  """Mean over words of R2 in windows minus R2 of the word alone, and its Spearman with the interference received."""
+  gap = statistics["r2"] - alone
+  known = np.isfinite(gap) & np.isfinite(statistics["received"])
+  spearman = scipy.stats.spearmanr(gap[known], statistics["received"][known]).statistic
+  return {"mean": float(gap[known].mean()), "spearman": float(spearman), "words": int(known.sum())}
 
 
 def average(trees: list[dict]) -> dict:

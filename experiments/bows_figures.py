@@ -12,20 +12,29 @@ from jaxlab.tensors import bows_data as data
 def draw_synthetic(grams: dict, workdir: Path) -> str:
   kinds = ("linear wd0", "ReLU wd0", "ReLU wd1", "ReLU wd6")
   latents = sorted({key[1] for key in grams if key != "covariance"})
-  figure, axes = figures.plt.subplots(
-    len(kinds), len(latents) + 1, figsize=(1.7 * len(latents) + 1.7, 6.8), layout="constrained"
-  )
+  size = (1.7 * len(latents) + 1.9, 7.2)
+  figure, axes = figures.plt.subplots(len(kinds), len(latents) + 1, figsize=size, layout="constrained")
   off = ~np.eye(12, dtype=bool)
-  for level, (row, kind) in enumerate(zip(axes, kinds, strict=True)):
-    for axis, name in zip(row, ["covariance", *latents], strict=True):
-      matrix = grams["covariance"] if name == "covariance" else grams[kind, name]
-      limit = np.abs(matrix[off]).max()
-      axis.imshow(np.where(off, matrix, np.nan), cmap="RdBu_r", vmin=-limit, vmax=limit)
-      axis.set(xticks=[], yticks=[])
-      axis.grid(False)
-      if level == 0:
-        axis.set_title("covariance" if name == "covariance" else f"m = {name}", fontsize=10)
-    row[0].set_ylabel(kind)
+  shown = {(level, column): grams[kind, m] for level, kind in enumerate(kinds) for column, m in enumerate(latents, 1)}
+  shown[0, 0] = grams["covariance"]
+  for place, axis in np.ndenumerate(axes):
+    if place not in shown:
+      axis.set_axis_off()
+      continue
+    matrix = shown[place]
+    # Every panel over its largest entry off the diagonal, which is left grey.
+    scaled = np.ma.masked_array(matrix / np.abs(matrix[off]).max(), ~off)
+    image = axis.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set(xticks=[], yticks=[], facecolor="0.75")
+    axis.grid(False)
+    alike = np.corrcoef(matrix[off], grams["covariance"][off])[0, 1]
+    axis.set_xlabel("" if place == (0, 0) else f"correlation {alike:.2f}", fontsize=9)
+  for axis, name in zip(axes[0], ("covariance", *(f"m = {m}" for m in latents)), strict=True):
+    axis.set_title(name, fontsize=10)
+  for axis, kind in zip(axes[:, 1], kinds, strict=True):
+    axis.set_ylabel(kind)
+  bar = axes[1, 0].inset_axes([0.05, 0.75, 0.9, 0.08])
+  figure.colorbar(image, cax=bar, orientation="horizontal", ticks=(-1, 0, 1), label="entry / largest\noff the diagonal")
   return figures.save(figure, workdir, "synthetic")
 
 
@@ -51,11 +60,11 @@ def draw_interference(text: dict, workdir: Path) -> str:
 
 
 def draw_mechanism(models: dict, windows: dict, words: dict, workdir: Path) -> str:
-  """The three words that context helps most, among those in at least 1 % of the windows."""
+  """The three words that context helps most, among those in at least 1 % of the held-out windows."""
   names, features = list(words), len(words)
   params = models[sorted(models)[len(models) // 2]]
-  statistics = bows.evaluate(params, windows["train"], features)
-  x = np.unpackbits(windows["train"], axis=1, count=features)
+  statistics = bows.evaluate(params, windows["held_out"], features)
+  x = np.unpackbits(windows["held_out"], axis=1, count=features)
   gap = statistics["r2"] - np.asarray(bows.one_hot_r2(params))
   common = (x.mean(0) > 0.01) & np.isfinite(gap)
   common = common if common.any() else np.isfinite(gap)
@@ -76,11 +85,13 @@ def draw_mechanism(models: dict, windows: dict, words: dict, workdir: Path) -> s
     ranked = [u for u in np.argsort(-windows["correlation"][target]) if u != target]
     middle = np.argsort(np.abs(windows["correlation"][target]))[:4]
     tower = bows.towers(params, int(target), {"4 related": ranked[:4], "4 unrelated": middle.tolist()})
-    right.bar(np.arange(len(tower)) + 0.27 * i - 0.27, list(tower.values()), 0.25, label=f'"{names[target]}"')
+    label = f'"{names[target]}": {", ".join(names[u] for u in ranked[:4])}'
+    right.bar(np.arange(len(tower)) + 0.27 * i - 0.27, list(tower.values()), 0.25, label=label)
   right.set_xticks(range(len(tower)), list(tower))
   right.axhline(0, color="black", lw=0.8)
   right.set(ylabel="contribution to p_v", title="What a pre-activation is made of")
-  right.legend(fontsize=8)
+  right.margins(y=0.35)
+  right.legend(fontsize=8, title="word: its 4 related words", title_fontsize=8, loc="lower left")
   return figures.save(figure, workdir, "mechanism")
 
 
