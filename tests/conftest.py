@@ -1,4 +1,6 @@
+import gc
 import os
+from pathlib import Path
 
 # Before jax is imported: the CPU, as eight devices, a compilation cache that outlives the process, and quick
 # compilation: the tests compile a great deal and compute next to nothing.
@@ -10,6 +12,20 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.load_profile("jaxlab")
+
+_MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_compiled_programs():
+  """Compiled programs hold memory mappings, of which Linux gives a process 65,530: past them compilation crashes."""
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_text().count("\n") > _MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
