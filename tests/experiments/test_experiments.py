@@ -64,12 +64,14 @@ def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
   done = command(
     "--config=configs/snlp.py:test",
     f"--workdir={tmp_path}",
-    "--config.parts=('hcn','competitors','finetuning')",
+    "--config.parts=('memory','hcn','competitors','finetuning')",
     cache=cache,
   )
   assert done.returncode == 0, done.stderr
   written = json.loads((tmp_path / "results.json").read_text())
-  assert {"hcn", "competitors", "finetuning"} == set(written["metrics"]) and (tmp_path / "competitors.png").exists()
+  assert {"memory", "hcn", "competitors", "finetuning"} == set(written["metrics"]) and (
+    tmp_path / "competitors.png"
+  ).exists()
 
 
 @pytest.mark.parametrize("name", ["base", "throughput"])
