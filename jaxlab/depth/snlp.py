@@ -12,8 +12,9 @@ two steps are enough. Works on any stacked `Transformer`, a loaded Llama or Qwen
   logits = snlp.forward(model, tokens, layers=24, iterations=2)
 
 Where the paper's symbols are: G, r, e, the Newton step: `core.newton.solve`; A_j: `make_surrogate`; S, n (n_par), K,
-the initial trace: `solve`; L_fwd, the training loss: `regulariser`, w(step): `regulariser_weight`; CxFM, wide layers:
-`snlp_suffix`; cached decoding and self-speculation: `snlp_decode`; layers over devices: `snlp_sharded`.
+the initial trace: `solve`; R, the training term: `regulariser`, w(step): `regulariser_weight`; CxFM, wide layers:
+`snlp_suffix`; cached decoding: `snlp_inference`; self-speculation: `snlp_speculative`; the preheated start:
+`snlp_preheat`; layers over devices: `snlp_sharded`.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,25 @@
+"""The throughput experiment measures what it says, at scale test."""
+
+import numpy as np
+
+from configs import throughput as config_file
+from experiments import throughput as experiment
+from experiments.console import Console
+
+
+def test_every_figure_is_measured_and_claims_follow_from_them(tmp_path):
+  config = config_file.get_config("test")
+  report = experiment.run(config, tmp_path, tmp_path, Console(quiet=True))
+  m = report.metrics
+  tiny = m["training"]["tiny"]
+  np.testing.assert_allclose(tiny["tokens_per_second"] * tiny["step_seconds"], 4 * 64)  # batch times length
+  assert 5 < tiny["loss"] < 7 and tiny["mfu"] == 0.0  # near log(512); a CPU has no known peak
+  assert set(m["forward"]) == {"T16", "T64"} and m["torch"] == {}
+  for kinds in m["forward"].values():
+    for kind in ("scan", "unrolled"):
+      assert all(kinds[kind][way]["median"] > 0 for way in experiment.WAYS)
+  decode = m["decode"]["context 32"]
+  assert decode["finite"] and decode["floor_ms"] > 0
+  (claim,) = report.claims
+  np.testing.assert_allclose(claim.ours, decode["milliseconds"]["median"] / decode["floor_ms"])
+  assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
