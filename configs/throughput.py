@@ -51,6 +51,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         dtype="bfloat16" if big else "float32",
         lengths=(64, 512, 2048) if big else (16, 64),
         context=(128, 2048) if big else (32,),
+        compilers={"unrolled": {}, "unrolled, cuBLAS alone": {"xla_gpu_enable_triton_gemm": False}},
         repetitions=100 if big else 5,
         torch=big,
       ),

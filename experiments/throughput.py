@@ -1,5 +1,6 @@
 """How fast the foundation is: training MFU, and the sequential step against torch.compile on the same card."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import figures, timing
+from experiments import figures, results, timing
 from experiments.results import Claim, Report
 from experiments.snlp_speed import random_model
 from jaxlab.core import mesh as meshes
@@ -24,17 +25,16 @@ _ROW = 20
 
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
+  part = functools.partial(results.part, workdir)
+  s = config.step
   training = {}
   for name in config.shapes:
-    training[name] = train_speed(config.training[name].to_dict())
+    training[name] = part(f"training_{name}", lambda case=config.training[name]: train_speed(case.to_dict()))
     console.say(f"training {name}: {training[name]}")
-  steps = {}
-  model = random_model(config.step.shape.to_dict(), config.step.dtype)
-  for length in config.step.lengths:
-    steps[f"T{length}"] = step_speed(model, length, config.step.repetitions)
-    console.say(f"step, {length} tokens: {steps[f'T{length}']}")
-  decode = decode_speed(model, config.step.context, config.step.repetitions)
-  torch_times = torch_speed(model, config.step.lengths, config.step.repetitions) if config.step.torch else {}
+  model = random_model(s.shape.to_dict(), s.dtype)
+  forward = part("forward", lambda: forward_speed(model, s, console))
+  steps, torch_times = forward["jax"], forward["torch"]
+  decode = part("decode", lambda: decode_speed(model, s.context, s.repetitions))
   metrics = {"training": training, "forward": steps, "decode": decode, "torch": torch_times}
   claims = []
   for name, result in training.items():
@@ -105,14 +105,27 @@ def train_speed(case: dict) -> dict:
   }
 
 
-def step_speed(model: Transformer, length: int, repetitions: int) -> dict:
-  """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`."""
+def forward_speed(model: Transformer, step, console) -> dict:
+  """{"jax": {"T<tokens>": `step_speed`}, "torch": {"T<tokens>": times}}, of one process on one card."""
+  ours = {}
+  for length in step.lengths:
+    ours[f"T{length}"] = step_speed(model, length, step.compilers.to_dict(), step.repetitions)
+    console.say(f"step, {length} tokens: {ours[f'T{length}']}")
+  return {"jax": ours, "torch": torch_speed(model, step.lengths, step.repetitions) if step.torch else {}}
+
+
+def step_speed(model: Transformer, length: int, compilers: dict, repetitions: int) -> dict:
+  """Milliseconds of the uncached forward with head, batch 1, scanned and unrolled, alternating, in both `WAYS`.
+
+  Args:
+    compilers: {name: options of XLA}; the unrolled layers are compiled with each.
+  """
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
   network = snlp_inference.split(model)
-  contestants = {
-    "scan": timing.steady(lambda m, t: m(t), model, tokens),
-    "unrolled": timing.steady(lambda n, t: snlp_inference.step(n, t)[0], network, tokens),
-  }
+  unrolled = lambda n, t: snlp_inference.step(n, t)[0]
+  contestants = {"scan": timing.steady(lambda m, t: m(t), model, tokens)}
+  for name, options in compilers.items():
+    contestants[name] = timing.steady(unrolled, network, tokens, compiler_options=options)
   waited = timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
   in_a_row = timing.compare(contestants, repetitions=max(3, repetitions // _ROW), inner=_ROW).summary()
   return {name: {"waited": waited[name], "in_a_row": in_a_row[name]} for name in contestants}
@@ -175,7 +188,7 @@ def torch_speed(model: Transformer, lengths, repetitions: int) -> dict:
 def draw(steps: dict, torch_times: dict, workdir: Path) -> str:
   figure, axis = figures.subplots()
   lengths = [int(name[1:]) for name in steps]
-  for kind in ("scan", "unrolled"):
+  for kind in next(iter(steps.values())):
     axis.plot(lengths, [r[kind]["in_a_row"]["median"] for r in steps.values()], "o-", label=f"jax, {kind}")
   if torch_times:
     times = [r["in_a_row"]["median"] for r in torch_times.values()]

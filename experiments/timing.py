@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,7 +57,7 @@ def compare(
   return Times(seconds)
 
 
-def steady(function: Callable, tree, *args, carry=None) -> Callable[[], object]:
+def steady(function: Callable, tree, *args, carry=None, compiler_options=None) -> Callable[[], object]:
   """A contestant `run()` that evaluates `function(tree, *args)` on the same buffers in every call.
 
   The last output is donated to the next call. With outputs at new addresses a CUDA graph is rewritten node by node
@@ -67,20 +66,21 @@ def steady(function: Callable, tree, *args, carry=None) -> Callable[[], object]:
 
   Args:
     carry: if given, the function is `(tree, *args, carry) -> (output, carry)` and goes on from its own carry.
+    compiler_options: options of XLA by name, for this function alone.
   """
   leaves, structure = jax.tree.flatten(tree)
 
-  @functools.partial(jax.jit, donate_argnums=(1, 2), keep_unused=True)
   def call(leaves, output, carry, *args):
     result = function(jax.tree.unflatten(structure, leaves), *args, *(() if carry is None else (carry,)))
     return (result, None) if carry is None else result
 
+  compiled = jax.jit(call, donate_argnums=(1, 2), keep_unused=True, compiler_options=compiler_options)
   last = [None, jax.tree.map(jnp.copy, carry)]
   output = jax.eval_shape(lambda leaves, carry, args: call(leaves, None, carry, *args)[0], leaves, carry, args)
   last[0] = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), output)
 
   def run():
-    last[:] = call(leaves, *last, *args)
+    last[:] = compiled(leaves, *last, *args)
     return last[0]
 
   return run

@@ -106,8 +106,10 @@ class Block(nnx.Module):
     else:
       turned, v = (split(self.q(a)), split(self.k(a))), split(self.v(a))
     if value is not None:
-      gate = 3 * jax.nn.sigmoid(a[..., :_GATE_CHANNELS] @ self.value_gate[...].astype(a.dtype))
-      v = v + gate[..., None] * value.astype(v.dtype)
+      read, weight = a[..., :_GATE_CHANNELS], self.value_gate[...].astype(a.dtype)
+      # So small a product is a kernel of its own as a matrix product; as a sum it joins the kernel that uses it.
+      score = read @ weight if self.qkv is None else (read[..., None] * weight).sum(axis=-2)
+      v = v + 3 * jax.nn.sigmoid(score)[..., None] * value.astype(v.dtype)
     norms = (self.q_norm, self.k_norm)
     if c.qk_norm == "before_rope":
       turned = [norm(y) for norm, y in zip(norms, turned, strict=False)]
