@@ -3,8 +3,10 @@
 With config.model = "hf:DIR" nothing is trained: the method is run on that checkpoint as it is.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -209,40 +211,45 @@ def measure_memory(config, text: Text, workdir: Path) -> dict:
 
 
 def measure_speculation(config, text: Text, models: dict[str, Transformer], console) -> dict:
-  """Greedy self-speculation on text prompts: acceptance, and the whole generation against sequential generation."""
+  """Greedy self-speculation on text prompts: acceptance, and whole generations against sequential generation."""
   spec = config.speculation
   rows = packing.evaluation_batches(text.split(config.eval.split), row=config.eval.length, batch=1, limit=10**9)
   prompts = [jnp.asarray(rows[i]["inputs"][:, : spec.prompt]) for i in range(spec.prompts)]
+  sequential_run = jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))
+  drafting = {}
+  for setting in spec.settings:
+    options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
+    for draft in spec.drafts:
+      drafting[setting, draft] = jax.jit(functools.partial(speculate, tokens=spec.tokens, draft=draft, **options))
   result = {}
   for name, model in models.items():
+    console.say(f"speculating, {name}")
     plain = snlp_inference.split(model)
-    sequential_run = jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))
-    expected = [sequential_run(plain, p) for p in prompts]
+    networks = {setting: snlp_inference.split(model, parse(setting)["layers"]) for setting in spec.settings}
+    with _compile_pool() as pool:
+      first = pool.submit(lambda n: [sequential_run(n, p) for p in prompts], plain)
+      draft_all = lambda case, networks=networks: [drafting[case](networks[case[0]], p) for p in prompts]
+      drafted = pool.map(draft_all, drafting)
+      outputs, expected = dict(zip(drafting, drafted, strict=True)), first.result()
     result[name] = {}
-    for setting in spec.settings:
-      s = parse(setting)
-      network = snlp_inference.split(model, s["layers"])
-      options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
-      for draft in spec.drafts:
-        console.say(f"speculating, {name}, {setting}, {draft} drafts")
-        go = jax.jit(functools.partial(speculate, tokens=spec.tokens, draft=draft, **options))
-        outputs = [go(network, p) for p in prompts]
-        accepted, cycles = (sum(int(getattr(o[1], part)) for o in outputs) for part in ("accepted", "cycles"))
-        equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(outputs, expected, strict=True)])
-        pair = {
-          "sequential": functools.partial(sequential_run, plain, prompts[0]),
-          "speculative": functools.partial(go, network, prompts[0]),
-        }
-        times = timing.compare(pair, repetitions=spec.repetitions, warmup=2)
-        ratio, spread = times.speedup("speculative", "sequential")
-        result[name][f"{setting} B{draft}"] = {
-          "acceptance": accepted / (cycles * draft),
-          "tokens_per_cycle": 1 + accepted / cycles,
-          "equal_tokens": float(equal),
-          "speedup": ratio,
-          "spread": spread,
-          "milliseconds": times.summary(),
-        }
+    for (setting, draft), go in drafting.items():
+      drafts = outputs[setting, draft]
+      accepted, cycles = (sum(int(getattr(o[1], part)) for o in drafts) for part in ("accepted", "cycles"))
+      equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(drafts, expected, strict=True)])
+      pair = {
+        "sequential": lambda n=plain: [sequential_run(n, p) for p in prompts],
+        "speculative": lambda go=go, n=networks[setting]: [go(n, p) for p in prompts],
+      }
+      times = timing.compare(pair, repetitions=spec.repetitions, warmup=1)
+      ratio, spread = times.speedup("speculative", "sequential")
+      result[name][f"{setting} B{draft}"] = {
+        "acceptance": accepted / (cycles * draft),
+        "tokens_per_cycle": 1 + accepted / cycles,
+        "equal_tokens": float(equal),
+        "speedup": ratio,
+        "spread": spread,
+        "milliseconds": times.summary(),  # of all prompts
+      }
   return result
 
 
@@ -272,27 +279,42 @@ def measure_quality(config, text: Text, models: dict[str, Transformer], console)
         for name, m in models.items():
           result[name]["baselines"][f"{baseline} n{n}"] = loss(m, full)
   sample = full[0]["inputs"]
-  for setting in console.track("evaluating", config.snlp.settings):
+
+  def at_setting(setting):
     hidden = forward(setting)
     parallel = losses.evaluator(hidden, text.token_bytes)
     agreement = jax.jit(functools.partial(_agreement, hidden))
+    rows = {}
     for name, m in models.items():
       top1, cosine = agreement(m, sample)
-      result[name]["snlp"][setting] = parallel(m, full) | {
+      rows[name] = parallel(m, full) | {
         **parse(setting),
         "slices": parallel(m, slices)["perplexity"] if setting in config.snlp.sliced else None,
         "top1_agreement": float(top1),
         "logit_cosine": float(cosine),
       }
-  for setting in config.snlp.cached:
-    for name, m in models.items():
-      result[name]["cached"][setting] = cached_loss(m, full[0], setting)
+    return rows
+
+  with _compile_pool() as pool:
+    rows = pool.map(at_setting, config.snlp.settings)
+    for setting, row in zip(console.track("evaluating", config.snlp.settings), rows, strict=True):
+      for name in models:
+        result[name]["snlp"][setting] = row[name]
+    cases = [(name, setting) for name in models for setting in config.snlp.cached]
+    rows = pool.map(lambda case: cached_loss(models[case[0]], full[0], case[1]), cases)
+    for (name, setting), row in zip(cases, rows, strict=True):
+      result[name]["cached"][setting] = row
   error = jax.jit(snlp.trace_error, static_argnames=("layers", "iterations", "surrogate"))
   for name, m in models.items():
     chosen = dict(layers=max(config.reg.layers), iterations=1, surrogate=config.reg.surrogate)
     result[name]["trace_error"] = np.asarray(error(m, sample, **chosen)).tolist()
     result[name]["jacobian_norms"] = np.asarray(jax.jit(snlp.jacobian_norms)(m, sample, jax.random.key(0))).tolist()
   return result
+
+
+def _compile_pool():
+  """Threads for what mostly compiles: as many as can compile at once, half of the cores."""
+  return concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
 
 
 def early_exit(model: Transformer, tokens, n: int):
@@ -313,29 +335,35 @@ def painters(model: Transformer, tokens, n: int):
 
 
 def cached_loss(model: Transformer, batch: dict, setting: str) -> dict:
-  """Teacher-forced loss of the cached decoder, token by token from an empty cache, with the sequential one's."""
+  """Teacher-forced loss of the cached decoder, token by token from an empty cache, beside the sequential network's.
+
+  {"recompute", "last_iteration": by what the cache keeps, "uncached": one forward at the setting, "sequential"}.
+  """
   s = parse(setting)
   options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
   inputs, targets = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
 
-  @jax.jit
-  def total(network, plain):
+  @functools.partial(jax.jit, static_argnames="cache_kv")
+  def decoded(network, cache_kv):
     def one(state, pair):
       token, target = pair
-      logits, state = snlp_inference.step(network, token[:, None], state, **options)
+      logits, state = snlp_inference.step(network, token[:, None], state, cache_kv=cache_kv, **options)
       chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
       loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
       return state, jnp.where(target >= 0, loss, 0.0).sum()
 
     state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
-    _, sums = jax.lax.scan(one, state, (inputs.T, targets.T))
+    return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
+
+  @jax.jit
+  def forwards(plain):
     whole = losses.token_losses(plain, plain.hidden(inputs), targets)
     uncached = losses.token_losses(plain, forward(setting)(plain, inputs), targets)
-    count = (targets >= 0).sum()
-    return sums.sum() / count, uncached.sum() / count, whole.sum() / count
+    return {"uncached": uncached.sum(), "sequential": whole.sum()}
 
-  cached, uncached, whole = (float(x) for x in total(snlp_inference.split(model, s["layers"]), model))
-  return {"cached": cached, "uncached": uncached, "sequential": whole}
+  network = snlp_inference.split(model, s["layers"])
+  sums = {cache_kv: decoded(network, cache_kv) for cache_kv in snlp_inference.CACHE_KV} | forwards(model)
+  return {name: float(total) / int((targets >= 0).sum()) for name, total in sums.items()}
 
 
 def _agreement(hidden, model, tokens):

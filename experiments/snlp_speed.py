@@ -1,7 +1,7 @@
 """SNLP's speed: whole steps on random weights, every setting beside the sequential network in one process.
 
 A case is one shape, batch and kind of step ("decode": one token on a filled cache; "forward": an uncached pass). Its
-settings are written as `snlp_settings` describes.
+settings are written as `snlp_settings` describes; all are compiled with the case's `compiler` options of XLA.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxlab.models import Transformer
 from jaxlab.models.config import HyperConnections, nanochat
 from jaxlab.training import loop
 
-SEQUENTIAL = ("unrolled", "scan")
+DEFAULT = "unrolled, default compiler"  # a sequential contestant beside those of a case with compiler options
 TRAINED = "model"  # the shape of a case that times the experiment's own model
 _ROW = 20
 
@@ -67,13 +67,15 @@ def describe(case: dict) -> str:
 
 
 def measure_case(model: Transformer, case: dict, repetitions: int, bandwidth: float) -> dict:
-  contestants, floors = {}, {}
-  for name, (function, tree, options) in _runs(model, case).items():
-    contestants[name] = _contestant(function, tree, model, case)
-    floors[name] = 1e3 * _bytes(model, case, options) / bandwidth
+  contestants, floors, sequential = {}, {}, []
+  for name, (function, tree, setting) in _runs(model, case).items():
+    options = {} if name == DEFAULT else dict(case.get("compiler", {}))
+    contestants[name] = _contestant(function, tree, model, case, options)
+    floors[name] = 1e3 * _bytes(model, case, setting) / bandwidth
+    sequential += [name] if setting is None else []
   times = timing.compare(contestants, repetitions=repetitions, warmup=3, inner=_ROW)
-  best = min(SEQUENTIAL, key=times.median)
-  speedups = {name: times.speedup(name, best) for name in contestants if name not in SEQUENTIAL}
+  best = min(sequential, key=times.median)
+  speedups = {name: times.speedup(name, best) for name in contestants if name not in sequential}
   counted = case.get("kernels", ())
   return {
     "depth": model.depth,
@@ -89,6 +91,8 @@ def _runs(model: Transformer, case: dict) -> dict:
   """{name: (step, its network, setting or None)} of the sequential networks and every setting."""
   scan = (lambda m, t, c: m.extend(t, c)) if case["kind"] == "decode" else (lambda m, t: (m(t), None))
   runs = {"unrolled": (snlp_inference.step, snlp_inference.split(model), None), "scan": (scan, model, None)}
+  if case.get("compiler"):
+    runs[DEFAULT] = runs["unrolled"]
   networks = {}
   for text in case["settings"]:
     s = parse(text)
@@ -103,11 +107,11 @@ def _runs(model: Transformer, case: dict) -> dict:
   return runs
 
 
-def _contestant(function, tree, model: Transformer, case: dict):
+def _contestant(function, tree, model: Transformer, case: dict, compiler_options: dict):
   batch = case["batch"]
   if case["kind"] == "forward":
     tokens = jax.random.randint(jax.random.key(1), (batch, case["tokens"]), 0, model.config.vocab_size)
-    return timing.steady(lambda n, t: function(n, t)[0], tree, tokens)
+    return timing.steady(lambda n, t: function(n, t)[0], tree, tokens, compiler_options=compiler_options)
   tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, model.config.vocab_size)
   capacity = case["context"] + case["room"]
   if isinstance(tree, Transformer):
@@ -116,7 +120,7 @@ def _contestant(function, tree, model: Transformer, case: dict):
     state = snlp_inference.empty_state(tree, batch=batch, capacity=capacity)
   fill = lambda a: a if a.ndim < 2 else jax.random.normal(jax.random.key(2), a.shape, a.dtype)
   state = dataclasses.replace(jax.tree.map(fill, state), length=jnp.int32(case["context"]))
-  return timing.steady(function, tree, tokens, carry=state)
+  return timing.steady(function, tree, tokens, carry=state, compiler_options=compiler_options)
 
 
 def _bytes(model: Transformer, case: dict, setting: dict | None) -> float:
