@@ -3,11 +3,11 @@ r"""How fast the foundation is: training MFU at two published shapes, and one fo
   python -m experiments.run --config=configs/throughput.py:h200 --workdir=runs/throughput
 
 Takes 5 min on one H100 and printed (2026-11-25):
-  training MFU, d20 x 1280 / d32 x 640                  40.8 % / 28.8 %   (dots kept, layers and logits written out)
-  forward over torch.compile, 64 / 512 / 2048 tokens    0.92 / 0.89 / 0.95 x in a row, 0.84 / 0.90 / 0.95 x one by one
-  cached decode step, context 128 / 2048                4.5 / 3.5 times the bytes it must read
-Since then weights lie transposed and every call runs on the same buffers: 0.99 / 1.82 / 4.69 ms in a row, against
-1.17 / 1.98 / 4.88 in the run above and 1.08 / 1.76 / 4.66 of PyTorch there; not yet timed side by side.
+  training MFU, d20 x 1280 / d32 x 640                  41.4 % / 29.1 %   (dots kept, layers and logits written out)
+  forward over torch.compile, 64 / 512 / 2048 tokens    1.09 / 1.05 / 0.98 x in a row, 0.81 / 0.92 / 0.92 x one by one
+  cached decode step, context 128 / 2048                3.0 / 3.4 times the bytes it must read
+From 512 tokens on XLA's own Triton products are slower than cuBLAS (1.83 against 1.68 ms), which its choice by timing
+single products does not see. One by one, a call waits for the host to pass some 250 arrays.
 """
 
 import ml_collections

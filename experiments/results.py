@@ -8,12 +8,15 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 
 from jaxlab.core.checks import require_choice
 from jaxlab.core.files import write_text
+
+_PART = ".part.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +61,20 @@ class Report:
 
 
 def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
-  """Writes results.json and report.md into the workdir and returns the former."""
+  """Writes results.json and report.md into the workdir and returns the former.
+
+  Where parts of the run were kept, commit, device, versions and seconds are theirs: this process may only read them.
+  """
+  parts = [json.loads(file.read_text()) for file in sorted(workdir.glob(f"*{_PART}"))]
+  several = lambda name, own: ", ".join(dict.fromkeys(part[name] for part in parts)) or own
   results = {
     "paper": config.paper,
     "scale": config.scale,
     "command": command,
-    "git": _git(),
-    "device": f"{jax.device_count()} x {device_kind()}",
-    "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")}
-    | {"python": sys.version.split()[0]},
-    "seconds": round(seconds, 1),
+    "git": several("git", _git()),
+    "device": several("device", _devices()),
+    "versions": parts[0]["versions"] if parts else _versions(),
+    "seconds": round(sum(part["seconds"] for part in parts) or seconds, 1),
     "config": json.loads(config.to_json_best_effort()),
     "metrics": finite(report.metrics),
     "claims": [finite(claim.as_dict()) for claim in report.claims],
@@ -85,7 +92,8 @@ def markdown(results: dict, prefix: str = "") -> str:
     "",
     f"`{results['command']}`",
     "",
-    f"{results['device']}, jax {results['versions']['jax']}, {results['seconds']:.0f} s, git {results['git'][:12]}",
+    f"{results['device']}, jax {results['versions']['jax']}, {results['seconds']:.0f} s, "
+    f"git {', '.join(commit[:12] for commit in results['git'].split(', '))}",
     "",
     "| claim | paper | baseline | ours | holds if | holds |",
     "|---|---|---|---|---|---|",
@@ -126,10 +134,21 @@ def finite(value):
 
 def part(workdir: Path, name: str, measure) -> dict:
   """What `measure()` returned when this run's part `name` was measured: kept in the workdir as JSON, measured once."""
-  file = workdir / f"{name}.json"
+  file = workdir / f"{name}{_PART}"
   if not file.exists():
-    write_text(file, json.dumps(finite({"git": _git(), "device": device_kind(), "result": measure()}), indent=1))
+    start = time.perf_counter()
+    origin = {"git": _git(), "device": _devices(), "versions": _versions()}
+    kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}
+    write_text(file, json.dumps(finite(kept), indent=1))
   return json.loads(file.read_text())["result"]
+
+
+def _versions() -> dict[str, str]:
+  return {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")} | {"python": sys.version.split()[0]}
+
+
+def _devices() -> str:
+  return f"{jax.device_count()} x {device_kind()}"
 
 
 def device_kind() -> str:

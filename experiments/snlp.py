@@ -279,31 +279,21 @@ def measure_quality(config, text: Text, models: dict[str, Transformer], console)
         for name, m in models.items():
           result[name]["baselines"][f"{baseline} n{n}"] = loss(m, full)
   sample = full[0]["inputs"]
-
-  def at_setting(setting):
+  for setting in console.track("evaluating", config.snlp.settings):
     hidden = forward(setting)
     parallel = losses.evaluator(hidden, text.token_bytes)
     agreement = jax.jit(functools.partial(_agreement, hidden))
-    rows = {}
     for name, m in models.items():
       top1, cosine = agreement(m, sample)
-      rows[name] = parallel(m, full) | {
+      result[name]["snlp"][setting] = parallel(m, full) | {
         **parse(setting),
         "slices": parallel(m, slices)["perplexity"] if setting in config.snlp.sliced else None,
         "top1_agreement": float(top1),
         "logit_cosine": float(cosine),
       }
-    return rows
-
-  with _compile_pool() as pool:
-    rows = pool.map(at_setting, config.snlp.settings)
-    for setting, row in zip(console.track("evaluating", config.snlp.settings), rows, strict=True):
-      for name in models:
-        result[name]["snlp"][setting] = row[name]
-    cases = [(name, setting) for name in models for setting in config.snlp.cached]
-    rows = pool.map(lambda case: cached_loss(models[case[0]], full[0], case[1]), cases)
-    for (name, setting), row in zip(cases, rows, strict=True):
-      result[name]["cached"][setting] = row
+  for setting in config.snlp.cached:
+    for name, m in models.items():
+      result[name]["cached"][setting] = cached_loss(m, full[0], setting)
   error = jax.jit(snlp.trace_error, static_argnames=("layers", "iterations", "surrogate"))
   for name, m in models.items():
     chosen = dict(layers=max(config.reg.layers), iterations=1, surrogate=config.reg.surrogate)

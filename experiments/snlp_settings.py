@@ -4,10 +4,13 @@ n layers in parallel, K Newton steps, F layers fused into one wide layer (left o
 after the other (1), surrogate (identity) and start (h0).
 """
 
+import functools
+
 import jax
 
 from jaxlab.core.checks import require
 from jaxlab.depth import snlp, snlp_suffix
+from jaxlab.models.attention import dot_product_attention
 
 _LETTERS = {"n": "layers", "K": "iterations", "F": "chunk", "G": "groups"}
 
@@ -64,7 +67,9 @@ def forward(text: str):
 
   def hidden(model, tokens):
     layers = snlp_suffix.fuse(model, s["layers"], chunk=s["chunk"]) if s["chunk"] else s["layers"]
-    key = jax.random.key(0) if s["surrogate"] == "diagonal" else None
-    return snlp.hidden(model, tokens, layers=layers, key=key, **options)
+    if s["surrogate"] == "diagonal":  # by a forward derivative
+      attention = functools.partial(dot_product_attention, flash=False)
+      return snlp.hidden(model, tokens, layers=layers, attention=attention, key=jax.random.key(0), **options)
+    return snlp.hidden(model, tokens, layers=layers, **options)
 
   return hidden

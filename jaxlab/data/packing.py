@@ -5,7 +5,9 @@ longer than a row are cut into pieces first, each starting with BOS; nanochat, w
 instead and would lose all but the first page of a book.
 """
 
+import bisect
 import json
+import math
 
 import grain
 import numpy as np
@@ -29,7 +31,9 @@ def training_rows(
   starts, lengths = cut(tokens, row)
   mine = np.arange(index, len(starts), count)
   require(len(mine) > 0, f"the corpus has {len(starts)} pieces, too few for {count} hosts; use a larger one")
-  pieces = grain.MapDataset.source(mine).seed(seed).shuffle().repeat().to_iter_dataset()
+  # An index costs less than handing it over from a thread.
+  alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  pieces = grain.MapDataset.source(mine).seed(seed).shuffle().repeat().to_iter_dataset(alone)
   return _BestFit(pieces, tokens, starts, lengths, row + 1, min(buffer, len(mine)))
 
 
@@ -53,36 +57,46 @@ class _BestFit(grain.IterDataset):
 
 
 class _BestFitIterator(grain.DatasetIterator):
-  """Takes the largest buffered piece that still fits (BOS included); when none does, crops the shortest to fill."""
+  """Takes the largest buffered piece that still fits (BOS included); when none does, crops the shortest to fill.
+
+  The earliest of equal ones.
+  """
 
   def __init__(self, dataset: _BestFit, parent):
     super().__init__()
     self._dataset, self._source = dataset, parent
-    self._buffer: list[int] = []
+    self._buffer: list[tuple[int, int, int]] = []  # (size, arrival, piece), in order
+    self._arrivals = 0
 
   def __next__(self):
     d = self._dataset
     row, filled = np.empty(d.row, np.int32), 0
     while filled < d.row:
       while len(self._buffer) < d.buffer:
-        self._buffer.append(int(next(self._source)))
-      sizes = d.lengths[self._buffer] + 1
+        self._add(int(next(self._source)))
       space = d.row - filled
-      fits = np.where(sizes <= space, sizes, 0)
-      choice = int(np.argmax(fits)) if fits.any() else int(np.argmin(sizes))
-      piece = self._buffer.pop(choice)
-      size = min(int(sizes[choice]), space)
+      largest = bisect.bisect_right(self._buffer, (space, math.inf)) - 1
+      choice = bisect.bisect_left(self._buffer, self._buffer[largest][:1]) if largest >= 0 else 0
+      size, _, piece = self._buffer.pop(choice)
+      size = min(size, space)
       row[filled] = d.tokens.bos
       row[filled + 1 : filled + size] = d.tokens.ids[d.starts[piece] : d.starts[piece] + size - 1]
       filled += size
     return row
 
+  def _add(self, piece: int):
+    bisect.insort(self._buffer, (int(self._dataset.lengths[piece]) + 1, self._arrivals, piece))
+    self._arrivals += 1
+
   def get_state(self):
-    return {"source": self._source.get_state(), "buffer": json.dumps(self._buffer)}
+    pieces = [piece for _, _, piece in sorted(self._buffer, key=lambda entry: entry[1])]
+    return {"source": self._source.get_state(), "buffer": json.dumps(pieces)}
 
   def set_state(self, state):
     self._source.set_state(state["source"])
-    self._buffer = json.loads(state["buffer"])
+    self._buffer = []
+    for piece in json.loads(state["buffer"]):
+      self._add(piece)
 
 
 def mixture(rows: grain.IterDataset, others: grain.IterDataset, share: float) -> grain.IterDataset:

@@ -27,18 +27,21 @@ class AttentionFn(Protocol):
   ) -> Float[Array, "batch time q_heads head_dim"]: ...
 
 
-def dot_product_attention(q, k, v, *, window=None, start=0):
+def dot_product_attention(q, k, v, *, window=None, start=0, flash=True):
   """Dense softmax attention, an `AttentionFn`: cuDNN flash attention on a GPU in 16 bits, XLA elsewhere and where the
   whole score matrix is small.
 
   With start = 0 (static) and as many keys as queries this is plain causal attention. Otherwise positions past the
   query's own are masked, so `k` and `v` may be a cache with room to spare. A single query under a window reads only
   the window + 1 keys it sees.
+
+  Args:
+    flash: False keeps off cuDNN, whose attention has no forward-mode derivative.
   """
   time, keys = q.shape[1], k.shape[1]
   if isinstance(start, int) and start == 0 and time == keys:
     narrow = window is not None and window < time
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and time >= _FLASH_FROM
+    flash &= jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and time >= _FLASH_FROM
     return jax.nn.dot_product_attention(
       q,
       k,
