@@ -187,7 +187,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         shapes=pick(
           test=dict(d2=dict(depth=2, aspect_ratio=16)),
           cpu=dict(d6=dict(depth=6, aspect_ratio=16)),
-          h200=dict(d14_width256=dict(depth=14, aspect_ratio=18), d12_width384=dict(depth=12, aspect_ratio=32)),
+          h200=dict(
+            d14_width256=dict(depth=14, aspect_ratio=18),
+            d12_width384=dict(depth=12, aspect_ratio=32),
+            d18_width256_parallel=dict(depth=18, aspect_ratio=14, parallel_sublayers=True),
+          ),
         ),
         context=pick(test=16, cpu=64, h200=512),
         repetitions=pick(test=2, cpu=10),

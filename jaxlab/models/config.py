@@ -57,6 +57,7 @@ class TransformerConfig:
     smear: each embedding receives a gated copy of its predecessor.
     backout: subtract backout_lambda times the output of block depth // 2 before the head.
     logit_softcap: c in c tanh(logits / c), or None.
+    parallel_sublayers: attention and MLP read the same input and are added together (GPT-J, PaLM).
   """
 
   vocab_size: int
@@ -83,6 +84,7 @@ class TransformerConfig:
   backout: bool = False
   logit_softcap: float | None = None
   tied_embeddings: bool = False
+  parallel_sublayers: bool = False
   experts: Experts | None = None
   hyper: HyperConnections | None = None
 
@@ -104,6 +106,10 @@ class TransformerConfig:
       )
     require(
       not (self.hyper and self.residual_lambdas), "hyper-connections replace residual_lambdas; turn one of the two off"
+    )
+    require(
+      not (self.hyper and self.parallel_sublayers),
+      "hyper-connections mix the streams before each sublayer; turn parallel_sublayers off",
     )
 
   @property
@@ -147,6 +153,7 @@ def nanochat(
   window_pattern: str = "SSSL",
   x0: bool = True,
   value_embeddings: bool = True,
+  parallel_sublayers: bool = False,
   hyper: HyperConnections | None = None,
 ) -> TransformerConfig:
   """karpathy/nanochat: one dial, `depth`; width = depth * aspect_ratio rounded up to whole heads.
@@ -178,6 +185,7 @@ def nanochat(
     smear=True,
     backout=True,
     logit_softcap=15.0,
+    parallel_sublayers=parallel_sublayers,
     hyper=hyper,
   )
 

@@ -124,6 +124,7 @@ def from_hugging_face(raw: dict, arch: str) -> TransformerConfig:
 def architecture(c: TransformerConfig) -> str:
   """The Hugging Face architecture that computes exactly this model, or the own one."""
   own = c.value_embeddings or c.residual_lambdas or c.smear or c.backout or c.hyper or "S" in c.window_pattern
+  own = own or c.parallel_sublayers
   plain = c.norm_gain and c.mlp == "swiglu" and not c.embed_norm and c.logit_softcap is None and c.rope_direction == 1
   if not own and c.qk_scale == 1.0:
     if plain and c.qk_norm is None and not c.experts:

@@ -122,7 +122,10 @@ class Block(nnx.Module):
 
   def finish(self, x, mixing, attended, all_mixing):
     """(the block's output, the MLP's mixing) from its input and (batch, time, q_heads, head_dim) attention."""
+    read = x
     x = _write(x, mixing, self.o(attended.reshape(*attended.shape[:-2], -1)))
+    if self.config.parallel_sublayers:
+      return x + self.mlp(self.mlp_norm(read)), None
     mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
     return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing)))), mixing
 

@@ -202,3 +202,20 @@ def test_edits_reach_only_what_the_window_allows():
 def test_impossible_shapes_are_named(change, message):
   with pytest.raises(InputError, match=message):
     TransformerConfig(**(SHAPE | change))
+
+
+def test_parallel_sublayers_add_what_each_makes_of_the_same_input():
+  model = random_model(nanochat(depth=2, aspect_ratio=16, head_dim=16, vocab_size=64, parallel_sublayers=True))
+  states = jax.random.normal(jax.random.key(3), (2, 1, 5, model.config.width))
+  side = model.embed(random_tokens(1, 5))[1]
+
+  def branch(silenced):
+    one = jax.tree.map(lambda a: a, model)
+    for linear in silenced(one.blocks):
+      linear.weight.set_value(jnp.zeros_like(linear.weight[...]))
+    return layer_parallel(one, states, side)
+
+  both, nothing = branch(lambda b: ()), branch(lambda b: (b.o, b.mlp.down))
+  attention, mlp = branch(lambda b: (b.mlp.down,)), branch(lambda b: (b.o,))
+  np.testing.assert_allclose(both - nothing, attention - nothing + mlp - nothing, atol=1e-5)
+  assert np.abs(mlp - nothing).max() > 0.1
