@@ -54,7 +54,7 @@ def measure(config, text: Text, model: Transformer, console) -> dict:
   """Bits per byte on the held-out split at several contexts, xz's on the same text, accuracy on every recall task."""
   e = config.eval
   computing = cast(model, config.short.dtype)
-  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens), text.token_bytes)
+  evaluate = losses.evaluator(jax.jit(lambda m, tokens: m.hidden(tokens)), text.token_bytes)
   held_out = text.split(e.split)
   result = {"text": {}, "recall": {}}
   for length in e.lengths:

@@ -147,11 +147,11 @@ def measure_hcn(config, text: Text, models: dict[str, Transformer], console) -> 
   """Perplexities of the models with hyper-connections, solved with their mixing matrices (HCN) and with A = I."""
   e = config.eval
   batches = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.tokens)
-  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens))
+  evaluate = losses.evaluator(jax.jit(lambda m, tokens: m.hidden(tokens)))
   result = {name: {"sequential": evaluate(m, batches), "snlp": {}} for name, m in models.items()}
   for setting in console.track("evaluating hyper-connections", config.hcn.settings):
     for surrogate in ("streams", "identity"):
-      solved = losses.evaluator(forward(f"{setting} {surrogate}"))
+      solved = losses.evaluator(jax.jit(forward(f"{setting} {surrogate}")))
       for name, m in models.items():
         result[name]["snlp"][f"{setting} {surrogate}"] = solved(m, batches)
   return result
@@ -165,12 +165,12 @@ def measure_competitors(config, text: Text, models: dict[str, Transformer], work
   c, e = config.competitors, config.eval
   batches = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.tokens)
   main = models[REGULARISED]
-  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens))
+  evaluate = losses.evaluator(jax.jit(lambda m, tokens: m.hidden(tokens)))
   result = {"sequential": evaluate(main, batches)}
   networks = {"sequential": (snlp_inference.split(main), {})}
   for setting in c.settings:
     s = parse(setting)
-    result[setting] = losses.evaluator(forward(setting))(main, batches)
+    result[setting] = losses.evaluator(jax.jit(forward(setting)))(main, batches)
     layers = snlp_suffix.fuse(main, s["layers"], chunk=s["chunk"]) if s["chunk"] else s["layers"]
     options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
     networks[setting] = (snlp_inference.split(main, layers), options)
@@ -260,7 +260,7 @@ def measure_quality(config, text: Text, models: dict[str, Transformer], console)
   full = packing.evaluation_batches(split, row=e.length, batch=e.batch, limit=e.tokens)
   slices = packing.mid_document_batches(split, row=e.slice, batch=e.batch, limit=e.tokens)
   depth = next(iter(models.values())).depth
-  evaluate = losses.evaluator(lambda m, tokens: m.hidden(tokens), text.token_bytes)
+  evaluate = losses.evaluator(jax.jit(lambda m, tokens: m.hidden(tokens)), text.token_bytes)
   result = {
     name: {
       "depth": depth,
@@ -275,16 +275,16 @@ def measure_quality(config, text: Text, models: dict[str, Transformer], console)
   for n in dict.fromkeys(parse(text)["layers"] for text in config.snlp.settings):
     for baseline, hidden in (("early exit", early_exit), ("painters", painters)):
       if n < depth:
-        loss = losses.evaluator(functools.partial(hidden, n=n))
+        loss = losses.evaluator(jax.jit(functools.partial(hidden, n=n)))
         for name, m in models.items():
           result[name]["baselines"][f"{baseline} n{n}"] = loss(m, full)
   sample = full[0]["inputs"]
+  expected = {name: jax.jit(lambda m: m(sample))(m) for name, m in models.items()}
   for setting in console.track("evaluating", config.snlp.settings):
-    hidden = forward(setting)
+    hidden = jax.jit(forward(setting))
     parallel = losses.evaluator(hidden, text.token_bytes)
-    agreement = jax.jit(functools.partial(_agreement, hidden))
     for name, m in models.items():
-      top1, cosine = agreement(m, sample)
+      top1, cosine = _agreement(m, hidden(m, sample), expected[name])
       result[name]["snlp"][setting] = parallel(m, full) | {
         **parse(setting),
         "slices": parallel(m, slices)["perplexity"] if setting in config.snlp.sliced else None,
@@ -356,8 +356,9 @@ def cached_loss(model: Transformer, batch: dict, setting: str) -> dict:
   return {name: float(total) / int((targets >= 0).sum()) for name, total in sums.items()}
 
 
-def _agreement(hidden, model, tokens):
+@jax.jit
+def _agreement(model, states, expected):
   """Share of positions with the sequential network's argmax, and mean cosine of the logits."""
-  a, b = model(tokens), model.logits(*hidden(model, tokens))
+  a, b = expected, model.logits(*states)
   cosine = jnp.sum(a * b, -1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
   return jnp.mean(jnp.argmax(a, -1) == jnp.argmax(b, -1)), jnp.mean(cosine)

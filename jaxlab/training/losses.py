@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models import Transformer
@@ -66,25 +67,20 @@ def language_model_loss(
 
 
 def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
-  """A function `(model, batches) -> {"loss": nats, "perplexity", "tokens"[, "bits_per_byte"]}`, compiled once.
+  """A function `(model, batches) -> {"loss": nats, "perplexity", "tokens"[, "bits_per_byte"]}`.
 
   Args:
-    forward: `forward(model, inputs) -> (final state, backout state or None)`, what `model.logits` reads.
+    forward: `forward(model, inputs) -> (final state, backout state or None)`, what `model.logits` reads; jitted, as
+      only the losses after it are compiled here, once for all evaluators.
     token_bytes: bytes each token stands for. Special tokens (0 bytes) count neither their loss nor their bytes.
   """
 
-  @jax.jit
-  def sums(model, batch):
-    losses = token_losses(model, forward(model, batch["inputs"]), batch["targets"])
-    counted = batch["targets"] >= 0
-    sizes = jnp.ones((model.config.vocab_size,), jnp.int32) if token_bytes is None else jnp.asarray(token_bytes)
-    sizes = jnp.where(counted, sizes[jnp.maximum(batch["targets"], 0)], 0)
-    return losses.sum(), counted.sum(), (losses * (sizes > 0)).sum(), sizes.sum()
-
   def evaluate(model: Transformer, batches) -> dict[str, float]:
     total = [0.0] * 4
+    sizes = np.ones(model.config.vocab_size, np.int32) if token_bytes is None else np.asarray(token_bytes)
     for batch in batches:
-      total = [a + float(b) for a, b in zip(total, sums(model, batch), strict=True)]
+      sums = _sums(model, forward(model, batch["inputs"]), batch["targets"], sizes)
+      total = [a + float(b) for a, b in zip(total, sums, strict=True)]
     loss = total[0] / total[1]
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": total[1]}
     if token_bytes is not None:
@@ -92,3 +88,12 @@ def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
     return result
 
   return evaluate
+
+
+@jax.jit
+def _sums(model, states, targets, sizes):
+  """(loss, counted targets, loss of those that stand for bytes, their bytes)."""
+  losses = token_losses(model, states, targets)
+  counted = targets >= 0
+  sizes = jnp.where(counted, sizes[jnp.maximum(targets, 0)], 0)
+  return losses.sum(), counted.sum(), (losses * (sizes > 0)).sum(), sizes.sum()

@@ -38,7 +38,7 @@ def test_it_predicts_english_far_better_than_a_compressor(base):
   model, bpe = base
   ids = np.array([tokenizer.bos_id(bpe), *bpe.encode(ENGLISH).ids], np.int32)
   batch = {"inputs": ids[None, :-1], "targets": ids[None, 1:]}
-  measured = losses.evaluator(lambda m, t: m.hidden(t), tokenizer.token_bytes(bpe))(model, [batch])
+  measured = losses.evaluator(jax.jit(lambda m, t: m.hidden(t)), tokenizer.token_bytes(bpe))(model, [batch])
   assert measured["bits_per_byte"] < 1.5 < 8 * len(lzma.compress(ENGLISH.encode())) / len(ENGLISH)
 
 

@@ -159,7 +159,7 @@ def test_a_uniform_model_has_eight_bits_per_byte():
   model.head.weight.set_value(jnp.zeros_like(model.head.weight.get_value()))
   tokens = random_tokens(3, 17, vocab=256)
   batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-  forward = lambda m, inputs: m.hidden(inputs)
+  forward = jax.jit(lambda m, inputs: m.hidden(inputs))
   sizes = np.ones(256, np.int32)
   assert losses.evaluator(forward, sizes)(model, [batch])["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
   sizes[:100] = 0
