@@ -1,5 +1,6 @@
 """Small models and reference code that several test files share."""
 
+import functools
 import os
 
 import jax
@@ -32,6 +33,15 @@ def configs() -> dict[str, TransformerConfig]:
 
 def random_model(config: TransformerConfig, seed: int = 0, dtype="float32") -> Transformer:
   """Every parameter random: a zero-initialised projection would make tests pass for any code."""
+  return jax.tree.map(lambda a: a, _random_model(config, seed, jnp.dtype(dtype)))  # tests may set its parameters
+
+
+@functools.cache
+def _random_model(config: TransformerConfig, seed: int, dtype) -> Transformer:
+  return jax.jit(functools.partial(_make_random_model, config, seed, dtype))()
+
+
+def _make_random_model(config: TransformerConfig, seed: int, dtype) -> Transformer:
   model = Transformer(config, jax.random.key(seed))
   leaves, structure = jax.tree_util.tree_flatten_with_path(model)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
