@@ -55,14 +55,23 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         eps=pick(test=(1e-3,), cpu=(1e-6, 1e-5, 1e-4, 1e-3)),
         end_point_factors=pick(test=(1, 4), cpu=(1, 2, 3, 6, 12)),
       ),
-      bench=dict(repetitions=pick(test=2, cpu=5, h200=20), batch=pick(test=8, cpu=256), steps=2),
+      bench=dict(repetitions=pick(test=2, cpu=5), batch=pick(test=8, cpu=256), steps=2),
       scaling=dict(
-        nodes=pick(test=(64, 128), cpu=(2**11, 2**13, 2**15, 2**17), h200=(2**16, 2**18, 2**20), paper=(2**20, 2**23)),
+        nodes=pick(
+          test=(64, 128),
+          cpu=(2**11, 2**13, 2**15, 2**17),
+          h200=(2**10, 2**14, 2**17, 2**20),
+          paper=(2**20, 2**23),
+        ),
         degree=pick(test=4.0, cpu=8.0, h200=10.0, paper=16.0),
         walks=pick(test=2, cpu=4, h200=10),
         queries=pick(test=16, cpu=256, h200=10_000, paper=10_000),
         steps=2,
         length=32,
+        sample=pick(test=8, cpu=32, h200=64),  # queries that tell how many steps reach the RAG
+        exact=pick(test=60, cpu=60, h200=100),  # iterations of their truth
+        scipy=pick(test=8, cpu=32),  # queries scipy answers
+        repetitions=pick(test=1, cpu=2),
       ),
     )
   )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import networkx
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxlab.core.checks import require, require_choice
 
@@ -40,7 +40,7 @@ def make(nodes: int, edges: Int[np.ndarray, "any 2"], *, directed: bool = False)
   Raises:
     InputError: not pairs, no node, or an end outside 0 .. nodes - 1.
   """
-  edges = np.asarray(edges, np.int64)
+  edges = np.asarray(edges)
   require(edges.ndim == 2 and edges.shape[1] == 2, f"edges have shape {edges.shape}; expected (edges, 2)")
   require(1 <= nodes < 2**31, f"a graph of {nodes} nodes; give at least 1 and fewer than 2^31")
   if len(edges):
@@ -48,10 +48,12 @@ def make(nodes: int, edges: Int[np.ndarray, "any 2"], *, directed: bool = False)
     require(
       low >= 0 and high < nodes, f"edge ends lie in {low}..{high}; with nodes={nodes} they must lie in 0..{nodes - 1}"
     )
-  edges = edges if directed else np.sort(edges, axis=1)
-  edges = edges[edges[:, 0] != edges[:, 1]]
-  keys = np.unique(edges[:, 0] * nodes + edges[:, 1])
-  return Graph(nodes, np.stack([keys // nodes, keys % nodes], axis=1).astype(np.int32), directed)
+  u, v = edges.T.astype(np.int64)
+  u, v = (u, v) if directed else (np.minimum(u, v), np.maximum(u, v))
+  keys = np.sort((u * nodes + v)[u != v])
+  keys = keys[np.diff(keys, prepend=-1) > 0]
+  u, v = np.divmod(keys, nodes)
+  return Graph(nodes, np.stack([u, v], axis=1).astype(np.int32), directed)
 
 
 def load(
@@ -143,12 +145,22 @@ def rmat(
     len(quadrants) == 4 and abs(sum(quadrants) - 1) < 1e-9, f"quadrants {quadrants} must be 4 numbers that sum to 1"
   )
   rng = np.random.default_rng(seed)
-  ends = np.zeros((2, edges), np.int64)
-  bounds = np.cumsum(quadrants)[:3]
+  row, column = np.zeros((2, edges), np.int32)
+  # Rounded down, so that float32 draws compare with them as with the exact sums.
+  first, second, third = _floor_float32(np.cumsum(quadrants)[:3])
   for _ in range(nodes.bit_length() - 1):
-    quadrant = np.searchsorted(bounds, rng.random(edges, np.float32))
-    ends = 2 * ends + np.stack([quadrant // 2, quadrant % 2])
-  return make(nodes, rng.permutation(nodes)[ends].T, directed=directed)
+    draw = rng.random(edges, np.float32)
+    lower = draw > second
+    right = (draw > first) ^ lower ^ (draw > third)
+    row, column = (row << 1) | lower, (column << 1) | right
+  names = rng.permutation(nodes).astype(np.int32)
+  return make(nodes, np.stack([names[row], names[column]], axis=1), directed=directed)
+
+
+def _floor_float32(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+  """The largest float32 that is not above x."""
+  near = x.astype(np.float32)
+  return np.where(near > x, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def sbm(nodes: int, edges: int, *, blocks: int, mixing: float, directed: bool = False, seed: int = 0) -> Graph:
