@@ -39,22 +39,27 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="linkage",
       scale=scale,
       seed=0,
-      fields=pick(test=(2,), cpu=(2, 3, 101)),
+      fields=pick(test=(2,), cpu=(2, 3, 101), h200=(101,)),
       identities=dict(instances=pick(test=400, cpu=1000, h200=20_000, paper=20_000), size=6),
       matroids=dict(pairs=pick(test=60, cpu=300), size=2),
       data=dict(
         name="networkx",  # karate club, Les Miserables, a random geometric graph; or edge_list with a path
         path="",
-        graphs=pick(test=("florentine",), cpu=("karate", "les_miserables", "florentine", "geometric")),
+        graphs=pick(
+          test=("florentine",),
+          cpu=("karate", "les_miserables", "florentine", "geometric"),
+          h200=("karate", "geometric"),
+        ),
         splits=pick(test=("random",), cpu=("spectral", "random")),  # how the edges of a graph fall into two halves
         vertices=pick(test=30, cpu=150, h200=2000, paper=2000),  # of the random geometric graph
       ),
       bench=dict(
         fields=pick(test=(2,), cpu=(2, 101), h200=(2, 32749), paper=(2, 32749)),
-        sizes=pick(test=(4,), cpu=(4, 8, 16, 32), h200=(8, 16, 32), paper=(8, 16, 32)),  # |S| = |P| = |Q|
+        sizes=pick(test=(4,), cpu=(4, 8, 16, 32), h200=(8, 32), paper=(8, 16, 32)),  # |S| = |P| = |Q|
         batch=pick(test=8, cpu=256, **large),
+        chunk=2**14,  # instances whose intermediate spaces are in memory together
         host_batch=pick(test=1, cpu=4),
-        repetitions=pick(test=1, cpu=5),
+        repetitions=pick(test=1, cpu=5, h200=3, paper=3),
       ),
     )
   )

@@ -194,6 +194,19 @@ def test_packed_words_and_the_host_loops_find_the_same_overlap_and_spaces():
       assert sorted(baselines.bitset_eliminate(bits, range(10))[0]) == sorted(expected)
 
 
+@pytest.mark.parametrize("p", [2, 101])
+def test_galois_finds_the_same_overlap_and_spaces(p):
+  """An independent implementation of the fields, where it is installed (linkage.md, libraries)."""
+  field = pytest.importorskip("galois").GF(p)
+  reduced = lambda m: (lambda rows, pivots: rows[: len(pivots)])(*baselines.numpy_eliminate(m, p, range(m.shape[1])))
+  for x, y in zip(*(np.asarray(s, np.int64) for s in spaces(p, 20)), strict=True):
+    *expected, kept = baselines.numpy_minimise(x, y, N, N, N, p)
+    *found, also = baselines.galois_minimise(x, y, N, N, N, field)
+    assert also == kept
+    for ours, theirs in zip(found, expected, strict=True):
+      np.testing.assert_array_equal(reduced(np.asarray(ours, np.int64)), reduced(theirs))
+
+
 def test_ranks_of_nearly_dependent_rows_differ_between_floats_and_exact_fields():
   """linkage.md pitfall: rows (1, 1), (1, 1 + 10^-k): at k = 4 both say 2, at 12 floats say 1, and the gap tells."""
   with jax.enable_x64(True):
