@@ -22,6 +22,7 @@ from jaxlab.graphs.weighted_trees import (
   is_leaf,
   node_depths,
   tree_from_sizes,
+  tree_from_wordnet,
   weighted_tree,
 )
 
@@ -395,6 +396,30 @@ def test_paths_make_a_tree():
   assert picture.startswith("<svg") and picture.count("<polygon") == 5
 
 
+def test_nouns_hang_under_their_first_hypernym(tmp_path):
+  """Two hypernyms: the first; an instance; two words, the first; a pointer to a verb; the licence's lines."""
+  file = tmp_path / "data.noun"
+  file.write_text(
+    "  1 This is the licence.\n"
+    "00000001 03 n 01 entity 0 001 ~ 00000002 n 0000 | all\n"
+    "00000002 03 n 02 thing 0 item 1 002 + 00000009 v 0101 @ 00000001 n 0000 | a | thing\n"
+    "00000003 03 n 01 place 0 001 @ 00000001 n 0000 | where\n"
+    "00000004 15 n 01 Rome 0 002 @i 00000003 n 0000 @ 00000002 n 0000 | a city\n"
+    "00000005 06 n 01 stone 0 002 @ 00000002 n 0000 @ 00000003 n 0000 | hard\n"
+  )
+  tree, names = tree_from_wordnet(file)
+  weights = dict(zip(names, tree.weights.tolist(), strict=True))
+  assert weights == {
+    "": 2, "entity": 2, "entity/thing": 1, "entity/place": 1, "entity/thing/stone": 1, "entity/place/Rome": 1
+  }  # fmt: skip
+  file.write_text("00000001 03 n 01 hen 0 001 @ 00000002 n 0000 |\n00000002 03 n 01 egg 0 001 @ 00000001 n 0000 |\n")
+  with pytest.raises(InputError, match="of 2 nouns lead to no root"):
+    tree_from_wordnet(file)
+  file.write_text("words\n")
+  with pytest.raises(InputError, match="line 1: 'words' is no entry"):
+    tree_from_wordnet(file)
+
+
 def test_experiment_reports_claims_and_figures(tmp_path):
   report = experiment.run(get_config("test"), tmp_path, tmp_path, Console())
   assert len(report.claims) > 10 and len(report.figures) == 3
@@ -429,7 +454,7 @@ def test_experiment_reports_claims_and_figures(tmp_path):
     (lambda: boxes.from_linkage(np.array([[0, 1, 0.0, 2]])), "coincident points"),
     (lambda: experiment.file_sizes("package", "no_such_package"), "not an installed package"),
     (lambda: experiment.file_sizes("directory", "/no/such"), "is not a folder"),
-    (lambda: experiment.file_sizes("tarball", "x"), "config.data.name is 'tarball'"),
+    (lambda: tree_from_wordnet("/no/such"), "give the path of WordNet's data.noun"),
   ],
 )
 def test_mistakes_are_named(make, message):
