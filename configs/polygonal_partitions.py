@@ -39,7 +39,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ultrametric_points=pick(test=40, cpu=400),  # files whose byte histograms make the real ultrametric
       ),
       trees=dict(count=pick(test=12, cpu=1000), leaves=pick(test=16, cpu=60)),
-      caterpillars=pick(test=(8, 16), cpu=(15, 30, 60, 120)),
+      skewed=dict(
+        star=pick(test=12, cpu=200), levels=pick(test=8, cpu=30), caterpillars=pick(test=(4, 8), cpu=(15, 30, 60, 120))
+      ),
       slack=dict(eps=(0.5, 0.1, 0.02), dimensions=(1, 2, 3), trees=pick(test=6, cpu=200)),
       embedding=dict(
         dimensions=(2, 3),
@@ -49,7 +51,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         star=pick(test=50, cpu=2000),
       ),
       bench=dict(
-        leaves=pick(test=(50, 200), cpu=(1000, 5000, 30_000), h200=(1000, 10_000, 100_000)),
+        leaves=pick(test=(20, 60), cpu=(1000, 5000, 30_000), h200=(1000, 10_000, 100_000)),
         repetitions=pick(test=1, cpu=3),
       ),
     )

@@ -39,8 +39,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       # Names: edge_list with a path, rmat, sbm, barabasi_albert, karate, les_miserables, florentine.
-      data=dict(name="rmat", directed=True, **graph),
-      undirected=dict(name="sbm", directed=False, **graph),
+      data=dict(name=pick(test="karate", cpu="rmat"), directed=True, **graph),
+      undirected=dict(name=pick(test="karate", cpu="sbm"), directed=False, **graph),
       accuracy=dict(
         sources=pick(test=8, cpu=64, h200=100),
         k=pick(test=5, cpu=100),

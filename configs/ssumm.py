@@ -46,12 +46,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       # A second graph for the curves; no name, no second graph.
       second=dict(
-        name=pick(test="karate", cpu="", h200="rmat", paper="rmat"),
+        name=pick(test="rmat", cpu="", h200="rmat", paper="rmat"),
         path="",
-        nodes=2**12,
-        degree=20.0,
-        blocks=1,
-        mixing=0.0,
+        nodes=pick(test=64, cpu=2**12),
+        degree=pick(test=6.0, cpu=20.0),
+        blocks=20,
+        mixing=0.1,
       ),
       summary=dict(
         ratios=pick(test=(0.3,), cpu=(0.1, 0.2, 0.3, 0.5), h200=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),

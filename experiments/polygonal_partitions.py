@@ -164,9 +164,9 @@ def compare_skewed(config) -> dict:
   """The sheet's trees: lognormal weights, caterpillars with tiny sides and with sides of 0.3."""
   random = np.random.default_rng(config.seed)
   trees = {
-    "star, lognormal(6)": star(random.lognormal(0, 6, 200)),
-    "caterpillar, sides 1e-3 to 1e-9": caterpillar(10 ** -random.uniform(3, 9, 30)),
-  } | {f"caterpillar, sides 0.3, {n} levels": caterpillar(np.full(n, 0.3)) for n in config.caterpillars}
+    "star, lognormal(6)": star(random.lognormal(0, 6, config.skewed.star)),
+    "caterpillar, sides 1e-3 to 1e-9": caterpillar(10 ** -random.uniform(3, 9, config.skewed.levels)),
+  } | {f"caterpillar, sides 0.3, {n} levels": caterpillar(np.full(n, 0.3)) for n in config.skewed.caterpillars}
   rows = {}
   for name, tree in trees.items():
     height = len(binarise(tree).levels)
@@ -316,8 +316,8 @@ def measure_speed(config, console) -> dict:
     times = timing.compare(contestants, repetitions=config.bench.repetitions, warmup=1)
     speedup = {m: times.speedup(m, "squarified") for m in (*BOUNDED, "slack boxes")}
     rows[f"{leaves}"] = {"milliseconds": times.summary(), "speedup": speedup}
-  log = np.log([float(n) for n in rows])
-  slope = lambda m: float(np.polyfit(log, np.log([r["milliseconds"][m]["median"] for r in rows.values()]), 1)[0])
+  seconds = lambda m: [r["milliseconds"][m]["median"] / 1e3 for r in rows.values()]
+  slope = lambda m: timing.slope([float(n) for n in rows], seconds(m))
   return {"leaves": rows, "log_log_slope": {m: slope(m) for m in contestants}}
 
 
@@ -401,7 +401,7 @@ def make_claims(config, m: dict) -> list[Claim]:
   growth = m["embedding"]["growth"]
   for name, rows in growth.items():
     d = int(name.split()[1])
-    slope = float(np.polyfit(np.log([float(s) for s in rows]), np.log([r["mean"] for r in rows.values()]), 1)[0])
+    slope = timing.slope([float(s) for s in rows], [r["mean"] for r in rows.values()])
     claims.append(
       Claim(
         f"distortion / LB grows as this power of log2(spread), d = {d}",

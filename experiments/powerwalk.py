@@ -96,11 +96,12 @@ def measure_accuracy(config, graph, console) -> dict:
   result["end_point"] = {f"R{r}": row for r, row in ends.items()}
   full = result["grid"][f"R{max(a.walks)} T0"]["l1"]
   result["end_point_walks_per_full_path"] = walks_needed(ends, full) / max(a.walks)
-  result["pruning"] = {
-    f"{prune} {eps:g}": judge(ask(main[0], steps=4, eps=eps, prune=prune))
-    for eps in a.eps
-    for prune in ("drop", "hold")
-  }
+  lost = jax.jit(lambda eps: powerwalk.decompose(sources, graph, steps=4, eps=eps, prune="drop")[3].mean())
+  result["pruning"] = {}
+  for eps in a.eps:
+    for prune in ("drop", "hold"):
+      result["pruning"][f"{prune} {eps:g}"] = judge(ask(main[0], steps=4, eps=eps, prune=prune))
+    result["pruning"][f"drop {eps:g}"]["dropped"] = float(lost(eps))
   # What the published code does otherwise: walks of 10 visits, long paths of as many visits as the walks have in all,
   # and numbers of walkers that are rounded.
   others = {"length 10": dict(length=10), "rounded": dict(moves="rounded", length=10)}
@@ -234,9 +235,8 @@ def measure_size(config, nodes: int, console) -> dict:
 
 
 def slope(rows: list[dict], name: str) -> float:
-  """Of log seconds against log edges."""
-  edges, seconds = ([r[key] for r in rows] for key in ("edges", name))
-  return float(np.polyfit(np.log(edges), np.log(seconds), 1)[0]) if len(rows) > 1 else float("nan")
+  """Of the seconds `name` against edges."""
+  return timing.slope([r["edges"] for r in rows], [r[name] for r in rows])
 
 
 def make_claims(config, found: dict, speed: dict, scaling: list[dict]) -> list[Claim]:

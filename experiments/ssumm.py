@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import figures, results
+from experiments import figures, results, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError, require
 from jaxlab.graphs import common, ssumm, ssumm_baselines, ssumm_host
@@ -161,10 +161,9 @@ def threshold(rows: list[dict]) -> int:
 
 
 def slope(rows: list[dict], least: int = 0) -> float:
-  """Of log seconds against log edges, over graphs of `least` edges or more."""
-  points = [(r["edges"], r["seconds"]) for r in rows if r["edges"] >= least]
-  points = points if len(points) > 1 else [(r["edges"], r["seconds"]) for r in rows]
-  return float(np.polyfit(*np.log(points).T, 1)[0]) if len(points) > 1 else float("nan")
+  """Of seconds against edges, over graphs of `least` edges or more."""
+  rows = [r for r in rows if r["edges"] >= least]
+  return timing.slope([r["edges"] for r in rows], [r["seconds"] for r in rows])
 
 
 def interpolate(rows: list[dict], size: float, name: str) -> float:

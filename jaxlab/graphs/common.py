@@ -33,6 +33,18 @@ class Graph:
   edges: Int[np.ndarray, "edges 2"]
   directed: bool = False
 
+  def arcs(self) -> tuple[Int[np.ndarray, "arcs"], Int[np.ndarray, "arcs"]]:
+    """(from, to) of every edge, an undirected one in both directions."""
+    u, v = self.edges.T
+    return (u, v) if self.directed else (np.concatenate([u, v]), np.concatenate([v, u]))
+
+
+def sorted_pairs(
+  first: Int[np.ndarray, "pairs"], second: Int[np.ndarray, "pairs"], span: int
+) -> tuple[Int[np.ndarray, "pairs"], Int[np.ndarray, "pairs"]]:
+  """The pairs ascending, both below `span`: as one integer each they sort several times faster than as two."""
+  return np.divmod(np.sort(first.astype(np.int64) * span + second), span)
+
 
 def make(nodes: int, edges: Int[np.ndarray, "any 2"], *, directed: bool = False) -> Graph:
   """A simple graph from any list of pairs: orders undirected pairs, drops self-loops and repetitions.
@@ -48,12 +60,11 @@ def make(nodes: int, edges: Int[np.ndarray, "any 2"], *, directed: bool = False)
     require(
       low >= 0 and high < nodes, f"edge ends lie in {low}..{high}; with nodes={nodes} they must lie in 0..{nodes - 1}"
     )
-  u, v = edges.T.astype(np.int64)
+  u, v = edges[edges[:, 0] != edges[:, 1]].T
   u, v = (u, v) if directed else (np.minimum(u, v), np.maximum(u, v))
-  keys = np.sort((u * nodes + v)[u != v])
-  keys = keys[np.diff(keys, prepend=-1) > 0]
-  u, v = np.divmod(keys, nodes)
-  return Graph(nodes, np.stack([u, v], axis=1).astype(np.int32), directed)
+  pairs = np.stack(sorted_pairs(u, v, nodes), axis=1).astype(np.int32)
+  fresh = (pairs[1:] != pairs[:-1]).any(axis=1)
+  return Graph(nodes, pairs[np.append(True, fresh)[: len(pairs)]], directed)
 
 
 def load(

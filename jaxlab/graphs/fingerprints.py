@@ -17,7 +17,7 @@ import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.common import Graph
+from jaxlab.graphs.common import Graph, sorted_pairs
 
 NORMS = ("self_norm", "unbiased")
 MOVES = ("walkers", "long_path", "rounded")
@@ -66,13 +66,11 @@ class Index:
 
 def walk_graph(graph: Graph) -> WalkGraph:
   """Both directions of undirected edges; a self-loop for every vertex without out-edges."""
-  edges = graph.edges if graph.directed else np.concatenate([graph.edges, graph.edges[:, ::-1]])
-  out = np.bincount(edges[:, 0], minlength=graph.nodes)
-  dangling = np.flatnonzero(out == 0).astype(np.int32)
-  sources, targets = np.concatenate([edges, np.stack([dangling, dangling], axis=1)]).T.astype(np.int64)
-  # A pair as one integer sorts several times faster than the pair.
-  out_sources, out_targets = np.divmod(np.sort(sources * graph.nodes + targets), graph.nodes)
-  in_targets, in_sources = np.divmod(np.sort(targets * graph.nodes + sources), graph.nodes)
+  sources, targets = graph.arcs()
+  dangling = np.flatnonzero(np.bincount(sources, minlength=graph.nodes) == 0)
+  sources, targets = np.concatenate([sources, dangling]), np.concatenate([targets, dangling])
+  out_sources, out_targets = sorted_pairs(sources, targets, graph.nodes)
+  in_targets, in_sources = sorted_pairs(targets, sources, graph.nodes)
   degree = np.bincount(out_sources, minlength=graph.nodes)
   arrays = np.concatenate([[0], np.cumsum(degree)]), out_targets, degree, in_sources, in_targets
   return WalkGraph(*(jnp.asarray(x, jnp.int32) for x in arrays), graph.nodes)
@@ -223,7 +221,7 @@ def build_index(
     moves: "walkers" is R independent walks. Two modes of the published code: "long_path" restarts a walker at its
       origin, so that it makes `length` visits; "rounded" is `rounded_visits`.
     origins: the vertices to index (hubs); None: all.
-    block: origins walked at once; 0 picks.
+    block: origins walked at once; 0 picks what suits the device. Which walks a key draws depends on it.
 
   Raises:
     InputError: walks, length or cap below 1, an unknown norm or move, or long paths that are not self-normalised.

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.graphs import summary as summaries
-from jaxlab.graphs.common import Graph
+from jaxlab.graphs.common import Graph, sorted_pairs
 from jaxlab.graphs.summary import Summary
 
 ERRORS = ("re1", "re2")
@@ -80,9 +80,7 @@ def initial_state(graph: Graph, *, error: str = "re1", drop: bool = True) -> Sta
   require_choice("error", error, ERRORS)
   require(not graph.directed, "SSumM summarises undirected graphs; load the graph with directed=False")
   require(graph.nodes >= 2 and len(graph.edges) > 0, "SSumM needs a graph with at least one edge")
-  u, v = graph.edges.T.astype(np.int64)
-  # A pair as one integer sorts several times faster than the pair.
-  both = np.divmod(np.sort(np.concatenate([u * graph.nodes + v, v * graph.nodes + u])), graph.nodes)
+  both = sorted_pairs(*graph.arcs(), graph.nodes)
   # Few distinct lengths, few shapes to compile.
   empty = -len(both[0]) % _GRANULE
   source, target = (jnp.asarray(np.pad(x, (0, empty), constant_values=graph.nodes), jnp.int32) for x in both)

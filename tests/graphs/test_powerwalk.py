@@ -7,12 +7,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import powerwalk as config_file
-from experiments import powerwalk as experiment
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.core.mesh import make_mesh
 from jaxlab.graphs import common, fingerprints, powerwalk, powerwalk_baselines, powerwalk_sharded
+from tests.common import run_and_continue
 
 C = fingerprints.RESET
 # 50 vertices, some of them dangling.
@@ -336,8 +334,5 @@ def test_impossible_requests_are_named(call, message):
     call()
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console())
-  assert report.claims and report.figures
-  for name in report.figures:
-    assert (tmp_path / name).is_file()
+def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
+  run_and_continue("powerwalk", tmp_path, monkeypatch, "measure_size", "measure_accuracy", "measure_speed")

@@ -7,12 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import ssumm as config_file
-from experiments import ssumm as experiment
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import common, ssumm, ssumm_baselines, ssumm_host, summary
 from jaxlab.graphs.summary import Summary, from_labels, graph_bits
+from tests.common import run_and_continue
 
 GRAPH = common.load("sbm", nodes=60, degree=4, blocks=6, mixing=0.2, seed=1)
 
@@ -374,8 +372,5 @@ def test_impossible_requests_are_named(call, message):
     call()
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console())
-  assert report.claims and report.figures
-  for name in report.figures:
-    assert (tmp_path / name).is_file()
+def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
+  run_and_continue("ssumm", tmp_path, monkeypatch, "measure_curves", "measure_host", "measure_size")
