@@ -59,7 +59,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         batch=pick(test=8, cpu=256, **large),
         chunk=2**14,  # instances whose intermediate spaces are in memory together
         host_batch=pick(test=1, cpu=4),
-        repetitions=pick(test=1, cpu=5, h200=3, paper=3),
+        repetitions=pick(test=1, cpu=5, h200=2, paper=2),
       ),
     )
   )

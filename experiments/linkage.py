@@ -299,11 +299,17 @@ def time_minimise(b, p: int, n: int) -> dict:
     import galois
 
     calls["galois"] = functools.partial(loop, galois_minimise, few, n, n, n, galois.GF(p))
-  times = timing.compare(calls, repetitions=b.repetitions, warmup=1)
-  kept = {name: np.asarray(calls[name]()[2]) for name in calls if name not in HOST}
-  kept |= {name: fields.unpack_bits(masks, n) for name, masks in kept.items() if name == "packed"}
-  chosen = [[np.flatnonzero(mask).tolist() for mask in masks[: len(few)]] for masks in kept.values()]
-  agree = all([one[2] for one in calls[name]()] == masks for name in calls if name in HOST for masks in chosen)
+  found = {}
+
+  def keep(name):
+    found[name] = calls[name]()
+    return found[name]
+
+  times = timing.compare({name: functools.partial(keep, name) for name in calls}, repetitions=b.repetitions, warmup=1)
+  masks = {name: np.asarray(found[name][2]) for name in calls if name not in HOST}
+  masks |= {name: fields.unpack_bits(words, n) for name, words in masks.items() if name == "packed"}
+  chosen = [[np.flatnonzero(mask).tolist() for mask in of_all[: len(few)]] for of_all in masks.values()]
+  agree = all([one[2] for one in found[name]] == kept for name in calls if name in HOST for kept in chosen)
   each = {name: times.seconds[name] / (len(few) if name in HOST else b.batch) for name in calls}
   median = {name: float(np.median(v)) for name, v in each.items()}
   ours, peer = (min((v for v in calls if (v in HOST) == host), key=median.get) for host in (False, True))
