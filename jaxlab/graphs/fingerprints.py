@@ -22,9 +22,8 @@ from jaxlab.graphs.common import Graph, sorted_pairs
 NORMS = ("self_norm", "unbiased")
 MOVES = ("walkers", "long_path", "rounded")
 RESET = 0.15
-# Visits counted at once: on a CPU a few tens of megabytes, elsewhere a gigabyte.
-_VISITS = {"cpu": 2**22}
-_VISITS_ELSEWHERE = 2**26
+# Visits counted at once on a CPU, tens of megabytes; elsewhere 16 times more, about a gigabyte.
+_VISITS = 2**22
 
 
 @jax.tree_util.register_dataclass
@@ -172,7 +171,7 @@ def count_visits(
   block: int = 0,
 ) -> tuple[Int[np.ndarray, "entries"], Int[np.ndarray, "entries"], Int[np.ndarray, "entries"]]:
   """(row of the origin, vertex, visits > 0), sorted; `block` origins walk at once (0 picks)."""
-  limit = _VISITS.get(jax.default_backend(), _VISITS_ELSEWHERE)
+  limit = _VISITS if jax.default_backend() == "cpu" else 16 * _VISITS
   each = len(graph.targets) if moves == "rounded" else per_origin * length
   block = min(block or max(limit // each, 1), len(origins))
   options = dict(per_origin=per_origin, length=length, reset=reset)

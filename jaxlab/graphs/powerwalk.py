@@ -274,14 +274,6 @@ def quality(
   }
 
 
-def rag(
-  estimate: Float[Array, "nodes queries"], truth: Float[Array, "nodes queries"], *, k: int
-) -> Float[Array, "queries"]:
-  """RAG@k alone."""
-  gain = jnp.take_along_axis(truth.T, largest(estimate, k=k)[1], axis=1)
-  return gain.sum(axis=1) / largest(truth, k=k)[0].sum(axis=1)
-
-
 def work(sources: Int[Array, "queries"], graph: WalkGraph, index: Index | None, *, steps: int) -> dict[str, float]:
   """Mean edge traversals, index entries touched and active vertices at the end, of a query without pruning."""
   active, edges = (np.asarray(x, np.float64) for x in _active(jnp.asarray(sources), graph, jnp.int32(steps)))
