@@ -55,7 +55,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         eps=pick(test=(1e-3,), cpu=(1e-6, 1e-5, 1e-4, 1e-3)),
         end_point_factors=pick(test=(1, 4), cpu=(1, 2, 3, 6, 12)),
       ),
-      bench=dict(repetitions=pick(test=2, cpu=5), batch=pick(test=8, cpu=256), steps=2),
+      bench=dict(repetitions=pick(test=2, cpu=5), batch=pick(test=8, cpu=256, paper=128), steps=2),
       scaling=dict(
         nodes=pick(
           test=(64, 128),

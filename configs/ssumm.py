@@ -74,7 +74,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         samples=1.0,
       ),
       scaling=dict(
-        nodes=pick(test=(64, 128), cpu=(2**7, 2**10, 2**13, 2**16), h200=(2**10, 2**13, 2**17, 2**20)),
+        nodes=pick(
+          test=(64, 128),
+          cpu=(2**7, 2**10, 2**13, 2**16),
+          h200=(2**10, 2**13, 2**17, 2**20),
+          paper=(2**17, 2**20, 2**22),
+        ),
         degree=pick(test=6.0, cpu=8.0, h200=10.5, paper=16.0),
         ratio=0.3,
         # Within 5 iterations the list of blocks keeps its length, which the warm-up compiles; later ones may halve it.
