@@ -205,7 +205,7 @@ def cut_graph(edges, vertices: int, part) -> dict:
   row = {
     "edges": len(edges),
     "boundary": len(w),
-    "tree": len(w) - 1,
+    "tree": max(len(w) - 1, 0),
     "formula": linkage_graphs.graph_connectivity(edges, vertices, part),
     "gf2": binary[0] + binary[1] - binary[2],
     "reals": real[0] + real[1] - real[2],
@@ -224,8 +224,8 @@ def halves(edges, vertices: int, part, p: int):
   """Cut spaces of the two halves, joined by a tree on the boundary; and (|S|, |P|, |Q|)."""
   with_s, with_q, _ = linkage_graphs.split_graph(edges, vertices, part)
   a, b = (linkage_graphs.graph_space(e, vertices, p) for e in (with_s, with_q))
-  shared = len(linkage_graphs.boundary(edges, part)) - 1
-  return a, b, (int(part.sum()), shared, int((~part).sum()))
+  s = int(part.sum())
+  return a, b, (s, len(with_s) - s, len(edges) - s)
 
 
 def solve_in_parts(edges, vertices: int, part) -> dict:

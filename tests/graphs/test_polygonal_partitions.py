@@ -370,6 +370,12 @@ def test_squarified_is_the_published_example():
   np.testing.assert_allclose(sides, expected)
 
 
+def test_slices_turn_at_every_depth():
+  low, sides = treemaps.slice_and_dice(weighted_tree([-1, 0, 0, 1, 1], [0, 0, 1, 2, 1]))
+  np.testing.assert_allclose(low, [[0, 0], [0, 0], [0.75, 0], [0, 0], [0, 2 / 3]])
+  np.testing.assert_allclose(sides, [[1, 1], [0.75, 1], [0.25, 1], [0.75, 2 / 3], [0.75, 1 / 3]])
+
+
 @pytest.mark.parametrize("treemap", [treemaps.slice_and_dice, treemaps.squarified])
 def test_rectangular_baselines_have_exact_areas_inside_their_parents(treemap):
   for tree in experiment.random_trees(12, 30, 5):
