@@ -64,7 +64,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           paper=(2**20, 2**23),
         ),
         degree=pick(test=4.0, cpu=8.0, h200=10.0, paper=16.0),
-        walks=pick(test=2, cpu=4, h200=10),
+        walks=pick(test=2, cpu=4, h200=10, paper=10),
         queries=pick(test=16, cpu=256, h200=10_000, paper=10_000),
         steps=2,
         length=32,
