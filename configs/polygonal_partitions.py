@@ -18,7 +18,9 @@ On two shared CPU cores (252 s) it printed:
 Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
 
 The picture shows the files of an installed package; --config.data.name=directory --config.data.path=FOLDER shows any
-folder instead, --config.data.name=wordnet --config.data.path=.../data.noun the nouns of WordNet.
+folder instead, --config.data.name=wordnet --config.data.path=.../data.noun the nouns of WordNet: of its 65,218 leaves
+(depth 20, H = 29) the worst aspect is greedy 7.0, gap 12.8, angular 25.0 (squarified 1556, slices 39,008), and of the
+slack boxes the worst side ratio 9.1.
 """
 
 import ml_collections
