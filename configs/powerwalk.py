@@ -26,9 +26,9 @@ Without data.name it runs on generated graphs.
 
 Scale h200 asks 10,000 queries of R-MAT graphs of up to 10.2 M edges, n = 2^20 (generated and sorted in 3 s). Memory
 there, for a batch of 256: both orders of the edges 0.2 GB; an index of 23.6 M entries 0.3 GB; S, F, F P and the
-estimate 1.1 GB each, (n, 256) of float32; 2 GiB of messages a chunk; 2^26 visits at a time while walking, 0.9 GB and half as
-much again to sort their keys. About 9 GB in all. The accuracy parts have no seconds in them and need no GPU; each part
-of a run is kept in its folder, and a run goes on with what is missing.
+estimate 1.1 GB each, (n, 256) of float32; 2 GiB of messages a chunk; 2^26 visits at a time while walking, 0.9 GB and
+half as much again to sort their keys. About 9 GB in all. The accuracy parts have no seconds in them and need no GPU;
+each part of a run is kept in its folder, and a run goes on with what is missing.
 """
 
 import ml_collections
