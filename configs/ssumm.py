@@ -26,7 +26,7 @@ Without data.name it summarises a generated block model.
 Scale h200 goes to 10.5 M edges, five iterations as here. `scaling` is what its GPU is for: on two cores 1.26 M edges
 take 249 s in 308 rounds at 20 iterations, and of 10.5 M edges one round with the search for its last merges 119 s, 10 s
 of it in NumPy, 4.6 GiB. The curves and the sequential algorithm need none: 720 s for the curves of ego-Facebook, six
-ratios and five seeds, and 182 s for the sequential algorithm and its rivals. Parts in the folder are not measured again.
+ratios and five seeds, and 182 s for the sequential algorithm and its rivals. Parts in the folder stay as they are.
 """
 
 import ml_collections
