@@ -18,14 +18,16 @@ On two shared CPU cores (252 s) it printed:
 Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
 
 The picture shows the files of an installed package; --config.data.name=directory --config.data.path=FOLDER shows any
-folder instead.
+folder instead, --config.data.name=wordnet --config.data.path=.../data.noun the nouns of WordNet: of its 65,218 leaves
+(depth 20, H = 29) the worst aspect is greedy 7.0, gap 12.8, angular 25.0 (squarified 1556, slices 39,008), and of the
+slack boxes the worst side ratio 9.1.
 """
 
 import ml_collections
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, trees of 10^6 leaves), paper (the same as h200)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, trees of 10^5 leaves), paper (the same as h200)."""
   pick = lambda **by_scale: by_scale.get(scale, by_scale.get("h200" if scale == "paper" else "cpu", by_scale["cpu"]))
   return ml_collections.ConfigDict(
     dict(
@@ -34,12 +36,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       data=dict(
-        name="package",  # or directory
-        path=pick(test="ml_collections", cpu="numpy"),  # a package's name, or a folder
+        name="package",  # or directory, or wordnet: its nouns under their hypernyms
+        path=pick(test="ml_collections", cpu="numpy"),  # a package's name, a folder, or WordNet's data.noun
         ultrametric_points=pick(test=40, cpu=400),  # files whose byte histograms make the real ultrametric
       ),
       trees=dict(count=pick(test=12, cpu=1000), leaves=pick(test=16, cpu=60)),
-      caterpillars=pick(test=(8, 16), cpu=(15, 30, 60, 120)),
+      skewed=dict(
+        star=pick(test=12, cpu=200), levels=pick(test=8, cpu=30), caterpillars=pick(test=(4, 8), cpu=(15, 30, 60, 120))
+      ),
       slack=dict(eps=(0.5, 0.1, 0.02), dimensions=(1, 2, 3), trees=pick(test=6, cpu=200)),
       embedding=dict(
         dimensions=(2, 3),
@@ -49,8 +53,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         star=pick(test=50, cpu=2000),
       ),
       bench=dict(
-        leaves=pick(test=(50, 200), cpu=(1000, 5000, 30_000), h200=(1000, 10_000, 100_000, 1_000_000)),
-        repetitions=pick(test=1, cpu=3, h200=5),
+        leaves=pick(test=(20, 60), cpu=(1000, 5000, 30_000), h200=(1000, 10_000, 100_000)),
+        repetitions=pick(test=1, cpu=3),
       ),
     )
   )

@@ -1,6 +1,7 @@
 """Linkage: identities on random instances, graphs cut in two, a resistive network solved in parts, and throughput."""
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -8,18 +9,19 @@ import jax.numpy as jnp
 import networkx
 import numpy as np
 
-from experiments import figures, timing
+from experiments import figures, results, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.tensors import fields, linkage, linkage_baselines, linkage_graphs
-from jaxlab.tensors.linkage_baselines import bitset_minimise, numpy_minimise, to_bitset
+from jaxlab.tensors.linkage_baselines import bitset_minimise, galois_minimise, numpy_minimise, to_bitset
 
 DATA = ("networkx", "edge_list")
-HOST = ("numpy", "bitset")
+HOST = ("numpy", "bitset", "galois")
 SPLITS = ("spectral", "random")
 STYLES = {
   "numpy": "NumPy loop",
   "bitset": "loop of integer rows",
+  "galois": "loop over galois arrays",
   "batched": "one batch",
   "packed": "one batch of packed words",
 }
@@ -29,15 +31,22 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   graphs = load_graphs(config)
   for p in (*config.fields, *config.bench.fields):
     fields.check_field(p)
-  identities, network, rows = {}, {}, {}
-  for p in console.track("identities", list(config.fields)):
-    identities[p] = check_identities(p, config)
-  matroids = check_matroids(config)
+  part = functools.partial(results.part, workdir)
+  identities = {
+    p: part(f"identities.{p}", lambda p=p: check_identities(p, config))
+    for p in console.track("identities", list(config.fields))
+  }
+  matroids = part("matroids", lambda: check_matroids(config))
+  rows, network = {}, {}
   for name, graph in console.track("graphs", list(graphs.items())):
-    rows[name] = cut_graph(*graph)
-    network[name] = solve_in_parts(*graph) if len(graph[0]) <= 300 else None
-  console.say("timing")
-  speed = time_minimise(config)
+    file = name.replace(", ", ".")
+    rows[name] = part(f"cut.{file}", lambda g=graph: cut_graph(*g))
+    # Solving it whole is dense.
+    if len(graph[0]) <= 300:
+      network[name] = part(f"network.{file}", lambda g=graph: solve_in_parts(*g))
+  b, speed = config.bench, {}
+  for p, n in console.track("timing", [(p, n) for p in b.fields for n in b.sizes]):
+    speed[f"GF({p}) {n}"] = part(f"speed.{p}.{n}", lambda p=p, n=n: time_minimise(b, p, n))
   metrics = {"identities": identities, "matroids": matroids, "graphs": rows, "network": network, "speed": speed}
   files = {
     draw_graphs(rows, workdir): "Shared coordinates of two halves of a graph: boundary vertices, tree, minimum",
@@ -162,11 +171,12 @@ def load_graphs(config) -> dict:
     chosen = {name: makers[name]() for name in d.graphs}
   for split in d.splits:
     require_choice("an entry of config.data.splits", split, SPLITS)
-  result = {f"{name}, {split}": bisect(graph) for name, graph in chosen.items() for split in d.splits}
-  rng = np.random.default_rng(config.seed)
-  for name, (edges, vertices, _) in result.items():
-    if name.endswith("random"):
-      result[name] = edges, vertices, rng.random(len(edges)) < 0.5
+  rng, result = np.random.default_rng(config.seed), {}
+  for name, graph in chosen.items():
+    edges, vertices, side = bisect(graph)
+    for split in d.splits:
+      part = side if split == "spectral" else rng.random(len(edges)) < 0.5
+      result[f"{name}, {split}"] = edges, vertices, part
   return result
 
 
@@ -187,13 +197,15 @@ def cut_graph(edges, vertices: int, part) -> dict:
   w = linkage_graphs.boundary(edges, part)
   matrix = linkage_graphs.incidence(edges, vertices)
   # Rows are vertices: the rank of a column subset is that of its transpose, over far fewer columns.
-  exact = jax.jit(lambda m: linkage.rank(m.T, 2))
-  binary = [int(exact(jnp.asarray(np.abs(m), jnp.int32))) for m in (matrix * part, matrix * ~part, matrix)]
-  real = [int(np.linalg.matrix_rank(m.astype(float))) for m in (matrix * part, matrix * ~part, matrix)]
+  exact = jax.jit(lambda m: linkage.rank(m, 2))
+  sides = matrix * part, matrix * ~part, matrix
+  binary = [int(exact(fields.pack_bits(np.abs(m.T)))) for m in sides]
+  # Over the reals m m' has the rank of m: a Laplacian, small and well conditioned where m is neither.
+  real = [int(np.linalg.matrix_rank(m @ m.T, hermitian=True)) for m in (side.astype(float) for side in sides)]
   row = {
     "edges": len(edges),
     "boundary": len(w),
-    "tree": len(w) - 1,
+    "tree": max(len(w) - 1, 0),
     "formula": linkage_graphs.graph_connectivity(edges, vertices, part),
     "gf2": binary[0] + binary[1] - binary[2],
     "reals": real[0] + real[1] - real[2],
@@ -212,8 +224,8 @@ def halves(edges, vertices: int, part, p: int):
   """Cut spaces of the two halves, joined by a tree on the boundary; and (|S|, |P|, |Q|)."""
   with_s, with_q, _ = linkage_graphs.split_graph(edges, vertices, part)
   a, b = (linkage_graphs.graph_space(e, vertices, p) for e in (with_s, with_q))
-  shared = len(linkage_graphs.boundary(edges, part)) - 1
-  return a, b, (int(part.sum()), shared, int((~part).sum()))
+  s = int(part.sum())
+  return a, b, (s, len(with_s) - s, len(edges) - s)
 
 
 def solve_in_parts(edges, vertices: int, part) -> dict:
@@ -257,55 +269,59 @@ def solve_in_parts(edges, vertices: int, part) -> dict:
   }
 
 
-def time_minimise(config) -> dict:
-  """Seconds an instance, by block size: the batched form, packed words over GF(2), and the host loops.
+def time_minimise(b, p: int, n: int) -> dict:
+  """Seconds an instance with blocks of n columns: the batched form, packed words over GF(2), and the host loops.
 
-  Over GF(2) the peer keeps a row in one Python integer and adds rows by one XOR, over other fields it is NumPy.
+  Over GF(2) one peer keeps a row in one Python integer and adds rows by one XOR; over other fields it is NumPy, and
+  galois where that is installed.
   """
-  b, result = config.bench, {}
-  for p in b.fields:
-    for n in b.sizes:
-      rng = np.random.default_rng(n)
-      a, c = (rng.integers(0, p, (b.batch, n, 2 * n)) for _ in range(2))
-      few = list(zip(a[: b.host_batch], c[: b.host_batch], strict=True))
-      batched = jax.jit(jax.vmap(functools.partial(linkage.minimise_overlap, nS=n, nP=n, nQ=n, p=p)))
-      entries = [jnp.asarray(x, jnp.int32) for x in (a, c)]
-      loop = lambda f, few, *sizes: [f(x, y, *sizes) for x, y in few]
-      calls = {
-        "batched": functools.partial(batched, *entries),
-        "numpy": functools.partial(loop, numpy_minimise, few, n, n, n, p),
-      }
-      share, kept = {"batched": b.batch, "numpy": len(few)}, {"batched": np.asarray(batched(*entries)[2])}
-      if p == 2:
-        words = [pack_blocks(x, n) for x in (a, c)]
-        w = words[0].shape[-1] // 2
-        packed = jax.jit(jax.vmap(functools.partial(linkage.minimise_overlap, nS=w, nP=w, nQ=w, p=2)))
-        integers = [(to_bitset(x), to_bitset(y)) for x, y in few]
-        calls["packed"], share["packed"] = functools.partial(packed, *words), b.batch
-        calls["bitset"] = functools.partial(loop, bitset_minimise, integers, n, n, n)
-        share["bitset"], kept["packed"] = len(few), fields.unpack_bits(packed(*words)[2], n)
-      times = timing.compare(calls, repetitions=b.repetitions, warmup=1)
-      found = [calls[name]() for name in calls if name in HOST]
-      chosen = [[np.flatnonzero(mask).tolist() for mask in masks[: len(few)]] for masks in kept.values()]
-      agree = all([one[2] for one in loop] == masks for loop in found for masks in chosen)
-      each = {name: times.seconds[name] / share[name] for name in calls}
-      median = {name: float(np.median(v)) for name, v in each.items()}
-      ours, peer = (min((v for v in calls if (v in HOST) == host), key=median.get) for host in (False, True))
-      result[f"GF({p}) {n}"] = {
-        "p": p,
-        "size": n,
-        "seconds_per_instance": median,
-        "ours": ours,
-        "peer": peer,
-        "spread": np.percentile(each[peer] / each[ours], [10, 90]).tolist(),
-        "all_choose_the_same_overlap": agree,
-      }
-  return result
+  rng = np.random.default_rng(n)
+  a, c = (rng.integers(0, p, (b.batch, n, 2 * n)) for _ in range(2))
+  few = list(zip(a[: b.host_batch], c[: b.host_batch], strict=True))
 
+  def batched(*spaces, size):
+    """`chunk` instances at once, so that their intermediate spaces fit the memory."""
+    one = lambda pair: linkage.minimise_overlap(*pair, size, size, size, p)
+    run = jax.jit(lambda *spaces: jax.lax.map(one, spaces, batch_size=min(b.chunk, b.batch)))
+    return functools.partial(run, *spaces)
 
-def slope(points) -> float:
-  """The exponent of a power law through (size, seconds)."""
-  return float(np.polyfit(*np.log(np.array(points)).T, 1)[0]) if len(points) > 1 else float("nan")
+  loop = lambda f, few, *sizes: [f(x, y, *sizes) for x, y in few]
+  calls = {
+    "batched": batched(*(jnp.asarray(x, jnp.int32) for x in (a, c)), size=n),
+    "numpy": functools.partial(loop, numpy_minimise, few, n, n, n, p),
+  }
+  if p == 2:
+    words = [pack_blocks(x, n) for x in (a, c)]
+    calls["packed"] = batched(*words, size=words[0].shape[-1] // 2)
+    integers = [(to_bitset(x), to_bitset(y)) for x, y in few]
+    calls["bitset"] = functools.partial(loop, bitset_minimise, integers, n, n, n)
+  if importlib.util.find_spec("galois"):
+    import galois
+
+    calls["galois"] = functools.partial(loop, galois_minimise, few, n, n, n, galois.GF(p))
+  found = {}
+
+  def keep(name):
+    found[name] = calls[name]()
+    return found[name]
+
+  times = timing.compare({name: functools.partial(keep, name) for name in calls}, repetitions=b.repetitions, warmup=1)
+  masks = {name: np.asarray(found[name][2]) for name in calls if name not in HOST}
+  masks |= {name: fields.unpack_bits(words, n) for name, words in masks.items() if name == "packed"}
+  chosen = [[np.flatnonzero(mask).tolist() for mask in of_all[: len(few)]] for of_all in masks.values()]
+  agree = all([one[2] for one in found[name]] == kept for name in calls if name in HOST for kept in chosen)
+  each = {name: times.seconds[name] / (len(few) if name in HOST else b.batch) for name in calls}
+  median = {name: float(np.median(v)) for name, v in each.items()}
+  ours, peer = (min((v for v in calls if (v in HOST) == host), key=median.get) for host in (False, True))
+  return {
+    "p": p,
+    "size": n,
+    "seconds_per_instance": median,
+    "ours": ours,
+    "peer": peer,
+    "spread": np.percentile(each[peer] / each[ours], [10, 90]).tolist(),
+    "all_choose_the_same_overlap": agree,
+  }
 
 
 def pack_blocks(rows, n: int):
@@ -366,17 +382,16 @@ def make_claims(config, identities, matroids, rows, network, speed) -> list[Clai
       baseline=f"{sum('minimised' in r for r in rows.values())} graphs minimised",
     ),
   ]
-  solved = [n["difference"] for n in network.values() if n]
-  if solved:
-    ports, mesh = (sum(n[key] for n in network.values() if n) for key in ("ports", "star_mesh_ports"))
-    kept = min(n["singular_values"][0] for n in network.values() if n)
-    dropped = max(n["singular_values"][1] for n in network.values() if n)
+  if network:
+    ports, mesh = (sum(n[key] for n in network.values()) for key in ("ports", "star_mesh_ports"))
+    kept = min(n["singular_values"][0] for n in network.values())
+    dropped = max(n["singular_values"][1] for n in network.values())
     claims.append(
       Claim(
         "resistive networks in two parts joined at P', largest difference of a voltage",
         "V",
         "lower",
-        ours=max(solved),
+        ours=max(n["difference"] for n in network.values()),
         threshold=1e-8,
         baseline="solved whole",
         note=f"{ports} ports in all where star-mesh to the boundary needs {mesh}; singular values of the parts taken "
@@ -438,7 +453,7 @@ def draw_speed(speed, workdir: Path) -> str:
         if r["p"] == p and name in r["seconds_per_instance"]
       ]
       if points:
-        style, power = "o--" if name in HOST else "o-", f"n^{slope(points):.1f}"
+        style, power = "o--" if name in HOST else "o-", f"n^{timing.slope(*zip(*points, strict=True)):.1f}"
         axis.loglog(*zip(*points, strict=True), style, label=f"GF({p}), {label}: {power}")
   ticks = sorted({r["size"] for r in speed.values()})
   axis.set_xticks(ticks, ticks)

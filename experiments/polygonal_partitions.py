@@ -15,10 +15,18 @@ from jaxlab.core.checks import require, require_choice
 from jaxlab.graphs import polygonal_partitions as polygons
 from jaxlab.graphs import slack_boxes as boxes
 from jaxlab.graphs import treemaps
-from jaxlab.graphs.weighted_trees import Tree, binarise, is_leaf, node_depths, tree_from_sizes, weighted_tree
+from jaxlab.graphs.weighted_trees import (
+  Tree,
+  binarise,
+  is_leaf,
+  node_depths,
+  tree_from_sizes,
+  tree_from_wordnet,
+  weighted_tree,
+)
 
 BOUNDED = ("greedy", "gap", "angular")
-SOURCES = ("package", "directory")
+SOURCES = ("package", "directory", "wordnet")
 # What a node costs, against the few dozen scalar operations of a rectangle in a squarified row.
 COSTS = {
   "angular": "each cut sorts and clips a padded polygon in float64, V^2 operations",
@@ -29,21 +37,30 @@ COSTS = {
 
 def run(config, workdir: Path, cache: Path, console) -> Report:
   del cache
-  sizes, folder = file_sizes(config.data.name, config.data.path)
-  tree, names = tree_from_sizes(sizes)
-  console.say(f"{config.data.name} {config.data.path}: {len(sizes)} files, {len(names)} nodes")
-  bounds = check_bounds(config, console)
-  skewed = compare_skewed(config)
+  d = config.data
+  require_choice("config.data.name", d.name, SOURCES)
+  if d.name == "wordnet":
+    tree, names = tree_from_wordnet(d.path)
+  else:
+    sizes, folder = file_sizes(d.name, d.path)
+    tree, names = tree_from_sizes(sizes)
+  what = "nouns of WordNet" if d.name == "wordnet" else f"files of {d.path}"
+  console.say(f"{what}: {int(is_leaf(tree.parents).sum())} leaves, {len(names)} nodes")
+  part = functools.partial(results.part, workdir)
+  bounds = part("bounds", lambda: check_bounds(config, console))
+  skewed = part("skewed", lambda: compare_skewed(config))
   real, drawings = compare_real(tree)
-  slack = check_slack(config)
-  embedding = check_embeddings(config, console)
-  embedding["real"] = embed_files(config, folder, sizes)
-  speed = measure_speed(config, console)
+  real["name"] = what
+  slack = part("slack", lambda: check_slack(config))
+  embedding = part("embedding", lambda: check_embeddings(config, console))
+  if d.name != "wordnet":
+    embedding["real"] = part("embedding.real", lambda: embed_files(config, folder, sizes))
+  speed = part("speed", lambda: measure_speed(config, console))
   metrics = dict(bounds=bounds, skewed=skewed, real=real, slack=slack, embedding=embedding, speed=speed)
   files = {
     pictures.draw_treemaps(
       tree, names, drawings, real, workdir
-    ): f"Files of {config.data.path} by size, a colour per folder",
+    ): f"{what[0].upper()}{what[1:]} by weight, a colour per branch",
     pictures.draw_aspects(
       skewed, workdir
     ): "Worst aspect ratio of caterpillar trees against their height, and the bounds",
@@ -57,7 +74,6 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
 
 def file_sizes(name: str, path: str) -> tuple[dict[str, float], Path]:
   """{relative path: bytes} of all non-empty files under a package's or any folder, and that folder."""
-  require_choice("config.data.name", name, SOURCES)
   if name == "package":
     spec = importlib.util.find_spec(path) if path.isidentifier() else None
     found = spec is not None and spec.submodule_search_locations
@@ -148,9 +164,9 @@ def compare_skewed(config) -> dict:
   """The sheet's trees: lognormal weights, caterpillars with tiny sides and with sides of 0.3."""
   random = np.random.default_rng(config.seed)
   trees = {
-    "star, lognormal(6)": star(random.lognormal(0, 6, 200)),
-    "caterpillar, sides 1e-3 to 1e-9": caterpillar(10 ** -random.uniform(3, 9, 30)),
-  } | {f"caterpillar, sides 0.3, {n} levels": caterpillar(np.full(n, 0.3)) for n in config.caterpillars}
+    "star, lognormal(6)": star(random.lognormal(0, 6, config.skewed.star)),
+    "caterpillar, sides 1e-3 to 1e-9": caterpillar(10 ** -random.uniform(3, 9, config.skewed.levels)),
+  } | {f"caterpillar, sides 0.3, {n} levels": caterpillar(np.full(n, 0.3)) for n in config.skewed.caterpillars}
   rows = {}
   for name, tree in trees.items():
     height = len(binarise(tree).levels)
@@ -300,8 +316,8 @@ def measure_speed(config, console) -> dict:
     times = timing.compare(contestants, repetitions=config.bench.repetitions, warmup=1)
     speedup = {m: times.speedup(m, "squarified") for m in (*BOUNDED, "slack boxes")}
     rows[f"{leaves}"] = {"milliseconds": times.summary(), "speedup": speedup}
-  log = np.log([float(n) for n in rows])
-  slope = lambda m: float(np.polyfit(log, np.log([r["milliseconds"][m]["median"] for r in rows.values()]), 1)[0])
+  seconds = lambda m: [r["milliseconds"][m]["median"] / 1e3 for r in rows.values()]
+  slope = lambda m: timing.slope([float(n) for n in rows], seconds(m))
   return {"leaves": rows, "log_log_slope": {m: slope(m) for m in contestants}}
 
 
@@ -340,14 +356,14 @@ def make_claims(config, m: dict) -> list[Claim]:
   for method in BOUNDED:
     claims.append(
       Claim(
-        f"{method}: worst aspect, files of {config.data.path}",
+        f"{method}: worst aspect, {real['name']}",
         "diam^2/area",
         "lower",
         ours=real["aspect"][method],
         threshold=30.0,
         baseline=f"squarified {results.number(real['aspect']['squarified'])}, "
         f"slice-and-dice {results.number(real['aspect']['slice-and-dice'])}",
-        note=f"{real['leaves']} files, depth {real['depth']}, H = {real['height']}; bound {real['bound'][method]:.0f}",
+        note=f"{real['leaves']} leaves, depth {real['depth']}, H = {real['height']}; bound {real['bound'][method]:.0f}",
       )
     )
   for name, row in m["skewed"].items():
@@ -374,7 +390,7 @@ def make_claims(config, m: dict) -> list[Claim]:
   claims.append(Claim("slack boxes: volume over the least allowed", "ratio", "higher", ours=lost, threshold=1 - 1e-9))
   claims.append(
     Claim(
-      f"slack boxes, eps 0.1: worst side ratio, files of {config.data.path}",
+      f"slack boxes, eps 0.1: worst side ratio, {real['name']}",
       "ratio",
       "lower",
       ours=real["slack_side_ratio"],
@@ -385,7 +401,7 @@ def make_claims(config, m: dict) -> list[Claim]:
   growth = m["embedding"]["growth"]
   for name, rows in growth.items():
     d = int(name.split()[1])
-    slope = float(np.polyfit(np.log([float(s) for s in rows]), np.log([r["mean"] for r in rows.values()]), 1)[0])
+    slope = timing.slope([float(s) for s in rows], [r["mean"] for r in rows.values()])
     claims.append(
       Claim(
         f"distortion / LB grows as this power of log2(spread), d = {d}",

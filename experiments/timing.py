@@ -57,6 +57,11 @@ def compare(
   return Times(seconds)
 
 
+def slope(sizes, seconds) -> float:
+  """The exponent of a power law through these points, of log seconds against log sizes; NaN for fewer than two."""
+  return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]) if len(sizes) > 1 else float("nan")
+
+
 def steady(function: Callable, tree, *args, carry=None, compiler_options=None) -> Callable[[], object]:
   """A contestant `run()` that evaluates `function(tree, *args)` on the same buffers in every call.
 

@@ -1,12 +1,14 @@
 """Small models and reference code that several test files share."""
 
 import functools
+import importlib
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.console import Console
 from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from tests.conftest import QUICK_COMPILATION
@@ -71,3 +73,17 @@ def plain_attention(q, k, v, *, window=None, start=0):
   score = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, group, 2)) / q.shape[-1] ** 0.5
   weight = jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
   return jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, group, 2))
+
+
+def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
+  """The report of an experiment at test scale. Its figures are there, and a second run measures none of `measures`."""
+  config = importlib.import_module(f"configs.{name}").get_config("test")
+  experiment = importlib.import_module(f"experiments.{name}")
+  report = experiment.run(config, workdir, workdir, Console())
+  assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)
+  for measure in measures:
+    monkeypatch.setattr(experiment, measure, None)
+  again = experiment.run(config, workdir, workdir, Console())
+  # Not equal: the note of a claim may hold NaN.
+  assert [repr(claim) for claim in again.claims] == [repr(claim) for claim in report.claims]
+  return report

@@ -335,7 +335,8 @@ def _cut_level(polygons, theta, shares, depth, method):
     fill = lambda a, extra=padded - length: np.concatenate([a, np.repeat(a[:1], extra, axis=0)])
     arguments = [Polygon(*(fill(part[chunk]) for part in polygons)), fill(theta[chunk]), fill(shares[chunk])]
     result = _cut_batch(*arguments, np.float64(depth), method=method)
-    pieces.append(jax.tree.map(lambda a, n=length: np.asarray(a[:n]), result))
+    # Cut on the host: a slice of every length would be compiled.
+    pieces.append(jax.tree.map(lambda a, n=length: np.asarray(a)[:n], result))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 

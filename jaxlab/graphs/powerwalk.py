@@ -12,12 +12,11 @@ all queries of a batch share every pass over the edges (VERD), and the fingerpri
 
 A vertex without out-edges gets a self-loop: P does not depend on the source. Arrays are vertex-major: F[v, query].
 
-  graph = powerwalk.walk_graph(common.load("edge_list", path="wiki-Vote.txt", directed=True))
-  index = powerwalk.build_index(graph, jax.random.key(0), walks=100)
+  graph = fingerprints.walk_graph(common.load("edge_list", path="wiki-Vote.txt", directed=True))
+  index = fingerprints.build_index(graph, jax.random.key(0), walks=100)
   ids, scores = powerwalk.top_k(sources, graph, index, steps=2, k=100)
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -26,68 +25,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.common import Graph
+from jaxlab.graphs.fingerprints import RESET, Index, WalkGraph, check_sources
 
 PRUNE = ("none", "drop", "hold")
-NORMS = ("self_norm", "unbiased")
-RESET = 0.15
-# Below this many vertices counts are a dense matrix (a block of origins at a time); above, sorted pairs.
-_DENSE = 16384
-# Messages (entries x queries) written out at once on a CPU, where they should stay in cache; elsewhere 64 times more.
+# Messages (entries x queries) written out at once on a CPU, where they should stay in cache; elsewhere 256 times more,
+# 2 GiB: every chunk is a pass over the sums.
 _MESSAGES = 2**21
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WalkGraph:
-  """Out-edges by source for walks, in-edges by target for steps.
-
-  Attributes:
-    offsets, targets: out-neighbours of v are targets[offsets[v] : offsets[v + 1]]; degree their number, never 0.
-    in_sources, in_targets: the same edges sorted by target.
-  """
-
-  offsets: Int[Array, "nodes_plus_1"]
-  targets: Int[Array, "edges"]
-  degree: Int[Array, "nodes"]
-  in_sources: Int[Array, "edges"]
-  in_targets: Int[Array, "edges"]
-  nodes: int = dataclasses.field(metadata=dict(static=True))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Index:
-  """Fingerprints as a sparse matrix: values[i] estimates p_{origins[i]}(visited[i]); sorted by visited.
-
-  Zeros at the end fill it up to one of few lengths, so that a query compiles for few shapes.
-  """
-
-  origins: Int[Array, "entries"]
-  visited: Int[Array, "entries"]
-  values: Float[Array, "entries"]
-  nodes: int = dataclasses.field(metadata=dict(static=True))
-
-  @property
-  def bytes(self) -> int:
-    """8 an entry: an id and a float32."""
-    return 8 * int(jnp.count_nonzero(self.values))
-
-
-def walk_graph(graph: Graph) -> WalkGraph:
-  """Both directions of undirected edges; a self-loop for every vertex without out-edges."""
-  edges = graph.edges if graph.directed else np.concatenate([graph.edges, graph.edges[:, ::-1]])
-  out = np.bincount(edges[:, 0], minlength=graph.nodes)
-  dangling = np.flatnonzero(out == 0).astype(np.int32)
-  edges = np.concatenate([edges, np.stack([dangling, dangling], axis=1)])
-  by_source = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
-  by_target = edges[np.lexsort((edges[:, 0], edges[:, 1]))]
-  degree = np.bincount(edges[:, 0], minlength=graph.nodes)
-  array = lambda x: jnp.asarray(x, jnp.int32)
-  offsets = np.concatenate([[0], np.cumsum(degree)])
-  return WalkGraph(
-    array(offsets), array(by_source[:, 1]), array(degree), array(by_target[:, 0]), array(by_target[:, 1]), graph.nodes
-  )
+# Vertices of a group whose best alone competes for a place among the k best.
+_GROUP = 128
 
 
 def spmm(
@@ -111,7 +56,7 @@ def spmm(
     product = jnp.where(product < floor, 0, product)
     return total.at[t].add(product, indices_are_sorted=True), None
 
-  messages = _MESSAGES if jax.default_backend() == "cpu" else 64 * _MESSAGES
+  messages = _MESSAGES if jax.default_backend() == "cpu" else 256 * _MESSAGES
   chunk = min(max(messages // flow.shape[1], 1), max(len(sources), 1))
   empty = -len(sources) % chunk
   pad = lambda x, value: jnp.pad(x, (0, empty), constant_values=value).reshape(-1, chunk)
@@ -239,37 +184,60 @@ def top_k(
   Raises:
     InputError: a source that is no vertex, or k or batch outside their ranges.
   """
+  return _in_batches(lambda part: query(part, graph, index, **options), sources, graph, k=k, batch=batch)
+
+
+def exact_top_k(
+  sources: Int[np.ndarray, "queries"], graph: WalkGraph, *, k: int, iterations: int = 150, batch: int = 256
+) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+  """`top_k` by power iteration.
+
+  Raises:
+    InputError: as `top_k`.
+  """
+  return _in_batches(lambda part: exact(part, graph, iterations=iterations), sources, graph, k=k, batch=batch)
+
+
+def _in_batches(answer, sources, graph, *, k, batch):
   sources = check_sources(sources, graph)
   require(1 <= k <= graph.nodes, f"k is {k}; it must lie in 1..{graph.nodes}, the number of vertices")
   require(batch >= 1, f"batch is {batch}; it must be at least 1")
-  padded = np.pad(sources, (0, -len(sources) % batch))
-  parts = [_top(query(jnp.asarray(b), graph, index, **options), k=k) for b in padded.reshape(-1, batch)]
+  padded = np.pad(sources, (0, -len(sources) % batch)).reshape(-1, batch)
+  parts = [largest(answer(jnp.asarray(part)), k=k) for part in padded]
   scores, ids = (np.concatenate([np.asarray(p[i]) for p in parts])[: len(sources)] for i in (0, 1))
   return ids, scores
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _top(estimate, *, k):
-  return jax.lax.top_k(estimate.T, k)
+def largest(
+  estimate: Float[Array, "nodes queries"], *, k: int
+) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
+  """`jax.lax.top_k` of the columns, exact to the order of ties, in one pass over a large estimate.
+
+  Of groups of neighbouring ids the k with the largest maxima hold the k largest entries: each group that has one of
+  those entries has a maximum as large, and of equal maxima the group of smaller ids comes first. A sort of k groups
+  replaces one of all vertices.
+  """
+  nodes, queries = estimate.shape
+  groups = -(-nodes // _GROUP)
+  if groups <= k:
+    return jax.lax.top_k(estimate.T, k)
+  grouped = jnp.pad(estimate, ((0, groups * _GROUP - nodes), (0, 0)), constant_values=-jnp.inf)
+  grouped = grouped.reshape(groups, _GROUP, queries)
+  chosen = jnp.sort(jax.lax.top_k(grouped.max(axis=1).T, k)[1], axis=1)
+  candidates = grouped[chosen, :, jnp.arange(queries)[:, None]].reshape(queries, k * _GROUP)
+  scores, place = jax.lax.top_k(candidates, k)
+  return scores, jnp.take_along_axis(chosen, place // _GROUP, axis=1) * _GROUP + place % _GROUP
 
 
-def check_sources(sources, graph: WalkGraph) -> Int[np.ndarray, "queries"]:
-  """The sources as int32, refused unless all are vertices."""
-  sources = np.asarray(sources, np.int32)
-  require(
-    sources.ndim == 1 and len(sources) > 0, f"sources have shape {sources.shape}; give a non-empty list of vertices"
-  )
-  low, high = int(sources.min()), int(sources.max())
-  require(low >= 0 and high < graph.nodes, f"sources lie in {low}..{high}; vertices are 0..{graph.nodes - 1}")
-  return sources
-
-
-@functools.partial(jax.jit, static_argnames=("iterations", "reset", "dtype"))
+@functools.partial(jax.jit, static_argnames=("reset", "dtype"))
 def exact(
   sources: Int[Array, "queries"], graph: WalkGraph, *, iterations: int = 150, reset: float = RESET, dtype=jnp.float32
 ) -> Float[Array, "nodes queries"]:
-  """Power iteration: S after `iterations` steps, normalised remainder left out (0.85^150 = 2.6e-11)."""
-  return decompose(sources, graph, steps=iterations, reset=reset, dtype=dtype)[0]
+  """Power iteration: p <- c e_u + (1 - c) p P from e_u, which is S + F after as many steps (0.85^150 = 2.6e-11)."""
+  columns = jnp.arange(len(sources))
+  sweep = lambda _, p: step((1 - reset) * p, graph).at[sources, columns].add(reset)
+  return jax.lax.fori_loop(0, iterations, sweep, one_hot(sources, graph.nodes, dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "reset"))
@@ -289,142 +257,12 @@ def backward(
   return jax.lax.fori_loop(0, steps, sweep, estimate)
 
 
-def walks(
-  key: jax.Array, graph: WalkGraph, origins: Int[Array, "walkers"], *, length: int, reset: float = RESET
-) -> tuple[Int[Array, "length walkers"], Bool[Array, "length walkers"]]:
-  """One walk from every origin: (position, alive) at its 1st .. length-th visit; the origin is the first.
-
-  A walker stops with probability c before each move; stopped, it stays where it is with alive = False. The last row of
-  positions is where a walk ended.
-  """
-
-  def move(carry, key):
-    position, alive = carry
-    stop, choose = jax.random.split(key)
-    alive &= jax.random.uniform(stop, position.shape) >= reset
-    degree = graph.degree[position]
-    hop = (jax.random.uniform(choose, position.shape) * degree).astype(jnp.int32)
-    there = graph.targets[graph.offsets[position] + jnp.minimum(hop, degree - 1)]
-    position = jnp.where(alive, there, position)
-    return (position, alive), (position, alive)
-
-  start = origins.astype(jnp.int32), jnp.ones(origins.shape, bool)
-  _, rest = jax.lax.scan(move, start, jax.random.split(key, length - 1))
-  return tuple(jnp.concatenate([a[None], b]) for a, b in zip(start, rest, strict=True))
-
-
-@functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset"))
-def dense_visits(
-  key: jax.Array,
-  graph: WalkGraph,
-  origins: Int[Array, "origins"],
-  *,
-  per_origin: int,
-  length: int,
-  reset: float = RESET,
-) -> Float[Array, "origins nodes"]:
-  """Visits of `per_origin` walks from each origin, counted in a matrix (float32: no 16-bit overflow)."""
-  walkers = jnp.repeat(jnp.arange(len(origins)), per_origin)
-  position, alive = walks(key, graph, origins[walkers], length=length, reset=reset)
-  counts = jnp.zeros((len(origins), graph.nodes))
-  add = lambda counts, visit: (counts.at[walkers, visit[0]].add(visit[1]), None)
-  return jax.lax.scan(add, counts, (position, alive.astype(jnp.float32)))[0]
-
-
-@functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset"))
-def sorted_visits(
-  key: jax.Array,
-  graph: WalkGraph,
-  origins: Int[Array, "origins"],
-  *,
-  per_origin: int,
-  length: int,
-  reset: float = RESET,
-) -> tuple[Int[Array, "visits"], Int[Array, "visits"], Int[Array, "visits"]]:
-  """The same visits as (row of the origin, vertex, count), sorted, for graphs too large for a matrix.
-
-  The count stands at the first place of its (row, vertex) and is 0 at the others; so are all of stopped walkers.
-  """
-  walkers = jnp.repeat(jnp.arange(len(origins), dtype=jnp.int32), per_origin)
-  position, alive = walks(key, graph, origins[walkers], length=length, reset=reset)
-  row = jnp.where(alive, walkers[None], len(origins)).reshape(-1)
-  row, vertex = jax.lax.sort((row, position.reshape(-1)), num_keys=2, is_stable=False)
-  first = jnp.concatenate([jnp.array([True]), (row[1:] != row[:-1]) | (vertex[1:] != vertex[:-1])])
-  run = jnp.cumsum(first) - 1
-  size = jax.ops.segment_sum(jnp.ones_like(row), run, num_segments=len(row), indices_are_sorted=True)
-  return row, vertex, jnp.where(first & (row < len(origins)), size[run], 0)
-
-
-def build_index(
-  graph: WalkGraph,
-  key: jax.Array,
-  *,
-  walks: int,
-  length: int = 64,
-  cap: int = 1024,
-  norm: str = "self_norm",
-  reset: float = RESET,
-  origins: Int[np.ndarray, "origins"] | None = None,
-  block: int = 0,
-) -> Index:
-  """Fingerprints of every vertex by full-path Monte Carlo: all visits of R walks count, not only their ends.
-
-  Args:
-    walks, length: R, and the most visits a walk makes (64 loses 3e-5 of the mass; the published code stops at 10).
-    cap: entries kept a vertex, the largest; with "self_norm" what is kept is normalised again.
-    norm: "self_norm" visits / total visits; "unbiased" c visits / R.
-    origins: the vertices to index (hubs); None: all.
-    block: origins walked at once; 0 picks.
-
-  Raises:
-    InputError: walks, length or cap below 1, or an unknown norm.
-  """
-  require(walks >= 1 and length >= 1 and cap >= 1, f"walks={walks}, length={length}, cap={cap} must all be at least 1")
-  require_choice("norm", norm, NORMS)
-  origins = np.arange(graph.nodes, dtype=np.int32) if origins is None else check_sources(origins, graph)
-  block = min(block or max(2**22 // (walks * length), 16), len(origins))
-  dense = graph.nodes <= _DENSE
-  parts = []
-  for i, start in enumerate(range(0, len(origins), block)):
-    chosen = origins[start : start + block]
-    count = len(chosen)
-    chosen = jnp.asarray(np.pad(chosen, (0, block - count)))
-    options = dict(per_origin=walks, length=length, reset=reset)
-    if dense:
-      counts = np.asarray(dense_visits(jax.random.fold_in(key, i), graph, chosen, **options))[:count]
-      row, vertex = np.nonzero(counts)
-      parts.append((origins[start + row], vertex, counts[row, vertex]))
-    else:
-      row, vertex, size = (np.asarray(x) for x in sorted_visits(jax.random.fold_in(key, i), graph, chosen, **options))
-      real = (size > 0) & (row < count)
-      parts.append((origins[start + row[real]], vertex[real], size[real]))
-  origin, vertex, count = (np.concatenate([p[i] for p in parts]) for i in range(3))
-  # The largest of each origin first, ties by id.
-  order = np.lexsort((vertex, -count, origin))
-  origin, vertex, count = origin[order], vertex[order], count[order].astype(np.float64)
-  starts = np.concatenate([[0], np.cumsum(np.bincount(origin, minlength=graph.nodes))])
-  kept = np.arange(len(origin)) - starts[origin] < cap
-  origin, vertex, count = origin[kept], vertex[kept], count[kept]
-  total = np.bincount(origin, count, minlength=graph.nodes)
-  values = count / total[origin] if norm == "self_norm" else reset * count / walks
-  return make_index(graph.nodes, origin, vertex, values)
-
-
-def make_index(nodes: int, origins, visited, values, dtype=jnp.float32) -> Index:
-  """An index from any list of entries."""
-  order = np.lexsort((origins, visited))
-  granule = max(2 ** (len(order).bit_length() - 3), 256)
-  empty = (0, -len(order) % granule)
-  array = lambda x, dtype, fill: jnp.asarray(np.pad(np.asarray(x)[order], empty, constant_values=fill), dtype)
-  return Index(array(origins, jnp.int32, 0), array(visited, jnp.int32, nodes - 1), array(values, dtype, 0), nodes)
-
-
 def quality(
   estimate: Float[Array, "nodes queries"], truth: Float[Array, "nodes queries"], *, k: int
 ) -> dict[str, Float[Array, "queries"]]:
   """L1 error, precision@k, RAG@k (true PPR of the returned k over that of the best k), NDCG@k; by query."""
-  found = jax.lax.top_k(estimate.T, k)[1]
-  best, ideal = jax.lax.top_k(truth.T, k)
+  found = largest(estimate, k=k)[1]
+  best, ideal = largest(truth, k=k)
   gain = jnp.take_along_axis(truth.T, found, axis=1)
   discount = 1 / jnp.log2(jnp.arange(k) + 2.0)
   hits = (found[:, :, None] == ideal[:, None, :]).any(axis=2)
@@ -438,13 +276,22 @@ def quality(
 
 def work(sources: Int[Array, "queries"], graph: WalkGraph, index: Index | None, *, steps: int) -> dict[str, float]:
   """Mean edge traversals, index entries touched and active vertices at the end, of a query without pruning."""
-  active = one_hot(jnp.asarray(sources), graph.nodes)
-  edges = 0.0
-  for _ in range(steps):
-    edges += float((active * graph.degree[:, None]).sum()) / len(sources)
-    active = (step(active, graph) > 0).astype(jnp.float32)
-  rows = jnp.zeros(graph.nodes)
+  active, edges = (np.asarray(x, np.float64) for x in _active(jnp.asarray(sources), graph, jnp.int32(steps)))
+  entries = np.zeros(graph.nodes)
   if index is not None:
-    rows = rows.at[index.origins].add(index.values > 0)
-  touched = float((active * rows[:, None]).sum()) / len(sources)
-  return {"edges": edges, "entries": touched, "active": float(active.sum()) / len(sources)}
+    entries += np.bincount(np.asarray(index.origins)[np.asarray(index.values) > 0], minlength=graph.nodes)
+  count = len(sources)
+  return {"edges": edges / count, "entries": active @ entries / count, "active": active.sum() / count}
+
+
+@jax.jit
+def _active(sources, graph, steps):
+  """(queries whose flow is at each vertex after the steps, edges they have gone along)."""
+
+  def body(_, carry):
+    flow, edges = carry
+    edges = edges + jnp.sum((flow > 0) * graph.degree[:, None], dtype=jnp.float32)
+    return (step(flow, graph) > 0).astype(jnp.float32), edges
+
+  flow, edges = jax.lax.fori_loop(0, steps, body, (one_hot(sources, graph.nodes), jnp.float32(0)))
+  return jnp.sum(flow, axis=1), edges

@@ -13,7 +13,8 @@ import scipy.sparse
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.graphs.powerwalk import RESET, WalkGraph, one_hot, step, walks
+from jaxlab.graphs.fingerprints import RESET, WalkGraph, walks
+from jaxlab.graphs.powerwalk import one_hot, step
 
 
 def transition(graph: WalkGraph) -> scipy.sparse.csr_array:
@@ -28,14 +29,15 @@ def transition(graph: WalkGraph) -> scipy.sparse.csr_array:
 def scipy_power(
   sources: Int[np.ndarray, "queries"], transposed: scipy.sparse.csr_array, *, iterations: int, reset: float = RESET
 ) -> Float[np.ndarray, "nodes queries"]:
-  """Power iteration of a batch with scipy's sparse product; `transposed` is P^T as CSR, in the wished precision."""
-  flow = np.zeros((transposed.shape[0], len(sources)), transposed.dtype)
-  flow[sources, np.arange(len(sources))] = 1
-  total = np.zeros_like(flow)
+  """`powerwalk.exact` of a batch with scipy's sparse product; `transposed` is P^T as CSR, in the wished precision."""
+  scaled = transposed * transposed.dtype.type(1 - reset)
+  columns = np.arange(len(sources))
+  p = np.zeros((transposed.shape[0], len(sources)), transposed.dtype)
+  p[sources, columns] = 1
   for _ in range(iterations):
-    total += reset * flow
-    flow = (1 - reset) * (transposed @ flow)
-  return total
+    p = scaled @ p
+    p[sources, columns] += reset
+  return p
 
 
 @functools.partial(jax.jit, static_argnames=("per_source", "length", "reset"))

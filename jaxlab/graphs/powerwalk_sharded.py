@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.powerwalk import RESET, Index, WalkGraph, spmm
+from jaxlab.graphs.fingerprints import RESET, Index, WalkGraph
+from jaxlab.graphs.powerwalk import spmm
 
 
 @jax.tree_util.register_dataclass

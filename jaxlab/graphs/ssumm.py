@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.graphs import summary as summaries
-from jaxlab.graphs.common import Graph
+from jaxlab.graphs.common import Graph, sorted_pairs
 from jaxlab.graphs.summary import Summary
 
 ERRORS = ("re1", "re2")
@@ -80,15 +80,14 @@ def initial_state(graph: Graph, *, error: str = "re1", drop: bool = True) -> Sta
   require_choice("error", error, ERRORS)
   require(not graph.directed, "SSumM summarises undirected graphs; load the graph with directed=False")
   require(graph.nodes >= 2 and len(graph.edges) > 0, "SSumM needs a graph with at least one edge")
-  both = np.concatenate([graph.edges, graph.edges[:, ::-1]])
-  both = both[np.lexsort(both.T[::-1])]
+  both = sorted_pairs(*graph.arcs(), graph.nodes)
   # Few distinct lengths, few shapes to compile.
-  empty = -len(both) % _GRANULE
-  ends = np.pad(both, ((0, empty), (0, 0)), constant_values=graph.nodes)
-  used = jnp.arange(len(ends)) < len(both)
+  empty = -len(both[0]) % _GRANULE
+  source, target = (jnp.asarray(np.pad(x, (0, empty), constant_values=graph.nodes), jnp.int32) for x in both)
+  used = source < graph.nodes
   ids = jnp.arange(graph.nodes, dtype=jnp.int32)
   return State(
-    ids, jnp.ones_like(ids), jnp.asarray(ends[:, 0]), jnp.asarray(ends[:, 1]), used.astype(jnp.int32), used,
+    ids, jnp.ones_like(ids), source, target, used.astype(jnp.int32), used,
     jnp.int32(graph.nodes), jnp.int32(1), graph.nodes, error, drop,
   )  # fmt: skip
 
@@ -392,30 +391,36 @@ def _grouping(state, key, ends, hashes, max_group, groups, rng):
 
 def _rounds(state, group, key, theta, budget, share, fail_rule):
   """Merges in all groups until each has failed as often as it may, or the budget is met."""
-  members = np.bincount(group, minlength=state.nodes + 1)
-  limit, fails = fail_limit(members, fail_rule), np.zeros(state.nodes + 1, np.int64)
-  group, step = jnp.asarray(group), 0
-  while True:
+  limit = fail_limit(np.bincount(group, minlength=state.nodes + 1), fail_rule).astype(np.int32)
+  state, parent, score, met = _merge_rounds(state, group, limit, key, theta, budget, share)
+  return _last_merges(state, np.asarray(parent), np.asarray(score), budget) if met else state
+
+
+@jax.jit
+def _merge_rounds(state, group, limit, key, theta, budget, share):
+  """(state, parent, score, met): met if merging `parent` into that state would meet the budget."""
+  n = state.nodes
+  ids = jnp.arange(n, dtype=jnp.int32)
+
+  def body(carry):
+    state, group, fails, step, *_ = carry
     parent, score, merged = propose(state, group, jax.random.fold_in(key, step), theta, share)
-    step += 1
-    successor = _merge(state, parent)
-    if float(_bits(successor)) <= budget:
-      return _last_merges(state, parent, score, budget)
-    state = successor
-    ids = np.asarray(group)
-    success = np.zeros(state.nodes + 1, bool)
-    success[ids[np.asarray(merged)]] = True
-    fails = np.where(success, 0, fails + 1)
-    ids = np.where((np.asarray(state.size) > 0) & (fails[ids] < limit[ids]), ids, state.nodes)
-    ids = np.where(np.bincount(ids, minlength=state.nodes + 1)[ids] > 1, ids, state.nodes).astype(np.int32)
-    if (ids == state.nodes).all():
-      return state
-    group = jnp.asarray(ids)
+    successor = merge(state, parent)
+    met = state_bits(successor) <= budget
+    success = jnp.zeros(n + 1, bool).at[group].max(merged)
+    fails = jnp.where(success, 0, fails + 1)
+    group = jnp.where((successor.size > 0) & (fails < limit)[group], group, n)
+    alone = jnp.bincount(group, length=n + 1)[group] < 2
+    state = jax.tree.map(functools.partial(jnp.where, met), state, successor)
+    return state, jnp.where(alone, n, group), fails, step + 1, parent, score, met
+
+  start = state, group, jnp.zeros(n + 1, jnp.int32), 0, ids, jnp.zeros(n), jnp.bool_(False)
+  state, _, _, _, parent, score, met = jax.lax.while_loop(lambda c: ~c[-1] & (c[1] < n).any(), body, start)
+  return state, parent, score, met
 
 
 def _last_merges(state, parent, score, budget):
   """The fewest of the round's merges, best first, that meet the budget (found by halving)."""
-  score, parent = np.asarray(score), np.asarray(parent)
   order = np.argsort(-score, kind="stable")[: int((score > -np.inf).sum())]
 
   def first(count):

@@ -191,8 +191,8 @@ def _groups(state, graph, rng, hashes, max_group):
   for column in columns:
     rank = rng.permutation(state.nodes)
     node = rank.copy()
-    for u, v in (graph.edges.T, graph.edges.T[::-1]):
-      np.minimum.at(node, u, rank[v])
+    u, v = graph.arcs()
+    np.minimum.at(node, u, rank[v])
     np.minimum.at(column, labels, node)
   found = ssumm.candidate_groups(columns, max_size=max_group, rng=rng)
   parts = np.split(np.argsort(found, kind="stable"), np.cumsum(np.bincount(found))[:-1])

@@ -6,6 +6,7 @@ range of one sorted array, and a whole generation of ranges is handled at once i
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,37 @@ def tree_from_sizes(sizes: Mapping[str, float]) -> tuple[Tree, list[str]]:
       at = index[name]
     weights[at] = size
   return weighted_tree(parents, weights), names
+
+
+def tree_from_wordnet(path: str | Path) -> tuple[Tree, list[str]]:
+  """The nouns of WordNet's data.noun, each under its first hypernym, weight 1 a leaf; names as `tree_from_sizes`.
+
+  A line is "offset file type words(hex) word id ... pointers symbol offset pos ends ... | gloss"; indented ones are the
+  licence. "@" points to a hypernym, "@i" to what the noun is an instance of.
+
+  Raises:
+    InputError: no such file, a line of another form, or hypernyms that go round in a circle.
+  """
+  path = Path(path)
+  require(path.is_file(), f"no file {str(path)!r}; give the path of WordNet's data.noun (Debian: wordnet-base)")
+  words, below = {}, {}
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if line.startswith(" "):
+      continue
+    try:
+      fields = line.split("|")[0].split()
+      pointers = fields[5 + 2 * int(fields[3], 16) :]
+      words[fields[0]] = fields[4]
+    except (IndexError, ValueError):
+      require(False, f"{path}, line {number}: {line[:40]!r} is no entry of data.noun")
+    above = (target for symbol, target in zip(pointers[::4], pointers[1::4], strict=False) if symbol in ("@", "@i"))
+    below.setdefault(next(above, ""), []).append(fields[0])
+  parents, names, queue = [-1], [""], [""]
+  for at, offset in enumerate(queue):
+    for child in below.get(offset, ()):
+      queue.append(child), parents.append(at), names.append(f"{names[at]}/{words[child]}".strip("/"))
+  require(len(queue) == len(words) + 1, f"{path}: hypernyms of {len(words) + 1 - len(queue)} nouns lead to no root")
+  return weighted_tree(parents, np.ones(len(parents))), names
 
 
 def check_parents(parents: Int[np.ndarray, "nodes"]) -> None:

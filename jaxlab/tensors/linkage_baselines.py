@@ -104,6 +104,33 @@ def bitset_minimise(a: list[int], b: list[int], nS: int, nP: int, nQ: int):
   return small_a, small_b, kept
 
 
+def galois_minimise(a, b, nS: int, nP: int, nQ: int, field):
+  """`numpy_minimise` by the null spaces of the galois package; `field` is galois.GF(p).
+
+  Rows that vanish on some columns are those of its left null space on these columns.
+  """
+  a, b = field(a), field(b)
+  vanish = lambda m, columns: m[:, columns].left_null_space() @ m
+  stack = lambda *rows: np.vstack(rows).view(field)
+  on = lambda lo, n: np.arange(lo, lo + n)
+
+  def pivots(m, order):
+    reduced = m[:, order].row_reduce()
+    return [order[int(np.flatnonzero(row)[0])] for row in reduced if row.any()]
+
+  c_a, c_b = vanish(a, on(0, nS))[:, nS:], vanish(b, on(nP, nQ))[:, :nP]
+  v1 = stack(a, np.pad(c_b, ((0, 0), (nS, 0))))
+  v2 = stack(b, np.pad(c_a, ((0, 0), (0, nQ))))
+  first, second = v1[:, nS:], v2[:, :nP]
+  both = stack(first, second).left_null_space()[:, : len(first)] @ first
+  into = lambda v, part: stack(part, both).left_null_space()[:, : len(v)] @ v
+  v1, v2 = into(v1, first), into(v2, second)
+  t_c = pivots(stack(c_a, c_b), list(range(nP)))
+  kept = pivots(both, [*t_c, *(j for j in range(nP) if j not in t_c)])[len(t_c) :]
+  small_a, small_b = vanish(v1, [nS + j for j in t_c]), vanish(v2, t_c)
+  return small_a[:, [*range(nS), *(nS + j for j in kept)]], small_b[:, [*kept, *range(nP, nP + nQ)]], kept
+
+
 def solve_by_star_mesh(
   edges, vertices: int, part, conductance: Float[np.ndarray, "E"], source: Float[np.ndarray, "E"]
 ) -> tuple[Float[np.ndarray, "E"], int]:

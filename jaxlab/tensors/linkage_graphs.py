@@ -90,7 +90,8 @@ def split_graph(edges, vertices: int, part: Shaped[np.ndarray, "E"]):
   """Two graphs on the same vertices with the path over W as shared edges, and how many of them are in excess of lambda.
 
   Returns:
-    (edges of S then P, edges of P then Q, |W| - 1 - lambda = c_S + c_Q - 1 - c): 0 iff both sides are connected.
+    (edges of S then P, edges of P then Q, the excess |P| - lambda = c_S + c_Q - 1 - c). |P| = |W| - 1 unless W is
+    empty; the excess is 0 for a connected graph iff both sides are connected.
   """
   edges, part = check_edges(edges, vertices), np.asarray(part, bool)
   require(len(part) == len(edges), f"part has {len(part)} entries for {len(edges)} edges")

@@ -62,3 +62,33 @@ def test_generated_graphs_are_simple_and_shaped_as_asked():
   assert len(common.load("karate").edges) == 78 and len(common.load("karate", directed=True).edges) == 156
   for g in (graph, hubs, common.load("barabasi_albert", nodes=50, degree=3)):
     assert (g.edges[:, 0] < g.edges[:, 1]).all() and len(np.unique(g.edges, axis=0)) == len(g.edges)
+
+
+def test_rmat_falls_through_the_quadrants():
+  """Every level's quadrant by the cumulative probabilities in float64, from the same draws."""
+  rng = np.random.default_rng(3)
+  ends = np.zeros((2, 4000), int)
+  for _ in range(6):
+    quadrant = np.searchsorted(np.cumsum([0.57, 0.19, 0.19, 0.05])[:3], rng.random(4000, np.float32))
+    ends = 2 * ends + np.stack([quadrant // 2, quadrant % 2])
+  u, v = rng.permutation(64)[ends]
+  graph = common.rmat(64, 4000, directed=True, seed=3)
+  assert set(map(tuple, graph.edges.tolist())) == {
+    (a, b) for a, b in zip(u.tolist(), v.tolist(), strict=True) if a != b
+  }
+  bounds = common._floor_float32(np.array([0.1, 0.5, 0.3, 1 / 3]))
+  assert (bounds <= [0.1, 0.5, 0.3, 1 / 3]).all() and (
+    np.nextafter(bounds, np.float32(1)) > [0.1, 0.5, 0.3, 1 / 3]
+  ).all()
+
+
+def test_arcs_are_edges_both_ways_unless_directed():
+  pairs = [(2, 0), (1, 2)]
+  arcs = lambda directed: set(
+    zip(*map(np.ndarray.tolist, common.make(3, pairs, directed=directed).arcs()), strict=True)
+  )
+  assert arcs(True) == {(2, 0), (1, 2)} and arcs(False) == {(0, 2), (2, 0), (1, 2), (2, 1)}
+  assert [x.tolist() for x in common.sorted_pairs(np.array([2, 0, 2]), np.array([1, 3, 0]), 4)] == [
+    [0, 2, 2],
+    [3, 0, 1],
+  ]

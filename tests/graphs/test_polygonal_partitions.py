@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import scipy.cluster.hierarchy
 import scipy.optimize
+import scipy.spatial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.polygonal_partitions import get_config
 from experiments import polygonal_partitions as experiment
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import polygonal_partitions as polygons
 from jaxlab.graphs import slack_boxes as boxes
@@ -22,8 +21,10 @@ from jaxlab.graphs.weighted_trees import (
   is_leaf,
   node_depths,
   tree_from_sizes,
+  tree_from_wordnet,
   weighted_tree,
 )
+from tests.common import run_and_continue
 
 BOUNDED = ("greedy", "gap", "angular")
 
@@ -325,7 +326,7 @@ def test_small_ultrametrics_against_brute_force():
     assert bound == pytest.approx(n - 1) == boxes.distortion(points, equilateral(n))
   tree, random = equilateral(4), np.random.default_rng(0)
   starts = [random.normal(size=8) for _ in range(3)]
-  value = lambda x: boxes.distortion(x.reshape(4, 2), tree)
+  value = lambda x: (lambda far: far.max() / far.min())(scipy.spatial.distance.pdist(x.reshape(4, 2)))
   best = min(scipy.optimize.minimize(value, x, method="Nelder-Mead").fun for x in starts)
   points, bound = boxes.embed_ultrametric(tree, dimensions=2)
   assert best == pytest.approx(math.sqrt(2), rel=1e-2)
@@ -369,6 +370,12 @@ def test_squarified_is_the_published_example():
   np.testing.assert_allclose(sides, expected)
 
 
+def test_slices_turn_at_every_depth():
+  low, sides = treemaps.slice_and_dice(weighted_tree([-1, 0, 0, 1, 1], [0, 0, 1, 2, 1]))
+  np.testing.assert_allclose(low, [[0, 0], [0, 0], [0.75, 0], [0, 0], [0, 2 / 3]])
+  np.testing.assert_allclose(sides, [[1, 1], [0.75, 1], [0.25, 1], [0.75, 2 / 3], [0.75, 1 / 3]])
+
+
 @pytest.mark.parametrize("treemap", [treemaps.slice_and_dice, treemaps.squarified])
 def test_rectangular_baselines_have_exact_areas_inside_their_parents(treemap):
   for tree in experiment.random_trees(12, 30, 5):
@@ -395,10 +402,34 @@ def test_paths_make_a_tree():
   assert picture.startswith("<svg") and picture.count("<polygon") == 5
 
 
-def test_experiment_reports_claims_and_figures(tmp_path):
-  report = experiment.run(get_config("test"), tmp_path, tmp_path, Console())
+def test_nouns_hang_under_their_first_hypernym(tmp_path):
+  """Two hypernyms: the first; an instance; two words, the first; a pointer to a verb; the licence's lines."""
+  file = tmp_path / "data.noun"
+  file.write_text(
+    "  1 This is the licence.\n"
+    "00000001 03 n 01 entity 0 001 ~ 00000002 n 0000 | all\n"
+    "00000002 03 n 02 thing 0 item 1 002 + 00000009 v 0101 @ 00000001 n 0000 | a | thing\n"
+    "00000003 03 n 01 place 0 001 @ 00000001 n 0000 | where\n"
+    "00000004 15 n 01 Rome 0 002 @i 00000003 n 0000 @ 00000002 n 0000 | a city\n"
+    "00000005 06 n 01 stone 0 002 @ 00000002 n 0000 @ 00000003 n 0000 | hard\n"
+  )
+  tree, names = tree_from_wordnet(file)
+  weights = dict(zip(names, tree.weights.tolist(), strict=True))
+  assert weights == {
+    "": 2, "entity": 2, "entity/thing": 1, "entity/place": 1, "entity/thing/stone": 1, "entity/place/Rome": 1
+  }  # fmt: skip
+  file.write_text("00000001 03 n 01 hen 0 001 @ 00000002 n 0000 |\n00000002 03 n 01 egg 0 001 @ 00000001 n 0000 |\n")
+  with pytest.raises(InputError, match="of 2 nouns lead to no root"):
+    tree_from_wordnet(file)
+  file.write_text("words\n")
+  with pytest.raises(InputError, match="line 1: 'words' is no entry"):
+    tree_from_wordnet(file)
+
+
+def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
+  measures = "check_bounds", "compare_skewed", "check_slack", "check_embeddings", "embed_files", "measure_speed"
+  report = run_and_continue("polygonal_partitions", tmp_path, monkeypatch, *measures)
   assert len(report.claims) > 10 and len(report.figures) == 3
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
   assert "<polygon" in (tmp_path / "treemap.svg").read_text()
   bounds = [c for c in report.claims if "over its bound" in c.name]
   assert len(bounds) == 4 and all(c.holds for c in bounds)
@@ -429,7 +460,7 @@ def test_experiment_reports_claims_and_figures(tmp_path):
     (lambda: boxes.from_linkage(np.array([[0, 1, 0.0, 2]])), "coincident points"),
     (lambda: experiment.file_sizes("package", "no_such_package"), "not an installed package"),
     (lambda: experiment.file_sizes("directory", "/no/such"), "is not a folder"),
-    (lambda: experiment.file_sizes("tarball", "x"), "config.data.name is 'tarball'"),
+    (lambda: tree_from_wordnet("/no/such"), "give the path of WordNet's data.noun"),
   ],
 )
 def test_mistakes_are_named(make, message):

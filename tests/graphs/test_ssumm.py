@@ -7,12 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import ssumm as config_file
-from experiments import ssumm as experiment
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import common, ssumm, ssumm_baselines, ssumm_host, summary
 from jaxlab.graphs.summary import Summary, from_labels, graph_bits
+from tests.common import run_and_continue
 
 GRAPH = common.load("sbm", nodes=60, degree=4, blocks=6, mixing=0.2, seed=1)
 
@@ -210,11 +208,30 @@ def test_an_infeasible_budget_is_named():
   assert ssumm.finish(ssumm.initial_state(GRAPH), 3.0).bits() == 0
 
 
+TWINS = common.make(
+  60, np.array([(10 * block + u, 10 * block + 5 + v) for block in range(6) for u in range(5) for v in range(5)])
+)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.1])
+def test_a_group_goes_on_while_it_merges_and_stops_at_the_budget(theta):
+  """Twelve groups of five twins, one merge a round: four rounds, more than a group may fail in; then none is left."""
+  state, group = ssumm.initial_state(TWINS), jnp.arange(60, dtype=jnp.int32) // 5
+  limit = np.full(61, ssumm.fail_limit(np.array(5)), np.int32)
+  run = lambda budget: ssumm._merge_rounds(state, group, limit, jax.random.key(0), theta, budget, 0.0)
+  whole, _, _, met = run(0.0)
+  assert not met and limit[0] < 4 and int(whole.supernodes) == 12 == int((whole.size > 0).sum())
+  budget = 0.6 * float(ssumm.state_bits(state))
+  before, parent, score, met = run(budget)
+  after = jax.jit(ssumm.merge)(before, parent)
+  assert met and float(ssumm.state_bits(before)) > budget >= float(ssumm.state_bits(after))
+  assert ((np.asarray(score) > -np.inf) == (np.asarray(parent) != np.arange(60))).all()
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_twins_merge_without_loss(share):
   """Disjoint complete bipartite blocks: twins share shingles, RE = 0 at small size (ssumm.md oracle 6)."""
-  edges = [(10 * block + u, 10 * block + 5 + v) for block in range(6) for u in range(5) for v in range(5)]
-  graph = common.make(60, np.array(edges))
+  graph = TWINS
   found = ssumm.summarise(graph, jax.random.key(0), budget=0.2 * graph_bits(graph), share=share)
   assert found.errors(edges=len(graph.edges)) == (0.0, 0.0)
   host = ssumm_host.summarise(graph, 0, budget=0.2 * graph_bits(graph))
@@ -374,8 +391,5 @@ def test_impossible_requests_are_named(call, message):
     call()
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console())
-  assert report.claims and report.figures
-  for name in report.figures:
-    assert (tmp_path / name).is_file()
+def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
+  run_and_continue("ssumm", tmp_path, monkeypatch, "measure_curves", "measure_host", "measure_size")

@@ -1,0 +1,272 @@
+"""Random walks on a graph, and the index PowerWalk keeps of them: a fingerprint of every vertex.
+
+R walks from v stop with probability c before each move. All their visits count (full path), so that with X(w) visits
+to w, E[c X(w) / R] = p_v(w), the personalised PageRank of v (`powerwalk` has the notation and the paper).
+
+  graph = walk_graph(common.load("edge_list", path="wiki-Vote.txt", directed=True))
+  index = build_index(graph, jax.random.key(0), walks=100)
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.core.checks import require, require_choice
+from jaxlab.graphs.common import Graph, sorted_pairs
+
+NORMS = ("self_norm", "unbiased")
+MOVES = ("walkers", "long_path", "rounded")
+RESET = 0.15
+# Visits counted at once on a CPU, tens of megabytes; elsewhere 16 times more, about a gigabyte.
+_VISITS = 2**22
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WalkGraph:
+  """Out-edges by source for walks, in-edges by target for steps.
+
+  Attributes:
+    offsets, targets: out-neighbours of v are targets[offsets[v] : offsets[v + 1]]; degree their number, never 0.
+    in_sources, in_targets: the same edges sorted by target.
+  """
+
+  offsets: Int[Array, "nodes_plus_1"]
+  targets: Int[Array, "edges"]
+  degree: Int[Array, "nodes"]
+  in_sources: Int[Array, "edges"]
+  in_targets: Int[Array, "edges"]
+  nodes: int = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """Fingerprints as a sparse matrix: values[i] estimates p_{origins[i]}(visited[i]); sorted by visited.
+
+  Zeros at the end fill it up to one of few lengths, so that a query compiles for few shapes.
+  """
+
+  origins: Int[Array, "entries"]
+  visited: Int[Array, "entries"]
+  values: Float[Array, "entries"]
+  nodes: int = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def bytes(self) -> int:
+    """8 an entry: an id and a float32."""
+    return 8 * int(jnp.count_nonzero(self.values))
+
+
+def walk_graph(graph: Graph) -> WalkGraph:
+  """Both directions of undirected edges; a self-loop for every vertex without out-edges."""
+  sources, targets = graph.arcs()
+  dangling = np.flatnonzero(np.bincount(sources, minlength=graph.nodes) == 0)
+  sources, targets = np.concatenate([sources, dangling]), np.concatenate([targets, dangling])
+  out_sources, out_targets = sorted_pairs(sources, targets, graph.nodes)
+  in_targets, in_sources = sorted_pairs(targets, sources, graph.nodes)
+  degree = np.bincount(out_sources, minlength=graph.nodes)
+  arrays = np.concatenate([[0], np.cumsum(degree)]), out_targets, degree, in_sources, in_targets
+  return WalkGraph(*(jnp.asarray(x, jnp.int32) for x in arrays), graph.nodes)
+
+
+def check_sources(sources, graph: WalkGraph) -> Int[np.ndarray, "queries"]:
+  """The sources as int32, refused unless all are vertices."""
+  sources = np.asarray(sources, np.int32)
+  require(
+    sources.ndim == 1 and len(sources) > 0, f"sources have shape {sources.shape}; give a non-empty list of vertices"
+  )
+  low, high = int(sources.min()), int(sources.max())
+  require(low >= 0 and high < graph.nodes, f"sources lie in {low}..{high}; vertices are 0..{graph.nodes - 1}")
+  return sources
+
+
+def walks(
+  key: jax.Array,
+  graph: WalkGraph,
+  origins: Int[Array, "walkers"],
+  *,
+  length: int,
+  reset: float = RESET,
+  restart: bool = False,
+) -> tuple[Int[Array, "length walkers"], Bool[Array, "length walkers"]]:
+  """One walk from every origin: (position, alive) at its 1st .. length-th visit; the origin is the first.
+
+  A walker stops with probability c before each move; stopped, it stays where it is with alive = False. The last row of
+  positions is where a walk ended. With `restart` it goes back to its origin instead, and never stops.
+  """
+
+  def move(carry, key):
+    position, alive = carry
+    stop, choose = jax.random.split(key)
+    # float32 whatever the default is: the same walks under x64.
+    goes = jax.random.uniform(stop, position.shape, jnp.float32) >= reset
+    degree = graph.degree[position]
+    hop = (jax.random.uniform(choose, position.shape, jnp.float32) * degree).astype(jnp.int32)
+    there = graph.targets[graph.offsets[position] + jnp.minimum(hop, degree - 1)]
+    alive = alive & (goes | restart)
+    position = jnp.where(alive, jnp.where(goes, there, origins), position)
+    return (position, alive), (position, alive)
+
+  origins = origins.astype(jnp.int32)
+  start = origins, jnp.ones(origins.shape, bool)
+  _, rest = jax.lax.scan(move, start, jax.random.split(key, length - 1))
+  return tuple(jnp.concatenate([a[None], b]) for a, b in zip(start, rest, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset", "restart"))
+def _visits(key, graph, origins, count, *, per_origin, length, reset, restart):
+  """(row * nodes + vertex of every visit, how many): those of stopped walkers and of rows from `count` on are last."""
+  walkers = jnp.repeat(jnp.arange(len(origins), dtype=jnp.int32), per_origin)
+  position, alive = walks(key, graph, origins[walkers], length=length, reset=reset, restart=restart)
+  alive &= walkers < count
+  keys = jnp.where(alive, walkers.astype(jnp.int64) * graph.nodes + position, jnp.iinfo(jnp.int64).max).reshape(-1)
+  # A GPU sorts them in place; on a CPU numpy drops the stopped ones first, which leaves little to sort.
+  return keys if jax.default_backend() == "cpu" else jnp.sort(keys), jnp.sum(alive)
+
+
+@functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset"))
+def rounded_visits(
+  key: jax.Array,
+  graph: WalkGraph,
+  origins: Int[Array, "origins"],
+  *,
+  per_origin: int,
+  length: int,
+  reset: float = RESET,
+) -> Float[Array, "origins nodes"]:
+  """Visits as the published code counts them: numbers of walkers move, not walkers.
+
+  Of the k walkers of an origin at a vertex floor((1 - c) k + u) go on, and of these k' each out-edge carries
+  floor(k' / d + u), u uniform: right on average, but the number of walkers is not conserved. Memory edges x origins.
+  """
+  sources = jnp.repeat(jnp.arange(graph.nodes), graph.degree, total_repeat_length=len(graph.targets))
+  rounded = lambda key, x: jnp.floor(x + jax.random.uniform(key, x.shape, jnp.float32))
+
+  def move(walkers, key):
+    stop, spread = jax.random.split(key)
+    walkers = rounded(stop, (1 - reset) * walkers)
+    sent = rounded(spread, (walkers / graph.degree)[:, sources])
+    walkers = jnp.zeros_like(walkers).at[:, graph.targets].add(sent)
+    return walkers, walkers
+
+  start = jnp.zeros((len(origins), graph.nodes), jnp.float32).at[jnp.arange(len(origins)), origins].set(per_origin)
+  return start + jnp.sum(jax.lax.scan(move, start, jax.random.split(key, length - 1))[1], axis=0)
+
+
+def count_visits(
+  key: jax.Array,
+  graph: WalkGraph,
+  origins: Int[np.ndarray, "origins"],
+  *,
+  per_origin: int,
+  length: int,
+  reset: float = RESET,
+  moves: str = "walkers",
+  block: int = 0,
+) -> tuple[Int[np.ndarray, "entries"], Int[np.ndarray, "entries"], Int[np.ndarray, "entries"]]:
+  """(row of the origin, vertex, visits > 0), sorted; `block` origins walk at once (0 picks)."""
+  limit = _VISITS if jax.default_backend() == "cpu" else 16 * _VISITS
+  each = len(graph.targets) if moves == "rounded" else per_origin * length
+  block = min(block or max(limit // each, 1), len(origins))
+  options = dict(per_origin=per_origin, length=length, reset=reset)
+  parts = []
+  for i, start in enumerate(range(0, len(origins), block)):
+    count = min(block, len(origins) - start)
+    chosen = jnp.asarray(np.pad(origins[start : start + block], (0, block - count)))
+    if moves == "rounded":
+      counts = np.asarray(rounded_visits(jax.random.fold_in(key, i), graph, chosen, **options))[:count]
+      row, vertex = np.nonzero(counts)
+      parts.append((start + row, vertex, counts[row, vertex].astype(np.int64)))
+      continue
+    # Keys of (row, vertex) need 64 bits.
+    with jax.enable_x64(True):
+      restart = moves == "long_path"
+      keys, live = _visits(jax.random.fold_in(key, i), graph, chosen, count, restart=restart, **options)
+      # Fetched in few lengths: each one compiles.
+      live = min(_round_up(int(live)), len(keys)) if jax.default_backend() != "cpu" else len(keys)
+      keys = np.asarray(keys[:live])
+    keys = np.sort(keys[keys < np.iinfo(np.int64).max])
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    row, vertex = np.divmod(keys[first], graph.nodes)
+    parts.append((start + row, vertex, np.diff(first, append=len(keys))))
+  return tuple(np.concatenate([p[i] for p in parts]) for i in range(3))
+
+
+def build_index(
+  graph: WalkGraph,
+  key: jax.Array,
+  *,
+  walks: int,
+  length: int = 64,
+  cap: int = 1024,
+  norm: str = "self_norm",
+  moves: str = "walkers",
+  reset: float = RESET,
+  origins: Int[np.ndarray, "origins"] | None = None,
+  block: int = 0,
+) -> Index:
+  """Fingerprints of every vertex by full-path Monte Carlo: all visits of R walks count, not only their ends.
+
+  Args:
+    walks, length: R, and the most visits a walk makes (64 loses 3e-5 of the mass; the published code stops at 10).
+    cap: entries kept a vertex, the largest; with "self_norm" what is kept is normalised again.
+    norm: "self_norm" visits / total visits; "unbiased" c visits / R, of walks that end.
+    moves: "walkers" is R independent walks. Two modes of the published code: "long_path" restarts a walker at its
+      origin, so that it makes `length` visits; "rounded" is `rounded_visits`.
+    origins: the vertices to index (hubs); None: all.
+    block: origins walked at once; 0 picks what suits the device. Which walks a key draws depends on it.
+
+  Raises:
+    InputError: walks, length or cap below 1, an unknown norm or move, or long paths that are not self-normalised.
+  """
+  require(walks >= 1 and length >= 1 and cap >= 1, f"walks={walks}, length={length}, cap={cap} must all be at least 1")
+  require_choice("norm", norm, NORMS)
+  require_choice("moves", moves, MOVES)
+  require(moves != "long_path" or norm == "self_norm", "long paths never end: moves=long_path needs norm=self_norm")
+  origins = np.arange(graph.nodes, dtype=np.int32) if origins is None else check_sources(origins, graph)
+  row, vertex, count = count_visits(
+    key, graph, origins, per_origin=walks, length=length, reset=reset, moves=moves, block=block
+  )
+  kept = _largest(row, count, cap)
+  row, vertex, count = row[kept], vertex[kept], count[kept]
+  values = count / np.bincount(row, count)[row] if norm == "self_norm" else reset * count / walks
+  return make_index(graph.nodes, origins[row], vertex, values)
+
+
+def _largest(row, count, cap: int) -> Int[np.ndarray, "kept"]:
+  """Places of the `cap` largest counts of every row, the earlier of equal ones first."""
+  entries = np.bincount(row)
+  large = np.flatnonzero((entries > cap)[row])
+  # Rows above the cap alone are sorted, by count within the row.
+  order = large[np.lexsort((-count[large], row[large]))]
+  rank = np.arange(len(order)) - np.searchsorted(row[order], row[order])
+  keep = np.ones(len(row), bool)
+  keep[order[rank >= cap]] = False
+  return np.flatnonzero(keep)
+
+
+def make_index(nodes: int, origins, visited, values, dtype=jnp.float32) -> Index:
+  """An index from any list of entries; those of the same (origin, visited) add."""
+  # Sparse formats sort by counting.
+  sparse = scipy.sparse.coo_array(
+    (np.asarray(values), (np.asarray(origins), np.asarray(visited))), shape=(nodes, nodes)
+  )
+  sparse = sparse.tocsc()
+  empty = (0, _round_up(sparse.nnz) - sparse.nnz)
+  array = lambda x, dtype, fill: jnp.asarray(np.pad(x, empty, constant_values=fill), dtype)
+  visited = np.repeat(np.arange(nodes), np.diff(sparse.indptr))
+  return Index(
+    array(sparse.indices, jnp.int32, 0), array(visited, jnp.int32, nodes - 1), array(sparse.data, dtype, 0), nodes
+  )
+
+
+def _round_up(length: int) -> int:
+  """To one of eight lengths an octave."""
+  granule = max(2 ** (length.bit_length() - 3), 256)
+  return -(-length // granule) * granule
