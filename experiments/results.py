@@ -65,7 +65,9 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
 
   Where parts of the run were kept, commit, device, versions and seconds are theirs: this process may only read them.
   """
-  parts = [json.loads(file.read_text()) for file in sorted(workdir.glob(f"*{_PART}"))]
+  files = {file.name.removesuffix(_PART): file for file in sorted(workdir.glob(f"*{_PART}"))}
+  origins = {name: _without(json.loads(file.read_text()), "result") for name, file in files.items()}
+  parts = list(origins.values())
   several = lambda name, own: ", ".join(dict.fromkeys(part[name] for part in parts)) or own
   results = {
     "paper": config.paper,
@@ -76,6 +78,7 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
     "versions": parts[0]["versions"] if parts else _versions(),
     "seconds": round(sum(part["seconds"] for part in parts) or seconds, 1),
     "config": json.loads(config.to_json_best_effort()),
+    "parts": origins,
     "metrics": finite(report.metrics),
     "claims": [finite(claim.as_dict()) for claim in report.claims],
     "figures": report.figures,
@@ -141,6 +144,10 @@ def part(workdir: Path, name: str, measure) -> dict:
     kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}
     write_text(file, json.dumps(finite(kept), indent=1))
   return json.loads(file.read_text())["result"]
+
+
+def _without(tree: dict, name: str) -> dict:
+  return {key: value for key, value in tree.items() if key != name}
 
 
 def _versions() -> dict[str, str]:
