@@ -16,6 +16,7 @@ from tests.conftest import QUICK_COMPILATION
 # For programs a test starts: one device, and the compilation settings of the tests themselves.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
 
+CLOSE = {"float32": 1e-4, "float64": 1e-9}  # where the same numbers are summed in another order
 SHAPE = dict(depth=6, width=32, q_heads=4, kv_heads=2, head_dim=16, mlp_width=64, vocab_size=64)
 
 

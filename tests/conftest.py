@@ -30,3 +30,10 @@ def release_compiled_programs():
   if maps.exists() and maps.read_text().count("\n") > _MAPPINGS:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+  """Both precisions, one after the other."""
+  with jax.enable_x64(request.param == "float64"):
+    yield request.param

@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp, snlp_suffix
 from jaxlab.models.transformer import sequential
-from tests.common import configs, plain_attention, random_model, random_tokens
+from tests.common import CLOSE, configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
 TOKENS = random_tokens(2, 16)
@@ -27,18 +27,15 @@ def run(model, **options):
   return jax.jit(lambda m: snlp.forward(m, TOKENS, key=jax.random.key(5), damping=0.3, **options))(model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name, surrogate", CASES)
 def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
   """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1)."""
-  with jax.enable_x64(dtype == "float64"):
-    model = random_model(CONFIGS[name], dtype=dtype)
-    expected = jax.jit(lambda m: m(TOKENS, attention=plain_attention))(model)
-    tolerance = 1e-4 if dtype == "float32" else 1e-9
-    options = dict(layers=model.depth, iterations=model.depth, surrogate=surrogate, attention=plain_attention)
-    for initial in snlp.INITIAL:
-      actual = run(model, initial=initial, **options)
-      np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+  model = random_model(CONFIGS[name], dtype=dtype)
+  expected = jax.jit(lambda m: m(TOKENS, attention=plain_attention))(model)
+  options = dict(layers=model.depth, iterations=model.depth, surrogate=surrogate, attention=plain_attention)
+  for initial in snlp.INITIAL:
+    actual = run(model, initial=initial, **options)
+    np.testing.assert_allclose(actual, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
 @pytest.mark.parametrize("surrogate", ["identity", "jacobi", "scaled"])
@@ -52,29 +49,34 @@ def test_the_first_k_states_of_the_suffix_are_exact(surrogate):
   assert h0.shape == trace[0].shape
 
 
-def test_one_step_from_h0_adds_the_branches_of_one_input():
+def test_one_step_from_h0_adds_the_branches_of_one_input(dtype):
   """snlp.md oracle 3: z_n = h_S + sum_i (f_{S+i}(h_S) - h_S)."""
-  model = random_model(CONFIGS["nanochat"])
-  _, trace, side = model.trace(TOKENS)
-  h = trace[1]
-  branches = [sequential(model, h, side, start=i, stop=i + 1)[0] - h for i in range(2, 6)]
-  z = snlp.solve(model, h, side, layers=4, iterations=1).trace
-  np.testing.assert_allclose(z[1:] - h, jnp.cumsum(jnp.stack(branches), 0), rtol=1e-4, atol=1e-4)
+  model, attention = random_model(CONFIGS["nanochat"], dtype=dtype), plain_attention
+
+  @jax.jit
+  def both(model):
+    _, trace, side = model.trace(TOKENS, attention=attention)
+    h = trace[1]
+    layer = lambda i: sequential(model, h, side, start=i, stop=i + 1, attention=attention)[0]
+    z = snlp.solve(model, h, side, layers=4, iterations=1, attention=attention).trace
+    return z[1:] - h, jnp.cumsum(jnp.stack([layer(i) - h for i in range(2, 6)]), 0)
+
+  np.testing.assert_allclose(*both(model), rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
-def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step():
+def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step(dtype):
   """f(X) = A X + b on streams: HCN exact at K = 1, IDN not (snlp.md oracle 4)."""
-  model = random_model(CONFIGS["mhc"])
+  model = random_model(CONFIGS["mhc"], dtype=dtype)
   zero = lambda linear: linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
   zero(model.blocks.o), zero(model.blocks.mlp.down)
   expected = model(TOKENS)
   solve = lambda surrogate: run(model, layers=6, iterations=1, surrogate=surrogate)
-  np.testing.assert_allclose(solve("streams"), expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(solve("streams"), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
   _, trace, side = model.trace(TOKENS)
-  spread = trace[1] + jax.random.normal(jax.random.key(0), trace[1].shape)
+  spread = trace[1] + jax.random.normal(jax.random.key(0), trace[1].shape, dtype)
   chain = sequential(model, spread, side, start=2)[0]
   one = lambda surrogate: snlp.solve(model, spread, side, layers=4, iterations=1, surrogate=surrogate).trace[-1]
-  np.testing.assert_allclose(one("streams"), chain, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(one("streams"), chain, rtol=CLOSE[dtype], atol=CLOSE[dtype])
   assert float(jnp.abs(one("identity") - chain).max()) > 0.1
 
 
@@ -105,9 +107,9 @@ def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate, detach
   np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_the_regulariser_vanishes_when_branches_ignore_their_input():
+def test_the_regulariser_vanishes_when_branches_ignore_their_input(dtype):
   """Layers that add a constant: one step is exact (snlp.md oracle 9). Here: no branch at all."""
-  model = random_model(CONFIGS["llama"])
+  model = random_model(CONFIGS["llama"], dtype=dtype)
   for linear in (model.blocks.o, model.blocks.mlp.down):
     linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
   h0, trace, side = model.trace(TOKENS)
