@@ -51,30 +51,37 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         lengthscale=0.1,
         variances=pick(test=(5.0,), cpu=(1.0, 5.0)),
         damping=(0.3, 0.8, 0.5),
-        scan=pick(test="seq", cpu="seq", h200="assoc", paper="assoc"),
+        scan=pick(test="seq", cpu="seq", h200="doubling", paper="doubling"),
       ),
+      # All folds and regularisations as one batch; on a CPU one after another, as its memory and cores are fewer.
+      together=pick(test=False, cpu=False, h200=True, paper=True),
       baselines=dict(
         ridges=pick(test=(1.0,), cpu=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)),
         sweeps=pick(test=3, cpu=20, h200=30, paper=50),
         basis=pick(test=5, cpu=20, h200=40, paper=40),
-        mlp_steps=pick(test=50, cpu=3000, h200=20000, paper=50000),
+        mlp_steps=pick(test=50, cpu=3000, h200=10000, paper=50000),
         inducing=pick(test=10, cpu=100, h200=200, paper=200),
-        gp_steps=pick(test=3, cpu=40, h200=200, paper=200),
-        gp_points=pick(test=50, cpu=1000, h200=3000, paper=5000),
+        gp_steps=pick(test=3, cpu=40, h200=100, paper=200),
+        gp_points=pick(test=50, cpu=1000, h200=2000, paper=5000),
         gp_limit=20000,  # no exact GP beyond this many observations: its memory is their square
       ),
       bench=dict(
         steps=pick(
           test=(32, 64),
           cpu=(256, 1024, 4096),
-          h200=(1000, 3000, 10000, 30000, 100000),
-          paper=(1000, 10000, 100000),
+          h200=(32, 320, 1000, 3200, 10000, 32000),
+          paper=(32, 320, 1000, 3200, 10000, 32000, 100000),
         ),
         rank=3,
         repetitions=pick(test=2, cpu=5, h200=20, paper=20),
+        loop_steps=pick(test=100, cpu=20000, h200=20000, paper=20000),  # steps a smoother is repeated for, at most
+        loop_limit=32000,  # no sequential form beyond: a step takes a GPU about 0.1 ms
         numpy_limit=pick(test=32, cpu=4096, h200=10000, paper=10000),
         observations=pick(
-          test=(200, 400), cpu=(8000, 32000, 96000), h200=(10000, 100000, 1000000), paper=(10000, 100000, 1000000)
+          test=(200, 400),
+          cpu=(8000, 32000, 96000),
+          h200=(1000, 10000, 100000, 1000000),
+          paper=(1000, 10000, 100000, 1000000),
         ),
       ),
     )

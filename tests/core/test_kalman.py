@@ -68,8 +68,9 @@ def test_the_scan_is_the_loop_to_rounding(steps):
     tile = lambda x: jnp.concatenate([x] + [x[1:]] * (steps // STEPS + 1))[:steps]
     chain = jax.tree.map(tile, chain)
     run = lambda scan: kalman.smooth(chain, tile(precision), tile(linear), scan=scan)
-    for a, b in zip(jax.tree.leaves(run("assoc")), jax.tree.leaves(run("seq")), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+    for scan in kalman.PARALLEL:
+      for a, b in zip(jax.tree.leaves(run(scan)), jax.tree.leaves(run("seq")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
 
 
 def test_singular_noise_and_repeated_points_are_ordinary():
@@ -98,9 +99,9 @@ def test_gradients_match_finite_differences(scan):
     check_grads(jax.jit(value), (chain.noise, linear), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scan, scale", [("seq", 1e6), ("assoc", 1e3)])
+@pytest.mark.parametrize("scan, scale", [("seq", 1e6), ("assoc", 1e3), ("doubling", 1e3)])
 def test_float32_covariances_stay_positive(scan, scale):
-  """The loop's Joseph form holds with Lam 1e6 times the prior's; the scan has no such form and is good to 1e3."""
+  """The loop's Joseph form holds with Lam 1e6 times the prior's; the scans have no such form and are good to 1e3."""
   chain, precision, linear = jax.tree.map(lambda x: x.astype(jnp.float32), problem(4))
   cov = kalman.smooth(chain, scale * precision, linear, scan=scan).filtered_cov
   assert float(jnp.linalg.eigvalsh(cov).min()) > 0

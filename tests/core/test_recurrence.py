@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from jaxlab.core.checks import InputError
-from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer_tensor
+from jaxlab.core.recurrence import doubling_scan, linear_recurrence, matrix_recurrence, transfer_tensor
 
 
 def loop(transition, increment, reverse=False):
@@ -91,3 +91,16 @@ def test_disagreeing_lengths_are_named():
     linear_recurrence(jnp.ones(4), jnp.ones((5, 2)))
   with pytest.raises(InputError, match="does not fit increment"):
     matrix_recurrence(jnp.ones((5, 3, 3)), jnp.ones((5, 2, 1)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_doubling_is_the_associative_scan(steps, reverse):
+  """On products of matrices, which do not commute, with a pytree of two shapes."""
+  rng = np.random.default_rng(steps)
+  elements = {"a": jnp.asarray(rng.normal(size=(steps, 2, 2))), "b": jnp.asarray(rng.normal(size=(steps, 2)))}
+  combine = lambda x, y: {"a": y["a"] @ x["a"], "b": jnp.einsum("...ij,...j->...i", y["a"], x["b"]) + y["b"]}
+  scan = jax.jit(lambda e: doubling_scan(combine, e, reverse=reverse))
+  expected = jax.lax.associative_scan(combine, elements, reverse=reverse)
+  for name, value in scan(elements).items():
+    np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
