@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
+from jaxlab.depth.layer_geometry_classes import apply_affine, exactly, fit_affine
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
@@ -36,6 +36,7 @@ Vectors = Float[Array, "tokens width"]
 Values = Float[Array, "tokens"]
 
 
+@exactly
 def collect(
   model: Transformer,
   tokens: Int[Array, "batch time"],
@@ -60,6 +61,7 @@ def collect(
   return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (x, trace))
 
 
+@exactly
 def geometry(
   u: Vectors, t: Vectors, basis: Float[Array, "width q"], *, mean: Float[Array, "width"] | float = 0.0
 ) -> dict[str, Values]:
@@ -96,6 +98,7 @@ def explained(u: Vectors, t: Vectors) -> Float[Array, ""]:
   return 1 - jnp.sum((u - t) ** 2) / jnp.sum(u**2)
 
 
+@exactly
 def dominant_subspace(t: Vectors, *, dimensions: int = 16) -> Float[Array, "width q"]:
   """V_q: the top right singular vectors of t (uncentred), orthonormal columns, the strongest first.
 
@@ -106,12 +109,14 @@ def dominant_subspace(t: Vectors, *, dimensions: int = 16) -> Float[Array, "widt
   return jnp.linalg.eigh(t.T @ t)[1][:, ::-1][:, :dimensions]
 
 
+@exactly
 def effective_dimensions(t: Vectors, *, share: float = 0.95) -> Int[Array, ""]:
   """The least q whose V_q holds `share` of the energy of t."""
   energy = jnp.cumsum(jnp.linalg.eigvalsh(t.T @ t)[::-1])
   return jnp.minimum(1 + jnp.sum(energy < share * energy[-1]), t.shape[1])
 
 
+@exactly
 def intervene(
   model: Transformer,
   tokens: Int[Array, "batch time"],
@@ -210,6 +215,7 @@ def document_bootstrap(
   return float(low), float(high)
 
 
+@exactly
 def linearity(x: Vectors, y: Vectors) -> Float[Array, ""]:
   """1 - min_A ||X A - Y||_F^2 with X, Y centred and of Frobenius norm 1 (Razzhigaev et al. 2024, arXiv 2405.12250).
 
@@ -227,6 +233,7 @@ def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
   return jnp.mean(1 - _ratio(jnp.sum(x * y, axis=-1), _norm(x) * _norm(y)))
 
 
+@exactly
 def affine_lens(
   model: Transformer,
   reference: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
