@@ -1,6 +1,5 @@
 """What FunBaT costs: smoothers by chain length against each other and a NumPy loop, epochs by observations."""
 
-import concurrent.futures
 import functools
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results, timing
+from experiments.overlap import overlapped
 from jaxlab.core import kalman
 from jaxlab.tensors import funbat, matern
 from jaxlab.tensors.funbat import Settings
@@ -71,10 +71,9 @@ def time_smoothers(config, workdir: Path) -> dict:
 
   part = lambda steps: f"smoother.{steps}"
   missing = [steps for steps in b.steps if not (workdir / f"{part(steps)}.json").exists()]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # compiles all lengths side by side
-    for steps in missing:
-      for scan in kalman.SCANS if steps <= b.loop_limit else kalman.PARALLEL:
-        pool.submit(lambda call, steps: call.lower(*random_chain(steps, b.rank)).compile(), smooth[scan], steps)
+  compile_ = lambda job: smooth[job[0]].lower(*random_chain(job[1], b.rank)).compile()
+  scans = lambda steps: kalman.SCANS if steps <= b.loop_limit else kalman.PARALLEL
+  list(overlapped(compile_, [(scan, steps) for steps in missing for scan in scans(steps)]))
   rows = [results.part(workdir, part(steps), functools.partial(measure, steps)) for steps in b.steps]
   line = lambda name: [(r["steps"], r["milliseconds"][name]["median"]) for r in rows if name in r["milliseconds"]]
   return {"rows": rows, "slopes": {name: slope(line(name)) for name in (*kalman.SCANS, "numpy")}}

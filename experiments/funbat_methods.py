@@ -1,6 +1,5 @@
 """FunBaT against its baselines: every method chooses on a tenth of the first fold's training set, all folds follow."""
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results
+from experiments.overlap import overlapped
 from jaxlab.core.checks import require_choice
 from jaxlab.tensors import funbat, funbat_baselines
 from jaxlab.tensors.funbat import Settings
@@ -37,7 +37,7 @@ class Method:
 
 
 def compare(config, folds, workdir: Path, console) -> dict:
-  """{method: its `measure`}, each a part of the run; on an accelerator several compile at a time."""
+  """{method: its `measure`}, each a part of the run."""
   methods = contestants(config)
   for name in config.methods:
     require_choice("an entry of config.methods", name, methods)
@@ -47,8 +47,7 @@ def compare(config, folds, workdir: Path, console) -> dict:
   one = lambda name: results.part(
     workdir, f"method.{name}", lambda: measure(methods[name], folds, config.together and not methods[name].alone)
   )
-  with concurrent.futures.ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else 8) as pool:
-    return dict(zip(wanted, console.track("methods", pool.map(one, wanted)), strict=True))
+  return dict(zip(wanted, console.track("methods", overlapped(one, wanted)), strict=True))
 
 
 def measure(method: Method, folds, together: bool) -> dict:

@@ -3,7 +3,6 @@
 With config.model = "hf:DIR" nothing is trained: only that checkpoint is measured.
 """
 
-import concurrent.futures
 import functools
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from experiments import layer_geometry_figures as pictures
 from experiments import results
 from experiments.layer_geometry_claims import make_claims
 from experiments.layer_geometry_cost import time_fits, time_interventions
+from experiments.overlap import overlapped
 from experiments.results import Report
 from experiments.text import checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core.checks import require, require_choice
@@ -256,8 +256,7 @@ def compile_side_by_side(config, model, tokens, parts, mlp, options) -> None:
   y = query["y"].reshape(len(tokens), tokens.shape[1] - geometry.SKIP, -1)
   jobs = [functools.partial(_predict, name, reference, query, near, mlp, **fixed) for name in CLASSES]
   jobs += [functools.partial(_intervene, model, jnp.asarray(tokens), y, layer=layer) for layer in range(model.depth)]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    jax.block_until_ready(list(pool.map(lambda job: job(), jobs)))
+  jax.block_until_ready(list(overlapped(lambda job: job(), jobs)))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "batch"))

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.depth.layer_geometry_classes import apply_affine, exactly, fit_affine
+from jaxlab.core.precision import exactly
+from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide

@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
+from jaxlab.core.precision import exactly
 from jaxlab.models.layers import rms_norm
 
 _CHUNK = 1024  # tokens fitted at a time
@@ -27,17 +28,6 @@ _NEWTON_STEPS = 12  # scaled Newton converges in 9 for condition numbers up to 1
 
 Rows = Float[Array, "tokens width"]
 Near = Float[Array, "k width"]
-
-
-def exactly(function):
-  """Products of float32 matrices default to fewer bits on accelerators, and r would be their rounding."""
-
-  @functools.wraps(function)
-  def call(*args, **options):
-    with jax.default_matmul_precision("highest"):
-      return function(*args, **options)
-
-  return call
 
 
 def unit_rms(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core import kalman
 from jaxlab.core.checks import require, require_choice
+from jaxlab.core.precision import exactly
 from jaxlab.tensors import matern
 
 MODELS = ("tucker", "cp")
@@ -214,20 +215,20 @@ def superdiagonal(ranks, dtype=jnp.float32) -> Float[Array, "M"]:
   return jnp.asarray(core.reshape(-1), dtype)
 
 
+@exactly
 def epoch(state: State, data: Data, settings: Settings) -> State:
   """One sweep: every mode, then the core, then the noise."""
-  with jax.default_matmul_precision("highest"):
-    modes = range(len(data.grids))
-    if settings.inner:
-      for k in modes:
-        state = _replace_mode(state, k, smooth_mode(*damped_message(state, data, settings, k), data, settings, k))
-    else:
-      messages = [damped_message(state, data, settings, k) for k in modes]
-      new = tuple(smooth_mode(*message, data, settings, k) for k, message in enumerate(messages))
-      state = dataclasses.replace(state, modes=new)
-    if settings.model == "tucker" and settings.update_core:
-      state = update_core(state, data, settings)
-    return update_noise(state, data, settings)
+  modes = range(len(data.grids))
+  if settings.inner:
+    for k in modes:
+      state = _replace_mode(state, k, smooth_mode(*damped_message(state, data, settings, k), data, settings, k))
+  else:
+    messages = [damped_message(state, data, settings, k) for k in modes]
+    new = tuple(smooth_mode(*message, data, settings, k) for k, message in enumerate(messages))
+    state = dataclasses.replace(state, modes=new)
+  if settings.model == "tucker" and settings.update_core:
+    state = update_core(state, data, settings)
+  return update_noise(state, data, settings)
 
 
 def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Data | None = None):
@@ -346,12 +347,13 @@ def half_residual(state: State, data: Data, settings: Settings) -> Float[Array, 
   return 0.5 * jnp.sum(data.y**2 - 2 * data.y * mean + second)
 
 
+@exactly
 def expected(state: State, index: Int[Array, "N K"], settings: Settings):
   """(E[w'z], E[(w'z)^2]), each (N,), on the grid."""
-  with jax.default_matmul_precision("highest"):
-    return _output_moments(_gathered(state, index), state, settings)
+  return _output_moments(_gathered(state, index), state, settings)
 
 
+@exactly
 def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Settings, *, rule: str = "markov"):
   """Mean and variance of a new observation at any coordinates.
 
@@ -368,11 +370,10 @@ def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Set
     f"coordinates have shape {coordinates.shape}; expected (N, {len(grids)})",
   )
   factors = []
-  with jax.default_matmul_precision("highest"):
-    for k in range(len(grids)):
-      mean, cov = factor_at(state, grids, coordinates[:, k], settings, k, rule=rule)
-      factors.append((mean, cov + mean[:, :, None] * mean[:, None, :]))
-    return _observed(*_output_moments(factors, state, settings), state)
+  for k in range(len(grids)):
+    mean, cov = factor_at(state, grids, coordinates[:, k], settings, k, rule=rule)
+    factors.append((mean, cov + mean[:, :, None] * mean[:, None, :]))
+  return _observed(*_output_moments(factors, state, settings), state)
 
 
 def predict_on_grid(state: State, index: Int[Array, "N K"], settings: Settings):
@@ -380,6 +381,7 @@ def predict_on_grid(state: State, index: Int[Array, "N K"], settings: Settings):
   return _observed(*expected(state, index, settings), state)
 
 
+@exactly
 def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings, k: int, *, rule: str = "markov"):
   """E (T, R_k) and Cov (T, R_k, R_k) of u^k at any points: between, beyond and on the grid of mode k."""
   rank = settings.of_mode("rank", k, len(grids))
@@ -393,6 +395,7 @@ def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings
   return mean[:, :rank], cov[:, :rank, :rank]
 
 
+@exactly
 def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
   """log p(y) >= E[log p(y | .)] - KL(q(u)) - KL(q(w)) - KL(q(tau)); with d = 0 no update lowers it.
 
