@@ -91,7 +91,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       dual=dict(
         epochs=pick(test=1, cpu=2),
-        steps=pick(test=2, cpu=60, h200=100, paper=500),
+        steps=pick(test=4, cpu=60, h200=100, paper=500),
         batch=pick(test=8, cpu=64, h200=256),
         candidates=2,
         rate=pick(cpu=1e-3, h200=3e-4),
@@ -101,7 +101,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         epochs=1,
         steps=pick(test=2, cpu=40, h200=100, paper=200),
         batch=pick(test=4, cpu=16, h200=32, paper=64),
-        top=pick(test=8, cpu=24, h200=64),
+        top=pick(test=9, cpu=24, h200=64),
         rate=pick(cpu=1e-3, h200=3e-4),
       ),
       dtype=pick(cpu="float32", h200="bfloat16"),  # of the encoders' products; scores are float32

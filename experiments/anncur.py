@@ -221,7 +221,7 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
     start = anncur_encoders.with_head(encoders["pretrained"], name, keys[name])
     return fit(name, start, anncur_encoders.cross_loss, config.cross)
 
-  first = anncur_encoders.Encoder(shape, keys["init"], head="dual", marks=domain.marks)
+  first = jax.jit(lambda key: anncur_encoders.Encoder(shape, key, head="dual", marks=domain.marks))(keys["init"])
   encoders = {"pretrained": fit("pretrained", first, anncur_encoders.dual_loss, config.pretrain)}
   names = (*HEADS, "DE_base")
   return encoders | dict(zip(names, overlapped(from_pretrained, names), strict=True)), seconds
@@ -415,24 +415,39 @@ def measure_errors(config, scores) -> dict:
   ways = {"ridge": dict(strength=config.search.strength), "rcond 0.01": dict(method="rcond", strength=0.01)}
   ways["bare"] = dict(method="rcond", strength=float(np.finfo(np.float32).eps))
   result = {head: {name: {} for name in ways} for head in HEADS}
+
+  @functools.partial(jax.jit, static_argnames="way")
+  def error(m, anchors, way):
+    def one(chosen):
+      index = anncur.cur_index(m[:cut], chosen, **ways[way])
+      return relative(anncur.cur_scores(m[first:, chosen], index.embeddings), m[first:])
+
+    return jax.lax.map(one, anchors).mean()
+
+  def of_size(k_i):
+    """{(head, way): error} at one number of anchors."""
+    keys = [jax.random.key(config.seed + 200 + i) for i in range(config.errors.seeds)]
+    drawn = jnp.stack([anncur.draw_anchors(key, config.domain.size, k_i) for key in keys])
+    found = {(head, way): error(jnp.asarray(scores[head]), drawn, way) for head in HEADS for way in ways}
+    m = jnp.asarray(scores["emb"])
+    found["emb", "CUR oracle"] = relative(anncur_baselines.cur_oracle(m, jnp.arange(cut), drawn[0])[first:], m[first:])
+    if k_i < len(m) - first:
+      found["emb", "SVD of the test matrix"] = relative(anncur_baselines.truncated_svd(m[first:], k_i), m[first:])
+    return found
+
   for head in HEADS:
     m = jnp.asarray(scores[head])
-    test, norm = m[first:], jnp.linalg.norm(m[first:])
-    result[head]["mean score"] = float(jnp.linalg.norm(test - m[:cut].mean(0)) / norm)
-    for k_i in config.errors.anchors:
-      keys = [jax.random.key(config.seed + 200 + i) for i in range(config.errors.seeds)]
-      drawn = [anncur.draw_anchors(key, m.shape[1], k_i) for key in keys]
-      for name, way in ways.items():
-        indexes = [anncur.cur_index(m[:cut], anchors, **way) for anchors in drawn]
-        predicted = [anncur.cur_scores(test[:, index.anchors], index.embeddings) for index in indexes]
-        result[head][name][f"{k_i}"] = float(np.mean([jnp.linalg.norm(p - test) / norm for p in predicted]))
-      if head == "emb":
-        oracle = anncur_baselines.cur_oracle(m, jnp.arange(cut), drawn[0])[first:]
-        result[head].setdefault("CUR oracle", {})[f"{k_i}"] = float(jnp.linalg.norm(oracle - test) / norm)
-        if k_i < len(test):
-          svd = anncur_baselines.truncated_svd(test, k_i)
-          result[head].setdefault("SVD of the test matrix", {})[f"{k_i}"] = float(jnp.linalg.norm(svd - test) / norm)
+    result[head]["mean score"] = float(relative(m[:cut].mean(0), m[first:]))
+  for k_i, found in zip(config.errors.anchors, overlapped(of_size, config.errors.anchors), strict=True):
+    for (head, way), value in found.items():
+      result[head].setdefault(way, {})[f"{k_i}"] = float(value)
   return result
+
+
+@jax.jit
+def relative(predicted, exact):
+  """||predicted - exact|| / ||exact||."""
+  return jnp.linalg.norm(predicted - exact) / jnp.linalg.norm(exact)
 
 
 def measure_spectrum(m) -> dict:
