@@ -34,7 +34,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="funbat",
       scale=scale,
       seed=0,
-      methods=pick(test=("FunBaT-CP", "discrete CP"), cpu=()),  # () is all of them
+      methods=pick(test=("FunBaT-CP", "CP-ALS"), cpu=()),  # () is all of them
       surface=dict(epochs=pick(test=20, cpu=100)),
       data=dict(
         name="field",  # generated; or npz with a path: data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
@@ -67,7 +67,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       bench=dict(
         steps=pick(
-          test=(32, 64),
+          test=(6,),
           cpu=(256, 1024, 4096),
           h200=(32, 320, 1000, 3200, 10000, 32000),
           paper=(32, 320, 1000, 3200, 10000, 32000, 100000),
@@ -76,9 +76,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(test=2, cpu=5, h200=20, paper=20),
         loop_steps=pick(test=100, cpu=20000, h200=20000, paper=20000),  # steps a smoother is repeated for, at most
         loop_limit=32000,  # no sequential form beyond: a step takes a GPU about 0.1 ms
-        numpy_limit=pick(test=32, cpu=4096, h200=10000, paper=10000),
+        numpy_limit=pick(test=6, cpu=4096, h200=10000, paper=10000),
         observations=pick(
-          test=(200, 400),
+          test=(200,),
           cpu=(8000, 32000, 96000),
           h200=(1000, 10000, 100000, 1000000),
           paper=(1000, 10000, 100000, 1000000),

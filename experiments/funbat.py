@@ -12,7 +12,7 @@ from experiments import funbat_figures as pictures
 from experiments import results
 from experiments.funbat_cost import scan_gap, time_epochs, time_smoothers
 from experiments.funbat_methods import ALS, DISCRETE, FUNCTIONAL, compare
-from experiments.results import Claim, Report
+from experiments.results import Claim, Report, number
 from jaxlab.core import kalman
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.tensors import funbat, matern
@@ -29,7 +29,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   comparison = compare(config, folds, workdir, console)
   console.say("timing smoothers and epochs")
   cost = {
-    "scan_gap": scan_gap(),
+    "scan_gap": scan_gap(config.bench.steps[0]),
     "smoother": time_smoothers(config, workdir),
     "epoch": results.part(workdir, "epoch", lambda: time_epochs(config)),
   }
@@ -206,7 +206,7 @@ def cost_claims(config, cost) -> list[Claim]:
       baseline="NumPy loop",
       spread=tuple(spread),
       note="log-log slopes of time against steps: "
-      + ", ".join(f"{name} {value:.2f}" for name, value in cost["smoother"]["slopes"].items()),
+      + ", ".join(f"{name} {number(value)}" for name, value in cost["smoother"]["slopes"].items()),
     )
   )
   long = [r for r in rows if r["steps"] > MANY_STEPS and "seq" in r["over"]]
@@ -231,12 +231,12 @@ def cost_claims(config, cost) -> list[Claim]:
       "epoch time against observations, log-log slope",
       "",
       "lower",
-      ours=cost["epoch"]["slope"],
+      ours=float(cost["epoch"]["slope"]),
       threshold=1.1,
       paper=1.0,
       baseline="linear",
       note=f"{sizes[0]} to {sizes[-1]} observations, rank {config.bench.rank}; between the last two sizes "
-      f"{cost['epoch']['slope_at_the_end']:.2f}",
+      f"{number(cost['epoch']['slope_at_the_end'])}",
     )
   )
   return claims

@@ -42,10 +42,10 @@ def numpy_smoother(chain: kalman.Chain, precision, linear):
   return mean, cov
 
 
-def scan_gap() -> float:
+def scan_gap(steps: int) -> float:
   """Largest difference of a parallel scan from the loop in float64."""
   with jax.enable_x64(True):
-    problem = random_chain(200, 3, np.float64)
+    problem = random_chain(steps, 3, np.float64)
     smooth = jax.jit(kalman.smooth, static_argnames="scan")
     loop = smooth(*problem, scan="seq")
     difference = lambda scan: jax.tree.map(lambda x, y: jnp.abs(x - y).max(), smooth(*problem, scan=scan), loop)
@@ -76,7 +76,7 @@ def time_smoothers(config, workdir: Path) -> dict:
   list(overlapped(compile_, [(scan, steps) for steps in missing for scan in scans(steps)]))
   rows = [results.part(workdir, part(steps), functools.partial(measure, steps)) for steps in b.steps]
   line = lambda name: [(r["steps"], r["milliseconds"][name]["median"]) for r in rows if name in r["milliseconds"]]
-  return {"rows": rows, "slopes": {name: slope(line(name)) for name in (*kalman.SCANS, "numpy")}}
+  return {"rows": rows, "slopes": {name: timing.slope(line(name)) for name in (*kalman.SCANS, "numpy")}}
 
 
 def time_epochs(config) -> dict:
@@ -93,10 +93,4 @@ def time_epochs(config) -> dict:
       {"epoch": functools.partial(step, state, data)}, repetitions=config.bench.repetitions, warmup=1
     )
     line.append((size, times.median("epoch") * 1e3))
-  return {"line": line, "slope": slope(line), "slope_at_the_end": slope(line[-2:])}
-
-
-def slope(line) -> float:
-  """Of log seconds against log size; NaN for a single size."""
-  size, seconds = np.log(np.asarray(line, float).reshape(-1, 2)).T
-  return float(np.polyfit(size, seconds, 1)[0]) if len(size) > 1 else float("nan")
+  return {"line": line, "slope": timing.slope(line), "slope_at_the_end": timing.slope(line[-2:])}

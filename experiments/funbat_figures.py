@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.funbat_methods import FUNCTIONAL
+from experiments.results import number
 
 
 def draw_surface(curves, workdir: Path) -> str:
@@ -51,5 +52,5 @@ def draw_cost(cost, workdir: Path) -> str:
   for axis, ticks in ((axes[0], [r["steps"] for r in rows]), (axes[1], size)):
     axis.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
     axis.minorticks_off()
-  axes[1].set(xlabel="observations N", ylabel="seconds", title=f"One epoch, slope {cost['epoch']['slope']:.2f}")
+  axes[1].set(xlabel="observations N", ylabel="seconds", title=f"One epoch, slope {number(cost['epoch']['slope'])}")
   return figures.save(figure, workdir, "cost")

@@ -58,7 +58,9 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     pictures.draw_harm(models, MAIN, workdir): "Rank correlation of the residual's size with the KL of taking it away, "
     "by layer; KL against the share that is taken away, and of noise of the same norm",
     pictures.draw_classes(models, CLASSES, workdir): "Unexplained variance of every class by layer",
-    pictures.draw_cost(cost, workdir): "Seconds against size, with log-log slopes",
+    pictures.draw_cost(
+      cost, workdir
+    ): "Seconds against size, with the log-log slopes at the end: overheads rule the start",
   }
   return Report(metrics, make_claims(models, MAIN, UNTRAINED, cost), files)
 

@@ -303,11 +303,6 @@ def time_minimise(config) -> dict:
   return result
 
 
-def slope(points) -> float:
-  """The exponent of a power law through (size, seconds)."""
-  return float(np.polyfit(*np.log(np.array(points)).T, 1)[0]) if len(points) > 1 else float("nan")
-
-
 def pack_blocks(rows, n: int):
   """Two blocks of n columns, each padded to whole words."""
   pad = [(0, 0)] * (rows.ndim - 1) + [(0, -n % 32)]
@@ -438,7 +433,7 @@ def draw_speed(speed, workdir: Path) -> str:
         if r["p"] == p and name in r["seconds_per_instance"]
       ]
       if points:
-        style, power = "o--" if name in HOST else "o-", f"n^{slope(points):.1f}"
+        style, power = "o--" if name in HOST else "o-", f"n^{timing.slope(points):.1f}"
         axis.loglog(*zip(*points, strict=True), style, label=f"GF({p}), {label}: {power}")
   ticks = sorted({r["size"] for r in speed.values()})
   axis.set_xticks(ticks, ticks)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import figures
+from experiments import figures, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError, require
 from jaxlab.graphs import common, ssumm, ssumm_baselines, ssumm_host
@@ -155,7 +155,7 @@ def slope(rows: list[dict], least: int = 0) -> float:
   """Of log seconds against log edges, over graphs of `least` edges or more."""
   points = [(r["edges"], r["seconds"]) for r in rows if r["edges"] >= least]
   points = points if len(points) > 1 else [(r["edges"], r["seconds"]) for r in rows]
-  return float(np.polyfit(*np.log(points).T, 1)[0]) if len(points) > 1 else float("nan")
+  return timing.slope(points)
 
 
 def interpolate(rows: list[dict], size: float, name: str) -> float:

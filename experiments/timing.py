@@ -86,6 +86,11 @@ def steady(function: Callable, tree, *args, carry=None) -> Callable[[], object]:
   return run
 
 
+def slope(points) -> float:
+  """The exponent of a power law through (size, seconds); NaN of a single point."""
+  return float(np.polyfit(*np.log(np.asarray(points, float)).T, 1)[0]) if len(points) > 1 else float("nan")
+
+
 def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:
   """Kernels and copies a call launches on the GPU, from a profile; None elsewhere."""
   if jax.default_backend() != "gpu":
