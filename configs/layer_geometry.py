@@ -62,7 +62,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmdown=0.65,
         warmup=pick(cpu=20, **large(40)),
         dtype=pick(cpu="float32", **large("bfloat16")),
+        remat="none",
         checkpoint_every=pick(cpu=100, **large(500)),
+      ),
+      # A second training of the largest with SNLP's regulariser on its last layers; 0: none.
+      idn=dict(
+        weight=pick(cpu=0.0, **large(0.5)),
+        layers=pick(cpu=(1,), **large((4,), (6,))),
+        stride=1,
+        surrogate="identity",
+        detach_target=False,
+        sampled=False,
       ),
       splits=pick(cpu=1, **large(1, 3)),  # ways to divide the documents; figures are means over them
       fit=dict(

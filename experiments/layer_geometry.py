@@ -17,13 +17,13 @@ from experiments.layer_geometry_claims import make_claims
 from experiments.layer_geometry_cost import time_fits, time_interventions
 from experiments.overlap import overlapped
 from experiments.results import Report
+from experiments.snlp import training_loss
 from experiments.text import checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth import layer_geometry_classes as classes
 from jaxlab.models import Transformer, hub
-from jaxlab.training import losses
 
 LOCAL = ("diagonal", "low_rank", "orthogonal")
 CLASSES = ("identity", "token_lookup", "global_affine", *LOCAL, "mlp", "context")
@@ -66,16 +66,24 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
 
 
 def load_models(config, workdir: Path, cache: Path, console):
-  """(name, model, text in its tokens): one checkpoint, or trained sizes, the largest untrained, and shipped ones."""
+  """(name, model, text in its tokens): one checkpoint, or trained sizes, the largest untrained, and shipped ones.
+
+  With config.idn.weight the largest is trained once more with SNLP's regulariser.
+  """
   folder = checkpoint_folder(config)
   if folder:
     yield folder.name, hub.load(folder, dtype="float32"), load_text(config, cache, given=folder)
     return
   text = load_text(config, cache)
-  loss = lambda model, batch, step, key: losses.language_model_loss(model, batch)
-  for depth in config.depths:
-    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, depth=depth)
-    start, name = Transformer(shape, jax.random.key(config.seed)), f"{depth} layers"
+  jobs = [(f"{depth} layers", depth, None) for depth in config.depths]
+  if config.idn.weight:
+    jobs.append((f"{config.depths[-1]} layers, IDN", config.depths[-1], config.idn))
+  for name, depth, regulariser in jobs:
+    loss, shape = (
+      training_loss(config, regulariser),
+      model_config(config, text.bpe.get_vocab_size(), context=config.train.length, depth=depth),
+    )
+    start = Transformer(shape, jax.random.key(config.seed))
     trained = train_model(config, text, start, loss, workdir=workdir / name, console=console, title=name)
     # Off the training mesh: arrays placed differently would compile everything once more.
     yield name, jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), trained), text
@@ -247,7 +255,25 @@ def measure(config, model: Transformer, rows: dict, title: str, console) -> dict
     row["affine_lens_kl"] = float(_lens(model, traces["reference"], traces["evaluation"], layer, f.ridge).mean())
     row["nulls"] = compare_nulls(result, documents, f, config.seed)
     layers.append(row | interventions(config, model, rows["evaluation"][0], result, layer, documents))
-  return {"layers": layers, "across_layers": {name: across(layers, name) for name in config.intervene.classes}}
+  return {
+    "layers": layers,
+    "across_layers": {name: across(layers, name) for name in config.intervene.classes},
+    "suffix": jax.tree.map(float, jax.device_get(suffix_dependence(model, jnp.asarray(rows["evaluation"][0])))),
+  }
+
+
+@jax.jit
+def suffix_dependence(model, tokens) -> list[dict]:
+  """Of the last half of the layers: the input dependence of every update, its cosine, and one IDN step's error."""
+  u, v = geometry.frozen_updates(model, tokens, layers=max(1, model.depth // 2))
+  size = lambda a: jnp.linalg.norm(a, axis=-1)
+  ratio = lambda a, b: jnp.mean(size(a) / jnp.maximum(size(b), 1e-12))
+  row = lambda u, v, sum_u, sum_v: {
+    "dependence": ratio(u - v, u),
+    "cosine": jnp.mean(jnp.sum(u * v, axis=-1) / jnp.maximum(size(u) * size(v), 1e-12)),
+    "one_step_error": ratio(sum_v - sum_u, sum_u),
+  }
+  return [row(*parts) for parts in zip(u, v, jnp.cumsum(u, axis=0), jnp.cumsum(v, axis=0), strict=True)]
 
 
 def compile_side_by_side(config, model, tokens, parts, mlp, options) -> None:

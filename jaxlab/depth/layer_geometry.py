@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
 from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
+from jaxlab.depth.snlp_suffix import evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
@@ -97,6 +98,35 @@ def fvu(u: Vectors, t: Vectors) -> Float[Array, ""]:
 def explained(u: Vectors, t: Vectors) -> Float[Array, ""]:
   """R^2 about zero, 1 - sum ||u - t||^2 / sum ||u||^2: an orthogonal fit has cos(u, t) = sqrt(R^2) over all tokens."""
   return 1 - jnp.sum((u - t) ** 2) / jnp.sum(u**2)
+
+
+@exactly
+def frozen_updates(
+  model: Transformer,
+  tokens: Int[Array, "batch time"],
+  *,
+  layers: int,
+  skip: int = SKIP,
+  attention: AttentionFn = dot_product_attention,
+) -> tuple[Float[Array, "layers batch kept width"], Float[Array, "layers batch kept width"]]:
+  """(u, v): what the last n blocks add to their own inputs, u_j = f_{S+j}(h_{S+j}) - h_{S+j}, and to the suffix's, h_S.
+
+  v_j = f_{S+j}(h_S) - h_S is the part of u_j that the layers between do not change, u_j - v_j its input dependence.
+  One IDN step of SNLP from the trace z_j = h_S gives z_{j+1} = h_S + v_0 + ... + v_j, so its error there is the sum of
+  v_i - u_i over i <= j: training for IDN must shrink the input dependence, and layers without it are exact in one step.
+  All of raw states: residual lambdas belong to f here, as they do in SNLP.
+
+  Raises:
+    InputError: as `collect`; n outside 1..L.
+  """
+  _check(model, tokens, skip)
+  model = _widened(model)
+  suffix = plain(model, layers)
+  h0, trace, side = model.trace(tokens, attention=attention)
+  states = jnp.concatenate([h0[None], trace])[suffix.start :]
+  frozen = jnp.broadcast_to(states[0], states[1:].shape)
+  v = evaluate(model, suffix, frozen, side, attention=attention)[0] - frozen
+  return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (jnp.diff(states, axis=0), v))
 
 
 @exactly
