@@ -70,14 +70,14 @@ def measure(method: Method, folds, together: bool) -> dict:
       every = jnp.arange(len(train.y) * len(values))
       return jax.vmap(one)(every) if together else jax.lax.map(one, every)
 
-  best, epoch = (method.ranks[0], method.values[0]), None
+  best, epoch, held_out = (method.ranks[0], method.values[0]), None, None
   if len(method.ranks) * len(method.values) > 1:
     problem = stacked([hold_out(folds[0][0])])
     table = {rank: run(*problem, jnp.asarray(method.values), rank=rank) for rank in method.ranks}
     least = {rank: np.nan_to_num(np.asarray(row["rmse"]), nan=np.inf) for rank, row in table.items()}
     rank = min(least, key=lambda rank: least[rank].min())
     at = int(least[rank].argmin())
-    best = (rank, method.values[at])
+    best, held_out = (rank, method.values[at]), float(least[rank][at])
     if "test_rmse" in table[rank]:
       epoch = int(np.argmin(table[rank]["test_rmse"][at]))
   row = jax.tree.map(np.asarray, run(*stacked(folds), jnp.asarray([best[1]]), rank=best[0]))
@@ -91,7 +91,9 @@ def measure(method: Method, folds, together: bool) -> dict:
   }
   chosen = {method.value: best[1], "rank": best[0]} if method.value else {}
   chosen |= {} if epoch is None else {"epoch": epoch + 1}
-  return {"chosen": chosen, "errors": summary} | ({} if history is None else {"history": history.mean(0).tolist()})
+  return {"chosen": chosen, "held_out_rmse": held_out, "errors": summary} | (
+    {} if history is None else {"history": history.mean(0).tolist()}
+  )
 
 
 def scores(fitted: dict, test: funbat.Data) -> dict:
