@@ -99,7 +99,7 @@ def backward(
 ):
   """One Rauch-Tung-Striebel step: x ~ N(mean, cov) corrected by the smoothed moments of x' = A x + N(0, Q)."""
   ahead_mean, ahead_cov = predict(transition, noise, mean, cov)
-  gain = _t(jnp.linalg.solve(ahead_cov, transition @ cov))
+  gain = _t(_solve_positive(ahead_cov, transition @ cov))
   new = mean + _apply(gain, next_mean - ahead_mean)
   return new, symmetric(cov + gain @ (next_cov - ahead_cov) @ _t(gain))
 
@@ -164,7 +164,7 @@ def _filter_scan(scan, chain, precision, linear):
 def _smooth_scan(scan, chain, mean, cov):
   """Element j is (E, g, L): x_j given x_{j+1} is N(E x_{j+1} + g, L)."""
   a, q = chain.transition[1:], chain.noise[1:]
-  gain = _t(jnp.linalg.solve(symmetric(a @ cov[:-1] @ _t(a) + q), a @ cov[:-1]))
+  gain = _t(_solve_positive(symmetric(a @ cov[:-1] @ _t(a) + q), a @ cov[:-1]))
   gain = jnp.concatenate([gain, jnp.zeros_like(cov[:1])])
   step = jnp.concatenate([a, jnp.zeros_like(cov[:1])])
   element = (gain, mean - _apply(gain, _apply(step, mean)), symmetric(cov - gain @ step @ cov))
@@ -203,6 +203,21 @@ def _smooth_loop(chain, mean, cov):
   inputs = (chain.transition[1:], chain.noise[1:], mean[:-1], cov[:-1])
   _, (means, covs) = jax.lax.scan(step, last, inputs, reverse=True)
   return jnp.concatenate([means, last[0][None]]), jnp.concatenate([covs, last[1][None]])
+
+
+def _solve_positive(matrix, right):
+  """Positive definite solve by elimination, a step a row; no pivots are needed.
+
+  Not LAPACK: its batched calls that meet in XLA's CPU pool (interpolations of several chains) wait for each other for
+  ever once they hold all its threads (jaxlib 0.10.2), and on a GPU a call costs more than these few elementwise steps.
+  """
+  size = matrix.shape[-1]
+  both = jnp.concatenate([matrix, right], -1)
+  for i in range(size):
+    row = both[..., i, :] / both[..., i, i, None]
+    rest = both - both[..., :, i, None] * row[..., None, :]
+    both = jnp.where((jnp.arange(size) == i)[:, None], row[..., None, :], rest)
+  return both[..., size:]
 
 
 def _apply(matrix, vector):

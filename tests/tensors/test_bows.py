@@ -346,6 +346,23 @@ def test_ridge_and_ablations_are_projections():
   np.testing.assert_allclose(jnp.linalg.norm(again, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
 
 
+def test_a_trained_embedding_holds_the_map_it_needs():
+  """Bearings between points of a grid are learned far above chance (1/8); a linear probe finds the coordinates, and
+  the network is lost without the plane of the probe."""
+  place = np.stack(np.meshgrid(np.linspace(30, 45, 5), np.linspace(-110, -80, 5)), -1).reshape(-1, 2)
+  first, second = map(jnp.asarray, np.array([(i, j) for i in range(25) for j in range(25) if i != j]).T)
+  labels = value_coding.octant(value_coding.bearing(*place[first].T, *place[second].T))
+  start = value_coding.init_params(jax.random.key(0), cities=25)
+  params, losses = value_coding.train(start, first, second, labels, steps=600, batch=128, rate=3e-3)
+  assert losses[-20:].mean() < 0.2 * losses[:20].mean()
+  accuracy = value_coding.accuracy(params, first, second, labels)
+  assert accuracy > 0.95
+  plane, offset = value_coding.ridge(params["embedding"], jnp.asarray(place), alpha=1e-3)
+  np.testing.assert_allclose(params["embedding"] @ plane + offset, place, atol=0.5)
+  removed = value_coding.ablate(params["embedding"], plane, mode="remove")
+  assert value_coding.accuracy(params | {"embedding": removed}, first, second, labels) < accuracy - 0.1
+
+
 def test_the_experiment_reports_claims_and_keeps_its_parts(tmp_path):
   """On dates in seasons: neighbouring months share rows, and the ring claims appear."""
   random = np.random.default_rng(0)
