@@ -29,7 +29,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   comparison = compare(config, folds, workdir, console)
   console.say("timing smoothers and epochs")
   cost = {
-    "scan_gap": scan_gap(config.bench.steps[0]),
+    "scan_gap": results.part(workdir, "scan_gap", lambda: scan_gap(config.bench.steps[0])),
     "smoother": time_smoothers(config, workdir),
     "epoch": results.part(workdir, "epoch", lambda: time_epochs(config)),
   }

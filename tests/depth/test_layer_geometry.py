@@ -86,6 +86,14 @@ def test_orthogonal_maps_keep_norms_and_leave_the_complement_alone():
   assert jnp.linalg.norm(turned - x) > 0.1
 
 
+def test_gram_schmidt_spans_the_columns_and_drops_what_depends_on_others():
+  a = draw(D, 5)
+  a = jnp.stack([a[:, 0], a[:, 1], 2 * a[:, 0] - a[:, 1], 1e-3 * a[:, 2] + a[:, 0], jnp.zeros(D)], axis=1)
+  basis = jax.jit(classes.orthonormal)(a)
+  np.testing.assert_allclose(basis.T @ basis, jnp.diag(jnp.array([1.0, 1, 0, 1, 0])), atol=1e-5)
+  np.testing.assert_allclose(basis @ (basis.T @ a), a, atol=1e-5)
+
+
 def test_polar_is_the_orthogonal_factor_of_scipy():
   with jax.enable_x64(True):
     a = draw(12, 12) @ jnp.diag(10.0 ** jnp.linspace(-4, 0, 12)) @ draw(12, 12, seed=1)
