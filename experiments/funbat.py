@@ -108,6 +108,8 @@ def load_folds(config) -> list[tuple[funbat.Data, funbat.Data]]:
       rows = [[file[f"data/{i}/{part}"] for part in ("tr_ind", "tr_y", "te_ind", "te_y")] for i in range(d.folds)]
   except (KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
     raise InputError(f"{d.path}: {error}; expected data/<fold>/{{tr_ind,tr_y,te_ind,te_y}}, ndims/<mode>") from None
+  sizes = {(len(row[1]), len(row[3])) for row in rows}
+  require(len(sizes) == 1, f"{d.path} has folds of several sizes, {sorted(sizes)}; they are fitted as one batch")
   folds = []
   for train, y, test, target in rows:
     center, scale = np.mean(y), np.std(y)

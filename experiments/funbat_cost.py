@@ -84,13 +84,19 @@ def time_epochs(config) -> dict:
   rng, levels = np.random.default_rng(0), (50, 60, 70)
   settings = Settings(rank=config.bench.rank, scan=config.funbat.scan)
   step = jax.jit(lambda state, data: funbat.epoch(state, data, settings))
-  line = []
-  for size in config.bench.observations:
+
+  @jax.jit
+  def start(data):
+    return funbat.initial_state(data, settings, jax.random.key(0)), data
+
+  def problem(size):
     index = np.stack([rng.integers(0, n, size) for n in levels], 1)
-    data = funbat.on_grids([np.linspace(0, 10, n) for n in levels], index, rng.normal(size=size))
-    state = jax.jit(lambda data: funbat.initial_state(data, settings, jax.random.key(0)))(data)
-    times = timing.compare(
-      {"epoch": functools.partial(step, state, data)}, repetitions=config.bench.repetitions, warmup=1
-    )
-    line.append((size, times.median("epoch") * 1e3))
+    return start(funbat.on_grids([np.linspace(0, 10, n) for n in levels], index, rng.normal(size=size)))
+
+  problems = {size: problem(size) for size in config.bench.observations}
+  list(overlapped(lambda arguments: step.lower(*arguments).compile(), problems.values()))
+  line = []
+  for size, arguments in problems.items():
+    calls = {"epoch": functools.partial(step, *arguments)}
+    line.append((size, timing.compare(calls, repetitions=config.bench.repetitions, warmup=1).median("epoch") * 1e3))
   return {"line": line, "slope": timing.slope(line), "slope_at_the_end": timing.slope(line[-2:])}

@@ -484,6 +484,9 @@ def test_real_tensors_are_read(tmp_path):
   (train, test), _ = experiment.load_folds(config)
   assert [len(g) for g in train.grids] == [15, 95, 267] and float(train.grids[2][-1]) == 1.0
   np.testing.assert_allclose([train.y.mean(), train.y.std()], [0, 1], atol=1e-6)
+  np.savez(config.data.path, **arrays | {"data/1/te_y": np.zeros(7), "data/1/te_ind": arrays["data/1/te_ind"][:7]})
+  with pytest.raises(InputError, match="folds of several sizes"):
+    experiment.load_folds(config)
   y = arrays["data/0/tr_y"]
   np.testing.assert_allclose(test.y, (arrays["data/0/te_y"] - y.mean()) / y.std(), rtol=1e-6)
 
