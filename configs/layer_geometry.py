@@ -34,7 +34,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       model="nanochat",  # or hf:DIR, a checkpoint to measure as it is
-      depths=pick(test=(2,), cpu=(4, 6), **large((6, 8, 12))),
+      depths=pick(test=(2,), cpu=(4, 6), h200=(8,), paper=(6, 8, 12)),
       shape=dict(
         aspect_ratio=pick(test=16, cpu=16, **large(42)),
         head_dim=pick(test=16, cpu=32, **large(64)),
@@ -48,13 +48,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         path="",
         vocab_size=pick(test=320, cpu=1024, **large(8192)),
         split="validation",
-        row=pick(test=24, cpu=128, **large(512)),  # BOS and row - 1 tokens
-        reference=pick(test=8, cpu=40, **large(32)),  # rows
-        evaluation=pick(test=4, cpu=6, **large(4)),
+        row=pick(test=24, cpu=128, **large(256, 512)),  # BOS and row - 1 tokens
+        reference=pick(test=8, cpu=40, **large(64, 32)),  # rows
+        evaluation=pick(test=4, cpu=6, **large(8, 4)),
       ),
       train=dict(
-        steps=pick(test=4, cpu=150, **large(1500, 4000)),
-        batch=pick(test=8, cpu=16, **large(128)),
+        steps=pick(test=4, cpu=150, **large(500, 4000)),
+        batch=pick(test=8, cpu=16, **large(64, 128)),
         length=pick(test=24, cpu=128, **large(512)),
         accumulate=1,
         scale=1.0,
@@ -62,35 +62,46 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmdown=0.65,
         warmup=pick(cpu=20, **large(40)),
         dtype=pick(cpu="float32", **large("bfloat16")),
+        remat="none",
         checkpoint_every=pick(cpu=100, **large(500)),
       ),
-      splits=pick(cpu=1, **large(3)),  # ways to divide the documents; figures are means over them
+      # A second training of the largest with SNLP's regulariser on its last layers; 0: none.
+      idn=dict(
+        weight=pick(cpu=0.0, **large(0.5)),
+        layers=pick(cpu=(1,), **large((4,), (6,))),
+        stride=1,
+        surrogate="identity",
+        detach_target=False,
+        sampled=False,
+      ),
+      splits=pick(cpu=1, **large(1, 3)),  # ways to divide the documents; figures are means over them
       fit=dict(
-        neighbours=pick(test=8, cpu=24, **large(64)),
+        neighbours=pick(test=8, cpu=24, **large(32, 64)),  # a GPU batches eigenproblems of up to 32
         rank=pick(test=4, cpu=8, **large(16)),
         ridge=1e-2,
         steps=pick(test=20, cpu=300, **large(2000)),
         batch=pick(test=32, cpu=256, **large(1024)),
         subspace=pick(test=4, cpu=16),  # q, dimensions of the dominant subspace
-        resamples=pick(test=5, cpu=200),
+        resamples=pick(test=5, cpu=200, **large(100, 200)),
       ),
       intervene=dict(
         classes=pick(
           test=("low_rank", "mlp"),
           cpu=("global_affine", "low_rank", "mlp"),
-          **large(("identity", "token_lookup", "global_affine", "diagonal", "low_rank", "orthogonal", "mlp")),
+          h200=("token_lookup", "global_affine", "low_rank", "orthogonal", "mlp"),
+          paper=("identity", "token_lookup", "global_affine", "diagonal", "low_rank", "orthogonal", "mlp"),
         ),
         doses=(0.0, 0.25, 0.5, 0.75, 1.0),
       ),
       bench=dict(
-        tokens=pick(test=(8, 16), cpu=(10, 100, 1000, 10_000), **large((100, 1000, 10_000, 100_000))),
+        tokens=pick(test=(8,), cpu=(10, 100, 1000, 10_000)),
         reference=pick(test=64, cpu=2048, **large(16_384)),
         width=pick(test=16, cpu=64, **large(256)),
         neighbours=pick(test=8, cpu=32),
         rank=pick(test=4, cpu=8),
         depth=pick(test=2, cpu=2, **large(4)),
-        lengths=pick(test=(8, 16), cpu=(8, 32, 128, 512), **large((32, 128, 512))),
-        repetitions=pick(test=1, cpu=5),
+        lengths=pick(test=(8,), cpu=(8, 32, 128, 512), **large((32, 128, 512))),
+        repetitions=pick(test=1, cpu=5, **large(2, 5)),
       ),
       mesh=dict(data=-1),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from experiments import anncur_figures as pictures
 from experiments.anncur_claims import make_claims
 from experiments.anncur_cost import measure_cost
+from experiments.overlap import overlapped
 from experiments.results import Report
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data import corpora, tokenizer
@@ -188,10 +189,9 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
   keys = dict(
     zip(("init", "pretrained", *HEADS, "DE_base"), jax.random.split(jax.random.key(config.seed), 5), strict=True)
   )
-  random = np.random.default_rng(config.seed)
   gold = domain.gold[domain.train]
 
-  def batches(c, steps, encoder=None):
+  def batches(random, c, steps, encoder=None):
     hard = domain.hard
     if encoder is not None:
       hard = anncur_encoders.mine_negatives(encoder, domain.tokens, domain.train, gold, domain.pool, top=c.mined)
@@ -204,7 +204,8 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
   def fit(name, encoder, loss, c, mined=False):
     start = time.perf_counter()
     steps, rate = (c[field][name] if name in HEADS else c[field] for field in ("steps", "rate"))
-    make = lambda encoder, epoch: batches(c, steps, encoder if mined else None)
+    random = np.random.default_rng([config.seed, *name.encode()])
+    make = lambda encoder, epoch: batches(random, c, steps, encoder if mined else None)
     encoder, losses = anncur_encoders.train(
       encoder, loss, domain.tokens, make, keys[name], epochs=c.epochs, steps=steps, rate=rate, dtype=config.dtype
     )
@@ -214,13 +215,16 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
     console.say(f"{name}: loss {losses[0]:.3f} -> {last:.3f} in {seconds[name]:.0f} s")
     return encoder
 
-  first = anncur_encoders.Encoder(shape, keys["init"], head="dual", marks=domain.marks)
+  def from_pretrained(name):
+    if name == "DE_base":
+      return fit(name, encoders["pretrained"], anncur_encoders.dual_loss, config.dual, mined=True)
+    start = anncur_encoders.with_head(encoders["pretrained"], name, keys[name])
+    return fit(name, start, anncur_encoders.cross_loss, config.cross)
+
+  first = jax.jit(lambda key: anncur_encoders.Encoder(shape, key, head="dual", marks=domain.marks))(keys["init"])
   encoders = {"pretrained": fit("pretrained", first, anncur_encoders.dual_loss, config.pretrain)}
-  for head in HEADS:
-    start = anncur_encoders.with_head(encoders["pretrained"], head, keys[head])
-    encoders[head] = fit(head, start, anncur_encoders.cross_loss, config.cross)
-  encoders["DE_base"] = fit("DE_base", encoders["pretrained"], anncur_encoders.dual_loss, config.dual, mined=True)
-  return encoders, seconds
+  names = (*HEADS, "DE_base")
+  return encoders | dict(zip(names, overlapped(from_pretrained, names), strict=True)), seconds
 
 
 def measure_quality(encoder, domain: Domain, config) -> dict:
@@ -345,30 +349,33 @@ def measure_recall(config, domain: Domain, scores, item_scores, retrievers: dict
       put(oracle, float(max(test[i] for _, test in mean.values())))
       put(shares, best)
 
+  def of_share(budget, share):
+    """{method: recall (k, queries)} with that share of the budget on anchors."""
+    k_i = int(share * budget) // s.rounds * s.rounds
+    options = dict(ks=ks, retrieve=budget - k_i, strength=s.strength)
+    uniform = jnp.stack([anncur.draw_anchors(key, n, k_i) for key in keys])
+    clusters = jnp.stack([anncur_baselines.cluster_anchors(key, vectors, k_i) for key in keys])
+    ways = {
+      "ANNCUR": (r_anc, exact, uniform),
+      "ANNCUR, cluster anchors": (r_anc, exact, clusters),
+      "ANNCUR on CLS-CE": (*cls, uniform),
+      "fixed_anc_ent_cur": (item_rows, exact, uniform),
+    }
+    found = {name: np.asarray(recall_of_anchors(*way, **options).mean(0)) for name, way in ways.items()}
+    if k_i <= len(rows):
+      part = jnp.stack([jnp.sort(jax.random.permutation(key, len(rows))[:k_i]) for key in keys])
+      each = [recall_of_anchors(item_rows[p], exact, rows[p][None], inverse=False, **options)[0] for p in part]
+      found["fixed_anc_ent"] = np.asarray(jnp.stack(each).mean(0))
+    return found | adaptive(config, r_anc, exact, retrievers, keys, k_i=k_i, retrieve=budget - k_i)
+
   for budget in console.track("recall", list(s.budgets)):
     for name, approximate in retrievers.items():
       if name != "item vectors":
         r = np.asarray(anncur.evaluate(exact, approximate, ks=ks, retrieves=(budget,))[:, 0])
         record(name, budget, {1.0: r})
     found = {}
-    for share in s.shares:
-      k_i = int(share * budget) // s.rounds * s.rounds
-      options = dict(ks=ks, retrieve=budget - k_i, strength=s.strength)
-      uniform = jnp.stack([anncur.draw_anchors(key, n, k_i) for key in keys])
-      clusters = jnp.stack([anncur_baselines.cluster_anchors(key, vectors, k_i) for key in keys])
-      ways = {
-        "ANNCUR": (r_anc, exact, uniform),
-        "ANNCUR, cluster anchors": (r_anc, exact, clusters),
-        "ANNCUR on CLS-CE": (*cls, uniform),
-        "fixed_anc_ent_cur": (item_rows, exact, uniform),
-      }
-      for name, way in ways.items():
-        found.setdefault(name, {})[share] = np.asarray(recall_of_anchors(*way, **options).mean(0))
-      if k_i <= len(rows):
-        part = jnp.stack([jnp.sort(jax.random.permutation(key, len(rows))[:k_i]) for key in keys])
-        each = [recall_of_anchors(item_rows[p], exact, rows[p][None], inverse=False, **options)[0] for p in part]
-        found.setdefault("fixed_anc_ent", {})[share] = np.asarray(jnp.stack(each).mean(0))
-      for name, r in adaptive(config, r_anc, exact, retrievers, keys, k_i=k_i, retrieve=budget - k_i).items():
+    for share, by_name in zip(s.shares, overlapped(functools.partial(of_share, budget), s.shares), strict=True):
+      for name, r in by_name.items():
         found.setdefault(name, {})[share] = r
     for name, by_share in found.items():
       record(name, budget, by_share)
@@ -408,24 +415,39 @@ def measure_errors(config, scores) -> dict:
   ways = {"ridge": dict(strength=config.search.strength), "rcond 0.01": dict(method="rcond", strength=0.01)}
   ways["bare"] = dict(method="rcond", strength=float(np.finfo(np.float32).eps))
   result = {head: {name: {} for name in ways} for head in HEADS}
+
+  @functools.partial(jax.jit, static_argnames="way")
+  def error(m, anchors, way):
+    def one(chosen):
+      index = anncur.cur_index(m[:cut], chosen, **ways[way])
+      return relative(anncur.cur_scores(m[first:, chosen], index.embeddings), m[first:])
+
+    return jax.lax.map(one, anchors).mean()
+
+  def of_size(k_i):
+    """{(head, way): error} at one number of anchors."""
+    keys = [jax.random.key(config.seed + 200 + i) for i in range(config.errors.seeds)]
+    drawn = jnp.stack([anncur.draw_anchors(key, config.domain.size, k_i) for key in keys])
+    found = {(head, way): error(jnp.asarray(scores[head]), drawn, way) for head in HEADS for way in ways}
+    m = jnp.asarray(scores["emb"])
+    found["emb", "CUR oracle"] = relative(anncur_baselines.cur_oracle(m, jnp.arange(cut), drawn[0])[first:], m[first:])
+    if k_i < len(m) - first:
+      found["emb", "SVD of the test matrix"] = relative(anncur_baselines.truncated_svd(m[first:], k_i), m[first:])
+    return found
+
   for head in HEADS:
     m = jnp.asarray(scores[head])
-    test, norm = m[first:], jnp.linalg.norm(m[first:])
-    result[head]["mean score"] = float(jnp.linalg.norm(test - m[:cut].mean(0)) / norm)
-    for k_i in config.errors.anchors:
-      keys = [jax.random.key(config.seed + 200 + i) for i in range(config.errors.seeds)]
-      drawn = [anncur.draw_anchors(key, m.shape[1], k_i) for key in keys]
-      for name, way in ways.items():
-        indexes = [anncur.cur_index(m[:cut], anchors, **way) for anchors in drawn]
-        predicted = [anncur.cur_scores(test[:, index.anchors], index.embeddings) for index in indexes]
-        result[head][name][f"{k_i}"] = float(np.mean([jnp.linalg.norm(p - test) / norm for p in predicted]))
-      if head == "emb":
-        oracle = anncur_baselines.cur_oracle(m, jnp.arange(cut), drawn[0])[first:]
-        result[head].setdefault("CUR oracle", {})[f"{k_i}"] = float(jnp.linalg.norm(oracle - test) / norm)
-        if k_i < len(test):
-          svd = anncur_baselines.truncated_svd(test, k_i)
-          result[head].setdefault("SVD of the test matrix", {})[f"{k_i}"] = float(jnp.linalg.norm(svd - test) / norm)
+    result[head]["mean score"] = float(relative(m[:cut].mean(0), m[first:]))
+  for k_i, found in zip(config.errors.anchors, overlapped(of_size, config.errors.anchors), strict=True):
+    for (head, way), value in found.items():
+      result[head].setdefault(way, {})[f"{k_i}"] = float(value)
   return result
+
+
+@jax.jit
+def relative(predicted, exact):
+  """||predicted - exact|| / ||exact||."""
+  return jnp.linalg.norm(predicted - exact) / jnp.linalg.norm(exact)
 
 
 def measure_spectrum(m) -> dict:

@@ -1,16 +1,10 @@
 """Claims of the ANNCUR experiment; the thresholds are the specification's."""
 
-import numpy as np
-
+from experiments import timing
 from experiments.results import Claim
 
 RETRIEVERS = ("TF-IDF", "BM25", "DE_base")
 NAMES = {"emb": "EMB-CE", "cls": "CLS-CE"}
-
-
-def slope(sizes, seconds) -> float:
-  """The exponent of a power law through all points."""
-  return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]) if len(sizes) > 1 else float("nan")
 
 
 def make_claims(config, metrics: dict) -> list[Claim]:
@@ -120,7 +114,7 @@ def cost_claims(config, metrics: dict) -> list[Claim]:
   cost, seconds = metrics["cost"], metrics["seconds"]
   sizes = [int(n) for n in cost]
   last = cost[f"{sizes[-1]}"]
-  power = {name: slope(sizes, [row[name] for row in cost.values()]) for name in ("all items by f", "ANNCUR")}
+  power = {name: timing.slope([(n, cost[f"{n}"][name]) for n in sizes]) for name in ("all items by f", "ANNCUR")}
   ratio = lambda ours, peer: dict(ours=last[f"{peer} / {ours}"][0], spread=last[f"{peer} / {ours}"][1])
   matrix = seconds["score matrix"]
   distil = min(seconds[name] for name in seconds if name.startswith("distil"))

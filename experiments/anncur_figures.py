@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import figures
-from experiments.anncur_claims import slope
+from experiments import figures, timing
 
 METHODS = {
   "ADACUR": dict(color="C1", marker="s"),
@@ -66,8 +65,8 @@ def draw_cost(cost: dict, workdir: Path) -> str:
   )
   for axis, (title, names) in zip(axes, groups, strict=True):
     for name, style in names.items():
-      seconds = [row[name] for row in cost.values()]
-      axis.loglog(sizes, seconds, style, label=f"{name}, slope {slope(sizes, seconds):.2f}")
+      points = [(n, cost[f"{n}"][name]) for n in sizes]
+      axis.loglog(*zip(*points, strict=True), style, label=f"{name}, slope {timing.slope(points):.2f}")
     axis.set(xlabel="items n", ylabel="seconds", title=title)
     axis.set_ylim(top=axis.get_ylim()[1] * 30)  # room for the legend
     axis.legend(fontsize=8, loc="upper left")

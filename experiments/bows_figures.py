@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments import figures
-from jaxlab.tensors import bows
 from jaxlab.tensors import bows_data as data
 
 
-def draw_synthetic(grams: dict, workdir: Path) -> str:
+def draw_synthetic(matrices: list, workdir: Path) -> str:
+  grams = {(kind, m) if m else kind: np.asarray(matrix) for kind, m, matrix in matrices}
   kinds = ("linear wd0", "ReLU wd0", "ReLU wd1", "ReLU wd6")
   latents = sorted({key[1] for key in grams if key != "covariance"})
   size = (1.7 * len(latents) + 1.9, 7.2)
@@ -59,34 +59,19 @@ def draw_interference(text: dict, workdir: Path) -> str:
   return figures.save(figure, workdir, "interference")
 
 
-def draw_mechanism(models: dict, windows: dict, words: dict, workdir: Path) -> str:
-  """The three words that context helps most, among those in at least 1 % of the held-out windows."""
-  names, features = list(words), len(words)
-  params = models[sorted(models)[len(models) // 2]]
-  statistics = bows.evaluate(params, windows["held_out"], features)
-  x = np.unpackbits(windows["held_out"], axis=1, count=features)
-  gap = statistics["r2"] - np.asarray(bows.one_hot_r2(params))
-  common = (x.mean(0) > 0.01) & np.isfinite(gap)
-  common = common if common.any() else np.isfinite(gap)
-  targets = np.argsort(-np.where(common, gap, -np.inf))[:3]
+def draw_mechanism(mechanism: dict, workdir: Path) -> str:
   figure, (left, right) = figures.subplots(2)
-  v = int(targets[0])
-  p = np.asarray(x @ np.asarray(params["W"]).T @ np.asarray(params["W"])[:, v] + params["b"][v])
-  # The same bins for both, so that the densities compare.
-  bins = np.linspace(*np.percentile(p, [0.1, 99.9]), 50)
-  for present, label in ((0, "word absent"), (1, "word present")):
-    left.hist(p[x[:, v] == present], bins=bins, density=True, alpha=0.6, label=label)
-  alone = float(bows.gram_row(params, v)[v] + params["b"][v])
-  left.axvline(alone, color="black", ls="--", lw=1, label="word alone")
+  for label, density in mechanism["density"].items():
+    left.stairs(density, mechanism["bins"], fill=True, alpha=0.6, label=label)
+  left.axvline(mechanism["alone"], color="black", ls="--", lw=1, label="word alone")
   left.axvline(0, color="black", lw=0.8)
-  left.set(xlabel="pre-activation p_v", ylabel="density", title=f'"{names[v]}", m = {params["W"].shape[0]}')
+  left.set(xlabel="pre-activation p_v", ylabel="density")
+  left.set_title(f'"{mechanism["word"]}", m = {mechanism["latent"]}')
   left.legend(fontsize=8)
-  for i, target in enumerate(targets):
-    ranked = [u for u in np.argsort(-windows["correlation"][target]) if u != target]
-    middle = np.argsort(np.abs(windows["correlation"][target]))[:4]
-    tower = bows.towers(params, int(target), {"4 related": ranked[:4], "4 unrelated": middle.tolist()})
-    label = f'"{names[target]}": {", ".join(names[u] for u in ranked[:4])}'
-    right.bar(np.arange(len(tower)) + 0.27 * i - 0.27, list(tower.values()), 0.25, label=label)
+  for i, (name, related, tower) in enumerate(mechanism["towers"]):
+    right.bar(
+      np.arange(len(tower)) + 0.27 * i - 0.27, list(tower.values()), 0.25, label=f'"{name}": {", ".join(related)}'
+    )
   right.set_xticks(range(len(tower)), list(tower))
   right.axhline(0, color="black", lw=0.8)
   right.set(ylabel="contribution to p_v", title="What a pre-activation is made of")
@@ -95,7 +80,8 @@ def draw_mechanism(models: dict, windows: dict, words: dict, workdir: Path) -> s
   return figures.save(figure, workdir, "mechanism")
 
 
-def draw_cycle(cycle: dict, ring: np.ndarray, workdir: Path) -> str:
+def draw_cycle(cycle: dict, ring: list, workdir: Path) -> str:
+  ring = np.asarray(ring)
   figure, (left, right) = figures.subplots(2)
   for name, row in cycle["models"].items():
     left.plot(range(1, 7), np.mean(row["lags"], axis=0), "o-", label=f"columns, {name}")

@@ -12,16 +12,18 @@ import numpy as np
 import scipy.stats
 
 from experiments import layer_geometry_figures as pictures
+from experiments import results
 from experiments.layer_geometry_claims import make_claims
 from experiments.layer_geometry_cost import time_fits, time_interventions
+from experiments.overlap import overlapped
 from experiments.results import Report
+from experiments.snlp import training_loss
 from experiments.text import checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth import layer_geometry_classes as classes
 from jaxlab.models import Transformer, hub
-from jaxlab.training import losses
 
 LOCAL = ("diagonal", "low_rank", "orthogonal")
 CLASSES = ("identity", "token_lookup", "global_affine", *LOCAL, "mlp", "context")
@@ -39,11 +41,15 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   require(MAIN in config.intervene.classes, f"config.intervene.classes lacks {MAIN!r}, the class of the claims")
   models = {}
   for name, model, text in load_models(config, workdir, cache, console):
-    splits = [split_rows(text.split(config.data.split), config, seed) for seed in range(config.splits)]
-    measured = [measure(config, model, split, f"{name}, split {i}", console) for i, split in enumerate(splits)]
+    measured = []
+    for seed in range(config.splits):
+      rows, title = split_rows(text.split(config.data.split), config, seed), f"{name}, split {seed}"
+      work = functools.partial(measure, config, model, rows, title, console)
+      measured.append(results.part(workdir, f"{name}.{seed}".replace(" ", "."), work))
     models[name] = average(measured) | {"parameters": sum(a.size for a in jax.tree.leaves(model))}
   console.say("timing")
-  cost = {"fits": time_fits(config.bench), "interventions": time_interventions(config.bench)}
+  timed = {"fits": time_fits, "interventions": time_interventions}
+  cost = {name: results.part(workdir, f"cost.{name}", lambda f=f: f(config.bench)) for name, f in timed.items()}
   metrics = {"models": models, "cost": cost}
   files = {
     pictures.draw_alignment(models, MAIN, workdir): "Cosines of update, tokenwise part and residual by layer, with the "
@@ -52,22 +58,32 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     pictures.draw_harm(models, MAIN, workdir): "Rank correlation of the residual's size with the KL of taking it away, "
     "by layer; KL against the share that is taken away, and of noise of the same norm",
     pictures.draw_classes(models, CLASSES, workdir): "Unexplained variance of every class by layer",
-    pictures.draw_cost(cost, workdir): "Seconds against size, with log-log slopes",
+    pictures.draw_cost(
+      cost, workdir
+    ): "Seconds against size, with the log-log slopes at the end: overheads rule the start",
   }
   return Report(metrics, make_claims(models, MAIN, UNTRAINED, cost), files)
 
 
 def load_models(config, workdir: Path, cache: Path, console):
-  """(name, model, text in its tokens): one checkpoint, or trained sizes, the largest untrained, and shipped ones."""
+  """(name, model, text in its tokens): one checkpoint, or trained sizes, the largest untrained, and shipped ones.
+
+  With config.idn.weight the largest is trained once more with SNLP's regulariser.
+  """
   folder = checkpoint_folder(config)
   if folder:
     yield folder.name, hub.load(folder, dtype="float32"), load_text(config, cache, given=folder)
     return
   text = load_text(config, cache)
-  loss = lambda model, batch, step, key: losses.language_model_loss(model, batch)
-  for depth in config.depths:
-    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, depth=depth)
-    start, name = Transformer(shape, jax.random.key(config.seed)), f"{depth} layers"
+  jobs = [(f"{depth} layers", depth, None) for depth in config.depths]
+  if config.idn.weight:
+    jobs.append((f"{config.depths[-1]} layers, IDN", config.depths[-1], config.idn))
+  for name, depth, regulariser in jobs:
+    loss, shape = (
+      training_loss(config, regulariser),
+      model_config(config, text.bpe.get_vocab_size(), context=config.train.length, depth=depth),
+    )
+    start = Transformer(shape, jax.random.key(config.seed))
     trained = train_model(config, text, start, loss, workdir=workdir / name, console=console, title=name)
     # Off the training mesh: arrays placed differently would compile everything once more.
     yield name, jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), trained), text
@@ -89,15 +105,15 @@ def random_outputs(model: Transformer, key: jax.Array) -> Transformer:
 def split_rows(tokens: Tokens, config, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """{"reference", "evaluation": (rows of BOS and text, the document of each row)}, no document in both.
 
-  A third of the documents is for evaluation. Every document gives a row in turn, its pieces in random order.
+  Half of the documents are for evaluation. Every document gives a row in turn, its pieces in random order.
   """
   random, piece = np.random.default_rng(seed), config.data.row - 1
   counts = np.diff(tokens.offsets) // piece
   usable = random.permutation(np.flatnonzero(counts))
   require(
-    len(usable) >= 3, f"only {len(usable)} documents have {piece} tokens; give longer ones or lower config.data.row"
+    len(usable) >= 2, f"only {len(usable)} documents have {piece} tokens; give longer ones or lower config.data.row"
   )
-  cut = len(usable) // 3
+  cut = len(usable) // 2
   result = {}
   for part, chosen in (("evaluation", usable[:cut]), ("reference", usable[cut:])):
     pieces = [(turn, d, at) for d in chosen for turn, at in enumerate(random.permutation(counts[d]))]
@@ -219,6 +235,8 @@ def measure(config, model: Transformer, rows: dict, title: str, console) -> dict
   documents = np.repeat(rows["evaluation"][1], ids["evaluation"].shape[1])
   none, mlp = np.full(count, -1), lambda i: jax.tree.map(lambda a: a[i], mlps)
   layers = []
+  if jax.default_backend() != "cpu":
+    compile_side_by_side(config, model, rows["evaluation"][0], gather(traces, ids, 0, sample, shuffle), mlp(0), options)
   for layer in console.track(title, range(model.depth)):
     query, reference, few, shuffled = gather(traces, ids, layer, sample, shuffle)
     outputs = predict(reference, query, none, mlp(layer), **options)
@@ -233,11 +251,40 @@ def measure(config, model: Transformer, rows: dict, title: str, console) -> dict
     }
     result = draw_nulls(query, few, outputs[MAIN], inside[MAIN], key, dimensions=dimensions)
     result |= {"x": query["x"], "y": query["y"], "outputs": outputs}
-    row = jax.tree.map(float, {"classes": described} | prior_measures(query["x"], query["y"]))
+    row = jax.tree.map(float, jax.device_get({"classes": described} | prior_measures(query["x"], query["y"])))
     row["affine_lens_kl"] = float(_lens(model, traces["reference"], traces["evaluation"], layer, f.ridge).mean())
     row["nulls"] = compare_nulls(result, documents, f, config.seed)
     layers.append(row | interventions(config, model, rows["evaluation"][0], result, layer, documents))
-  return {"layers": layers, "across_layers": {name: across(layers, name) for name in config.intervene.classes}}
+  return {
+    "layers": layers,
+    "across_layers": {name: across(layers, name) for name in config.intervene.classes},
+    "suffix": jax.tree.map(float, jax.device_get(suffix_dependence(model, jnp.asarray(rows["evaluation"][0])))),
+  }
+
+
+@jax.jit
+def suffix_dependence(model, tokens) -> list[dict]:
+  """Of the last half of the layers: the input dependence of every update, its cosine, and one IDN step's error."""
+  u, v = geometry.frozen_updates(model, tokens, layers=max(1, model.depth // 2))
+  size = lambda a: jnp.linalg.norm(a, axis=-1)
+  ratio = lambda a, b: jnp.mean(size(a) / jnp.maximum(size(b), 1e-12))
+  row = lambda u, v, sum_u, sum_v: {
+    "dependence": ratio(u - v, u),
+    "cosine": jnp.mean(jnp.sum(u * v, axis=-1) / jnp.maximum(size(u) * size(v), 1e-12)),
+    "one_step_error": ratio(sum_v - sum_u, sum_u),
+  }
+  return [row(*parts) for parts in zip(u, v, jnp.cumsum(u, axis=0), jnp.cumsum(v, axis=0), strict=True)]
+
+
+def compile_side_by_side(config, model, tokens, parts, mlp, options) -> None:
+  """The first call of every class and of every layer's intervention; an accelerator's host has cores for all."""
+  query, reference, _, _ = parts
+  near = _neighbours(reference["x"], query["x"], k=options["k"], own=np.full(len(query["x"]), -1))
+  fixed = {name: value for name, value in options.items() if name != "k"}
+  y = query["y"].reshape(len(tokens), tokens.shape[1] - geometry.SKIP, -1)
+  jobs = [functools.partial(_predict, name, reference, query, near, mlp, **fixed) for name in CLASSES]
+  jobs += [functools.partial(_intervene, model, jnp.asarray(tokens), y, layer=layer) for layer in range(model.depth)]
+  jax.block_until_ready(list(overlapped(lambda job: job(), jobs)))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "batch"))

@@ -27,7 +27,32 @@ def make_claims(models: dict, main: str, untrained: str, cost: dict) -> list[Cla
         note="medians " + ", ".join(f"{m:.2f}" for m in medians),
       )
     )
-  return [*claims, *cost_claims(cost)]
+  return [*claims, *link_claims(models), *cost_claims(cost)]
+
+
+def link_claims(models: dict) -> list[Claim]:
+  """The link to SNLP: training for IDN shrinks how much the suffix's updates depend on the layers between."""
+  claims = []
+  for name in models:
+    plain = name.removesuffix(", IDN")
+    if plain == name:
+      continue
+    mean = lambda key, name: float(np.mean([row[key] for row in models[name]["suffix"][1:]]))
+    claims.append(
+      Claim(
+        f"{plain}: input dependence ||u - v|| / ||u|| of the last half's updates, trained for IDN over plain",
+        "ratio",
+        "lower",
+        ours=mean("dependence", name) / mean("dependence", plain),
+        threshold=1.0,
+        baseline=mean("dependence", plain),
+        note="v: the update at the suffix's input. cos(u, v) {:.2f}, plain {:.2f}; error of one IDN step, over what "
+        "the suffix adds, {:.2f}, plain {:.2f}".format(
+          *(mean(key, which) for key in ("cosine", "one_step_error") for which in (name, plain))
+        ),
+      )
+    )
+  return claims
 
 
 def share(layers: list[dict], holds) -> float:

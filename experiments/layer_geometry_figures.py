@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import figures
+from experiments import figures, timing
 
 _STYLE = {"cos_ut": ("C0", "cos(u, t)"), "cos_ur": ("C2", "cos(u, r)"), "cos_rt": ("C1", "cos(r, t)")}
 
@@ -108,12 +108,6 @@ def draw_classes(models: dict, classes: tuple[str, ...], workdir: Path) -> str:
   return figures.save(figure, workdir, "classes")
 
 
-def slope(points) -> float:
-  """The exponent of a power law through the upper half of (size, seconds): overheads rule the lower half."""
-  upper = points[len(points) // 2 - (len(points) < 4) :]
-  return float(np.polyfit(*np.log(np.array(upper)).T, 1)[0])
-
-
 def draw_cost(cost: dict, workdir: Path) -> str:
   figure, axes = figures.subplots(2)
   titles = {"fits": ("tokens fitted", "Low-rank fits"), "interventions": ("tokens T in the row", "T interventions")}
@@ -122,7 +116,7 @@ def draw_cost(cost: dict, workdir: Path) -> str:
     for name in names:
       points = [(int(size), r["seconds"][name]) for size, r in cost[key].items()]
       shown = {"jax": "here", "numpy": "NumPy"}.get(name, name)
-      axis.loglog(*zip(*points, strict=True), "o-", label=f"{shown}: n^{slope(points):.2f}")
+      axis.loglog(*zip(*points, strict=True), "o-", label=f"{shown}: n^{timing.slope(points[-2:]):.2f}")
     axis.set(xlabel=label, ylabel="seconds", title=title)
     axis.legend()
   return figures.save(figure, workdir, "cost")

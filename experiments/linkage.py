@@ -453,7 +453,7 @@ def draw_speed(speed, workdir: Path) -> str:
         if r["p"] == p and name in r["seconds_per_instance"]
       ]
       if points:
-        style, power = "o--" if name in HOST else "o-", f"n^{timing.slope(*zip(*points, strict=True)):.1f}"
+        style, power = "o--" if name in HOST else "o-", f"n^{timing.slope(points):.1f}"
         axis.loglog(*zip(*points, strict=True), style, label=f"GF({p}), {label}: {power}")
   ticks = sorted({r["size"] for r in speed.values()})
   axis.set_xticks(ticks, ticks)

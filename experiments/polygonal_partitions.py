@@ -317,7 +317,7 @@ def measure_speed(config, console) -> dict:
     speedup = {m: times.speedup(m, "squarified") for m in (*BOUNDED, "slack boxes")}
     rows[f"{leaves}"] = {"milliseconds": times.summary(), "speedup": speedup}
   seconds = lambda m: [r["milliseconds"][m]["median"] / 1e3 for r in rows.values()]
-  slope = lambda m: timing.slope([float(n) for n in rows], seconds(m))
+  slope = lambda m: timing.slope(list(zip(map(float, rows), seconds(m), strict=True)))
   return {"leaves": rows, "log_log_slope": {m: slope(m) for m in contestants}}
 
 
@@ -401,7 +401,7 @@ def make_claims(config, m: dict) -> list[Claim]:
   growth = m["embedding"]["growth"]
   for name, rows in growth.items():
     d = int(name.split()[1])
-    slope = timing.slope([float(s) for s in rows], [r["mean"] for r in rows.values()])
+    slope = timing.slope([(float(s), r["mean"]) for s, r in rows.items()])
     claims.append(
       Claim(
         f"distortion / LB grows as this power of log2(spread), d = {d}",

@@ -236,7 +236,7 @@ def measure_size(config, nodes: int, console) -> dict:
 
 def slope(rows: list[dict], name: str) -> float:
   """Of the seconds `name` against edges."""
-  return timing.slope([r["edges"] for r in rows], [r[name] for r in rows])
+  return timing.slope([(r["edges"], r[name]) for r in rows])
 
 
 def make_claims(config, found: dict, speed: dict, scaling: list[dict]) -> list[Claim]:

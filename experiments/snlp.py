@@ -3,10 +3,8 @@
 With config.model = "hf:DIR" nothing is trained: the method is run on that checkpoint as it is.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 from pathlib import Path
 
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results, snlp_claims, snlp_figures, snlp_finetuning, snlp_speed, timing
+from experiments.overlap import overlapped
 from experiments.results import Report
 from experiments.snlp_claims import MHC, MHC_REGULARISED, PLAIN, REGULARISED
 from experiments.snlp_settings import forward, parse, refit_config
@@ -226,19 +225,16 @@ def measure_speculation(config, text: Text, models: dict[str, Transformer], cons
     console.say(f"speculating, {name}")
     plain = snlp_inference.split(model)
     networks = {setting: snlp_inference.split(model, parse(setting)["layers"]) for setting in spec.settings}
-    with _compile_pool() as pool:
-      first = pool.submit(lambda n: [sequential_run(n, p) for p in prompts], plain)
-      draft_all = lambda case, networks=networks: [drafting[case](networks[case[0]], p) for p in prompts]
-      drafted = pool.map(draft_all, drafting)
-      outputs, expected = dict(zip(drafting, drafted, strict=True)), first.result()
+    contestants = {case: functools.partial(go, networks[case[0]]) for case, go in drafting.items()}
+    runs = [functools.partial(sequential_run, plain), *contestants.values()]
+    expected, *outputs = overlapped(lambda run: [run(p) for p in prompts], runs)
     result[name] = {}
-    for (setting, draft), go in drafting.items():
-      drafts = outputs[setting, draft]
+    for ((setting, draft), go), drafts in zip(contestants.items(), outputs, strict=True):
       accepted, cycles = (sum(int(getattr(o[1], part)) for o in drafts) for part in ("accepted", "cycles"))
       equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(drafts, expected, strict=True)])
       pair = {
         "sequential": lambda n=plain: [sequential_run(n, p) for p in prompts],
-        "speculative": lambda go=go, n=networks[setting]: [go(n, p) for p in prompts],
+        "speculative": lambda go=go: [go(p) for p in prompts],
       }
       times = timing.compare(pair, repetitions=spec.repetitions, warmup=1)
       ratio, spread = times.speedup("speculative", "sequential")
@@ -300,11 +296,6 @@ def measure_quality(config, text: Text, models: dict[str, Transformer], console)
     result[name]["trace_error"] = np.asarray(error(m, sample, **chosen)).tolist()
     result[name]["jacobian_norms"] = np.asarray(jax.jit(snlp.jacobian_norms)(m, sample, jax.random.key(0))).tolist()
   return result
-
-
-def _compile_pool():
-  """Threads for what mostly compiles: as many as can compile at once, half of the cores."""
-  return concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
 
 
 def early_exit(model: Transformer, tokens, n: int):

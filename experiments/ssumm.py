@@ -161,9 +161,10 @@ def threshold(rows: list[dict]) -> int:
 
 
 def slope(rows: list[dict], least: int = 0) -> float:
-  """Of seconds against edges, over graphs of `least` edges or more."""
-  rows = [r for r in rows if r["edges"] >= least]
-  return timing.slope([r["edges"] for r in rows], [r["seconds"] for r in rows])
+  """Of log seconds against log edges, over graphs of `least` edges or more."""
+  points = [(r["edges"], r["seconds"]) for r in rows if r["edges"] >= least]
+  points = points if len(points) > 1 else [(r["edges"], r["seconds"]) for r in rows]
+  return timing.slope(points)
 
 
 def interpolate(rows: list[dict], size: float, name: str) -> float:

@@ -57,11 +57,6 @@ def compare(
   return Times(seconds)
 
 
-def slope(sizes, seconds) -> float:
-  """The exponent of a power law through these points, of log seconds against log sizes; NaN for fewer than two."""
-  return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]) if len(sizes) > 1 else float("nan")
-
-
 def steady(function: Callable, tree, *args, carry=None, compiler_options=None) -> Callable[[], object]:
   """A contestant `run()` that evaluates `function(tree, *args)` on the same buffers in every call.
 
@@ -89,6 +84,11 @@ def steady(function: Callable, tree, *args, carry=None, compiler_options=None) -
     return last[0]
 
   return run
+
+
+def slope(points) -> float:
+  """The exponent of a power law through (size, seconds); NaN of a single point."""
+  return float(np.polyfit(*np.log(np.asarray(points, float)).T, 1)[0]) if len(points) > 1 else float("nan")
 
 
 def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:

@@ -4,6 +4,8 @@ The operator (A2, b2) o (A1, b1) = (A2 A1, A2 b1 + b2) is associative, so a scan
 (Blelloch, "Prefix sums and their applications", 1990). Everything here is differentiable in both arguments.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -86,6 +88,33 @@ def transfer_tensor(transition: Float[Array, "steps state state"]) -> Float[Arra
     return matrix_recurrence(jnp.where(jnp.arange(steps)[:, None, None] > i, transition, 0), start)
 
   return jnp.moveaxis(jax.vmap(column)(jnp.arange(steps)), 0, 1)
+
+
+def doubling_scan(combine: Callable, elements: PyTree[Array], *, reverse: bool = False) -> PyTree[Array]:
+  """`jax.lax.associative_scan` over axis 0 by recursive doubling: round i combines steps 2^i apart, all at once.
+
+  Work O(T log T) instead of O(T), half the depth, and one `combine` in the program whatever T: it compiles in a
+  fraction of the time, and runs faster wherever a round does not fill the device.
+
+  Args:
+    combine: associative, (earlier, later) -> joined, and with `reverse` (later, earlier); must accept any pair of
+      elements, as the wrapped-around ones are combined and then dropped.
+
+  Reference: Hillis & Steele, "Data parallel algorithms", 1986.
+  """
+  if reverse:
+    flip = lambda tree: jax.tree.map(lambda a: jnp.flip(a, 0), tree)
+    return flip(doubling_scan(combine, flip(elements)))
+  steps = len(jax.tree.leaves(elements)[0])
+
+  def round_(i, elements):
+    distance = jnp.left_shift(1, i)
+    joined = combine(jax.tree.map(lambda a: jnp.roll(a, distance, 0), elements), elements)
+    far = jnp.arange(steps) >= distance
+    keep = lambda new, old: jnp.where(far.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    return jax.tree.map(keep, joined, elements)
+
+  return jax.lax.fori_loop(0, (steps - 1).bit_length(), round_, elements)
 
 
 def _elementwise(transition, increment, *, axis, reverse):

@@ -23,7 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
+from jaxlab.core.precision import exactly
 from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
+from jaxlab.depth.snlp_suffix import evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
@@ -36,6 +38,7 @@ Vectors = Float[Array, "tokens width"]
 Values = Float[Array, "tokens"]
 
 
+@exactly
 def collect(
   model: Transformer,
   tokens: Int[Array, "batch time"],
@@ -60,6 +63,7 @@ def collect(
   return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (x, trace))
 
 
+@exactly
 def geometry(
   u: Vectors, t: Vectors, basis: Float[Array, "width q"], *, mean: Float[Array, "width"] | float = 0.0
 ) -> dict[str, Values]:
@@ -96,6 +100,36 @@ def explained(u: Vectors, t: Vectors) -> Float[Array, ""]:
   return 1 - jnp.sum((u - t) ** 2) / jnp.sum(u**2)
 
 
+@exactly
+def frozen_updates(
+  model: Transformer,
+  tokens: Int[Array, "batch time"],
+  *,
+  layers: int,
+  skip: int = SKIP,
+  attention: AttentionFn = dot_product_attention,
+) -> tuple[Float[Array, "layers batch kept width"], Float[Array, "layers batch kept width"]]:
+  """(u, v): what the last n blocks add to their own inputs, u_j = f_{S+j}(h_{S+j}) - h_{S+j}, and to the suffix's, h_S.
+
+  v_j = f_{S+j}(h_S) - h_S is the part of u_j that the layers between do not change, u_j - v_j its input dependence.
+  One IDN step of SNLP from the trace z_j = h_S gives z_{j+1} = h_S + v_0 + ... + v_j, so its error there is the sum of
+  v_i - u_i over i <= j: training for IDN must shrink the input dependence, and layers without it are exact in one step.
+  All of raw states: residual lambdas belong to f here, as they do in SNLP.
+
+  Raises:
+    InputError: as `collect`; n outside 1..L.
+  """
+  _check(model, tokens, skip)
+  model = _widened(model)
+  suffix = plain(model, layers)
+  h0, trace, side = model.trace(tokens, attention=attention)
+  states = jnp.concatenate([h0[None], trace])[suffix.start :]
+  frozen = jnp.broadcast_to(states[0], states[1:].shape)
+  v = evaluate(model, suffix, frozen, side, attention=attention)[0] - frozen
+  return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (jnp.diff(states, axis=0), v))
+
+
+@exactly
 def dominant_subspace(t: Vectors, *, dimensions: int = 16) -> Float[Array, "width q"]:
   """V_q: the top right singular vectors of t (uncentred), orthonormal columns, the strongest first.
 
@@ -106,12 +140,14 @@ def dominant_subspace(t: Vectors, *, dimensions: int = 16) -> Float[Array, "widt
   return jnp.linalg.eigh(t.T @ t)[1][:, ::-1][:, :dimensions]
 
 
+@exactly
 def effective_dimensions(t: Vectors, *, share: float = 0.95) -> Int[Array, ""]:
   """The least q whose V_q holds `share` of the energy of t."""
   energy = jnp.cumsum(jnp.linalg.eigvalsh(t.T @ t)[::-1])
   return jnp.minimum(1 + jnp.sum(energy < share * energy[-1]), t.shape[1])
 
 
+@exactly
 def intervene(
   model: Transformer,
   tokens: Int[Array, "batch time"],
@@ -210,6 +246,7 @@ def document_bootstrap(
   return float(low), float(high)
 
 
+@exactly
 def linearity(x: Vectors, y: Vectors) -> Float[Array, ""]:
   """1 - min_A ||X A - Y||_F^2 with X, Y centred and of Frobenius norm 1 (Razzhigaev et al. 2024, arXiv 2405.12250).
 
@@ -227,6 +264,7 @@ def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
   return jnp.mean(1 - _ratio(jnp.sum(x * y, axis=-1), _norm(x) * _norm(y)))
 
 
+@exactly
 def affine_lens(
   model: Transformer,
   reference: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],

@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
       self.smear_gate = nnx.Param(jax.random.uniform(keys[4], (_SMEAR_CHANNELS, 1), maxval=0.02), axes=(None, None))
       self.smear_lambda = nnx.Param(jnp.zeros(()), axes=())
     if c.backout:
-      self.backout_lambda = nnx.Param(jnp.full((), 0.2), axes=())
+      self.backout_lambda = nnx.Param(jnp.full((), 0.2, jnp.float32), axes=())
 
   @property
   def depth(self) -> int:

@@ -199,15 +199,21 @@ def train(
   """
   total = epochs * steps
   first = max(1, int(warmup * total))
-  schedule = optax.join_schedules(
-    [optax.linear_schedule(0, rate, first), optax.linear_schedule(rate, 0, max(total - first, 1))], [first]
-  )
-  decayed = lambda tree: jax.tree_util.tree_map_with_path(
-    lambda path, _: "gain" not in jax.tree_util.keystr(path), tree
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=decay, mask=decayed)
-  )
+  options = dict(loss=loss, decay=decay, dtype=dtype)
+  carry, losses = (jax.tree.map(jnp.copy, encoder), jax.jit(_adamw(lambda count: 0.0, decay).init)(encoder)), []
+  for epoch in range(epochs):
+    batches = jax.tree.map(jnp.asarray, make_batches(carry[0], epoch))
+    keys = jax.random.split(jax.random.fold_in(key, epoch), steps)
+    carry, values = _train_epoch(carry, tokens, batches, keys, rate, first, total, **options)
+    losses.append(values)
+  return carry[0], jnp.concatenate(losses)
+
+
+# The schedule's numbers are traced: trainings that differ in them alone share a program.
+@functools.partial(jax.jit, static_argnames=("loss", "decay", "dtype"), donate_argnums=0)
+def _train_epoch(carry, tokens, batches, keys, rate, first, total, *, loss, decay, dtype):
+  schedule = lambda count: rate * jnp.minimum(count / first, (total - count) / jnp.maximum(total - first, 1))
+  optimizer = _adamw(schedule, decay)
 
   def step(carry, part):
     encoder, state = carry
@@ -216,14 +222,15 @@ def train(
     updates, state = optimizer.update(grads, state, encoder)
     return (optax.apply_updates(encoder, updates), state), value
 
-  epoch_fn = jax.jit(lambda carry, parts: jax.lax.scan(step, carry, parts), donate_argnums=0)
-  carry, losses = (jax.tree.map(jnp.copy, encoder), optimizer.init(encoder)), []
-  for epoch in range(epochs):
-    batches = jax.tree.map(jnp.asarray, make_batches(carry[0], epoch))
-    keys = jax.random.split(jax.random.fold_in(key, epoch), steps)
-    carry, values = epoch_fn(carry, (batches, keys))
-    losses.append(values)
-  return carry[0], jnp.concatenate(losses)
+  return jax.lax.scan(step, carry, (batches, keys))
+
+
+def _adamw(schedule, decay: float) -> optax.GradientTransformation:
+  decayed = lambda tree: jax.tree_util.tree_map_with_path(
+    lambda path, _: "gain" not in jax.tree_util.keystr(path), tree
+  )
+  adamw = optax.adamw(schedule, b2=0.98, weight_decay=decay, mask=decayed)
+  return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 def gold_batches(
@@ -263,24 +270,25 @@ def cross_scorer(encoder: Encoder, queries: Int[Array, "Q Lq"], items: Int[Array
 
   A tile's states should fit the cache of a CPU (256) or fill a GPU (8192). For bfloat16 give an encoder that is cast.
   """
-
-  @jax.jit
-  def score(encoder, queries, items, i, j):
-    i, j = jnp.broadcast_arrays(i, j)
-    size = min(tile, i.size)
-    flat = lambda index: jnp.pad(index.reshape(-1), (0, -index.size % size)).reshape(-1, size)
-    one = lambda pair: score_pairs(encoder, queries[pair[0]], items[pair[1]])
-    return jax.lax.map(one, (flat(i), flat(j))).reshape(-1)[: i.size].reshape(i.shape)
-
-  return functools.partial(score, encoder, queries, items)
+  return functools.partial(_score, encoder, queries, items, tile=tile)
 
 
+@functools.partial(jax.jit, static_argnames="tile")
+def _score(encoder, queries, items, i, j, *, tile):
+  i, j = jnp.broadcast_arrays(i, j)
+  size = min(tile, i.size)
+  flat = lambda index: jnp.pad(index.reshape(-1), (0, -index.size % size)).reshape(-1, size)
+  one = lambda pair: score_pairs(encoder, queries[pair[0]], items[pair[1]])
+  return jax.lax.map(one, (flat(i), flat(j))).reshape(-1)[: i.size].reshape(i.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("item", "tile"))
 def dual_embeddings(
   encoder: Encoder, tokens: Int[Array, "rows time"], *, item: bool, tile: int = 256
 ) -> Float[Array, "rows width"]:
   """`embed`, `tile` rows at a time."""
   blocks = jnp.pad(tokens, ((0, -len(tokens) % tile), (0, 0)), mode="edge").reshape(-1, tile, tokens.shape[1])
-  rows = jax.jit(lambda e, b: jax.lax.map(lambda block: embed(e, block, item=item), b))(encoder, blocks)
+  rows = jax.lax.map(lambda block: embed(encoder, block, item=item), blocks)
   return rows.reshape(-1, rows.shape[-1])[: len(tokens)]
 
 

@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import require, require_choice
+from jaxlab.core.precision import exactly
 from jaxlab.tensors.bows_data import unpack
 
 OUTPUTS = ("relu", "linear")
@@ -159,6 +160,7 @@ class Pca(NamedTuple):
     return {"W": w, "b": self.mean - w.T @ (w @ self.mean)}
 
 
+@exactly
 def pca(x: Float[Array, "n d"]) -> Pca:
   """Eigenvalues (falling) and eigenvectors of the covariance of x."""
   mean = x.mean(axis=0)
@@ -166,6 +168,7 @@ def pca(x: Float[Array, "n d"]) -> Pca:
   return Pca(jnp.maximum(values[::-1], 0), vectors[:, ::-1], mean)
 
 
+@exactly
 def gram(params: Params, index: Int[Array, "k"] | None = None) -> Float[Array, "k k"]:
   """G_vu = how much word u adds to word v's pre-activation: W^T W, or decoder W; a subset of words if given."""
   pick = (lambda a: a) if index is None else (lambda a: a[:, jnp.asarray(index)])
@@ -195,6 +198,7 @@ def gram_row(params: Params, word: int) -> Float[Array, "d"]:
 
 
 @functools.partial(jax.jit, static_argnames="output")
+@exactly
 def accumulate(params: Params, x: Float[Array, "n d"], *, output: str = "relu") -> dict[str, Float[Array, "d"]]:
   """Per-word sums over a batch; add the dictionaries of batches, then `word_statistics`."""
   parts = decompose(params, x)

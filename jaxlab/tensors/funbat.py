@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core import kalman
 from jaxlab.core.checks import require, require_choice
+from jaxlab.core.precision import exactly
 from jaxlab.tensors import matern
 
 MODELS = ("tucker", "cp")
@@ -45,7 +46,8 @@ class Settings:
     rank: R, or one R_k a mode (Tucker).
     model: "tucker" learns the core; "cp" fixes it to the superdiagonal of ones.
     kernel: "matern12", "matern32", or "white" (no smoothing: the discrete Bayesian CP / Tucker model).
-    lengthscale, variance: l_k and s2_k, one number or one a mode.
+    lengthscale, variance: l_k and s2_k, one number or one a mode. Arrays too, inside a transformation that makes the
+      Settings: one program then fits all values (`jax.vmap`).
     damping: (d_U, d_tau, d_gamma): weights of the old message to factors, noise and core.
     inner: refresh each mode's messages just before its smoother; False: all messages first, then all smoothers, which
       from some starts ends in a cycle (two modes of the wrong relative sign flip each other at every epoch).
@@ -56,7 +58,7 @@ class Settings:
     noise: (a0, b0).
     initial: "small" (covariances 0.1 I, E[tau] = 10, core near the superdiagonal) or "code" (I, 1, a uniform core:
       with centred data and s2 = 1 it falls into the fixed point at zero).
-    scan: "assoc" or "seq", see `kalman.smooth`.
+    scan: one of `kalman.SCANS`, see `kalman.smooth`.
   """
 
   rank: int | tuple[int, ...] = 3
@@ -81,8 +83,8 @@ class Settings:
     require_choice("core_moments", self.core_moments, ("full", "mean"))
     require_choice("scan", self.scan, kalman.SCANS)
     for name in ("rank", "lengthscale", "variance"):
-      values = np.atleast_1d(getattr(self, name))
-      require(bool((values > 0).all()), f"{name} is {getattr(self, name)}; it must be positive")
+      value = getattr(self, name)
+      require(isinstance(value, jax.Array) or np.all(np.asarray(value) > 0), f"{name} is {value}; it must be positive")
     require(self.model == "tucker" or len(set(np.atleast_1d(self.rank))) == 1, "a CP model has one rank for all modes")
     require(all(0 <= d < 1 for d in self.damping), f"damping is {self.damping}; each must lie in [0, 1)")
 
@@ -213,20 +215,20 @@ def superdiagonal(ranks, dtype=jnp.float32) -> Float[Array, "M"]:
   return jnp.asarray(core.reshape(-1), dtype)
 
 
+@exactly
 def epoch(state: State, data: Data, settings: Settings) -> State:
   """One sweep: every mode, then the core, then the noise."""
-  with jax.default_matmul_precision("highest"):
-    modes = range(len(data.grids))
-    if settings.inner:
-      for k in modes:
-        state = _replace_mode(state, k, smooth_mode(*damped_message(state, data, settings, k), data, settings, k))
-    else:
-      messages = [damped_message(state, data, settings, k) for k in modes]
-      new = tuple(smooth_mode(*message, data, settings, k) for k, message in enumerate(messages))
-      state = dataclasses.replace(state, modes=new)
-    if settings.model == "tucker" and settings.update_core:
-      state = update_core(state, data, settings)
-    return update_noise(state, data, settings)
+  modes = range(len(data.grids))
+  if settings.inner:
+    for k in modes:
+      state = _replace_mode(state, k, smooth_mode(*damped_message(state, data, settings, k), data, settings, k))
+  else:
+    messages = [damped_message(state, data, settings, k) for k in modes]
+    new = tuple(smooth_mode(*message, data, settings, k) for k, message in enumerate(messages))
+    state = dataclasses.replace(state, modes=new)
+  if settings.model == "tucker" and settings.update_core:
+    state = update_core(state, data, settings)
+  return update_noise(state, data, settings)
 
 
 def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Data | None = None):
@@ -253,6 +255,16 @@ def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Da
     return state, row
 
   return jax.lax.scan(body, initial_state(data, settings, key), length=epochs)
+
+
+def stopping_epoch(train_rmse: Float[Array, "epochs"], *, tolerance: float = 1e-4, window: int = 5) -> Int[Array, ""]:
+  """The first epoch, counted from 1, at which the training error changed by less than `tolerance` of it over `window`.
+
+  The last epoch if there is none: `fit(..., epochs=stopping_epoch(history["train_rmse"]))` is the stopped fit.
+  """
+  before, after = train_rmse[:-window], train_rmse[window:]
+  still = jnp.append(jnp.abs(after - before) < tolerance * before, True)
+  return jnp.minimum(window + 1 + jnp.argmax(still), len(train_rmse))
 
 
 def damped_message(state: State, data: Data, settings: Settings, k: int):
@@ -335,11 +347,13 @@ def half_residual(state: State, data: Data, settings: Settings) -> Float[Array, 
   return 0.5 * jnp.sum(data.y**2 - 2 * data.y * mean + second)
 
 
+@exactly
 def expected(state: State, index: Int[Array, "N K"], settings: Settings):
   """(E[w'z], E[(w'z)^2]), each (N,), on the grid."""
   return _output_moments(_gathered(state, index), state, settings)
 
 
+@exactly
 def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Settings, *, rule: str = "markov"):
   """Mean and variance of a new observation at any coordinates.
 
@@ -359,10 +373,15 @@ def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Set
   for k in range(len(grids)):
     mean, cov = factor_at(state, grids, coordinates[:, k], settings, k, rule=rule)
     factors.append((mean, cov + mean[:, :, None] * mean[:, None, :]))
-  mean, second = _output_moments(factors, state, settings)
-  return mean, jnp.maximum(second - mean**2, 0) + state.rate / (state.shape - 1)
+  return _observed(*_output_moments(factors, state, settings), state)
 
 
+def predict_on_grid(state: State, index: Int[Array, "N K"], settings: Settings):
+  """`predict` at coordinates of the grid, by their indices: the smoother has been at all of them, observed or not."""
+  return _observed(*expected(state, index, settings), state)
+
+
+@exactly
 def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings, k: int, *, rule: str = "markov"):
   """E (T, R_k) and Cov (T, R_k, R_k) of u^k at any points: between, beyond and on the grid of mode k."""
   rank = settings.of_mode("rank", k, len(grids))
@@ -376,6 +395,7 @@ def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings
   return mean[:, :rank], cov[:, :rank, :rank]
 
 
+@exactly
 def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
   """log p(y) >= E[log p(y | .)] - KL(q(u)) - KL(q(w)) - KL(q(tau)); with d = 0 no update lowers it.
 
@@ -428,6 +448,11 @@ def _output_moments(factors, state, settings):
   """E[y] = E[a] . m^1 and E[y^2] = <E[aa'], M2^1>: mode 1 against all others."""
   first, second = conditional_moments(factors, state, settings, 0)
   return jnp.sum(first * factors[0][0], -1), jnp.sum(second * factors[0][1], (-1, -2))
+
+
+def _observed(mean, second, state):
+  """Mean and variance of an observation, the noise's included."""
+  return mean, jnp.maximum(second - mean**2, 0) + state.rate / (state.shape - 1)
 
 
 def _gathered(state, index):

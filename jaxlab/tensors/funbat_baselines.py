@@ -102,7 +102,7 @@ def basis(grid: Float[Array, "J"], *, kind: str, size: int) -> Float[Array, "J P
 
 
 def smoothed_factors(
-  data: funbat.Data, factors, core, *, kernel: str, lengthscale: float, variance: float
+  data: funbat.Data, factors, core, *, kernel: str, lengthscale: float, variance: float, scan: str = "seq"
 ) -> tuple[Float[Array, "J R"], ...]:
   """Gaussian process regression on the factors of a finished ALS, each mode apart: no uncertainty flows between modes.
 
@@ -122,7 +122,7 @@ def smoothed_factors(
     prior = matern.chain(data.grids[k], kernel=kernel, lengthscale=lengthscale, variance=variance, rank=rank)
     pad = prior.noise.shape[-1] - rank
     gram, linear = jnp.pad(gram, ((0, 0), (0, pad), (0, pad))), jnp.pad(linear, ((0, 0), (0, pad)))
-    out.append(kalman.smooth(prior, gram, linear, scan="seq").mean[:, :rank])
+    out.append(kalman.smooth(prior, gram, linear, scan=scan).mean[:, :rank])
   return tuple(out)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from jaxlab.core.checks import InputError
-from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer_tensor
+from jaxlab.core.recurrence import doubling_scan, linear_recurrence, matrix_recurrence, transfer_tensor
 
 
 def loop(transition, increment, reverse=False):
@@ -32,7 +32,8 @@ def test_elementwise_transitions_match_the_loop(steps, reverse, kind):
   at = (lambda t: a) if isinstance(a, float) else (lambda t: a[t])
   expected = loop(lambda t, h: at(t) * h, b, reverse)
   with jax.enable_x64(True):
-    actual = linear_recurrence(a if isinstance(a, float) else jnp.asarray(a), jnp.asarray(b), reverse=reverse)
+    solve = jax.jit(linear_recurrence, static_argnames=("transition", "reverse") if isinstance(a, float) else "reverse")
+    actual = solve(transition=a, increment=jnp.asarray(b), reverse=reverse)
   np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -43,7 +44,8 @@ def test_matrix_transitions_match_the_loop(steps, reverse, batched):
   b = rng.normal(size=(steps, 2, 3, 5))
   expected = loop(lambda t, h: a[t] @ h, b, reverse)
   with jax.enable_x64(True):
-    actual = matrix_recurrence(jnp.asarray(a), jnp.asarray(b), reverse=reverse)
+    solve = jax.jit(matrix_recurrence, static_argnames="reverse")
+    actual = solve(jnp.asarray(a), jnp.asarray(b), reverse=reverse)
   np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -74,9 +76,10 @@ def test_gradients_match_finite_differences(reverse):
   key_a, key_b = jax.random.split(jax.random.key(0))
   with jax.enable_x64(True):
     a, b = jax.random.normal(key_a, (5, 3), "float64"), jax.random.normal(key_b, (5, 3), "float64")
-    check_grads(lambda a, b: linear_recurrence(a, b, reverse=reverse), (a, b), order=1, modes=["fwd", "rev"])
+    solve = lambda f: jax.jit(lambda a, b: f(a, b, reverse=reverse))
+    check_grads(solve(linear_recurrence), (a, b), order=1, modes=["fwd", "rev"])
     m = jax.random.normal(key_a, (5, 3, 3), "float64")
-    check_grads(lambda a, b: matrix_recurrence(a, b, reverse=reverse), (m, b[..., None]), order=1, modes=["fwd", "rev"])
+    check_grads(solve(matrix_recurrence), (m, b[..., None]), order=1, modes=["fwd", "rev"])
 
 
 def test_transfer_tensor_is_the_recurrence_as_one_product():
@@ -91,3 +94,16 @@ def test_disagreeing_lengths_are_named():
     linear_recurrence(jnp.ones(4), jnp.ones((5, 2)))
   with pytest.raises(InputError, match="does not fit increment"):
     matrix_recurrence(jnp.ones((5, 3, 3)), jnp.ones((5, 2, 1)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 13])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_doubling_is_the_associative_scan(steps, reverse):
+  """On products of matrices, which do not commute, with a pytree of two shapes."""
+  rng = np.random.default_rng(steps)
+  elements = {"a": jnp.asarray(rng.normal(size=(steps, 2, 2))), "b": jnp.asarray(rng.normal(size=(steps, 2)))}
+  combine = lambda x, y: {"a": y["a"] @ x["a"], "b": jnp.einsum("...ij,...j->...i", y["a"], x["b"]) + y["b"]}
+  run = lambda scan: jax.jit(lambda e: scan(combine, e, reverse=reverse))(elements)
+  expected = run(jax.lax.associative_scan)
+  for name, value in run(doubling_scan).items():
+    np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth import layer_geometry_classes as classes
+from jaxlab.depth import snlp
 from jaxlab.models.transformer import sequential
 from tests.common import configs, random_model, random_tokens
 
@@ -83,6 +84,14 @@ def test_orthogonal_maps_keep_norms_and_leave_the_complement_alone():
   turned = classes.orthogonal(x, near, target, weight)
   np.testing.assert_allclose(jnp.linalg.norm(turned), jnp.linalg.norm(x), rtol=1e-4)
   assert jnp.linalg.norm(turned - x) > 0.1
+
+
+def test_gram_schmidt_spans_the_columns_and_drops_what_depends_on_others():
+  a = draw(D, 5)
+  a = jnp.stack([a[:, 0], a[:, 1], 2 * a[:, 0] - a[:, 1], 1e-3 * a[:, 2] + a[:, 0], jnp.zeros(D)], axis=1)
+  basis = jax.jit(classes.orthonormal)(a)
+  np.testing.assert_allclose(basis.T @ basis, jnp.diag(jnp.array([1.0, 1, 0, 1, 0])), atol=1e-5)
+  np.testing.assert_allclose(basis @ (basis.T @ a), a, atol=1e-5)
 
 
 def test_polar_is_the_orthogonal_factor_of_scipy():
@@ -169,6 +178,25 @@ def test_alignment_of_a_least_squares_fit_is_a_function_of_r2():
     np.testing.assert_allclose(squares, 1, atol=1e-5)
     np.testing.assert_allclose(figures["cos_rt"], 0, atol=1e-7)
     np.testing.assert_allclose(figures["cos_ut"][0], jnp.sqrt(geometry.explained(u, t)), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "mhc"])
+def test_the_error_of_one_idn_step_is_the_input_dependence_of_the_updates(name):
+  """layer_geometry.md, link to SNLP: z_{j+1} = h_S + sum v_i, and z_{j+1} - h_{S+j+1} = sum (v_i - u_i), i <= j."""
+  model, n = random_model(CONFIGS[name]), 3
+  u, v = jax.jit(lambda m, t: geometry.frozen_updates(m, t, layers=n, skip=2))(model, TOKENS)
+
+  @jax.jit
+  def one_step(model, tokens):
+    _, trace, side = model.trace(tokens)
+    return trace, snlp.solve(model, trace[-n - 1], side, layers=n, iterations=1).trace
+
+  trace, z = one_step(model, TOKENS)
+  cut = lambda a: a.reshape(*a.shape[:3], -1)[:, :, 2:]
+  np.testing.assert_allclose(cut(z[:1]) + jnp.cumsum(v, axis=0), cut(z[1:]), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(jnp.cumsum(v - u, axis=0), cut(z[1:] - trace[-n:]), atol=1e-4)
+  np.testing.assert_allclose(v[0], u[0], atol=1e-5)
+  assert float(jnp.abs(v[1:] - u[1:]).max()) > 1e-2
 
 
 @functools.partial(jax.jit, static_argnames="layer")

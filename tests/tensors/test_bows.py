@@ -346,14 +346,25 @@ def test_ridge_and_ablations_are_projections():
   np.testing.assert_allclose(jnp.linalg.norm(again, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
 
 
-def test_experiment_reports_claims_and_figures(tmp_path):
-  report = experiment.run(get_config("test"), tmp_path, tmp_path, Console())
-  assert len(report.claims) >= 14 and len(report.figures) == 3
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+def test_a_trained_embedding_holds_the_map_it_needs():
+  """Bearings between points of a grid are learned far above chance (1/8); a linear probe finds the coordinates, and
+  the network is lost without the plane of the probe."""
+  place = np.stack(np.meshgrid(np.linspace(30, 45, 5), np.linspace(-110, -80, 5)), -1).reshape(-1, 2)
+  first, second = map(jnp.asarray, np.array([(i, j) for i in range(25) for j in range(25) if i != j]).T)
+  labels = value_coding.octant(value_coding.bearing(*place[first].T, *place[second].T))
+  start = value_coding.init_params(jax.random.key(0), cities=25)
+  params, losses = value_coding.train(start, first, second, labels, steps=600, batch=128, rate=3e-3)
+  assert losses[-20:].mean() < 0.2 * losses[:20].mean()
+  accuracy = value_coding.accuracy(params, first, second, labels)
+  assert accuracy > 0.95
+  plane, offset = value_coding.ridge(params["embedding"], jnp.asarray(place), alpha=1e-3)
+  np.testing.assert_allclose(params["embedding"] @ plane + offset, place, atol=0.5)
+  removed = value_coding.ablate(params["embedding"], plane, mode="remove")
+  assert value_coding.accuracy(params | {"embedding": removed}, first, second, labels) < accuracy - 0.1
 
 
-def test_months_are_measured_where_the_text_has_them(tmp_path):
-  """Dates in seasons: neighbouring months share rows, and the ring claims appear."""
+def test_the_experiment_reports_claims_and_keeps_its_parts(tmp_path):
+  """On dates in seasons: neighbouring months share rows, and the ring claims appear."""
   random = np.random.default_rng(0)
   filler = [w * 3 for w in "abcdefghijklmnopqrstuvwxyz"]
   for split, count in (("train", 400), ("validation", 40)):
@@ -365,9 +376,47 @@ def test_months_are_measured_where_the_text_has_them(tmp_path):
   config = get_config("test")
   config.data.update(name="local_text", path=str(tmp_path), split="train", vocabulary=38, block=60, cycle_group=2)
   config.train.update(latents=(3, 4), steps=10, cycle_latent=4)
-  report = experiment.run(config, tmp_path, tmp_path / "cache", Console())
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  report = experiment.run(config, workdir, tmp_path / "cache", Console(quiet=True))
   assert sum("months" in claim.name for claim in report.claims) == 4 and len(report.figures) == 4
+  assert len(report.claims) >= 18
+  assert all((workdir / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
   assert report.metrics["cycle"]["data_lags"][0] > report.metrics["cycle"]["data_lags"][4]
+  assert report.metrics["cycle"]["spectral_ring"] >= 10
+  row = report.metrics["synthetic"]["circular"]["m4"]
+  assert {"untied wd1", "BCE wd1", "ReLU latent wd1", "random W"} <= set(row)
+  parts = {file.name: file.stat().st_mtime_ns for file in workdir.glob("*.json")}
+  assert {"text.3.json", "text.4.json", "synthetic.json", "cycle.json", "value_coding.json"} <= set(parts)
+  again = experiment.run(config, workdir, tmp_path / "cache", Console(quiet=True))
+  assert again.metrics == report.metrics
+  assert parts == {file.name: file.stat().st_mtime_ns for file in workdir.glob("*.json")}
+
+
+def test_without_months_there_is_no_cycle(tmp_path):
+  config = get_config("test")
+  result, ring = experiment.measure_cycle(config, {"sand": 0}, [[0]] * 9, Console(quiet=True))
+  assert ring is None and "models" not in result and not any(result["rows_with_month"].values())
+
+
+def test_a_grid_over_data_sets_is_a_grid_of_each():
+  """Natural and shuffled windows in one scan give what a scan of each gives."""
+  sets = jnp.asarray(np.stack([np.packbits(circular()[i::2][:64], axis=1) for i in (0, 1)]))
+  options = dict(features=12, latent=3, steps=5, batch=16, rate=1e-2, seeds=2)
+  both, losses = experiment.train_grid(sets, jnp.array([0.0, 1.0]), jnp.array([0, 1]), **options)
+  for at, decay in enumerate((0.0, 1.0)):
+    one, loss = experiment.train_grid(sets[at], jnp.array([decay]), **options)
+    np.testing.assert_allclose(losses[at], loss[0], rtol=1e-5)
+    for name in one:
+      np.testing.assert_allclose(both[name][at], one[name][0], atol=1e-5)
+
+
+def test_the_random_control_keeps_norms_and_biases():
+  """bows.md, baselines: random W with matched norms; its Gram has the model's diagonal and nothing of its pattern."""
+  params = bows.init_params(jax.random.key(0), features=300, latent=20)
+  control = experiment.matched_random(params, 1)
+  np.testing.assert_allclose(jnp.diag(bows.gram(control)), jnp.diag(bows.gram(params)), rtol=1e-5)
+  assert abs(bows.offdiagonal_correlation(bows.gram(control), bows.gram(params))) < 0.05
 
 
 def city_config(path):
