@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.ticker
 import numpy as np
 
 from experiments import figures, results, timing
@@ -197,6 +198,8 @@ def draw(steps: dict, torch_times: dict, workdir: Path) -> str:
     xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="Sequential forward, batch 1, calls in a row"
   )
   axis.set_xticks(lengths, lengths)
+  axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+  axis.yaxis.set_major_formatter("{x:g}")
   axis.minorticks_off()
   axis.legend()
   return figures.save(figure, workdir, "forward")
