@@ -5,7 +5,9 @@ from pathlib import Path
 # Before jax is imported: the CPU, as eight devices, a compilation cache that outlives the process (of small
 # programs too: another worker needs the same ones), and quick compilation: the tests compile a great deal and compute
 # next to nothing.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK_COMPILATION = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), QUICK_COMPILATION, "--xla_force_host_platform_device_count=8"]

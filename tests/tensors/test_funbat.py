@@ -444,7 +444,7 @@ def test_the_experiment_runs_at_test_scale_and_keeps_its_parts(tmp_path):
     "test RMSE on the surface",
     "parallel scans against the loop",
   }
-  assert report.metrics["comparison"] == again.metrics["comparison"] and "method.FunBaT-CP.json" in parts
+  assert report.metrics["comparison"] == again.metrics["comparison"] and "method.FunBaT-CP.part.json" in parts
   assert parts == {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
   assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
 
