@@ -28,15 +28,19 @@ def draw_perplexity(quality: dict, workdir: Path) -> str:
       axis.plot(*zip(*points, strict=True), "o-", label=f"n = {n} of {q['depth']}")
     axis.axhline(0, color="black", lw=0.8, ls=":")
     axis.set(title=f"{name} model", xlabel="Newton steps K", xscale="log")
-    # Linear where little is lost, logarithmic where much is.
-    axis.set_yscale("symlog", linthresh=1.0)
-    axis.set_yticks(ticks := [0, 0.25, 0.5, 1, 3, 10, 30, 100, 300], ticks)
-    axis.set_ylim(-0.1, 1.2 * max(0.25, most))
     axis.set_xticks(ticks := sorted({r["iterations"] for r in rows.values()}), ticks)
-    axis.minorticks_off()
+    _scale_lost(axis, most)
     axis.legend()
   axes[0][0].set_ylabel("perplexity lost (%)")
   return figures.save(figure, workdir, "perplexity")
+
+
+def _scale_lost(axis, most: float) -> None:
+  """Up to `most` percent: linear where little is lost, logarithmic where much is."""
+  axis.set_yscale("symlog", linthresh=1.0)
+  axis.set_yticks(ticks := [0, 0.25, 0.5, 1, 3, 10, 30, 100, 300], ticks)
+  axis.set_ylim(-0.1, 1.2 * max(0.25, most))
+  axis.minorticks_off()
 
 
 def draw_trace_error(quality: dict, workdir: Path) -> str:
@@ -69,7 +73,7 @@ def frontier(metrics: dict, workdir: Path) -> dict[str, str]:
     axis.plot(*zip((1.0, 0.0), *points, strict=True), "o", label=model)
     for text, point in zip(("sequential", *both), ((1.0, 0.0), *points), strict=True):
       axis.annotate(text, point, xytext=(4, 3), textcoords="offset points", size=7)
-  axis.set_yscale("symlog", linthresh=1.0)
+  _scale_lost(axis, max(lost(quality, model, text) for model in quality for text in both))
   axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")
   axis.legend()
   return {figures.save(figure, workdir, "frontier"): "Speed-up against perplexity lost"}

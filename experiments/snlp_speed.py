@@ -201,5 +201,5 @@ def draw_speed(result: dict, shown: tuple[str, ...], workdir: Path) -> str:
   axis.axhline(1, color="black", lw=0.8, ls=":")
   axis.set_xticks(range(len(cases)), [name.replace(", ", "\n") for name in cases], size=6)
   axis.set(ylabel="speed-up over the sequential network")
-  axis.legend(fontsize=7)
+  axis.legend(fontsize=7, ncols=max(len(shown), 1), loc="lower center", bbox_to_anchor=(0.5, 1.0))
   return figures.save(figure, workdir, "speed")
