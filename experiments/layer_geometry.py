@@ -105,15 +105,15 @@ def random_outputs(model: Transformer, key: jax.Array) -> Transformer:
 def split_rows(tokens: Tokens, config, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """{"reference", "evaluation": (rows of BOS and text, the document of each row)}, no document in both.
 
-  Half of the documents are for evaluation. Every document gives a row in turn, its pieces in random order.
+  A third of the documents is for evaluation. Every document gives a row in turn, its pieces in random order.
   """
   random, piece = np.random.default_rng(seed), config.data.row - 1
   counts = np.diff(tokens.offsets) // piece
   usable = random.permutation(np.flatnonzero(counts))
   require(
-    len(usable) >= 2, f"only {len(usable)} documents have {piece} tokens; give longer ones or lower config.data.row"
+    len(usable) >= 3, f"only {len(usable)} documents have {piece} tokens; give longer ones or lower config.data.row"
   )
-  cut = len(usable) // 2
+  cut = len(usable) // 3
   result = {}
   for part, chosen in (("evaluation", usable[:cut]), ("reference", usable[cut:])):
     pieces = [(turn, d, at) for d in chosen for turn, at in enumerate(random.permutation(counts[d]))]

@@ -159,3 +159,16 @@ def test_the_committed_report_is_what_the_results_say():
   assert (report.ROOT / "RESULTS.md").read_text() == report.results_markdown(runs)
   assert readme == report.fill_readme(readme, report.readme_table(runs))
   assert (report.RESULTS / "index.html").read_text() == report.page(runs)
+
+
+def test_a_part_is_measured_once_and_read_as_it_was_measured(tmp_path):
+  calls = []
+
+  def measure():
+    calls.append(1)
+    return {"loss": [1.5, float("nan")], "best": float("-inf"), "name": "nano"}
+
+  for _ in range(2):
+    found = results.part(tmp_path, "quality", measure)
+    np.testing.assert_equal(found, {"loss": [1.5, np.nan], "best": -np.inf, "name": "nano"})
+  assert len(calls) == 1
