@@ -5,15 +5,15 @@ part, the residual is not, and the residual's size has a Spearman correlation of
 
   python -m experiments.run --config=configs/layer_geometry.py:cpu --workdir=runs/layer_geometry
 
-Took 200 s on two busy CPU cores with OPENBLAS_NUM_THREADS=1 and the training of the two small models (about a minute)
+Took 3 min on two busy CPU cores with OPENBLAS_NUM_THREADS=1 and the training of the two small models (about a minute)
 resumed from its checkpoints. Held-out MLP class; nanochats of 4 and 6 layers, and the shipped base; printed:
   layers with cos(u, t) - cos(r, t) > 0.3 and E(u) / E(r) > 2         0 of 4, 0 of 6, 6 of 6: E(r) is large in 64 and
                                                                       96 dimensions, of which the subspace has 16
   layers that exceed the isotropic null and the curve of R^2 too      0, 0, 0: cos(u, t) is sqrt(R^2) to 0.02
   Spearman of ||r|| and KL, one token, median over layers             0.82, 0.71, 0.78 (untrained model 0.80)
   KL of removing r over that of equal-norm noise, median              3.3, 3.6, 1.9
-  all single-token interventions of 512 tokens in one pass            48 x a forward a position
-  low-rank fits of 10,000 tokens over NumPy                           0.60 x: on a CPU one token at a time
+  all single-token interventions of 512 tokens in one pass            54 x a forward a position
+  low-rank fits of 10,000 tokens over NumPy                           0.72 x: on a CPU one token at a time
 In the two small models the alignment is what R^2 makes of any least-squares fit; in base it exceeds that curve in 5
 of 6 layers, but nowhere the isotropic ratio of energies. An untrained model has the correlation too. Removing r hurts 2
 to 4 times as much as noise of its norm (the untrained model's ratio is in the figure of harm only). On a busy CPU set
