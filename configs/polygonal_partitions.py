@@ -15,6 +15,8 @@ On two shared CPU cores (252 s) it printed:
   star of 2000 points and 3 outliers                     distortion 91 with slack, 933 exact, LB 44
   30,000 leaves, speed over squarified                   slack boxes 6.1x, angular 1.4x, greedy 0.03x
 
+Nothing here runs on a GPU: scale h200 is only larger trees, and has not been run.
+
 Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
 
 The picture shows the files of an installed package; --config.data.name=directory --config.data.path=FOLDER shows any
