@@ -14,8 +14,8 @@ Took 8 min on one H100 (419 M tokens, 1.3 M tokens/s at 2048, 0.85 M at 8192) an
 The long phase starts with a bump of 0.2 nats: Muon's momentum and the learning rate start anew.
 
 Copy DIR/base to checkpoints/base to ship it; `hub.load("base")` finds it there. Without the data options the corpus is
-the Python standard library. Scale `cpu` trains a toy of 0.8 M parameters the same way, in 100 s on 2 CPU cores: 2.2 bits
-per byte (xz 1.54) and no needle found. It shows the way, none of its claims holds.
+the Python standard library. Scale `cpu` trains a toy of 0.8 M parameters the same way, in 100 s on 2 CPU cores: 2.2
+bits per byte (xz 1.54) and no needle found. It shows the way; none of its claims holds.
 """
 
 import ml_collections
