@@ -185,7 +185,7 @@ def measure_competitors(config, text: Text, models: dict[str, Transformer], work
     state = snlp_inference.empty_state(network, batch=1, capacity=c.context + 600)
     state = dataclasses.replace(state, length=jnp.int32(c.context))
     step = functools.partial(snlp_inference.step, **options)
-    runs[name] = timing.steady(step, network, jnp.zeros((1, 1), jnp.int32), carry=state)
+    runs[name] = timing.Steady(step, network, jnp.zeros((1, 1), jnp.int32), carry=state)
   times = timing.compare(runs, repetitions=c.repetitions, inner=20)
   for name in runs:
     ratio, (low, high) = times.speedup(name, "sequential")

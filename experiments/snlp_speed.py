@@ -111,7 +111,7 @@ def _contestant(function, tree, model: Transformer, case: dict, compiler_options
   batch = case["batch"]
   if case["kind"] == "forward":
     tokens = jax.random.randint(jax.random.key(1), (batch, case["tokens"]), 0, model.config.vocab_size)
-    return timing.steady(lambda n, t: function(n, t)[0], tree, tokens, compiler_options=compiler_options)
+    return timing.Steady(lambda n, t: function(n, t)[0], tree, tokens, compiler_options=compiler_options)
   tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, model.config.vocab_size)
   capacity = case["context"] + case["room"]
   if isinstance(tree, Transformer):
@@ -120,7 +120,7 @@ def _contestant(function, tree, model: Transformer, case: dict, compiler_options
     state = snlp_inference.empty_state(tree, batch=batch, capacity=capacity)
   fill = lambda a: a if a.ndim < 2 else jax.random.normal(jax.random.key(2), a.shape, a.dtype)
   state = dataclasses.replace(jax.tree.map(fill, state), length=jnp.int32(case["context"]))
-  return timing.steady(function, tree, tokens, carry=state, compiler_options=compiler_options)
+  return timing.Steady(function, tree, tokens, carry=state, compiler_options=compiler_options)
 
 
 def _bytes(model: Transformer, case: dict, setting: dict | None) -> float:

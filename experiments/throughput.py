@@ -124,9 +124,9 @@ def step_speed(model: Transformer, length: int, compilers: dict, repetitions: in
   tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.config.vocab_size)
   network = snlp_inference.split(model)
   unrolled = lambda n, t: snlp_inference.step(n, t)[0]
-  contestants = {"scan": timing.steady(lambda m, t: m(t), model, tokens)}
+  contestants = {"scan": timing.Steady(lambda m, t: m(t), model, tokens)}
   for name, options in compilers.items():
-    contestants[name] = timing.steady(unrolled, network, tokens, compiler_options=options)
+    contestants[name] = timing.Steady(unrolled, network, tokens, compiler_options=options)
   waited = timing.compare(contestants, repetitions=repetitions, warmup=5).summary()
   in_a_row = timing.compare(contestants, repetitions=max(3, repetitions // _ROW), inner=_ROW).summary()
   return {name: {"waited": waited[name], "in_a_row": in_a_row[name]} for name in contestants}
@@ -143,7 +143,7 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
     capacity = context + (rows + 4) * _ROW
     prefill = jax.jit(snlp_inference.prefill, static_argnames="capacity")
     _, state = prefill(network, prompt, capacity=capacity)
-    step = timing.steady(snlp_inference.step, network, prompt[:, :1], carry=state)
+    step = timing.Steady(snlp_inference.step, network, prompt[:, :1], carry=state)
     times = timing.compare({"step": step}, repetitions=rows, inner=_ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
     size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix))

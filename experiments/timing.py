@@ -41,10 +41,11 @@ def compare(
   Args:
     inner: calls a measurement, issued back to back; the time is per call. Use more than 1 for calls of microseconds.
   """
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # the first call compiles
-    list(pool.map(lambda run: jax.block_until_ready(run()), contestants.values()))
+  ahead = [run.compile for run in contestants.values() if isinstance(run, Steady)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda compile_ahead: compile_ahead(), ahead))
   for run in contestants.values():
-    for _ in range(warmup - 1):
+    for _ in range(warmup):
       jax.block_until_ready(run())
   seconds = {name: np.empty(repetitions) for name in contestants}
   for i in range(repetitions):
@@ -57,33 +58,40 @@ def compare(
   return Times(seconds)
 
 
-def steady(function: Callable, tree, *args, carry=None, compiler_options=None) -> Callable[[], object]:
-  """A contestant `run()` that evaluates `function(tree, *args)` on the same buffers in every call.
+class Steady:
+  """A contestant that evaluates `function(tree, *args)` on the same buffers in every call.
 
   The last output is donated to the next call. With outputs at new addresses a CUDA graph is rewritten node by node
   before each launch, which for small kernels takes longer than running them. `tree` is passed as a list of leaves: a
-  module takes long to flatten.
-
-  Args:
-    carry: if given, the function is `(tree, *args, carry) -> (output, carry)` and goes on from its own carry.
-    compiler_options: options of XLA by name, for this function alone.
+  module takes long to flatten. `compile` may run in a thread beside others; calls may not: two programs at once get
+  temporary buffers at new addresses, and a graph with cuBLAS' own kernels in it refuses to be rewritten.
   """
-  leaves, structure = jax.tree.flatten(tree)
 
-  def call(leaves, output, carry, *args):
-    result = function(jax.tree.unflatten(structure, leaves), *args, *(() if carry is None else (carry,)))
-    return (result, None) if carry is None else result
+  def __init__(self, function: Callable, tree, *args, carry=None, compiler_options=None):
+    """
+    Args:
+      carry: if given, the function is `(tree, *args, carry) -> (output, carry)` and goes on from its own carry.
+      compiler_options: options of XLA by name, for this function alone.
+    """
+    self._leaves, structure = jax.tree.flatten(tree)
+    self._args, self._options, self._compiled = args, compiler_options, None
 
-  compiled = jax.jit(call, donate_argnums=(1, 2), keep_unused=True, compiler_options=compiler_options)
-  last = [None, jax.tree.map(jnp.copy, carry)]
-  output = jax.eval_shape(lambda leaves, carry, args: call(leaves, None, carry, *args)[0], leaves, carry, args)
-  last[0] = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), output)
+    def call(leaves, output, carry, *args):
+      result = function(jax.tree.unflatten(structure, leaves), *args, *(() if carry is None else (carry,)))
+      return (result, None) if carry is None else result
 
-  def run():
-    last[:] = compiled(leaves, *last, *args)
-    return last[0]
+    self._jitted = jax.jit(call, donate_argnums=(1, 2), keep_unused=True)
+    output, _ = jax.eval_shape(call, self._leaves, None, carry, *args)
+    self._last = (jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), output), jax.tree.map(jnp.copy, carry))
 
-  return run
+  def compile(self) -> None:
+    if self._compiled is None:
+      self._compiled = self._jitted.lower(self._leaves, *self._last, *self._args).compile(self._options)
+
+  def __call__(self):
+    self.compile()
+    self._last = self._compiled(self._leaves, *self._last, *self._args)
+    return self._last[0]
 
 
 def slope(points) -> float:

@@ -130,8 +130,8 @@ def test_timing_measures_the_ratio():
 
 def test_steady_runs_reuse_their_buffers_and_carry_their_state():
   tree = {"a": jnp.ones(3)}
-  count = timing.steady(lambda tree, x, carry: (tree["a"] * x + carry, carry + 1), tree, 2.0, carry=jnp.zeros(3))
-  plain = timing.steady(lambda tree, x: tree["a"] * x, tree, 2.0)
+  count = timing.Steady(lambda tree, x, carry: (tree["a"] * x + carry, carry + 1), tree, 2.0, carry=jnp.zeros(3))
+  plain = timing.Steady(lambda tree, x: tree["a"] * x, tree, 2.0)
   places = set()
   for i in range(4):
     out = count()
