@@ -25,6 +25,7 @@ from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention, write_cache
 from jaxlab.models.generate import sample
+from jaxlab.models.layers import Steps
 from jaxlab.models.transformer import (
   Block,
   Side,
@@ -34,10 +35,13 @@ from jaxlab.models.transformer import (
   unstack_layers,
   window_kinds,
 )
+from kernels.residual_norm import residual_norm
+from kernels.rotary_qkv import rotary_qkv
 
 Pair = tuple[Array, Array]  # keys and values
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
 CACHE_KV = ("recompute", "last_iteration")
+STEPS = Steps(rotary_qkv, residual_norm)
 
 
 @jax.tree_util.register_dataclass
@@ -75,9 +79,12 @@ def split(model: Transformer, layers: int | Suffix = 0) -> Network:
   """
   suffix = plain(model, layers) if isinstance(layers, int) and layers else layers or None
   start = model.depth if suffix is None else suffix.start
-  prefix = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, start)), start)) if start else ()
+  prefix = ()
+  if start:
+    blocks = for_inference(layer_slice(model.blocks, 0, start), STEPS)
+    prefix = tuple(unstack_layers(blocks, start))
   if suffix is not None:
-    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks))
+    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, STEPS))
   rest = jax.tree.map(lambda a: a, model)
   if model.config.hyper and not model.config.hyper.dynamic:
     rest.mixing = static_mixing(model.blocks)

@@ -1,6 +1,8 @@
 """The parts of a block: linear maps, norms, rotary positions, MLPs, experts, hyper-connections."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,53 @@ def apply_rope(x: Float[Array, "*batch time heads head_dim"], cos, sin) -> Float
   x1, x2 = jnp.split(x, 2, axis=-1)
   cos, sin = cos[:, None, :], sin[:, None, :]
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def rotary_qkv(heads, cos, sin, value=None, gate=None, *, q_heads, kv_heads, norm, gain, eps, scale):
+  """Queries, keys and values of one product: q and k rotated, normalised and scaled, v plus its gated value embedding.
+
+  Args:
+    heads: (*batch, time, q_heads + 2 kv_heads, head_dim), queries before keys before values.
+    cos, sin: (time, head_dim / 2).
+    value, gate: (*batch, time, kv_heads, head_dim) and (*batch, time, kv_heads), or None.
+    norm: RMS norm over head_dim "before_rope" or "after_rope", or None.
+    gain: (q_heads + kv_heads, head_dim) of that norm, or None.
+    scale: factor on q and k.
+
+  Returns:
+    (q, k, v), each (*batch, time, its heads, head_dim).
+  """
+  turned, v = jnp.split(heads, [q_heads + kv_heads], axis=-2)
+  if value is not None:
+    v = v + gate[..., None] * value.astype(v.dtype)
+
+  def normalise(y):
+    y = rms_norm(y, eps)
+    return y if gain is None else (y * gain).astype(y.dtype)
+
+  turned = normalise(turned) if norm == "before_rope" else turned
+  turned = apply_rope(turned, cos, sin)
+  turned = normalise(turned) if norm == "after_rope" else turned
+  q, k = jnp.split(turned * scale, [q_heads], axis=-2)
+  return q, k, v
+
+
+def residual_norm(x, x0, scale, x0_scale, gain, *, eps: float):
+  """(r, RMS norm of r times the gain) of r = scale x + x0_scale x0, both in the dtype of x.
+
+  Args:
+    x, x0: (*batch, width); scale, x0_scale: scalars; gain: (width,) or None.
+  """
+  x = (scale * x + x0_scale * x0).astype(x.dtype)
+  y = rms_norm(x, eps)
+  return x, y if gain is None else (y * gain).astype(x.dtype)
+
+
+class Steps(NamedTuple):
+  """What a block does between its products and attention, as functions that a faster kernel can replace."""
+
+  rotary_qkv: Callable = rotary_qkv
+  residual_norm: Callable = residual_norm
 
 
 class MLP(nnx.Module):

@@ -23,6 +23,7 @@ from jaxlab.models.layers import (
   Mixing,
   MoE,
   RMSNorm,
+  Steps,
   TransposedLinear,
   apply_rope,
   rms_norm,
@@ -70,6 +71,7 @@ class Block(nnx.Module):
     self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
     self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
     self.qkv = nnx.data(None)  # `for_inference` puts q, k and v side by side here
+    self.steps = Steps()
     zero_out = config.mlp == "relu2"
     out = (
       jnp.zeros((h * n, d))
@@ -95,29 +97,36 @@ class Block(nnx.Module):
   def project(self, x, side: Side, value, mixing):
     """(input to the residual sum, mixing, q, k, v) of this layer; `value` is its gathered value embedding or None."""
     c = self.config
-    if c.residual_lambdas:
-      x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
-    mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
-    a = self.attention_norm(_read(x, mixing))
-    split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
-    if self.qkv is not None:
-      qk, v = jnp.split(split(self.qkv(a)), [c.q_heads + c.kv_heads], axis=-2)
-      turned = (qk,)
+    if c.residual_lambdas and self.qkv is not None and not c.hyper:
+      gain = None if self.attention_norm.gain is None else self.attention_norm.gain[...]
+      scales = self.residual_lambda[...], self.x0_lambda[...]
+      (x, a), mixing = self.steps.residual_norm(x, side.x0, *scales, gain, eps=c.norm_eps), None
     else:
-      turned, v = (split(self.q(a)), split(self.k(a))), split(self.v(a))
+      if c.residual_lambdas:
+        x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
+      mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
+      a = self.attention_norm(_read(x, mixing))
+    split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
+    gate = None
     if value is not None:
       read, weight = a[..., :_GATE_CHANNELS], self.value_gate[...].astype(a.dtype)
       # So small a product is a kernel of its own as a matrix product; as a sum it joins the kernel that uses it.
       score = read @ weight if self.qkv is None else (read[..., None] * weight).sum(axis=-2)
-      v = v + 3 * jax.nn.sigmoid(score)[..., None] * value.astype(v.dtype)
+      gate = 3 * jax.nn.sigmoid(score)
+    if self.qkv is not None:
+      gain = None if self.q_norm is None or self.q_norm.gain is None else self.q_norm.gain[...]
+      sizes = dict(q_heads=c.q_heads, kv_heads=c.kv_heads, norm=c.qk_norm, gain=gain, eps=c.norm_eps, scale=c.qk_scale)
+      return x, mixing, *self.steps.rotary_qkv(split(self.qkv(a)), side.cos, side.sin, value, gate, **sizes)
+    turned, v = [split(self.q(a)), split(self.k(a))], split(self.v(a))
+    if value is not None:
+      v = v + gate[..., None] * value.astype(v.dtype)
     norms = (self.q_norm, self.k_norm)
     if c.qk_norm == "before_rope":
-      turned = [norm(y) for norm, y in zip(norms, turned, strict=False)]
+      turned = [norm(y) for norm, y in zip(norms, turned, strict=True)]
     turned = [apply_rope(y, side.cos, side.sin) for y in turned]
     if c.qk_norm == "after_rope":
-      turned = [norm(y) for norm, y in zip(norms, turned, strict=False)]
-    turned = [y * c.qk_scale for y in turned]
-    q, k = turned if self.qkv is None else jnp.split(turned[0], [c.q_heads], axis=-2)
+      turned = [norm(y) for norm, y in zip(norms, turned, strict=True)]
+    q, k = (y * c.qk_scale for y in turned)
     return x, mixing, q, k, v
 
   def finish(self, x, mixing, attended, all_mixing):
@@ -437,17 +446,21 @@ def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
   return jnp.stack([side.values[row[i]] if i in row else empty for i in range(start, stop)])
 
 
-def for_inference(blocks: Block) -> Block:
+def for_inference(blocks: Block, steps: Steps = Steps()) -> Block:
   """Stacked blocks as the same functions in fewer and faster kernels.
 
   q, k, v (and SwiGLU's gate, up) become one product each, queries and keys are normalised and rotated together, and
   weights lie transposed.
+
+  Args:
+    steps: what stands between the products and attention.
   """
   blocks = jax.tree.map(lambda a: a, blocks)
   c, mlp = blocks.config, blocks.mlp
   beside = lambda *maps: Linear(jnp.concatenate([m.weight[...] for m in maps], axis=-1), maps[0].weight.axes)
   blocks.qkv = beside(blocks.q, blocks.k, blocks.v)
   blocks.q = blocks.k = blocks.v = None
+  blocks.steps = steps
   if blocks.q_norm is not None and blocks.q_norm.gain is not None:
     gains = []
     for norm, heads in ((blocks.q_norm, c.q_heads), (blocks.k_norm, c.kv_heads)):

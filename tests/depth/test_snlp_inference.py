@@ -1,15 +1,21 @@
 """Split networks: uncached steps, cached decoding and generation against the whole network (snlp.md M13, oracle 10)."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.depth import snlp
+from jaxlab.depth import snlp, snlp_inference
 from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, generate, prefill, split, step
 from jaxlab.depth.snlp_suffix import fuse
 from jaxlab.models.generate import generate as plain_generate
+from jaxlab.models.layers import Steps
+from kernels.residual_norm import residual_norm
+from kernels.rotary_qkv import rotary_qkv
 from tests.common import configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
@@ -143,3 +149,17 @@ def test_a_prefill_leaves_the_exact_trace_of_its_last_token():
 def test_a_network_without_a_suffix_takes_no_options():
   with pytest.raises(InputError, match="leave out iterations"):
     step(split(random_model(CONFIGS["qwen3"])), TOKENS, iterations=2)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "qwen3"])
+def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monkeypatch):
+  """Uncached, and cached with a short prompt; interpreted, as there is no GPU here."""
+  kernel = dict(implementation="triton", interpret=True)
+  steps = Steps(functools.partial(rotary_qkv, **kernel), functools.partial(residual_norm, **kernel))
+  monkeypatch.setattr(snlp_inference, "STEPS", steps)
+  model = random_model(dataclasses.replace(CONFIGS[name], width=64))
+  network, tokens = split(model, 4), TOKENS[:1, :8]
+  expected = jax.jit(lambda m: m(tokens))(model)
+  actual, _ = jax.jit(lambda n: step(n, tokens, iterations=4))(network)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(decode(network, tokens, 6, iterations=4), expected[:, 5:], rtol=1e-3, atol=1e-3)

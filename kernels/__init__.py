@@ -1,0 +1,1 @@
+"""Pallas kernels, one folder each: a function with several implementations, checked against the plain one."""
