@@ -152,6 +152,20 @@ def test_decompositions_link_back_with_the_least_overlap(p=101):
   assert np.all(np.asarray(batched(check)(m)), 0).all()
 
 
+def test_every_space_over_two_elements_decomposes():
+  """linkage.md: decompose o link = identity with |P| = lambda, and the minor form, for all 67 spaces over GF(2)^4."""
+  on_s = jnp.arange(4) < 2
+
+  def check(m):
+    (a, b, size), (minor_a, minor_b, t) = linkage.decompose(m, 2, 2), linkage.decompose_minor(m, 2, 2)
+    lam = linkage.connectivity(m, on_s, 2)
+    same = [jnp.all(linkage.link(*pair, 2, 2, 2, 2) == m) for pair in ((a, b), (minor_a, minor_b))]
+    used = jnp.any(a[:, 2:] != 0, 0) | jnp.any(b[:, :2] != 0, 0)
+    return jnp.stack([*same, size == lam, jnp.sum(t) == lam, jnp.sum(used) == lam])
+
+  assert np.all(np.asarray(batched(check)(subspaces(4))), 0).all()
+
+
 def test_linking_is_associative_over_disjoint_sets():
   """linkage.md: (V_SP <-> V_PQ) <-> V_QT = V_SP <-> (V_PQ <-> V_QT)."""
   go = lambda a, b: linkage.link(a, b, N, N, N, 3)
