@@ -9,6 +9,7 @@ to w, E[c X(w) / R] = p_v(w), the personalised PageRank of v (`powerwalk` has th
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,46 +95,54 @@ def walks(
   length: int,
   reset: float = RESET,
   restart: bool = False,
+  numbers: Int[Array, "walkers"] | None = None,
 ) -> tuple[Int[Array, "length walkers"], Bool[Array, "length walkers"]]:
   """One walk from every origin: (position, alive) at its 1st .. length-th visit; the origin is the first.
 
   A walker stops with probability c before each move; stopped, it stays where it is with alive = False. The last row of
-  positions is where a walk ended. With `restart` it goes back to its origin instead, and never stops.
+  positions is where a walk ended. With `restart` it goes back to its origin instead, and never stops. What a key draws
+  for a walker depends on its number (None: its place) alone, not on who walks beside it.
   """
 
   def move(carry, key):
     position, alive = carry
-    stop, choose = jax.random.split(key)
-    # float32 whatever the default is: the same walks under x64.
-    goes = jax.random.uniform(stop, position.shape, jnp.float32) >= reset
+    # Folding a number in hashes it to 64 bits: the two draws of a move, in float32 whatever the default is.
+    bits = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, numbers))
+    stop, choose = ((bits[:, i] >> 8).astype(jnp.float32) * 2.0**-24 for i in (0, 1))
+    goes = stop >= reset
     degree = graph.degree[position]
-    hop = (jax.random.uniform(choose, position.shape, jnp.float32) * degree).astype(jnp.int32)
+    hop = (choose * degree).astype(jnp.int32)
     there = graph.targets[graph.offsets[position] + jnp.minimum(hop, degree - 1)]
     alive = alive & (goes | restart)
     position = jnp.where(alive, jnp.where(goes, there, origins), position)
     return (position, alive), (position, alive)
 
   origins = origins.astype(jnp.int32)
+  numbers = jnp.arange(len(origins)) if numbers is None else numbers
   start = origins, jnp.ones(origins.shape, bool)
   _, rest = jax.lax.scan(move, start, jax.random.split(key, length - 1))
   return tuple(jnp.concatenate([a[None], b]) for a, b in zip(start, rest, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset", "restart"))
-def _visits(key, graph, origins, count, *, per_origin, length, reset, restart):
-  """(row * nodes + vertex of every visit, how many): those of stopped walkers and of rows from `count` on are last."""
-  walkers = jnp.repeat(jnp.arange(len(origins), dtype=jnp.int32), per_origin)
-  position, alive = walks(key, graph, origins[walkers], length=length, reset=reset, restart=restart)
-  alive &= walkers < count
-  keys = jnp.where(alive, walkers.astype(jnp.int64) * graph.nodes + position, jnp.iinfo(jnp.int64).max).reshape(-1)
+def _visits(key, graph, rows, origins, count, *, per_origin, length, reset, restart):
+  """(row * nodes + vertex of a visit, [how many]); those of stopped walkers and of rows from `count` on are last."""
+  rows = jnp.repeat(rows, per_origin)
+  numbers = rows.astype(jnp.uint32) * per_origin + jnp.arange(len(rows), dtype=jnp.uint32) % per_origin
+  options = dict(length=length, reset=reset, restart=restart, numbers=numbers)
+  position, alive = walks(key, graph, jnp.repeat(origins, per_origin), **options)
+  alive &= rows < count
+  # Keys of (row, vertex) need 64 bits.
+  keys = jnp.where(alive, rows.astype(jnp.int64) * graph.nodes + position, jnp.iinfo(jnp.int64).max).reshape(-1)
   # A GPU sorts them in place; on a CPU numpy drops the stopped ones first, which leaves little to sort.
-  return keys if jax.default_backend() == "cpu" else jnp.sort(keys), jnp.sum(alive)
+  return keys if jax.default_backend() == "cpu" else jnp.sort(keys), jnp.sum(alive)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("per_origin", "length", "reset"))
 def rounded_visits(
   key: jax.Array,
   graph: WalkGraph,
+  rows: Int[Array, "origins"],
   origins: Int[Array, "origins"],
   *,
   per_origin: int,
@@ -144,6 +153,7 @@ def rounded_visits(
 
   Of the k walkers of an origin at a vertex floor((1 - c) k + u) go on, and of these k' each out-edge carries
   floor(k' / d + u), u uniform: right on average, but the number of walkers is not conserved. Memory edges x origins.
+  `rows` number the origins: what a key draws for an origin depends on its number.
   """
   sources = jnp.repeat(jnp.arange(graph.nodes), graph.degree, total_repeat_length=len(graph.targets))
   rounded = lambda key, x: jnp.floor(x + jax.random.uniform(key, x.shape, jnp.float32))
@@ -151,12 +161,15 @@ def rounded_visits(
   def move(walkers, key):
     stop, spread = jax.random.split(key)
     walkers = rounded(stop, (1 - reset) * walkers)
-    sent = rounded(spread, (walkers / graph.degree)[:, sources])
-    walkers = jnp.zeros_like(walkers).at[:, graph.targets].add(sent)
+    sent = rounded(spread, (walkers / graph.degree)[sources])
+    walkers = jnp.zeros_like(walkers).at[graph.targets].add(sent)
     return walkers, walkers
 
-  start = jnp.zeros((len(origins), graph.nodes), jnp.float32).at[jnp.arange(len(origins)), origins].set(per_origin)
-  return start + jnp.sum(jax.lax.scan(move, start, jax.random.split(key, length - 1))[1], axis=0)
+  def count(key, origin):
+    start = jnp.zeros(graph.nodes, jnp.float32).at[origin].set(per_origin)
+    return start + jnp.sum(jax.lax.scan(move, start, jax.random.split(key, length - 1))[1], axis=0)
+
+  return jax.vmap(count)(jax.vmap(jax.random.fold_in, (None, 0))(key, rows), origins)
 
 
 def count_visits(
@@ -169,32 +182,45 @@ def count_visits(
   reset: float = RESET,
   moves: str = "walkers",
   block: int = 0,
+  devices: int = 1,
+  spread: Callable[[Callable], Callable] = lambda walk: walk,
 ) -> tuple[Int[np.ndarray, "entries"], Int[np.ndarray, "entries"], Int[np.ndarray, "entries"]]:
-  """(row of the origin, vertex, visits > 0), sorted; `block` origins walk at once (0 picks)."""
+  """(row of the origin, vertex, visits > 0), sorted; `block` origins walk at once (0 picks) on each of the devices.
+
+  Walkers are numbered through all rows: what a key draws depends neither on the blocks nor on the devices. `spread`
+  makes of a function of (key, graph, rows, origins, ...) one whose rows are split over the devices.
+
+  Raises:
+    InputError: 2^32 walkers or more, which have no numbers.
+  """
+  walkers = len(origins) * per_origin
+  require(walkers < 2**32, f"{walkers} walks; their numbers have 32 bits: walk from fewer origins at a time")
   limit = _VISITS if jax.default_backend() == "cpu" else 16 * _VISITS
   each = len(graph.targets) if moves == "rounded" else per_origin * length
-  block = min(block or max(limit // each, 1), len(origins))
+  block = devices * min(block or max(limit // each, 1), -(-len(origins) // devices))
   options = dict(per_origin=per_origin, length=length, reset=reset)
   parts = []
-  for i, start in enumerate(range(0, len(origins), block)):
+  for start in range(0, len(origins), block):
     count = min(block, len(origins) - start)
+    rows = jnp.arange(start, start + block, dtype=jnp.int32)
     chosen = jnp.asarray(np.pad(origins[start : start + block], (0, block - count)))
     if moves == "rounded":
-      counts = np.asarray(rounded_visits(jax.random.fold_in(key, i), graph, chosen, **options))[:count]
+      counts = np.asarray(spread(rounded_visits)(key, graph, rows, chosen, **options))[:count]
       row, vertex = np.nonzero(counts)
       parts.append((start + row, vertex, counts[row, vertex].astype(np.int64)))
       continue
-    # Keys of (row, vertex) need 64 bits.
     with jax.enable_x64(True):
       restart = moves == "long_path"
-      keys, live = _visits(jax.random.fold_in(key, i), graph, chosen, count, restart=restart, **options)
-      # Fetched in few lengths: each one compiles.
-      live = min(_round_up(int(live)), len(keys)) if jax.default_backend() != "cpu" else len(keys)
-      keys = np.asarray(keys[:live])
+      keys, live = spread(_visits)(key, graph, rows, chosen, len(origins), restart=restart, **options)
+      keys = keys.reshape(devices, -1)
+      if jax.default_backend() != "cpu":
+        # Fetched in few lengths: each one compiles.
+        keys = keys[:, : _round_up(int(live.max()))]
+      keys = np.asarray(keys).reshape(-1)
     keys = np.sort(keys[keys < np.iinfo(np.int64).max])
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     row, vertex = np.divmod(keys[first], graph.nodes)
-    parts.append((start + row, vertex, np.diff(first, append=len(keys))))
+    parts.append((row, vertex, np.diff(first, append=len(keys))))
   return tuple(np.concatenate([p[i] for p in parts]) for i in range(3))
 
 
@@ -210,6 +236,8 @@ def build_index(
   reset: float = RESET,
   origins: Int[np.ndarray, "origins"] | None = None,
   block: int = 0,
+  devices: int = 1,
+  spread: Callable[[Callable], Callable] = lambda walk: walk,
 ) -> Index:
   """Fingerprints of every vertex by full-path Monte Carlo: all visits of R walks count, not only their ends.
 
@@ -220,10 +248,12 @@ def build_index(
     moves: "walkers" is R independent walks. Two modes of the published code: "long_path" restarts a walker at its
       origin, so that it makes `length` visits; "rounded" is `rounded_visits`.
     origins: the vertices to index (hubs); None: all.
-    block: origins walked at once; 0 picks what suits the device. Which walks a key draws depends on it.
+    block: origins walked at once on a device; 0 picks what suits it. The index does not depend on it.
+    devices, spread: of `count_visits`, and given by `powerwalk_sharded.build_index`.
 
   Raises:
-    InputError: walks, length or cap below 1, an unknown norm or move, or long paths that are not self-normalised.
+    InputError: walks, length or cap below 1, 2^32 walks or more, an unknown norm or move, or long paths that are not
+      self-normalised.
   """
   require(walks >= 1 and length >= 1 and cap >= 1, f"walks={walks}, length={length}, cap={cap} must all be at least 1")
   require_choice("norm", norm, NORMS)
@@ -231,7 +261,16 @@ def build_index(
   require(moves != "long_path" or norm == "self_norm", "long paths never end: moves=long_path needs norm=self_norm")
   origins = np.arange(graph.nodes, dtype=np.int32) if origins is None else check_sources(origins, graph)
   row, vertex, count = count_visits(
-    key, graph, origins, per_origin=walks, length=length, reset=reset, moves=moves, block=block
+    key,
+    graph,
+    origins,
+    per_origin=walks,
+    length=length,
+    reset=reset,
+    moves=moves,
+    block=block,
+    devices=devices,
+    spread=spread,
   )
   kept = _largest(row, count, cap)
   row, vertex, count = row[kept], vertex[kept], count[kept]

@@ -2,8 +2,10 @@
 
 Device i holds the rows of F, S and the out-edges and fingerprints of its range of vertices. A step multiplies locally
 into partial sums for all vertices; `psum_scatter` adds them and leaves each device its range. The numbers are those of
-one device but for the order of additions.
+one device but for the order of additions. Offline, sources are split: their walks meet no one, and the index is that of
+one device to the bit.
 
+  index = build_index(graph, jax.random.key(0), mesh, axis="data", walks=100)
   parts = shard(graph, index, mesh, axis="data")
   estimate = query(sources, parts, mesh, axis="data", steps=2)        # (nodes, queries), sharded by vertex
 """
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
+from jaxlab.graphs import fingerprints
 from jaxlab.graphs.fingerprints import RESET, Index, WalkGraph
 from jaxlab.graphs.powerwalk import spmm
 
@@ -30,6 +33,36 @@ class Parts:
   edges: tuple[Int[Array, "devices edges"], Int[Array, "devices edges"], Float[Array, "devices edges"]]
   index: tuple[Int[Array, "devices entries"], Int[Array, "devices entries"], Float[Array, "devices entries"]]
   nodes: int = dataclasses.field(metadata=dict(static=True))
+
+
+def build_index(graph: WalkGraph, key: jax.Array, mesh: Mesh, *, axis: str, **options) -> Index:
+  """`fingerprints.build_index` with the sources split over `axis`: from the same key the same index, bit for bit.
+
+  Every device holds the whole graph and walks from its own block of sources without a collective; the last blocks are
+  filled up, so any number of sources will do. Visits are counted on the host, as those of one device are.
+
+  Args:
+    options: walks and all others of `fingerprints.build_index`.
+
+  Raises:
+    InputError: an axis the mesh has not, or as `fingerprints.build_index`.
+  """
+  require_choice("axis", axis, mesh.axis_names)
+  graph, key = jax.device_put((graph, key), NamedSharding(mesh, PartitionSpec()))
+  spread = lambda walk: functools.partial(_by_rows, walk, mesh=mesh, axis=axis)
+  return fingerprints.build_index(graph, key, devices=mesh.shape[axis], spread=spread, **options)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("mesh", "axis", "per_origin", "length", "reset", "restart")
+)
+def _by_rows(walk, key, graph, rows, origins, *count, mesh, axis, **options):
+  """walk(key, graph, rows, origins, *count) with rows and origins split over the axis, its results side by side."""
+  whole, split = PartitionSpec(), PartitionSpec(axis)
+  specs = whole, whole, split, split, *(whole for _ in count)
+  walk = functools.partial(walk, **options)
+  run = jax.shard_map(walk, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+  return run(key, graph, rows, origins, *count)
 
 
 def shard(graph: WalkGraph, index: Index, mesh: Mesh, *, axis: str) -> Parts:

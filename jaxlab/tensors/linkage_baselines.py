@@ -8,6 +8,7 @@ voltages, ports = solve_by_star_mesh(edges, vertices, part, conductance, source)
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxlab.core.checks import require
 from jaxlab.tensors import linkage_graphs
 
 
@@ -144,11 +145,19 @@ def solve_by_star_mesh(
 
   Returns:
     (v in that order, |W| - 1).
+
+  Raises:
+    InputError: the network is in several pieces, or all in one half.
   """
   part = np.asarray(part, bool)
   ordered = np.concatenate([np.asarray(edges)[part], np.asarray(edges)[~part]])
   n = linkage_graphs.incidence(ordered, vertices).astype(float)
   w = linkage_graphs.boundary(edges, part)
+  pieces = len(np.unique(linkage_graphs.components(ordered, vertices)[np.unique(ordered)]))
+  require(
+    pieces == 1 and len(w) > 0,
+    f"the network is in {pieces} pieces and its halves share {len(w)} vertices; give two halves of a connected one",
+  )
   potential = np.zeros(vertices)
   system, right, inner = np.zeros((len(w), len(w))), np.zeros(len(w)), []
   for half in (slice(None, int(part.sum())), slice(int(part.sum()), None)):

@@ -184,6 +184,60 @@ def test_candidates_are_the_middles_of_the_gaps():
   np.testing.assert_allclose(np.asarray(gap).sum(), np.pi, rtol=1e-6)
 
 
+def middles_of_gaps(polygon, i):
+  """Of polygon i: the middle of every gap between its edge directions mod pi, and the gap."""
+  angles = np.sort(polygon.angles[i, : polygon.count[i]])
+  gaps = np.diff(angles, append=angles[0] + np.pi)
+  apart = gaps > 1e-9  # parallel edges have one direction
+  return (angles + gaps / 2)[apart], gaps[apart]
+
+
+def test_greedy_takes_the_best_middle_of_the_gaps_that_are_wide_enough():
+  """Gaps >= pi / (2 + level), both orders, least worst aspect (polygonal_partitions.md, method A).
+
+  The threshold decides: a narrower gap often looks better, and the widest is often not the best of those allowed.
+  """
+  worst = jax.jit(jax.vmap(polygons._worst_aspect, (None, 0, None)))
+  narrower, wider = 0, 0
+  for tree in experiment.random_trees(8, 30, 3):
+    binary = binarise(tree)
+    partition = polygons.partition(binary)
+    for depth, (level, parents) in enumerate(zip(binary.levels, partition.levels[:-1], strict=True)):
+      found = polygons.measure(partition.levels[depth + 1]).aspect.reshape(-1, 2).max(axis=1)
+      parents = polygons._widen(parents, 32)
+      for i, slot in enumerate(level.slots):
+        middle, gap = middles_of_gaps(parents, slot)
+        theta, gaps = np.resize([middle, middle + np.pi], 64), np.resize(gap, 64)
+        with jax.enable_x64(True):
+          score = np.asarray(worst(polygons.Polygon(*(part[slot] for part in parents)), theta, level.shares[i]))
+        best = score[gaps >= np.pi / (2 + depth) - 1e-9].min()
+        np.testing.assert_allclose(found[i], best, rtol=1e-6)
+        narrower += score.min() < 0.999 * best
+        wider += score[gaps == gap.max()].min() > 1.001 * best
+  assert narrower > 5 and wider > 5
+
+
+@pytest.mark.parametrize("root", polygons.ROOTS)
+def test_every_cut_keeps_half_a_gap_from_all_edges(root):
+  """Of a polygon of level d at least pi / (2 (2 + d)) with "greedy", half the widest gap with "gap".
+
+  A circle has more directions than 2 + d: where no gap is as wide, "greedy" takes the widest too.
+  """
+  scarce = 0
+  for tree in experiment.random_trees(8, 40, 1):
+    binary = binarise(tree)
+    for method in ("greedy", "gap"):
+      partition = polygons.partition(binary, method=method, root=root)
+      for depth, level in enumerate(binary.levels):
+        widest = np.array([middles_of_gaps(partition.levels[depth], slot)[1].max() for slot in level.slots])
+        scarce += (widest < np.pi / (2 + depth) - 1e-9).sum()
+        if method == "gap":
+          np.testing.assert_allclose(partition.separations[depth], widest / 2, rtol=1e-9)
+        else:
+          assert (partition.separations[depth] >= np.minimum(np.pi / (2 + depth), widest) / 2 - 1e-9).all()
+  assert (scarce > 0) == (root == "circle")
+
+
 def test_the_height_of_the_binary_tree_ignores_weights():
   """H <= depth + log_1.5(leaves), and reweighting changes no cut's place (polygonal_partitions.md, step 0)."""
   random = np.random.default_rng(0)

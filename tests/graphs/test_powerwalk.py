@@ -144,6 +144,13 @@ def visits(key, graph, origins, **options):
   return matrix
 
 
+def equal(ours, theirs):
+  assert ours.nodes == theirs.nodes
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+
 def occupation(length, restart=False):
   """Expected visits of one walker in `length` visits, from the definition: rows by origin."""
   p, alive, total = (1 - C) * matrix(GRAPH), np.eye(50), np.zeros((50, 50))
@@ -209,27 +216,29 @@ def test_walkers_are_conserved_follow_edges_and_stop_for_good():
   position, alive = (np.asarray(x) for x in fingerprints.walks(jax.random.key(0), GRAPH, origins, length=12))
   assert alive[0].all() and (np.diff(alive.astype(int), axis=0) <= 0).all()
   np.testing.assert_allclose(alive.mean(1), (1 - C) ** np.arange(12), atol=0.012)
+  chosen = np.arange(7, 20_000, 997)
+  alone = fingerprints.walks(jax.random.key(0), GRAPH, origins[chosen], length=12, numbers=jnp.asarray(chosen))
+  np.testing.assert_array_equal(alone[0], position[:, chosen])
   moved = alive[1:]
   assert (matrix(GRAPH)[position[:-1], position[1:]][moved] > 0).all()
   assert (position[1:] == position[:-1])[~moved].all()
-  counts = visits(jax.random.fold_in(jax.random.key(1), 0), GRAPH, np.arange(50), per_origin=400, length=12, block=50)
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0)
-  position, alive = (np.asarray(x) for x in fingerprints.walks(key, GRAPH, origins, length=12))
+  counts = visits(jax.random.key(0), GRAPH, np.arange(50), per_origin=400, length=12)
   again = np.zeros((50, 50))
   np.add.at(again, (np.broadcast_to(origins, alive.shape)[alive], position[alive]), 1)
   np.testing.assert_array_equal(counts, again)
 
 
 def test_visits_sorted_on_a_device_are_those_sorted_on_the_host(monkeypatch):
-  """Beside a CPU the keys are sorted before they are fetched, and only as many as there are."""
-  options = dict(per_origin=7, length=20, block=13)
-  host = fingerprints.count_visits(jax.random.key(3), GRAPH, np.arange(50), **options)
+  """Beside a CPU the keys are sorted before they are fetched, and only as many as there are, of one device or eight."""
+  options = dict(walks=40, length=20, block=1)  # about 256 visits a source: fetched as 256 of some, 512 of others
+  programs = fingerprints._visits, powerwalk_sharded._by_rows
+  forget = lambda: [program.clear_cache() for program in programs]
+  host = fingerprints.build_index(GRAPH, jax.random.key(3), **options)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  fingerprints._visits.clear_cache()
-  device = fingerprints.count_visits(jax.random.key(3), GRAPH, np.arange(50), **options)
-  fingerprints._visits.clear_cache()
-  for ours, theirs in zip(device, host, strict=True):
-    np.testing.assert_array_equal(ours, theirs)
+  forget()
+  equal(fingerprints.build_index(GRAPH, jax.random.key(3), **options), host)
+  equal(powerwalk_sharded.build_index(GRAPH, jax.random.key(3), make_mesh(), axis="data", **options), host)
+  forget()
 
 
 def test_an_index_keeps_the_largest_entries():
@@ -292,6 +301,32 @@ def test_eight_devices_answer_as_one():
     np.testing.assert_allclose(sharded, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("moves", fingerprints.MOVES)
+@pytest.mark.parametrize("block", [1, 4, 19])
+def test_an_index_does_not_depend_on_blocks_or_devices(moves, block):
+  """50 sources, some dangling, on 8 devices: full rounds, a short last one, and blocks larger than the sources fill."""
+  mesh = make_mesh({"data": 8})
+  options = dict(walks=7, length=15, moves=moves, cap=6)
+  whole = fingerprints.build_index(GRAPH, jax.random.key(3), **options)
+  equal(fingerprints.build_index(GRAPH, jax.random.key(3), block=block, **options), whole)
+  equal(powerwalk_sharded.build_index(GRAPH, jax.random.key(3), mesh, axis="data", block=block, **options), whole)
+  assert not np.array_equal(whole.values, fingerprints.build_index(GRAPH, jax.random.key(4), **options).values)
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_devices_index_any_number_of_hubs(count):
+  """Fewer sources than devices, as many, and more; over one axis of two; and the online part answers the same."""
+  origins = np.random.default_rng(count).permutation(50)[:count]
+  options = dict(walks=9, norm="unbiased", origins=origins)
+  mesh = make_mesh({"data": 4, "tensor": 2})
+  index = powerwalk_sharded.build_index(GRAPH, jax.random.key(0), mesh, axis="data", **options)
+  whole = fingerprints.build_index(GRAPH, jax.random.key(0), **options)
+  equal(index, whole)
+  parts = powerwalk_sharded.shard(GRAPH, index, mesh, axis="data")
+  answer = powerwalk_sharded.query(jnp.asarray(SOURCES), parts, mesh, axis="data", steps=2)
+  np.testing.assert_allclose(answer, powerwalk.query(jnp.asarray(SOURCES), GRAPH, whole, steps=2), atol=1e-6)
+
+
 def test_hubs_hold_the_flow_and_need_no_other_rows():
   """All vertices hubs: the fingerprint of the source; none: S + F; always mass one, exact with exact rows of hubs."""
   hubs = np.asarray(GRAPH.degree) >= 4
@@ -351,7 +386,12 @@ def test_work_counts_edges_and_entries():
       lambda: fingerprints.build_index(GRAPH, jax.random.key(0), walks=1, moves="long_path", norm="unbiased"),
       "needs norm=self_norm",
     ),
+    (lambda: fingerprints.build_index(GRAPH, jax.random.key(0), walks=2**27), "6710886400 walks; their numbers"),
     (lambda: powerwalk_sharded.shard(GRAPH, exact_index(), make_mesh(), axis="x"), "axis is 'x'"),
+    (
+      lambda: powerwalk_sharded.build_index(GRAPH, jax.random.key(0), make_mesh(), axis="x", walks=1),
+      "axis is 'x'; .*data",
+    ),
     (lambda: powerwalk_baselines.fora(jax.random.key(0), GRAPH, jnp.array([0]), r_max=0.1, eps=-1.0), "positive"),
   ],
 )

@@ -6,6 +6,8 @@ import networkx
 import numpy as np
 import pytest
 import sympy
+from hypothesis import given
+from hypothesis import strategies as st
 from sympy.polys.matrices import DomainMatrix
 
 from configs import linkage as config_file
@@ -148,6 +150,20 @@ def test_decompositions_link_back_with_the_least_overlap(p=101):
   a, b = spaces(p, 200)
   m = jnp.concatenate([a, b[:, :2]], 1)
   assert np.all(np.asarray(batched(check)(m)), 0).all()
+
+
+def test_every_space_over_two_elements_decomposes():
+  """linkage.md: decompose o link = identity with |P| = lambda, and the minor form, for all 67 spaces over GF(2)^4."""
+  on_s = jnp.arange(4) < 2
+
+  def check(m):
+    (a, b, size), (minor_a, minor_b, t) = linkage.decompose(m, 2, 2), linkage.decompose_minor(m, 2, 2)
+    lam = linkage.connectivity(m, on_s, 2)
+    same = [jnp.all(linkage.link(*pair, 2, 2, 2, 2) == m) for pair in ((a, b), (minor_a, minor_b))]
+    used = jnp.any(a[:, 2:] != 0, 0) | jnp.any(b[:, :2] != 0, 0)
+    return jnp.stack([*same, size == lam, jnp.sum(t) == lam, jnp.sum(used) == lam])
+
+  assert np.all(np.asarray(batched(check)(subspaces(4))), 0).all()
 
 
 def test_linking_is_associative_over_disjoint_sets():
@@ -331,6 +347,74 @@ def test_connectivity_of_a_cut_graph_counts_components(seed, count):
   labels = graphs.components(edges, 9)
   assert len(set(labels.tolist())) == networkx.number_connected_components(graph)
   assert graphs.spanning_tree(edges, 9).sum() == 9 - len(set(labels.tolist()))
+
+
+@st.composite
+def networks(draw):
+  """A connected network of 2..8 vertices in any two halves, which may be in pieces, and one vertex without an edge."""
+  n = draw(st.integers(2, 8))
+  edges = [(draw(st.integers(0, v - 1)), v) for v in range(1, n)]
+  pair = st.lists(st.integers(0, n - 1), min_size=2, max_size=2, unique=True).map(tuple)
+  edges += draw(st.lists(pair, min_size=1, max_size=6))
+  part = [True, *draw(st.lists(st.booleans(), min_size=len(edges) - 2, max_size=len(edges) - 2)), False]
+  conductance = [10 ** draw(st.floats(-2, 2)) for _ in edges]
+  order = draw(st.permutations(range(len(edges))))
+  return np.array(edges)[order], n + 1, np.array(part)[order], np.array(conductance)
+
+
+def unit_currents(edges, vertices, conductance):
+  """Voltages of every branch (rows) where a unit current enters and leaves at the ends of one (columns): N' L^+ N.
+
+  The diagonal holds the effective resistances.
+  """
+  n = graphs.incidence(edges, vertices).astype(float)
+  return n.T @ np.linalg.pinv(n * conductance @ n.T, rcond=1e-12, hermitian=True) @ n
+
+
+@given(networks())
+def test_star_mesh_keeps_effective_resistances_and_all_voltages(network):
+  """Both halves reduced to the vertices they share, against the pseudo-inverse of the whole Laplacian."""
+  edges, vertices, part, conductance = network
+  order = np.argsort(~part, kind="stable")
+  expected = unit_currents(edges[order], vertices, conductance)
+  for unit, voltage in zip(np.eye(len(edges)), expected.T, strict=True):
+    found, ports = baselines.solve_by_star_mesh(edges, vertices, part, conductance, -unit)
+    np.testing.assert_allclose(found, voltage, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    assert ports == len(np.intersect1d(edges[part], edges[~part])) - 1
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 5])
+def test_a_star_becomes_its_mesh(degree):
+  """Conductances g_i to one vertex are g_i g_j / sum(g) between its neighbours: none, a series, a delta, a mesh."""
+  rng = np.random.default_rng(degree)
+  star, others = rng.uniform(0.1, 5, degree), rng.uniform(0.1, 5, degree)
+  leaves = np.arange(1, degree + 1)
+  # A path over the leaves and one vertex more is the other half.
+  star_edges, path = np.stack([0 * leaves, leaves], 1), np.stack([leaves, leaves + 1], 1)
+  edges, part = np.concatenate([star_edges, path]), np.arange(2 * degree) < degree
+  mesh = np.array(list(itertools.combinations(leaves, 2)), int).reshape(-1, 2)
+  between = star[mesh[:, 0] - 1] * star[mesh[:, 1] - 1] / star.sum()
+  expected = unit_currents(np.concatenate([path, mesh]), degree + 2, np.concatenate([others, between]))
+  for i in range(degree):
+    unit = np.eye(2 * degree)[degree + i]
+    found, ports = baselines.solve_by_star_mesh(edges, degree + 2, part, np.concatenate([star, others]), -unit)
+    np.testing.assert_allclose(found[degree:], expected[:degree, i], rtol=1e-10, atol=1e-12)
+    assert ports == degree - 1
+
+
+def test_star_mesh_of_halves_in_pieces():
+  """A path whose edges go to the halves in turn: every resistance is its own. A network in pieces is refused."""
+  path, part = np.stack([np.arange(6), np.arange(1, 7)], 1), np.arange(6) % 2 == 0
+  conductance = np.arange(1.0, 7)
+  for unit, own in zip(np.eye(6), np.diag(1 / conductance), strict=True):
+    found, ports = baselines.solve_by_star_mesh(path, 7, part, conductance, -unit)
+    np.testing.assert_allclose(found, own, atol=1e-12)
+    assert ports == 4
+  for apart in (np.array([[0, 1], [1, 2], [3, 4], [4, 5]]), np.array([[0, 1], [2, 3], [3, 4], [0, 1]])):
+    with pytest.raises(InputError, match="in 2 pieces"):
+      baselines.solve_by_star_mesh(apart, 6, np.array([True, False, True, False]), np.ones(4), np.ones(4))
+  with pytest.raises(InputError, match="share 0 vertices"):
+    baselines.solve_by_star_mesh(path, 7, np.ones(6, bool), conductance, conductance)
 
 
 def bit_mask(chosen):
