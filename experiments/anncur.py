@@ -84,7 +84,8 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     pictures.draw_recall(
       config, metrics["recall"], workdir
     ): "Share of the cross-encoder's top k found, by calls of it",
-    pictures.draw_errors(config, errors, spectrum, workdir): "Error of the predicted scores by anchor items; spectra",
+    pictures.draw_errors(config, errors, workdir): "Error of the predicted scores by anchor items",
+    pictures.draw_spectrum(spectrum, workdir): "Singular values of the score matrices without column means",
     pictures.draw_cost(cost, workdir): "Seconds against items: a query, and the algebra of index and search",
   }
   return Report(metrics, make_claims(config, metrics), files)

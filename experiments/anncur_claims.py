@@ -46,7 +46,7 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
       + ", ".join(f"{c} {table['DE_base']['k=1'][c]:.3f} and {r:.3f}" for c, r in table["ANNCUR"]["k=1"].items())
       + f", of {config.domain.size} items",
     ),
-    *(adaptive_claim(s, table, budget) for budget in sorted({min(s.budgets), s.budget})),
+    *adaptive_claims(config, table),
     Claim(
       f"recall@{k} at C = {s.budget}, ANNCUR on EMB-CE less ANNCUR on CLS-CE", "", "higher",
       ours=at("ANNCUR", k) - at("ANNCUR on CLS-CE", k), threshold=0.0, baseline=at("ANNCUR on CLS-CE", k),
@@ -59,12 +59,20 @@ def recall_claims(config, metrics: dict) -> list[Claim]:
   return claims
 
 
+def adaptive_claims(config, table: dict) -> list[Claim]:
+  """Of the budgets at which ANNCUR misses one test query's nearest item or more: of no error there is no share."""
+  s = config.search
+  missed = {c: 1 - table["ANNCUR"]["k=1"][f"C={c}"] for c in sorted({min(s.budgets), s.budget})}
+  least = (1 - 1e-6) / config.domain.test_queries  # recalls are means in float32
+  return [adaptive_claim(s, table, budget) for budget, error in missed.items() if error >= least]
+
+
 def adaptive_claim(s, table: dict, budget: int) -> Claim:
   """ADACUR at k = 1, at equal calls of f."""
   at = lambda name: table[name]["k=1"][f"C={budget}"]
   return Claim(
     f"share of ANNCUR's recall error at k = 1, C = {budget}, that ADACUR removes", "", "higher",
-    ours=(at("ADACUR") - at("ANNCUR")) / max(1 - at("ANNCUR"), 1e-9), threshold=0.0, paper=0.7,
+    ours=(at("ADACUR") - at("ANNCUR")) / (1 - at("ANNCUR")), threshold=0.0, paper=0.7,
     baseline=f"ANNCUR {at('ANNCUR'):.3f}",
     note=f"{s.rounds} rounds, first anchors at random: {at('ADACUR'):.3f}; the paper's figure is 'up to'; "
     + ", ".join(f"{name} {at(name):.3f}" for name in table if name.startswith(("ADACUR,", "AXN"))),

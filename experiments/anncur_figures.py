@@ -32,28 +32,33 @@ def draw_recall(config, table: dict, workdir: Path) -> str:
   return figures.save(figure, workdir, "recall")
 
 
-def draw_errors(config, errors: dict, spectrum: dict, workdir: Path) -> str:
-  figure, (left, right) = figures.subplots(2)
+def draw_errors(config, errors: dict, workdir: Path) -> str:
+  figure, axis = figures.subplots(width=1.5)
   for name, style in (
     ("bare", "x:"), ("rcond 0.01", "d--"), ("ridge", "o-"), ("CUR oracle", "k-."), ("SVD of the test matrix", "k:")
   ):  # fmt: skip
     row = errors["emb"].get(name, {})
-    left.loglog([int(a) for a in row], list(row.values()), style, label=name)
-  left.axhline(errors["emb"]["mean score"], color="0.6", lw=1, label="mean score")
-  left.axvline(config.domain.anchor_queries, color="0.8", lw=1, zorder=0)
+    axis.loglog([int(a) for a in row], list(row.values()), style, label=name)
+  axis.axhline(errors["emb"]["mean score"], color="0.6", lw=1, label="mean score")
+  axis.axvline(config.domain.anchor_queries, color="0.8", lw=1, zorder=0)
   ticks = list(config.errors.anchors)
-  left.set_xticks(ticks, [f"{t}" for t in ticks], rotation=60)
-  left.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
-  left.minorticks_off()
-  left.set(xlabel="anchor items $k_i$ (line: $k_i = k_q$)", ylabel="relative error, test queries", title="EMB-CE")
-  left.legend(fontsize=8)
+  axis.set_xticks(ticks, [f"{t}" for t in ticks], rotation=60)
+  axis.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+  axis.minorticks_off()
+  axis.set(xlabel="anchor items $k_i$ (line: $k_i = k_q$)", ylabel="relative error, test queries", title="EMB-CE")
+  axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  return figures.save(figure, workdir, "errors")
+
+
+def draw_spectrum(spectrum: dict, workdir: Path) -> str:
+  figure, axis = figures.subplots()
   for head, label in (("emb", "EMB-CE"), ("cls", "CLS-CE")):
     s = spectrum[head]["singular values"]
-    right.loglog(np.arange(1, len(s) + 1), s, label=f"{label}, effective rank {spectrum[head]['centred']:.1f}")
-  right.set(xlabel="index", ylabel="singular value / first", title="Score matrices without column means")
-  right.set_ylim(1e-4, 1.5)  # queries that are cut to the same tokens, and the means, leave zeros at the end
-  right.legend(fontsize=8)
-  return figures.save(figure, workdir, "errors")
+    axis.loglog(np.arange(1, len(s) + 1), s, label=f"{label}, effective rank {spectrum[head]['centred']:.1f}")
+  axis.set(xlabel="index", ylabel="singular value / first", title="Score matrices without column means")
+  axis.set_ylim(1e-4, 1.5)  # queries that are cut to the same tokens, and the means, leave zeros at the end
+  axis.legend(fontsize=8)
+  return figures.save(figure, workdir, "spectrum")
 
 
 def draw_cost(cost: dict, workdir: Path) -> str:

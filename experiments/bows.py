@@ -198,8 +198,7 @@ def measure_text(config, words: dict, rows: list, workdir: Path, console) -> tup
     return row, explain(params, windows()["held_out"], correlation(), words) if middle else None
 
   result = results.part(workdir, "text", describe)
-  missing = [m for m in t.latents if not (workdir / f"text.{m}.json").exists()]
-  if missing:
+  if not all(results.has_part(workdir, f"text.{m}") for m in t.latents):
     shuffled(), correlation()  # once, before the threads
   keep = lambda m: results.part(workdir, f"text.{m}", lambda: measure(m))
   measured = list(console.track("words", overlapped(keep, list(t.latents))))

@@ -55,8 +55,16 @@ def draw_interference(text: dict, workdir: Path) -> str:
   for axis in (left, right):
     axis.set_xticks(latents, latents)
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+  leave_room(left)
+  left.legend(fontsize=8, loc="upper right")
+  right.legend(fontsize=8, loc="upper left")
   return figures.save(figure, workdir, "interference")
+
+
+def leave_room(axis, share: float = 0.3) -> None:
+  """Room for a legend above the data."""
+  low, high = axis.get_ylim()
+  axis.set_ylim(low, high + share * (high - low))
 
 
 def draw_mechanism(mechanism: dict, workdir: Path) -> str:
@@ -75,8 +83,8 @@ def draw_mechanism(mechanism: dict, workdir: Path) -> str:
   right.set_xticks(range(len(tower)), list(tower))
   right.axhline(0, color="black", lw=0.8)
   right.set(ylabel="contribution to p_v", title="What a pre-activation is made of")
-  right.margins(y=0.35)
-  right.legend(fontsize=8, title="word: its 4 related words", title_fontsize=8, loc="lower left")
+  leave_room(right, 0.45)
+  right.legend(fontsize=8, title="word: its 4 related words", title_fontsize=8, loc="upper right")
   return figures.save(figure, workdir, "mechanism")
 
 
@@ -87,10 +95,11 @@ def draw_cycle(cycle: dict, ring: list, workdir: Path) -> str:
     left.plot(range(1, 7), np.mean(row["lags"], axis=0), "o-", label=f"columns, {name}")
   left.plot(range(1, 7), cycle["data_lags"], "k:", label="indicators in the text")
   left.set(xlabel="calendar lag", ylabel="mean cosine / correlation", title="Months")
-  left.legend(fontsize=8)
+  leave_room(left)
+  left.legend(fontsize=8, loc="upper right", ncols=2)
   closed = np.concatenate([ring, ring[:1]])
   right.plot(*closed.T, "-", color="0.8", lw=1)
-  right.scatter(*ring.T, c=np.arange(12), cmap="twilight")
+  right.scatter(*ring.T, c=np.arange(12), cmap="twilight", edgecolors="0.4", linewidths=0.6)
   for name, point in zip(data.MONTHS, ring, strict=True):
     right.annotate(name[:3], point, fontsize=8, xytext=(3, 3), textcoords="offset points")
   right.set(title=f"Plane of the columns, wd 1, ring score {cycle['models']['wd1']['ring'][0]}", xticks=[], yticks=[])

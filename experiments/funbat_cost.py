@@ -70,7 +70,7 @@ def time_smoothers(config, workdir: Path) -> dict:
     return {"steps": steps, "milliseconds": times.summary(), "over": speedups}
 
   part = lambda steps: f"smoother.{steps}"
-  missing = [steps for steps in b.steps if not (workdir / f"{part(steps)}.json").exists()]
+  missing = [steps for steps in b.steps if not results.has_part(workdir, part(steps))]
   compile_ = lambda job: smooth[job[0]].lower(*random_chain(job[1], b.rank)).compile()
   scans = lambda steps: kalman.SCANS if steps <= b.loop_limit else kalman.PARALLEL
   list(overlapped(compile_, [(scan, steps) for steps in missing for scan in scans(steps)]))

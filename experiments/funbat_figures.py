@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from experiments import figures
 from experiments.funbat_methods import FUNCTIONAL
@@ -48,9 +49,16 @@ def draw_cost(cost, workdir: Path) -> str:
   axes[0].set(xlabel="steps J", ylabel="seconds", title="Kalman filter and RTS smoother")
   axes[0].legend()
   size, milliseconds = np.asarray(cost["epoch"]["line"]).T
-  axes[1].loglog(size, milliseconds / 1e3, "o-")
+  axes[1].loglog(size, milliseconds, "o-", label="measured")
+  axes[1].loglog(size, milliseconds[-1] * size / size[-1], ":", color="black", label="linear")
+  axes[1].set_ylim(milliseconds.min() / 4, milliseconds.max() * 2)
+  axes[1].legend(loc="upper left")
   for axis, ticks in ((axes[0], [r["steps"] for r in rows]), (axes[1], size)):
     axis.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
     axis.minorticks_off()
-  axes[1].set(xlabel="observations N", ylabel="seconds", title=f"One epoch, slope {number(cost['epoch']['slope'])}")
+  axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes[1].yaxis.set_major_formatter("{x:g}")
+  axes[1].set(
+    xlabel="observations N", ylabel="milliseconds", title=f"One epoch, slope {number(cost['epoch']['slope'])}"
+  )
   return figures.save(figure, workdir, "cost")

@@ -420,7 +420,7 @@ def make_claims(config, identities, matroids, rows, network, speed) -> list[Clai
         threshold=1.0,
         spread=tuple(last["spread"]),
         baseline=f"{STYLES[peer]}, {seconds[peer] * 1e3:.2f} ms an instance",
-        note=f"{config.bench.batch} instances in one call",
+        note=f"{config.bench.batch} instances in one call; {config.bench.host_batch} of them in the loop, on the host",
       )
     )
   return claims
@@ -444,7 +444,7 @@ def draw_graphs(rows, workdir: Path) -> str:
 
 
 def draw_speed(speed, workdir: Path) -> str:
-  figure, axis = figures.subplots()
+  figure, axis = figures.subplots(width=1.7)
   for p in sorted({r["p"] for r in speed.values()}):
     for name, label in STYLES.items():
       points = [
@@ -453,11 +453,13 @@ def draw_speed(speed, workdir: Path) -> str:
         if r["p"] == p and name in r["seconds_per_instance"]
       ]
       if points:
-        style, power = "o--" if name in HOST else "o-", f"n^{timing.slope(points):.1f}"
-        axis.loglog(*zip(*points, strict=True), style, label=f"GF({p}), {label}: {power}")
+        style, power = ("o" if p == 2 else "s") + ("--" if name in HOST else "-"), f"n^{timing.slope(points):.1f}"
+        # Hollow, as two fields may take the same time.
+        label = f"GF({p}), {label}: {power}"
+        axis.loglog(*zip(*points, strict=True), style, ms=5 if p == 2 else 9, mfc="none", label=label)
   ticks = sorted({r["size"] for r in speed.values()})
   axis.set_xticks(ticks, ticks)
   axis.minorticks_off()
   axis.set(xlabel="|S| = |P| = |Q|", ylabel="seconds per instance", title="minimise_overlap")
-  axis.legend(fontsize=8)
+  axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
   return figures.save(figure, workdir, "speed")

@@ -75,7 +75,10 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
     "command": command,
     "git": several("git", _git()),
     "device": several("device", _devices()),
-    "versions": parts[0]["versions"] if parts else _versions(),
+    "versions": {
+      name: ", ".join(dict.fromkeys(part["versions"][name] for part in parts)) or own
+      for name, own in _versions().items()
+    },
     "seconds": round(sum(part["seconds"] for part in parts) or seconds, 1),
     "config": json.loads(config.to_json_best_effort()),
     "parts": origins,
@@ -144,10 +147,14 @@ def _restored(value):
   return float(value) if value in ("nan", "inf", "-inf") else value
 
 
+def has_part(workdir: Path, name: str) -> bool:
+  return (workdir / f"{name}{_PART}").exists()
+
+
 def part(workdir: Path, name: str, measure) -> dict:
   """What `measure()` returned when this run's part `name` was measured: kept in the workdir as JSON, measured once."""
   file = workdir / f"{name}{_PART}"
-  if not file.exists():
+  if not has_part(workdir, name):
     start = time.perf_counter()
     origin = {"git": _git(), "device": _devices(), "versions": _versions()}
     kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}

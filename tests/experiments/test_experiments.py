@@ -4,11 +4,12 @@ import sys
 import time
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from experiments import report, results, timing
-from experiments.results import Claim
+from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
 from tests.common import ENVIRONMENT
 
@@ -172,3 +173,17 @@ def test_a_part_is_measured_once_and_read_as_it_was_measured(tmp_path):
     found = results.part(tmp_path, "quality", measure)
     np.testing.assert_equal(found, {"loss": [1.5, np.nan], "best": -np.inf, "name": "nano"})
   assert len(calls) == 1
+
+
+def test_results_name_every_version_that_measured_a_part(tmp_path):
+  config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
+  for name, device, jax in (("a", "1 x CPU", "0.1"), ("b", "1 x GPU", "0.2"), ("c", "1 x GPU", "0.2")):
+    assert not results.has_part(tmp_path, name)
+    results.part(tmp_path, name, lambda: 1)
+    file = tmp_path / f"{name}.part.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"device": device, "versions": kept["versions"] | {"jax": jax}}))
+    assert results.has_part(tmp_path, name)
+  written = results.write(Report({}, []), config, tmp_path, 1.0, "command")
+  assert written["device"] == "1 x CPU, 1 x GPU" and written["versions"]["jax"] == "0.1, 0.2"
+  assert written["versions"]["flax"].count(",") == 0

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from configs import anncur as config_file
 from experiments import anncur as experiment
+from experiments import anncur_claims
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
@@ -471,6 +472,22 @@ def test_the_experiment_runs_at_test_scale(tmp_path):
   assert len(table) == 16 and all(
     0 <= r <= 1 + 1e-6 for row in table.values() for k in row.values() for r in k.values()
   )
+
+
+def test_a_share_of_an_error_is_claimed_where_there_is_one():
+  """ANNCUR that misses less than one query of the test leaves nothing to remove a share of."""
+  config = config_file.get_config("cpu")
+  table = lambda *errors: {
+    name: {"k=1": {f"C={c}": 1 - part * e for c, e in zip((40, 100), errors, strict=True)}}
+    for name, part in (("ANNCUR", 1), ("ADACUR", 0.25))
+  }
+  one = 1 / config.domain.test_queries
+  shares = lambda *errors: {
+    c.name.split(", ")[1]: c.ours for c in anncur_claims.adaptive_claims(config, table(*errors))
+  }
+  assert shares(0.1, one) == pytest.approx({"C = 40": 0.75, "C = 100": 0.75})
+  assert shares(0.1, 0.9 * one) == pytest.approx({"C = 40": 0.75})
+  assert shares(0.0, 0.0) == {}
 
 
 def test_the_recall_of_the_experiment_is_that_of_searching():

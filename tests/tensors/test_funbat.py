@@ -471,6 +471,22 @@ def test_the_variant_of_the_claims_is_the_better_one_on_held_out_data():
   assert claim.name.startswith("FunBaT-CP below discrete Tucker") and claim.ours == pytest.approx(1.0)
 
 
+def test_the_claims_follow_from_the_config_and_the_parts():
+  """The parallel scans are claimed where the config chose one, whatever machine reads the parts."""
+  row = {
+    "steps": 3200,
+    "over": {p: dict.fromkeys(("assoc", "doubling", "seq"), (2.0, (1, 3))) for p in ("seq", "numpy")},
+  }
+  epoch = {"line": [(10, 3.0), (1000, 4.0)], "slope": 0.06, "slope_at_the_end": 0.06}
+  cost = {"scan_gap": 0.0, "smoother": {"rows": [row], "slopes": {"seq": 1.0}}, "epoch": epoch}
+  names = {
+    scale: [c.name for c in experiment.cost_claims(config_file.get_config(scale), cost)] for scale in ("cpu", "h200")
+  }
+  assert len(names["cpu"]) == 3 and [n for n in names["h200"] if "scan over the loop" in n] == [
+    f"smoother, {scan} scan over the loop, least over chains of more than 1000 steps" for scan in ("assoc", "doubling")
+  ]
+
+
 def test_real_tensors_are_read(tmp_path):
   """The files of the sheet: indices of any integer type, standardised by the training set's mean and deviation."""
   config, rng = config_file.get_config("test"), np.random.default_rng(0)
