@@ -36,9 +36,18 @@ still loses 0.28 %, the plain one 0.004 %. The norms of its Jacobians are the la
 2.7), so what the regulariser makes small is the error of the first step, not of every step.
 The books were read 3.2 times and both models fit them better than new text, so that part of the 1.6 % in sequence may
 be protection against that.
-Speed, from an earlier commit (results/parts/snlp.h200; random weights, 32 layers of width 640, one token at context
-2048): the compiled sequential step takes 1.15 ms, and n = 24 runs 2.1x (K = 1), 1.6x (K = 2) and 1.05x (K = 4) as fast;
-12 wide layers of 2 take the same times. A forward of 2048 tokens gains 1.1x at K = 1 and loses at K = 2 (0.7x).
+With --config.parts='("quality","speed")' also the speed grid, 7 min (random weights, 2026-11-26), over the compiled
+sequential step of the same network; K = 1 / 2 / 4 with n = 24 of 32 layers of width 640:
+  one token, context 2048 (1.08 ms)   2.16 / 1.57 / 1.01 x; 12 wide layers of 2: 2.15 / 1.55 x   (2.5 x is not reached)
+  one token, context 128 (0.95 ms)    2.31 / 1.75 / 1.15 x
+  64, 128, 512 tokens                 2.18 / 1.57 x, 2.15 / 1.55 x, 1.61 / 1.04 x
+  2048 tokens (2.88 ms)               1.06 / 0.63 x: nothing waits there, and every layer costs its arithmetic
+  8 sequences, one token              1.81 / 1.22 x; wide layers 1.96 x
+  streams (HCN), n = 16, one token    1.52 / 1.00 x (K = 1, 4)
+A step launches 531 kernels in sequence, 163 at K = 1. The latency model fits to a few per cent: 0.023 ms, 0.027 ms a
+link of the chain and 0.007 ms a layer at context 2048. At K = 1 the 8 exact layers take half of the 0.50 ms; the 24
+parallel ones 0.2 ms, of which their weights need 0.08, so that the step is 3.4 times its bytes over the bandwidth.
+Self-speculation, memory, hyper-connections (quality), competitors and fine-tuning have not been run at this scale.
 """
 
 import ml_collections
@@ -118,7 +127,7 @@ def bench(scale: str) -> dict:
       dict(case="d32_width640_mhc, decode, context 2048, batch 1", setting="n16 K1 streams", threshold=1.0, paper=1.60),
     ],
     floors=[dict(case=main, setting="n24 K1 F2")],
-    shown=("n12 K1", "n24 K1", "n24 K2", "n24 K1 F2", "n24 K2 F2"),
+    shown=("n16 K1", "n24 K1", "n24 K2", "n24 K1 F2", "n24 K2 F2", "n16 K1 streams"),
     repetitions=12,
   )
 

@@ -2,12 +2,14 @@ r"""How fast the foundation is: training MFU at two published shapes, and one fo
 
   python -m experiments.run --config=configs/throughput.py:h200 --workdir=runs/throughput
 
-Takes 5 min on one H100 and printed (2026-11-25):
+Takes 5 min on one H100 and printed (2026-11-26, the training a day before):
   training MFU, d20 x 1280 / d32 x 640                  41.4 % / 29.1 %   (dots kept, layers and logits written out)
-  forward over torch.compile, 64 / 512 / 2048 tokens    1.09 / 1.05 / 0.98 x in a row, 0.81 / 0.92 / 0.92 x one by one
-  cached decode step, context 128 / 2048                3.0 / 3.4 times the bytes it must read
-From 512 tokens on XLA's own Triton products are slower than cuBLAS (1.83 against 1.68 ms), which its choice by timing
-single products does not see. One by one, a call waits for the host to pass some 250 arrays.
+  forward over torch.compile, 64 / 512 / 2048 tokens    1.10 / 1.09 / 1.04 x in a row, 0.91 / 0.91 / 0.99 x one by one
+  cached decode step, context 128 / 2048                2.6 / 3.1 times the bytes it must read
+From 512 tokens on XLA's own Triton products are slower than cuBLAS (1.76 against 1.62 ms), which its choice by timing
+single products does not see. One by one, a call waits for the host: passing 250 arrays takes it 0.2 ms, launching a
+graph of 250 kernels 0.1 ms. Stacked weights, read slice by slice, would be few arrays, but a step of 2048 tokens then
+takes 4.9 ms instead of 4.6, with or without XLA's fusion of dynamic slices.
 Scale cpu (a minute) has tiny shapes and asks nothing of training or PyTorch; it shows that the parts run.
 """
 

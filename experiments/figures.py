@@ -23,9 +23,9 @@ plt.rcParams.update(
 )
 
 
-def subplots(columns: int = 1, *, width: float = 1.0, **options):
-  """(figure, axes) in the common style; one row, each of `width` times the usual width."""
-  return plt.subplots(1, columns, figsize=(5.2 * columns * width, 3.8), layout="constrained", **options)
+def subplots(columns: int = 1, rows: int = 1, *, width: float = 1.0, **options):
+  """(figure, axes) in the common style, each axis of `width` times the usual width."""
+  return plt.subplots(rows, columns, figsize=(5.2 * columns * width, 3.8 * rows), layout="constrained", **options)
 
 
 def save(figure, workdir: Path, name: str) -> str:

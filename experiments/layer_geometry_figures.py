@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.ticker
 import numpy as np
 
 from experiments import figures, timing
@@ -67,6 +68,7 @@ def draw_null(models: dict, workdir: Path) -> str:
 
 def draw_harm(models: dict, main: str, workdir: Path) -> str:
   figure, axes = grid(2, len(models), sharey="row")
+  deepest = max(models.values(), key=lambda model: len(model["layers"]))
   for column, (name, model) in enumerate(models.items()):
     top, bottom = axes[:, column]
     layers, x = model["layers"], rows(model)
@@ -81,12 +83,14 @@ def draw_harm(models: dict, main: str, workdir: Path) -> str:
     top.set(title=name, xlabel="layer", ylim=(-0.45, 1.05))
     top.set_xticks(list(x))
     for i, r in enumerate(layers):
-      colour = figures.plt.cm.viridis(i / max(len(layers) - 1, 1) * 0.9)
+      colour = figures.plt.cm.viridis(i / max(len(deepest["layers"]) - 1, 1) * 0.9)
       doses = [(float(a), d["single_token"]) for a, d in r["doses"].items() if float(a) > 0]
       bottom.plot(*zip(*doses, strict=True), "o-", ms=3, color=colour, label=f"layer {i + 1}")
       bottom.plot(1.06, r["noise"]["single_token"], "x", color=colour)
     bottom.set(xlabel="share of r removed  (x: noise)", yscale="log")
-  bottom.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    if model is deepest:
+      handles, labels = bottom.get_legend_handles_labels()
+  axes[1, -1].legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
   axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
   axes[0, 0].set_ylabel("Spearman of ‖r‖ and KL")
   axes[1, 0].set_ylabel("mean KL (nats), one token")
@@ -118,5 +122,9 @@ def draw_cost(cost: dict, workdir: Path) -> str:
       shown = {"jax": "here", "numpy": "NumPy"}.get(name, name)
       axis.loglog(*zip(*points, strict=True), "o-", label=f"{shown}: n^{timing.slope(points[-2:]):.2f}")
     axis.set(xlabel=label, ylabel="seconds", title=title)
+    axis.set_xticks(sizes := [int(size) for size in cost[key]], [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend()
   return figures.save(figure, workdir, "cost")

@@ -69,14 +69,20 @@ def frontier(metrics: dict, workdir: Path) -> dict[str, str]:
   figure, axis = figures.subplots()
   for model in quality:
     both = [text for text in quality[model]["snlp"] if text in case["speedup"]]
-    points = [(case["speedup"][text]["ratio"], lost(quality, model, text)) for text in both]
-    axis.plot(*zip((1.0, 0.0), *points, strict=True), "o", label=model)
-    for text, point in zip(("sequential", *both), ((1.0, 0.0), *points), strict=True):
-      axis.annotate(text, point, xytext=(4, 3), textcoords="offset points", size=7)
+    points = {text: (case["speedup"][text]["ratio"], lost(quality, model, text)) for text in both}
+    points["sequential"] = (1.0, 0.0)
+    axis.plot(*zip(*points.values(), strict=True), "o", label=model)
+    for text, (speed, loss) in points.items():
+      # Those that another one beats in both would only cover the names of the rest.
+      if not any(s > speed and least < loss for s, least in points.values()):
+        axis.annotate(text, (speed, loss), xytext=(4, 3), textcoords="offset points", size=7)
   _scale_lost(axis, max(lost(quality, model, text) for model in quality for text in both))
+  axis.set_ylim(bottom=-0.2)
   axis.set(xlabel=f"speed-up ({name})", ylabel="perplexity lost (%)", title="Speed against quality")
   axis.legend()
-  return {figures.save(figure, workdir, "frontier"): "Speed-up against perplexity lost"}
+  return {
+    figures.save(figure, workdir, "frontier"): "Speed-up against perplexity lost; named where nothing is better in both"
+  }
 
 
 def competitors(result: dict, workdir: Path) -> dict[str, str]:

@@ -174,8 +174,11 @@ def draw(result: dict, fits: dict, shown: tuple[str, ...], workdir: Path) -> dic
 
 
 def draw_latency(fits: dict[str, dict], workdir: Path) -> str:
-  figure, axes = figures.subplots(len(fits), squeeze=False)
-  for axis, (name, fit) in zip(axes[0], fits.items(), strict=True):
+  columns = min(len(fits), 3)
+  figure, axes = figures.subplots(columns, -(-len(fits) // columns), squeeze=False)
+  for axis in axes.flat[len(fits) :]:
+    axis.axis("off")
+  for axis, (name, fit) in zip(axes.flat, fits.items(), strict=False):
     for setting, measured in fit["measured"].items():
       axis.plot(fit["predicted"][setting], measured, "o", color="C0")
       axis.annotate(setting, (fit["predicted"][setting], measured), xytext=(4, -3), textcoords="offset points", size=7)
@@ -188,18 +191,20 @@ def draw_latency(fits: dict[str, dict], workdir: Path) -> str:
 
 
 def draw_speed(result: dict, shown: tuple[str, ...], workdir: Path) -> str:
-  """Speed-up of chosen settings in every case."""
-  figure, axis = figures.subplots(width=1.8)
-  cases = result["cases"]
-  width = 0.8 / max(len(shown), 1)
-  for i, setting in enumerate(shown):
-    at = [(j, c["speedup"][setting]) for j, c in enumerate(cases.values()) if setting in c["speedup"]]
-    x = [j + (i - len(shown) / 2 + 0.5) * width for j, _ in at]
-    y = np.array([[r["ratio"], r["p10"], r["p90"]] for _, r in at]).reshape(-1, 3)
+  """Speed-up of chosen settings in every case that has some of them."""
+  cases = {name: [s for s in shown if s in c["speedup"]] for name, c in result["cases"].items()}
+  cases = {name: present for name, present in cases.items() if present}
+  figure, axis = figures.subplots(width=max(1.8, len(cases) / 5))
+  width = 0.8 / max(map(len, cases.values()), default=1)
+  for setting in shown:
+    at = [(j, name, present) for j, (name, present) in enumerate(cases.items()) if setting in present]
+    x = [j + (present.index(setting) - len(present) / 2 + 0.5) * width for j, _, present in at]
+    measured = [result["cases"][name]["speedup"][setting] for _, name, _ in at]
+    y = np.array([[r["ratio"], r["p10"], r["p90"]] for r in measured]).reshape(-1, 3)
     spread = np.maximum(0, [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
     axis.bar(x, y[:, 0], width, yerr=spread, label=setting, error_kw=dict(lw=0.8))
   axis.axhline(1, color="black", lw=0.8, ls=":")
-  axis.set_xticks(range(len(cases)), [name.replace(", ", "\n") for name in cases], size=6)
+  axis.set_xticks(range(len(cases)), [name.replace(", ", "\n").replace("_", "\n") for name in cases], size=7)
   axis.set(ylabel="speed-up over the sequential network")
   axis.legend(fontsize=7, ncols=max(len(shown), 1), loc="lower center", bbox_to_anchor=(0.5, 1.0))
   return figures.save(figure, workdir, "speed")
