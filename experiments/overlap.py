@@ -11,7 +11,8 @@ _THREADS = 8
 def overlapped(function: Callable, items: Iterable) -> Iterator:
   """`map(function, items)`; on an accelerator in threads, so that the host's cores compile several pieces at a time.
 
-  On a CPU one after another: it computes with the cores that would compile.
+  On a CPU one after another: it computes with the cores that would compile. Products of cuBLAS must stay out of CUDA
+  graphs then (docs/measuring.md, side by side).
   """
   if jax.default_backend() == "cpu":
     yield from map(function, items)

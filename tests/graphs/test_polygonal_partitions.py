@@ -1,3 +1,4 @@
+import itertools
 import math
 from fractions import Fraction
 
@@ -74,6 +75,22 @@ def test_polygons_keep_areas_convexity_angles_and_the_aspect_bound(method, root,
       assert cross(edge, np.roll(edge, -1, axis=0)).min() > -1e-9
   areas = polygons.measure(partition.of_nodes(binary)).area
   np.testing.assert_allclose(areas, tree.weights / tree.weights[0], rtol=1e-9)
+
+
+def test_a_thousand_random_trees_keep_the_bounds():
+  """Methods and roots in turn; weights over up to 24 orders of magnitude."""
+  random = np.random.default_rng(0)
+  kinds = list(itertools.product(BOUNDED, polygons.ROOTS))
+  for i in range(1000):
+    method, root = kinds[i % len(kinds)]
+    n, reach = int(random.integers(2, 14)), int(random.integers(1, 14))
+    parents = [-1, *(int(random.integers(max(0, k - reach), k)) for k in range(1, n))]
+    binary = binarise(weighted_tree(parents, 10 ** random.uniform(-12, 12, n)))
+    partition = polygons.partition(binary, method=method, root=root)
+    kind = dict(method=method, root=root)
+    phi, bound = (f(len(binary.levels), **kind) for f in (polygons.separation_bound, polygons.aspect_bound))
+    assert all(separation.min() >= phi - 1e-9 for separation in partition.separations)
+    assert all(polygons.measure(level).aspect.max() <= bound for level in partition.levels)
 
 
 @pytest.mark.parametrize("method", polygons.METHODS)
