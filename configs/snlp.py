@@ -159,7 +159,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         vocab_size=pick(test=320, cpu=1024, h200=8192, paper=32768),
       ),
       train=dict(
-        steps=pick(test=6, cpu=120, h200=1200, paper=4800),
+        steps=pick(test=6, cpu=100, h200=1200, paper=4800),
         batch=pick(test=4, cpu=8, h200=128, paper=512),
         length=pick(test=32, cpu=256, h200=512, paper=2048),
         accumulate=pick(cpu=1, h200=2, paper=8),
