@@ -7,7 +7,7 @@ and with the regulariser, run with 3, 6 and 9 (cpu) of their layers in parallel,
   python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
 Took 7 min 38 s on 2 slow CPU cores (12 layers of width 96, 0.2 M tokens of Python's standard library; with 0.4 M
-tokens it took 7 min 17 s on a machine that trained 1.4 times as fast) and printed (2026-11-26):
+tokens it took 7 min 17 s on a machine some 1.6 times as fast) and printed (2026-11-26):
   perplexity lost, n = 9 of 12, K = 1, regularised     0.06 %   (plain model 0.13 %)
   trace error of the last layer over the plain one's   0.49     (0.19 after twice the training)
   sequential perplexity changed by the regulariser     +1.4 %; on slices without BOS +1.2 %: the first version's gain is
