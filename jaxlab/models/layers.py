@@ -79,6 +79,14 @@ def apply_rope(x: Float[Array, "*batch time heads head_dim"], cos, sin) -> Float
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
+def turn(x, cos, sin, normalise: Callable, *, norm: str | None, scale: float):
+  """Heads (*batch, time, heads, head_dim) rotated, normalised "before_rope" or "after_rope" or not (None), scaled."""
+  x = normalise(x) if norm == "before_rope" else x
+  x = apply_rope(x, cos, sin)
+  x = normalise(x) if norm == "after_rope" else x
+  return x * scale
+
+
 def rotary_qkv(heads, cos, sin, value=None, gate=None, *, q_heads, kv_heads, norm, gain, eps, scale):
   """Queries, keys and values of one product: q and k rotated, normalised and scaled, v plus its gated value embedding.
 
@@ -101,10 +109,7 @@ def rotary_qkv(heads, cos, sin, value=None, gate=None, *, q_heads, kv_heads, nor
     y = rms_norm(y, eps)
     return y if gain is None else (y * gain).astype(y.dtype)
 
-  turned = normalise(turned) if norm == "before_rope" else turned
-  turned = apply_rope(turned, cos, sin)
-  turned = normalise(turned) if norm == "after_rope" else turned
-  q, k = jnp.split(turned * scale, [q_heads], axis=-2)
+  q, k = jnp.split(turn(turned, cos, sin, normalise, norm=norm, scale=scale), [q_heads], axis=-2)
   return q, k, v
 
 

@@ -25,9 +25,9 @@ from jaxlab.models.layers import (
   RMSNorm,
   Steps,
   TransposedLinear,
-  apply_rope,
   rms_norm,
   rope_table,
+  turn,
   wide,
 )
 
@@ -97,7 +97,7 @@ class Block(nnx.Module):
   def project(self, x, side: Side, value, mixing):
     """(input to the residual sum, mixing, q, k, v) of this layer; `value` is its gathered value embedding or None."""
     c = self.config
-    if c.residual_lambdas and self.qkv is not None and not c.hyper:
+    if c.residual_lambdas and not c.hyper:
       gain = None if self.attention_norm.gain is None else self.attention_norm.gain[...]
       scales = self.residual_lambda[...], self.x0_lambda[...]
       (x, a), mixing = self.steps.residual_norm(x, side.x0, *scales, gain, eps=c.norm_eps), None
@@ -117,16 +117,12 @@ class Block(nnx.Module):
       gain = None if self.q_norm is None or self.q_norm.gain is None else self.q_norm.gain[...]
       sizes = dict(q_heads=c.q_heads, kv_heads=c.kv_heads, norm=c.qk_norm, gain=gain, eps=c.norm_eps, scale=c.qk_scale)
       return x, mixing, *self.steps.rotary_qkv(split(self.qkv(a)), side.cos, side.sin, value, gate, **sizes)
-    turned, v = [split(self.q(a)), split(self.k(a))], split(self.v(a))
+    v = split(self.v(a))
     if value is not None:
       v = v + gate[..., None] * value.astype(v.dtype)
-    norms = (self.q_norm, self.k_norm)
-    if c.qk_norm == "before_rope":
-      turned = [norm(y) for norm, y in zip(norms, turned, strict=True)]
-    turned = [apply_rope(y, side.cos, side.sin) for y in turned]
-    if c.qk_norm == "after_rope":
-      turned = [norm(y) for norm, y in zip(norms, turned, strict=True)]
-    q, k = (y * c.qk_scale for y in turned)
+    how = dict(norm=c.qk_norm, scale=c.qk_scale)
+    q = turn(split(self.q(a)), side.cos, side.sin, self.q_norm, **how)
+    k = turn(split(self.k(a)), side.cos, side.sin, self.k_norm, **how)
     return x, mixing, q, k, v
 
   def finish(self, x, mixing, attended, all_mixing):
