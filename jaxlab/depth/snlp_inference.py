@@ -35,13 +35,14 @@ from jaxlab.models.transformer import (
   unstack_layers,
   window_kinds,
 )
+from kernels.decode_attention import decode_attention
 from kernels.residual_norm import residual_norm
 from kernels.rotary_qkv import rotary_qkv
 
 Pair = tuple[Array, Array]  # keys and values
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
 CACHE_KV = ("recompute", "last_iteration")
-STEPS = Steps(rotary_qkv, residual_norm)
+STEPS = Steps(rotary_qkv, residual_norm, decode_attention)
 
 
 @jax.tree_util.register_dataclass
@@ -209,15 +210,16 @@ def finish_exactly(network: Network, x, backout, side: Side, state: State, *, at
     for j, block in enumerate(unstack_layers(suffix.blocks, suffix.layers)):
       g, row = where[j]
 
-      def attend(q, k, v, window, g=g, row=row):
-        groups[g] = _write(groups[g], (k[None], v[None]), (row, 0, side.start))
-        return attention(q, *(store[row] for store in groups[g]), window=window, start=side.start)
+      def attend(q, k, v, window, g=g, row=row, steps=block.steps):
+        how = dict(window=window, start=side.start, layer=row, attention=attention)
+        attended, *groups[g] = steps.attend_cached(*_one_layer(q, k, v), *groups[g], **how)
+        return attended[0]
 
       layer = suffix.start + j
       x = _layer(model, block, layer, x, side, attend)
       backout = x if model.config.backout and layer == model.depth // 2 else backout
       trace.append(x[:, -1:].astype(state.trace.dtype))
-    state = dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
+    state = dataclasses.replace(state, suffix=tuple(map(tuple, groups)), trace=jnp.stack(trace))
   return model.logits(x, backout), state
 
 
@@ -263,11 +265,13 @@ def prefix_states(network: Network, tokens, state: State | None, attention: Atte
   backout, written = None, []
   for layer, block in enumerate(network.prefix):
 
-    def attend(q, k, v, window, layer=layer):
-      if state is not None:
-        k, v = _write(state.prefix[layer], (k, v), (0, side.start))
-        written.append((k, v))
-      return attention(q, k, v, window=window, start=side.start)
+    def attend(q, k, v, window, layer=layer, steps=block.steps):
+      if state is None:
+        return attention(q, k, v, window=window, start=side.start)
+      how = dict(window=window, start=side.start, attention=attention)
+      attended, *pair = steps.attend_cached(*_one_layer(q, k, v, *state.prefix[layer]), **how)
+      written.append(tuple(a[0] for a in pair))
+      return attended[0]
 
     x = _layer(model, block, layer, x, side, attend)
     backout = x if model.config.backout and layer == model.depth // 2 else backout
@@ -295,19 +299,22 @@ class _Stores:
 
   def __init__(self, network: Network, pairs: tuple[Pair, ...], start, attention: AttentionFn):
     self.pairs, self._kinds, self._start, self._attention = pairs, _kinds(network), start, attention
+    self._attend_cached = network.suffix.blocks.steps.attend_cached
 
   def write(self, k, v):
-    rows = [(_rows(k, index), _rows(v, index)) for index in self._kinds.values()]
-    self.pairs = tuple(_write(p, new, (0, 0, self._start)) for p, new in zip(self.pairs, rows, strict=True))
+    write = lambda store, new, index: write_cache(store, _rows(new, index), (0, 0, self._start))
+    kinds = zip(self.pairs, self._kinds.values(), strict=True)
+    self.pairs = tuple((write(keys, k, index), write(values, v, index)) for (keys, values), index in kinds)
 
   def attend(self, q, k, v):
-    self.write(k, v)
-    fold = lambda a: a.reshape(-1, *a.shape[2:])
-    attended = [None] * q.shape[0]
-    for (window, index), (keys, values) in zip(self._kinds.items(), self.pairs, strict=True):
-      out = self._attention(fold(_rows(q, index)), fold(keys), fold(values), window=window, start=self._start)
-      for j, y in zip(index, out.reshape(len(index), *q.shape[1:]), strict=True):
+    attended, pairs = [None] * q.shape[0], []
+    for (window, index), stored in zip(self._kinds.items(), self.pairs, strict=True):
+      how = dict(window=window, start=self._start, attention=self._attention)
+      out, *pair = self._attend_cached(*(_rows(a, index) for a in (q, k, v)), *stored, **how)
+      pairs.append(tuple(pair))
+      for j, y in zip(index, out, strict=True):
         attended[j] = y
+    self.pairs = tuple(pairs)
     return jnp.stack(attended)
 
 
@@ -320,5 +327,6 @@ def _rows(a, index: list[int]):
   return a if len(index) == a.shape[0] else jnp.stack([a[j] for j in index])
 
 
-def _write(pair: Pair, new: Pair, where: tuple) -> Pair:
-  return tuple(write_cache(store, entries, where) for store, entries in zip(pair, new, strict=True))
+def _one_layer(*arrays):
+  """What `attend_cached` takes of one layer."""
+  return tuple(a[None] for a in arrays)

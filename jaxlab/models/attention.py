@@ -62,6 +62,24 @@ def dot_product_attention(q, k, v, *, window=None, start=0, flash=True):
   return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], implementation="xla")
 
 
+def attend_cached(q, k, v, keys, values, *, window, start, layer=0, attention: AttentionFn = dot_product_attention):
+  """Attention of `time` new tokens over what a cache holds and over themselves, in one or several layers.
+
+  Args:
+    q: (n, batch, time, q_heads, head_dim); k, v: (n, batch, time, kv_heads, head_dim), of the new tokens.
+    keys, values: the cache of N >= n layers, (N, batch, capacity, kv_heads, head_dim); the n layers are layer,
+      layer + 1, ... of it.
+    window, start: as `AttentionFn`; `start` positions are filled.
+
+  Returns:
+    (attended, like q; keys and values with the new ones written at `start`).
+  """
+  keys, values = (write_cache(store, new, (layer, 0, start)) for store, new in ((keys, k), (values, v)))
+  fold = lambda a: a.reshape(-1, *a.shape[2:])
+  mine = (fold(store[layer : layer + q.shape[0]]) for store in (keys, values))
+  return attention(fold(q), *mine, window=window, start=start).reshape(q.shape), keys, values
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.models.attention import attend_cached
 from jaxlab.models.config import HyperConnections, RopeScaling, TransformerConfig
 
 
@@ -125,10 +126,11 @@ def residual_norm(x, x0, scale, x0_scale, gain, *, eps: float):
 
 
 class Steps(NamedTuple):
-  """What a block does between its products and attention, as functions that a faster kernel can replace."""
+  """What a block does between its products, as functions that a faster kernel can replace."""
 
   rotary_qkv: Callable = rotary_qkv
   residual_norm: Callable = residual_norm
+  attend_cached: Callable = attend_cached
 
 
 class MLP(nnx.Module):

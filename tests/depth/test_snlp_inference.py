@@ -14,6 +14,7 @@ from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, gen
 from jaxlab.depth.snlp_suffix import fuse
 from jaxlab.models.generate import generate as plain_generate
 from jaxlab.models.layers import Steps
+from kernels.decode_attention import decode_attention
 from kernels.residual_norm import residual_norm
 from kernels.rotary_qkv import rotary_qkv
 from tests.common import configs, plain_attention, random_model, random_tokens
@@ -155,7 +156,7 @@ def test_a_network_without_a_suffix_takes_no_options():
 def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monkeypatch):
   """Uncached, and cached with a short prompt; interpreted, as there is no GPU here."""
   kernel = dict(implementation="triton", interpret=True)
-  steps = Steps(functools.partial(rotary_qkv, **kernel), functools.partial(residual_norm, **kernel))
+  steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
   monkeypatch.setattr(snlp_inference, "STEPS", steps)
   model = random_model(dataclasses.replace(CONFIGS[name], width=64))
   network, tokens = split(model, 4), TOKENS[:1, :8]

@@ -1,0 +1,46 @@
+"""Attention of a few new tokens over a cache that is shared out among many programs (flash decoding), cache updated.
+
+One query is little work over much memory: XLA gives every head to few programs, takes four or more kernels, and two to
+write the cache.
+"""
+
+import jax
+
+from jaxlab.core.checks import require_choice
+from jaxlab.models.attention import attend_cached, dot_product_attention
+from kernels.decode_attention import gpu
+
+IMPLEMENTATIONS = (None, "reference", "triton")
+
+
+def decode_attention(
+  q,
+  k,
+  v,
+  keys,
+  values,
+  *,
+  window,
+  start,
+  layer=0,
+  attention=dot_product_attention,
+  implementation=None,
+  interpret=False,
+):
+  """`jaxlab.models.attention.attend_cached`, which says what the arguments are.
+
+  Args:
+    implementation: "reference" (XLA) or "triton"; None takes Triton on a GPU for dense softmax attention, where at most
+      16 queries share a key head and head_dim is a power of two, but for float64.
+    interpret: run the kernels in Pallas' interpreter, on any machine.
+
+  Raises:
+    InputError: an unknown implementation, or a problem the kernels cannot take for "triton".
+  """
+  require_choice("implementation", implementation, IMPLEMENTATIONS)
+  if implementation is None:
+    usable = jax.default_backend() == "gpu" and attention is dot_product_attention and gpu.supports(q, k)
+    implementation = "triton" if usable else "reference"
+  if implementation == "reference":
+    return attend_cached(q, k, v, keys, values, window=window, start=start, layer=layer, attention=attention)
+  return gpu.decode_attention(q, k, v, keys, values, window=window, start=start, layer=layer, interpret=interpret)

@@ -1,0 +1,97 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlab.core.checks import InputError
+from jaxlab.models.attention import dot_product_attention
+from kernels.decode_attention import decode_attention
+
+kernel = functools.partial(decode_attention, implementation="triton", interpret=True)
+
+
+def problem(seed, *, heads, time=1, capacity=96, size=16, layers=2, stored=3, batch=2, dtype=jnp.float32):
+  """q, k, v of the new tokens and a cache of `stored` layers."""
+  q_heads, kv_heads = heads
+  shapes = [(layers, batch, time, n, size) for n in (q_heads, kv_heads, kv_heads)]
+  shapes += 2 * [(stored, batch, capacity, kv_heads, size)]
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("window", "layer"))
+def both(arrays, poisoned, start, window, layer):
+  """By the kernels, which see `poisoned` past `start`, and by the reference."""
+  how = dict(window=window, layer=layer, start=start)
+  q, k, v, *cache = arrays
+  past = jnp.arange(cache[0].shape[2])[:, None, None] >= start
+  stale = [jnp.where(past, poisoned, a) for a in cache]
+  return kernel(q, k, v, *stale, **how), decode_attention(q, k, v, *cache, implementation="reference", **how)
+
+
+def compare(arrays, start, tolerance, *, window=None, layer=1):
+  (found, *cache), (expected, *wanted) = both(arrays, jnp.nan, jnp.int32(start), window, layer)
+  assert found.dtype == expected.dtype == arrays[0].dtype
+  np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=tolerance, atol=tolerance)
+  end = start + arrays[0].shape[2]
+  for a, b in zip(cache, wanted, strict=True):
+    np.testing.assert_array_equal(a[layer:, :, :end], b[layer:, :, :end])
+    np.testing.assert_array_equal(a[:layer, :, :start], b[:layer, :, :start])
+    assert np.isnan(a[layer:, :, end:]).all() and np.isnan(a[:layer, :, start:]).all()
+
+
+@pytest.mark.parametrize(
+  "heads, time, window",
+  [((4, 4), 1, None), ((4, 1), 1, 40), ((6, 2), 3, None), ((4, 4), 3, 2), ((2, 1), 8, 70)],
+)
+@given(st.integers(0, 99), st.sampled_from((0, 1, 39, 64, 88)))
+def test_kernels_equal_reference_and_read_nothing_past_the_length(heads, time, window, seed, start):
+  """Grouped heads, several tokens, windows narrower and wider than a block, filled to nothing, a block or the end."""
+  compare(problem(seed, heads=heads, time=time), start, 2e-6, window=window)
+
+
+def test_a_head_of_more_blocks_than_stretches():
+  compare(problem(0, heads=(2, 1), capacity=4200, size=4, layers=1, stored=1, batch=1), 4150, 2e-6, layer=0)
+
+
+def test_kernels_in_bfloat16():
+  compare(problem(1, heads=(4, 2), dtype=jnp.bfloat16), 77, 2e-2)
+
+
+def test_a_full_cache_is_not_written_past_its_end():
+  """The last position is overwritten, as `dynamic_update_slice` does."""
+  arrays = problem(2, heads=(2, 2))
+  (_, keys, _), (_, wanted, _) = both(arrays, 0.0, jnp.int32(200), None, 0)
+  np.testing.assert_array_equal(keys, wanted)
+
+
+def test_another_attention_is_left_to_the_reference():
+  arrays = problem(3, heads=(2, 2))
+  seen = []
+
+  def attention(q, k, v, **how):
+    seen.append(how["window"])
+    return dot_product_attention(q, k, v, **how)
+
+  decode_attention(*arrays, window=5, start=jnp.int32(3), attention=attention)
+  assert seen == [5]
+
+
+def test_kernels_lower_for_a_gpu_without_one():
+  arrays = problem(0, heads=(5, 5), size=128, capacity=2648, layers=6, stored=6, batch=1, dtype=jnp.bfloat16)
+  run = lambda *a: decode_attention(*a, window=512, start=jnp.int32(2048), implementation="triton")
+  text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  assert "decode_attention" in text and "decode_attention_combine" in text and "triton" in text
+
+
+def test_bad_input():
+  with pytest.raises(InputError, match=r"20 queries of 4 heads over 4 key heads of 16 float32: .* at most 16 queries"):
+    kernel(*problem(0, heads=(4, 4), time=20), window=None, start=0)
+  with pytest.raises(InputError, match="head_dim that is a power of two"):
+    kernel(*problem(0, heads=(4, 4), size=12), window=None, start=0)
+  with pytest.raises(InputError, match="implementation is 'cuda'; it must be one of None, reference, triton"):
+    decode_attention(*problem(0, heads=(4, 4)), window=None, start=0, implementation="cuda")
