@@ -226,7 +226,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         split="validation",
         length=pick(test=32, cpu=256, h200=512, paper=2048),
         slice=pick(test=16, cpu=64, h200=128, paper=128),
-        batch=pick(test=4, cpu=8, h200=64, paper=16),
+        batch=pick(test=4, cpu=8, h200=16, paper=16),
         tokens=pick(test=512, cpu=8192, h200=500_000, paper=1_000_000),
       ),
       bench=bench(sizes),

@@ -214,22 +214,25 @@ def measure_speculation(config, text: Text, models: dict[str, Transformer], cons
   spec = config.speculation
   rows = packing.evaluation_batches(text.split(config.eval.split), row=config.eval.length, batch=1, limit=10**9)
   prompts = [jnp.asarray(rows[i]["inputs"][:, : spec.prompt]) for i in range(spec.prompts)]
-  sequential_run = jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))
-  drafting = {}
+  drafting = {None: jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))}
   for setting in spec.settings:
     options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
     for draft in spec.drafts:
       drafting[setting, draft] = jax.jit(functools.partial(speculate, tokens=spec.tokens, draft=draft, **options))
+  split = lambda model, case: snlp_inference.split(model, parse(case[0])["layers"] if case else 0)
+  some = next(iter(models.values()))
+  compiled = overlapped(lambda item: item[1].lower(split(some, item[0]), prompts[0]).compile(), drafting.items())
+  drafting = dict(zip(drafting, compiled, strict=True))
+  sequential_run = drafting.pop(None)
   result = {}
   for name, model in models.items():
     console.say(f"speculating, {name}")
-    plain = snlp_inference.split(model)
-    networks = {setting: snlp_inference.split(model, parse(setting)["layers"]) for setting in spec.settings}
-    contestants = {case: functools.partial(go, networks[case[0]]) for case, go in drafting.items()}
-    runs = [functools.partial(sequential_run, plain), *contestants.values()]
-    expected, *outputs = overlapped(lambda run: [run(p) for p in prompts], runs)
+    plain = split(model, None)
+    expected = [sequential_run(plain, p) for p in prompts]
     result[name] = {}
-    for ((setting, draft), go), drafts in zip(contestants.items(), outputs, strict=True):
+    for (setting, draft), program in drafting.items():
+      go = functools.partial(program, split(model, (setting, draft)))
+      drafts = [go(p) for p in prompts]
       accepted, cycles = (sum(int(getattr(o[1], part)) for o in drafts) for part in ("accepted", "cycles"))
       equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(drafts, expected, strict=True)])
       pair = {

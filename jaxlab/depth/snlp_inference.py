@@ -23,7 +23,14 @@ from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.models import Transformer
-from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention, write_cache
+from jaxlab.models.attention import (
+  AttentionFn,
+  Cache,
+  dot_product_attention,
+  take_layers,
+  window_kinds,
+  write_cache,
+)
 from jaxlab.models.generate import sample
 from jaxlab.models.layers import Steps
 from jaxlab.models.transformer import (
@@ -33,7 +40,6 @@ from jaxlab.models.transformer import (
   layer_slice,
   static_mixing,
   unstack_layers,
-  window_kinds,
 )
 from kernels.decode_attention import decode_attention
 from kernels.residual_norm import residual_norm
@@ -211,15 +217,15 @@ def finish_exactly(network: Network, x, backout, side: Side, state: State, *, at
       g, row = where[j]
 
       def attend(q, k, v, window, g=g, row=row, steps=block.steps):
-        how = dict(window=window, start=side.start, layer=row, attention=attention)
-        attended, *groups[g] = steps.attend_cached(*_one_layer(q, k, v), *groups[g], **how)
+        how = dict(windows=(window,), start=side.start, layer=row, attention=attention)
+        attended, (groups[g],) = steps.attend_cached(q[None], k[None], v[None], (groups[g],), **how)
         return attended[0]
 
       layer = suffix.start + j
       x = _layer(model, block, layer, x, side, attend)
       backout = x if model.config.backout and layer == model.depth // 2 else backout
       trace.append(x[:, -1:].astype(state.trace.dtype))
-    state = dataclasses.replace(state, suffix=tuple(map(tuple, groups)), trace=jnp.stack(trace))
+    state = dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
   return model.logits(x, backout), state
 
 
@@ -268,8 +274,9 @@ def prefix_states(network: Network, tokens, state: State | None, attention: Atte
     def attend(q, k, v, window, layer=layer, steps=block.steps):
       if state is None:
         return attention(q, k, v, window=window, start=side.start)
-      how = dict(window=window, start=side.start, attention=attention)
-      attended, *pair = steps.attend_cached(*_one_layer(q, k, v, *state.prefix[layer]), **how)
+      how = dict(windows=(window,), start=side.start, attention=attention)
+      stored = tuple(a[None] for a in state.prefix[layer])
+      attended, (pair,) = steps.attend_cached(q[None], k[None], v[None], (stored,), **how)
       written.append(tuple(a[0] for a in pair))
       return attended[0]
 
@@ -298,35 +305,21 @@ class _Stores:
   """
 
   def __init__(self, network: Network, pairs: tuple[Pair, ...], start, attention: AttentionFn):
-    self.pairs, self._kinds, self._start, self._attention = pairs, _kinds(network), start, attention
-    self._attend_cached = network.suffix.blocks.steps.attend_cached
+    suffix = network.suffix
+    self.pairs, self._start = pairs, start
+    self._windows = network.model.config.windows[suffix.start : suffix.stop]
+    self._attend_cached = functools.partial(suffix.blocks.steps.attend_cached, attention=attention)
 
   def write(self, k, v):
-    write = lambda store, new, index: write_cache(store, _rows(new, index), (0, 0, self._start))
-    kinds = zip(self.pairs, self._kinds.values(), strict=True)
+    write = lambda store, new, index: write_cache(store, take_layers(new, index), (0, 0, self._start))
+    kinds = zip(self.pairs, window_kinds(self._windows).values(), strict=True)
     self.pairs = tuple((write(keys, k, index), write(values, v, index)) for (keys, values), index in kinds)
 
   def attend(self, q, k, v):
-    attended, pairs = [None] * q.shape[0], []
-    for (window, index), stored in zip(self._kinds.items(), self.pairs, strict=True):
-      how = dict(window=window, start=self._start, attention=self._attention)
-      out, *pair = self._attend_cached(*(_rows(a, index) for a in (q, k, v)), *stored, **how)
-      pairs.append(tuple(pair))
-      for j, y in zip(index, out, strict=True):
-        attended[j] = y
-    self.pairs = tuple(pairs)
-    return jnp.stack(attended)
+    attended, self.pairs = self._attend_cached(q, k, v, self.pairs, windows=self._windows, start=self._start)
+    return attended
 
 
 def _kinds(network: Network) -> dict[int | None, list[int]]:
   suffix = network.suffix
   return {} if suffix is None else window_kinds(network.model.config.windows[suffix.start : suffix.stop])
-
-
-def _rows(a, index: list[int]):
-  return a if len(index) == a.shape[0] else jnp.stack([a[j] for j in index])
-
-
-def _one_layer(*arrays):
-  """What `attend_cached` takes of one layer."""
-  return tuple(a[None] for a in arrays)

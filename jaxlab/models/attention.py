@@ -62,22 +62,39 @@ def dot_product_attention(q, k, v, *, window=None, start=0, flash=True):
   return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], implementation="xla")
 
 
-def attend_cached(q, k, v, keys, values, *, window, start, layer=0, attention: AttentionFn = dot_product_attention):
-  """Attention of `time` new tokens over what a cache holds and over themselves, in one or several layers.
+def window_kinds(windows) -> dict[int | None, list[int]]:
+  """The positions of every kind of window."""
+  return {kind: [j for j, window in enumerate(windows) if window == kind] for kind in dict.fromkeys(windows)}
+
+
+def attend_cached(q, k, v, pairs, *, windows, start, layer=0, attention: AttentionFn = dot_product_attention):
+  """Attention of `time` new tokens over what the caches of n layers hold and over themselves.
 
   Args:
     q: (n, batch, time, q_heads, head_dim); k, v: (n, batch, time, kv_heads, head_dim), of the new tokens.
-    keys, values: the cache of N >= n layers, (N, batch, capacity, kv_heads, head_dim); the n layers are layer,
-      layer + 1, ... of it.
-    window, start: as `AttentionFn`; `start` positions are filled.
+    pairs: keys and values of the layers of every kind of window, in the order of `window_kinds(windows)`, each
+      (N, batch, capacity, kv_heads, head_dim): rows layer, layer + 1, ... of a pair are the layers of its kind.
+    windows: of the n layers; start: positions filled (`AttentionFn`).
 
   Returns:
-    (attended, like q; keys and values with the new ones written at `start`).
+    (attended, like q; pairs with the new keys and values written at `start`).
   """
-  keys, values = (write_cache(store, new, (layer, 0, start)) for store, new in ((keys, k), (values, v)))
+  attended, written = [None] * q.shape[0], []
   fold = lambda a: a.reshape(-1, *a.shape[2:])
-  mine = (fold(store[layer : layer + q.shape[0]]) for store in (keys, values))
-  return attention(fold(q), *mine, window=window, start=start).reshape(q.shape), keys, values
+  for (window, index), pair in zip(window_kinds(windows).items(), pairs, strict=True):
+    queries, *new = (take_layers(a, index) for a in (q, k, v))
+    pair = tuple(write_cache(store, a, (layer, 0, start)) for store, a in zip(pair, new, strict=True))
+    mine = (fold(store[layer : layer + len(index)]) for store in pair)
+    out = attention(fold(queries), *mine, window=window, start=start).reshape(queries.shape)
+    for j, y in zip(index, out, strict=True):
+      attended[j] = y
+    written.append(pair)
+  return jnp.stack(attended), tuple(written)
+
+
+def take_layers(a, index: list[int]):
+  """Rows of a static index; a whole range is no copy."""
+  return a if index == list(range(a.shape[0])) else jnp.stack([a[j] for j in index])
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention, write_cache
+from jaxlab.models.attention import (
+  AttentionFn,
+  Cache,
+  dot_product_attention,
+  take_layers,
+  window_kinds,
+  write_cache,
+)
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import (
   MLP,
@@ -420,16 +427,11 @@ def attend_layers(q, k, v, *, windows, attention: AttentionFn, start):
   layers, batch = q.shape[:2]
   attended = [None] * layers
   for window, index in window_kinds(windows).items():
-    fold = lambda a: _take(a, index).reshape(-1, *a.shape[2:])  # noqa: B023 (used at once)
+    fold = lambda a: take_layers(a, index).reshape(-1, *a.shape[2:])  # noqa: B023 (used at once)
     out = attention(fold(q), fold(k), fold(v), window=window, start=start)
     for j, y in zip(index, out.reshape(len(index), batch, *out.shape[1:]), strict=True):
       attended[j] = y
   return jnp.stack(attended)
-
-
-def window_kinds(windows) -> dict[int | None, list[int]]:
-  """The positions of every kind of window."""
-  return {kind: [j for j, window in enumerate(windows) if window == kind] for kind in dict.fromkeys(windows)}
 
 
 def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
@@ -484,8 +486,3 @@ def unstack_layers(tree, layers: int) -> list:
   leaves, rest = jax.tree.flatten(tree)
   split = [jax.lax.split(a, (1,) * layers) for a in leaves]
   return [jax.tree.unflatten(rest, [jnp.squeeze(a[i], 0) for a in split]) for i in range(layers)]
-
-
-def _take(a, index):
-  """Rows of a static index; a whole range is no copy."""
-  return a if index == list(range(a.shape[0])) else a[jnp.array(index)]

@@ -17,10 +17,9 @@ def decode_attention(
   q,
   k,
   v,
-  keys,
-  values,
+  pairs,
   *,
-  window,
+  windows,
   start,
   layer=0,
   attention=dot_product_attention,
@@ -42,5 +41,5 @@ def decode_attention(
     usable = jax.default_backend() == "gpu" and attention is dot_product_attention and gpu.supports(q, k)
     implementation = "triton" if usable else "reference"
   if implementation == "reference":
-    return attend_cached(q, k, v, keys, values, window=window, start=start, layer=layer, attention=attention)
-  return gpu.decode_attention(q, k, v, keys, values, window=window, start=start, layer=layer, interpret=interpret)
+    return attend_cached(q, k, v, pairs, windows=windows, start=start, layer=layer, attention=attention)
+  return gpu.decode_attention(q, k, v, pairs, windows=windows, start=start, layer=layer, interpret=interpret)
