@@ -3,14 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.common import ENVIRONMENT
+from tests.common import start, wait
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,7 +28,8 @@ def test_experiment_commands_run(line, tmp_path):
   """At test scale, into another folder."""
   words = shlex.split(line.replace(":cpu", ":test"))
   words = [f"--workdir={tmp_path}" if word.startswith("--workdir") else word for word in words]
-  done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+  assert words[:2] == ["python", "-m"]
+  done = wait(start(*words[2:]))
   assert done.returncode == 0, done.stderr
   assert json.loads((tmp_path / "results.json").read_text())["claims"] and "holds" in done.stdout
 
