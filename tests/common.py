@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,9 +44,13 @@ def start(code, *arguments: str, **variables: str):
   return process
 
 
-def wait(process) -> subprocess.CompletedProcess:
+def wait(process, timeout: float = 300) -> subprocess.CompletedProcess:
+  """A process that takes longer is killed: its status is not 0."""
+  process.join(timeout)
+  process.kill()
   process.join()
-  out, error = ((process.folder / name).read_text() for name in ("1", "2"))
+  out, error = ((process.folder / name).read_text() if (process.folder / name).exists() else "" for name in "12")
+  shutil.rmtree(process.folder)
   return subprocess.CompletedProcess(process.name, process.exitcode, out, error)
 
 

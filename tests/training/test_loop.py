@@ -187,7 +187,7 @@ def test_killed_runs_lose_nothing(tmp_path, kills, steps):
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.5))
     process.kill()
-    process.join()
+    wait(process)
   assert wait(begin(hurt)).returncode == 0
   assert losses_of(hurt) == losses_of(whole) and len(losses_of(whole)) == steps
   assert [line["step"] for line in read_metrics(hurt)] == list(range(1, steps + 1))
