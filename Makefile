@@ -8,7 +8,7 @@ demo: .venv/.installed
 	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
 test: .venv/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The live comparison with transformers; torch 2.13.0 exists as a CPU-only build.
 parity: .venv/.installed

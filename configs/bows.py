@@ -84,14 +84,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         name="stdlib_code",  # or local_text with a path, or a tfds name
         path="",
         split=pick(test="validation", cpu="train"),
-        rows=pick(test=1500, cpu=12_000, h200=60_000, paper=400_000),  # paragraphs at most
+        rows=pick(test=600, cpu=12_000, h200=60_000, paper=400_000),  # paragraphs at most
         vocabulary=pick(test=200, cpu=1000, h200=4000, paper=10_000),
         group=4,  # rows a window, for interference and R2
         cycle_group=20,  # rows a window, for months
         block=pick(test=100, cpu=400),  # rows a block; every fifth block is held out
       ),
       train=dict(
-        steps=pick(test=40, cpu=800, h200=3000, paper=31_700),
+        steps=pick(test=20, cpu=800, h200=3000, paper=31_700),
         batch=pick(test=32, cpu=128, h200=512),
         rate=5e-4,
         latents=pick(test=(10, 20), cpu=(25, 50, 100), h200=(50, 100, 200, 400, 800, 4000)),
@@ -110,7 +110,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         path="",
         count=pick(test=40, cpu=300, h200=800),
         pairs=pick(test=2000, cpu=80_000, h200=875_000),
-        steps=pick(test=30, cpu=1500, h200=27_000),
+        steps=pick(test=15, cpu=1500, h200=27_000),
         batch=pick(test=128, cpu=1024),
       ),
     )

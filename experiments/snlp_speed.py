@@ -46,7 +46,8 @@ def measure(bench, given, workdir: Path, console) -> dict:
 
   Every case is a part of the run, kept in the workdir as it is measured. `given()` is the experiment's own model.
   """
-  result = {"bandwidth": results.part(workdir, "bandwidth", timing.copy_bandwidth), "cases": {}}
+  bandwidth = functools.partial(timing.copy_bandwidth, repetitions=min(bench.repetitions, 10))
+  result = {"bandwidth": results.part(workdir, "bandwidth", bandwidth), "cases": {}}
   models = functools.lru_cache(maxsize=1)(
     lambda name: given() if name == TRAINED else random_model(bench.shapes[name].to_dict(), bench.dtype)
   )

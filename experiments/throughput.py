@@ -135,7 +135,7 @@ def step_speed(model: Transformer, length: int, compilers: dict, repetitions: in
 def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
   """Milliseconds of a cached decode step (donated cache), steps in a row, against reading weights and keys once."""
   result = {}
-  bandwidth = timing.copy_bandwidth()
+  bandwidth = timing.copy_bandwidth(repetitions=min(repetitions, 10))
   for context in contexts:
     rows = max(3, repetitions // _ROW)
     network = snlp_inference.split(model)

@@ -113,12 +113,12 @@ def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:
   return sum(1 for line in streams for _ in line.events) / repetitions
 
 
-def copy_bandwidth(size: int = 2**30) -> float:
+def copy_bandwidth(size: int = 2**30, repetitions: int = 10) -> float:
   """Bytes a second, read plus written, of a large copy on this device."""
   size = size if jax.default_backend() != "cpu" else size // 16
   source = jnp.arange(size // 4, dtype=jnp.float32)
   copy = jax.jit(lambda x: x + 1)
-  return 2 * size / compare({"copy": lambda: copy(source)}, repetitions=10, inner=10).median("copy")
+  return 2 * size / compare({"copy": lambda: copy(source)}, repetitions=repetitions, inner=repetitions).median("copy")
 
 
 def memory(compiled) -> dict[str, int]:

@@ -2,7 +2,14 @@
 
 import functools
 import importlib
+import multiprocessing
 import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +23,47 @@ from tests.conftest import QUICK_COMPILATION
 # For programs a test starts: one device, and the compilation settings of the tests themselves.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
 
+# New processes that have imported all but what a test is about: importing takes seconds. Nothing has run in the one
+# they are forked from.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["experiments.snlp", "experiments.base", "jaxlab.training.loop"])
+
 CLOSE = {"float32": 1e-4, "float64": 1e-9}  # where the same numbers are summed in another order
 SHAPE = dict(depth=6, width=32, q_heads=4, kv_heads=2, head_dim=16, mlp_width=64, vocab_size=64)
+
+
+def start(code, *arguments: str, **variables: str):
+  """A process that runs `code`: a module's name, or the text of a program. `wait` gives its status and output.
+
+  As `python -m NAME ARGUMENTS` or `python -c TEXT ARGUMENTS` would, with ENVIRONMENT and `variables`.
+  """
+  folder = Path(tempfile.mkdtemp())
+  process = _FORKS.Process(target=_run, args=(code, arguments, ENVIRONMENT | variables, folder))
+  process.folder = folder
+  process.start()
+  return process
+
+
+def wait(process, timeout: float = 300) -> subprocess.CompletedProcess:
+  """A process that takes longer is killed: its status is not 0."""
+  process.join(timeout)
+  process.kill()
+  process.join()
+  out, error = ((process.folder / name).read_text() if (process.folder / name).exists() else "" for name in "12")
+  shutil.rmtree(process.folder)
+  return subprocess.CompletedProcess(process.name, process.exitcode, out, error)
+
+
+def _run(code, arguments, environment, folder):
+  for stream in (1, 2):
+    os.dup2(os.open(folder / str(stream), os.O_WRONLY | os.O_CREAT), stream)
+  os.environ.clear()
+  os.environ.update(environment)
+  sys.argv = [code, *arguments]
+  if "\n" in code:
+    exec(code, {"__name__": "__main__"})
+  else:
+    runpy.run_module(code, run_name="__main__", alter_sys=True)
 
 
 def configs() -> dict[str, TransformerConfig]:

@@ -116,13 +116,13 @@ def test_low_rank_is_the_primal_ridge_solution_truncated():
 
 def test_context_is_what_no_tokenwise_class_has():
   """layer_geometry.md 7a, oracle 2: y_i = x_i + mean_{j <= i} x_j."""
-  x = draw(40, 24, D)
+  x = draw(34, 24, D)
   mean = classes.prefix_mean(x)
   np.testing.assert_allclose(mean[3, 5], x[3, :6].mean(axis=0), rtol=1e-4, atol=1e-6)
   # Late positions: there the token itself hardly counts in the mean.
   cut = lambda a, rows: a[rows, 12:].reshape(-1, D)
-  x_r, u_r, x_e, u_e = (cut(a, rows) for rows in (slice(30), slice(30, 40)) for a in (x, mean))
-  c_r, c_e = cut(mean, slice(30)), cut(mean, slice(30, 40))
+  x_r, u_r, x_e, u_e = (cut(a, rows) for rows in (slice(30), slice(30, 34)) for a in (x, mean))
+  c_r, c_e = cut(mean, slice(30)), cut(mean, slice(30, 34))
   index, weight = classes.neighbours(x_r, x_e, k=K)
   increments = {
     name: np.asarray(classes.apply_local(name, x_r, x_r + u_r, x_e, index, weight) - x_e)

@@ -23,27 +23,45 @@ OFFERED = {
 CASES = [(model, surrogate) for model, surrogates in OFFERED.items() for surrogate in surrogates]
 
 
+def traced(model, **options):
+  """`model.trace`, compiled: operation by operation it is a hundred compilations."""
+  return jax.jit(lambda m: m.trace(TOKENS, **options))(model)
+
+
+def regulariser(model, *trace, **options):
+  return jax.jit(lambda *given: snlp.regulariser(*given, **options))(model, *trace)
+
+
 def run(model, **options):
   return jax.jit(lambda m: snlp.forward(m, TOKENS, key=jax.random.key(5), damping=0.3, **options))(model)
 
 
 @pytest.mark.parametrize("name, surrogate", CASES)
 def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
-  """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1)."""
+  """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1).
+
+  Every start in float64, where the tolerance is tightest; float32 computes the same from one of them.
+  """
   model = random_model(CONFIGS[name], dtype=dtype)
-  expected = jax.jit(lambda m: m(TOKENS, attention=plain_attention))(model)
+  expected = sequential_network(name, dtype)
   options = dict(layers=model.depth, iterations=model.depth, surrogate=surrogate, attention=plain_attention)
-  for initial in snlp.INITIAL:
+  for initial in snlp.INITIAL if dtype == "float64" else ("batch_fwd",):
     actual = run(model, initial=initial, **options)
     np.testing.assert_allclose(actual, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@functools.cache
+def sequential_network(name, dtype):
+  return jax.jit(lambda m: m(TOKENS, attention=plain_attention))(random_model(CONFIGS[name], dtype=dtype))
 
 
 @pytest.mark.parametrize("surrogate", ["identity", "jacobi", "scaled"])
 def test_the_first_k_states_of_the_suffix_are_exact(surrogate):
   model = random_model(CONFIGS["nanochat"])
-  h0, trace, side = model.trace(TOKENS)
-  for k in (1, 2, 3):
-    z = snlp.solve(model, trace[0], side, layers=5, iterations=k, surrogate=surrogate).trace
+  h0, trace, side = traced(model)
+  solve = lambda m, k: snlp.solve(m, trace[0], side, layers=5, iterations=k, surrogate=surrogate).trace
+  solved = jax.jit(lambda m: {k: solve(m, k) for k in (1, 2, 3)})(model)
+  for k, z in solved.items():
     np.testing.assert_allclose(z[1 : k + 1], trace[1 : k + 1], rtol=1e-4, atol=1e-4)
     assert not np.allclose(z[-1], trace[-1], rtol=1e-2, atol=1e-2)
   assert h0.shape == trace[0].shape
@@ -69,20 +87,26 @@ def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step(d
   model = random_model(CONFIGS["mhc"], dtype=dtype)
   zero = lambda linear: linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
   zero(model.blocks.o), zero(model.blocks.mlp.down)
-  expected = model(TOKENS)
-  solve = lambda surrogate: run(model, layers=6, iterations=1, surrogate=surrogate)
-  np.testing.assert_allclose(solve("streams"), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
-  _, trace, side = model.trace(TOKENS)
-  spread = trace[1] + jax.random.normal(jax.random.key(0), trace[1].shape, dtype)
-  chain = sequential(model, spread, side, start=2)[0]
-  one = lambda surrogate: snlp.solve(model, spread, side, layers=4, iterations=1, surrogate=surrogate).trace[-1]
-  np.testing.assert_allclose(one("streams"), chain, rtol=CLOSE[dtype], atol=CLOSE[dtype])
-  assert float(jnp.abs(one("identity") - chain).max()) > 0.1
+  expected = jax.jit(lambda m: m(TOKENS))(model)
+  np.testing.assert_allclose(
+    run(model, layers=6, iterations=1, surrogate="streams"), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype]
+  )
+
+  @jax.jit
+  def from_spread_streams(m):
+    _, trace, side = m.trace(TOKENS)
+    spread = trace[1] + jax.random.normal(jax.random.key(0), trace[1].shape, dtype)
+    one = lambda surrogate: snlp.solve(m, spread, side, layers=4, iterations=1, surrogate=surrogate).trace[-1]
+    return sequential(m, spread, side, start=2)[0], one("streams"), one("identity")
+
+  chain, streams, identity = from_spread_streams(model)
+  np.testing.assert_allclose(streams, chain, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+  assert float(jnp.abs(identity - chain).max()) > 0.1
 
 
 def test_stream_transitions_never_expand():
   model = random_model(CONFIGS["mhc"])
-  _, side, _ = model.embed(TOKENS)
+  side = traced(model)[2]
   a = np.asarray(snlp.stream_transition(side, snlp_suffix.plain(model, 4)))
   assert a.shape == (4, 4, 4)
   np.testing.assert_allclose(a.sum(-2), 1, atol=1e-6)
@@ -98,12 +122,11 @@ def test_the_regulariser_counts_the_published_terms(stride, count):
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate, detach):
   model = random_model(CONFIGS[name])
-  h0, trace, side = model.trace(TOKENS)
-  value = snlp.regulariser(model, h0, trace, side, layers=(3, 6), stride=2, surrogate=surrogate, detach_target=detach)
-  expected = 0.0
-  for n in (3, 6):
-    errors = snlp.trace_error(model, TOKENS, layers=n, iterations=1, surrogate=surrogate)
-    expected += sum(float(errors[j]) for j in snlp.penalised(n, 2))
+  options = dict(layers=(3, 6), stride=2, surrogate=surrogate, detach_target=detach)
+  value = jax.jit(lambda m: snlp.regulariser(m, *m.trace(TOKENS), **options))(model)
+  error = lambda m, n: snlp.trace_error(m, TOKENS, layers=n, iterations=1, surrogate=surrogate)
+  errors = jax.jit(lambda m: {n: error(m, n) for n in (3, 6)})(model)
+  expected = sum(float(of[j]) for n, of in errors.items() for j in snlp.penalised(n, 2))
   np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
@@ -112,22 +135,21 @@ def test_the_regulariser_vanishes_when_branches_ignore_their_input(dtype):
   model = random_model(CONFIGS["llama"], dtype=dtype)
   for linear in (model.blocks.o, model.blocks.mlp.down):
     linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
-  h0, trace, side = model.trace(TOKENS)
-  assert float(snlp.regulariser(model, h0, trace, side, layers=(4,), stride=1)) == 0.0
+  assert float(regulariser(model, *traced(model), layers=(4,), stride=1)) == 0.0
 
 
 def test_gradient_reaches_the_target_unless_it_is_detached():
   model = random_model(CONFIGS["llama"])
-  h0, trace, side = model.trace(TOKENS)
+  h0, trace, side = traced(model)
   value = lambda last, detach: snlp.regulariser(
     model, h0, trace.at[-1].set(last), side, layers=(3,), stride=0, detach_target=detach
   )
-  gradient = jax.grad(value)
+  gradient = jax.jit(jax.grad(value), static_argnums=1)
   assert float(jnp.abs(gradient(trace[-1], False)).max()) > 0
   assert float(jnp.abs(gradient(trace[-1], True)).max()) == 0
   with jax.enable_x64(True):
     model = random_model(CONFIGS["llama"], dtype="float64")
-    h0, trace, side = model.trace(TOKENS, attention=plain_attention)
+    h0, trace, side = traced(model, attention=plain_attention)
     options = dict(layers=(2, 5), stride=2, attention=plain_attention)
     whole = lambda t, remat=False: snlp.regulariser(model, h0, t, side, remat=remat, **options)
     check_grads(jax.jit(whole), (trace,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
@@ -137,21 +159,22 @@ def test_gradient_reaches_the_target_unless_it_is_detached():
 
 def test_the_last_layer_quirk_leaves_the_prefix_sum_out():
   model = random_model(CONFIGS["llama"])
-  h0, trace, side = model.trace(TOKENS)
-  quirk = snlp.regulariser(model, h0, trace, side, layers=(4,), stride=0, idn_last_layer_only=True)
-  alone = sequential(model, trace[1], side, start=5)[0]
+  h0, trace, side = traced(model)
+  options = dict(layers=(4,), stride=0)
+  quirk = regulariser(model, h0, trace, side, idn_last_layer_only=True, **options)
+  alone = jax.jit(lambda m: sequential(m, trace[1], side, start=5)[0])(model)
   error = jnp.linalg.norm(alone - trace[-1], axis=-1) / jnp.linalg.norm(trace[-1], axis=-1)
   np.testing.assert_allclose(quirk, error.mean(), rtol=1e-4)
-  assert abs(float(quirk - snlp.regulariser(model, h0, trace, side, layers=(4,), stride=0))) > 1e-3
+  assert abs(float(quirk - regulariser(model, h0, trace, side, **options))) > 1e-3
 
 
 def test_drawing_one_suffix_a_step_is_unbiased():
   model = random_model(CONFIGS["llama"])
-  h0, trace, side = model.trace(TOKENS)
+  h0, trace, side = traced(model)
   options = dict(layers=(2, 4, 6), stride=2)
   draw = jax.jit(lambda key: snlp.regulariser(model, h0, trace, side, key=key, **options))
   seen = {round(float(draw(jax.random.key(i))), 4) for i in range(20)}
-  each = [3 * float(snlp.regulariser(model, h0, trace, side, layers=(n,), stride=2)) for n in (2, 4, 6)]
+  each = [3 * float(regulariser(model, h0, trace, side, layers=(n,), stride=2)) for n in (2, 4, 6)]
   np.testing.assert_allclose(sorted(seen), sorted(each), rtol=1e-3)
 
 
@@ -165,7 +188,7 @@ def test_power_iteration_finds_the_norm_of_a_linear_block():
   model = random_model(CONFIGS["nanochat"])
   for linear in (model.blocks.o, model.blocks.mlp.down):
     linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
-  norms = snlp.jacobian_norms(model, TOKENS, jax.random.key(0))
+  norms = jax.jit(lambda m: snlp.jacobian_norms(m, TOKENS, jax.random.key(0)))(model)
   np.testing.assert_allclose(norms, jnp.abs(model.blocks.residual_lambda[...]), rtol=1e-3)
 
 
@@ -187,7 +210,7 @@ def test_impossible_requests_are_named(options, message):
 
 def test_a_given_start_must_have_the_shape_of_the_trace():
   model = random_model(CONFIGS["llama"])
-  _, trace, side = model.trace(TOKENS)
+  _, trace, side = traced(model)
   with pytest.raises(InputError, match="initial trace has shape"):
     snlp.solve(model, trace[1], side, layers=4, iterations=1, initial=trace[3:])
 
@@ -207,4 +230,4 @@ def test_fine_tuning_goes_through_all_iterations():
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), gradient, plain)
   stepped = jax.tree.map(lambda p, g: p - 0.02 * g, model, gradient)
-  assert float(loss(stepped)) < float(value)
+  assert float(jax.jit(loss)(stepped)) < float(value)

@@ -71,7 +71,7 @@ def test_a_split_network_without_a_suffix_is_the_model(name):
   """Layers apart, projections side by side and transposed."""
   model, tokens = random_model(CONFIGS[name]), TOKENS[:, :9]
   actual, _ = jax.jit(step)(split(model), tokens)
-  np.testing.assert_allclose(actual, model(tokens), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(actual, jax.jit(lambda m: m(tokens))(model), rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_suffix_a_step_is_the_plain_cached_step():
@@ -111,9 +111,10 @@ def test_a_fused_suffix_decodes_as_its_uncached_self():
 def test_a_cache_of_the_plain_model_goes_on_as_a_state():
   model = random_model(CONFIGS["nanochat"])
   network = split(model, 4)
-  _, cache = model.extend(TOKENS[:, :PROMPT], model.empty_cache(2, 150))
-  expected, _ = model.extend(TOKENS[:, PROMPT:], cache)
-  actual, state = exact_step(network, TOKENS[:, PROMPT:], from_cache(network, cache))
+  extend = jax.jit(lambda m, t, c: m.extend(t, c))
+  _, cache = extend(model, TOKENS[:, :PROMPT], model.empty_cache(2, 150))
+  expected, _ = extend(model, TOKENS[:, PROMPT:], cache)
+  actual, state = jax.jit(exact_step)(network, TOKENS[:, PROMPT:], from_cache(network, cache))
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
   assert int(state.length) == 140
 
@@ -142,8 +143,8 @@ def test_impossible_steps_are_named(options, message):
 def test_a_prefill_leaves_the_exact_trace_of_its_last_token():
   """What "warm" starts the next token from."""
   model = random_model(CONFIGS["nanochat"])
-  _, trace, _ = model.trace(TOKENS[:, :9])
-  _, state = prefill(split(model, 4), TOKENS[:, :9], capacity=12)
+  trace = jax.jit(lambda m: m.trace(TOKENS[:, :9])[1])(model)
+  _, state = jax.jit(lambda n: prefill(n, TOKENS[:, :9], capacity=12))(split(model, 4))
   np.testing.assert_allclose(state.trace, trace[2:, :, -1:], rtol=1e-4, atol=1e-4)
 
 

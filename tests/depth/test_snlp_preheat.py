@@ -17,7 +17,7 @@ def test_an_affine_trace_is_predicted_exactly():
   model = random_model(configs()["nanochat"])
   for linear in (model.blocks.o, model.blocks.mlp.down):
     linear.weight.set_value(jnp.zeros_like(linear.weight[...]))
-  _, trace, side = model.trace(BATCHES[0])
+  _, trace, side = jax.jit(lambda m: m.trace(BATCHES[0]))(model)
   preheat = snlp_preheat.fit(model, BATCHES, layers=4, rank=model.config.width, ridge=1e-9)
   start = snlp_preheat.predict(preheat, side.x0)
   np.testing.assert_allclose(start, trace[2:], rtol=1e-2, atol=1e-2)
@@ -27,7 +27,7 @@ def test_the_prediction_is_better_than_the_mean_on_new_text():
   """Not better than h0: h_S knows the context, x0 only its own token."""
   model = random_model(configs()["llama"])
   tokens = random_tokens(4, 16, seed=9)
-  _, trace, side = model.trace(tokens)
+  _, trace, side = jax.jit(lambda m: m.trace(tokens))(model)
   error = lambda z: float(jnp.mean(jnp.square(z - trace[2:])))
   preheat = snlp_preheat.fit(model, BATCHES, layers=4, rank=24)
   start = snlp_preheat.predict(preheat, side.x0)

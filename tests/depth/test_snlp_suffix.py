@@ -53,7 +53,7 @@ def test_wide_layers_of_one_are_the_layers(name, surrogate):
 def test_a_wide_layer_is_its_formula(average):
   """y = x + sum_i Attention_i(norm_i(x)), F = y + sum_i MLP_i(norm_i(y)); both sums over M with `average`."""
   model = random_model(CONFIGS["qwen3"])
-  _, trace, side = model.trace(TOKENS)
+  _, trace, side = jax.jit(lambda m: m.trace(TOKENS))(model)
   x = trace[1]
   layers = [jax.tree.map(lambda a: a[0], layer_slice(model.blocks, i, i + 1)) for i in (2, 3, 4, 5)]
 

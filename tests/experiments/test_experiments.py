@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import time
 
 import jax.numpy as jnp
@@ -11,14 +9,11 @@ import pytest
 from experiments import report, results, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
-from tests.common import ENVIRONMENT
+from tests.common import start, wait
 
 
-def command(*arguments, cache=None):
-  environment = ENVIRONMENT | ({"JAXLAB_CACHE": str(cache)} if cache else {})
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.run", *map(str, arguments)], capture_output=True, text=True, env=environment
-  )
+def command(*arguments, cache):
+  return wait(start("experiments.run", *map(str, arguments), JAXLAB_CACHE=str(cache)))
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +68,6 @@ def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
   assert {"memory", "hcn", "competitors", "finetuning"} == set(written["metrics"]) and (
     tmp_path / "competitors.png"
   ).exists()
-
-
-def test_the_base_config_runs_at_test_scale(tmp_path, cache):
-  done = command("--config=configs/base.py:test", f"--workdir={tmp_path}", cache=cache)
-  assert done.returncode == 0, done.stderr
-  assert json.loads((tmp_path / "results.json").read_text())["claims"]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import grain
@@ -16,12 +14,13 @@ import pytest
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
+from jaxlab.models.config import nanochat
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import read_metrics
 from jaxlab.training.optimizers import muon_adamw
-from tests.common import ENVIRONMENT, configs, random_model, random_tokens
+from tests.common import configs, random_model, random_tokens, start, wait
 
-CONFIG = configs()["nanochat"]
+CONFIG = nanochat(depth=3, aspect_ratio=16, head_dim=16, vocab_size=64, context=512)
 SMALL = configs()["llama"]
 
 
@@ -90,24 +89,21 @@ def test_accumulation_changes_nothing_but_rounding(reference, tmp_path):
 @pytest.mark.parametrize(
   "shape", [{"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "data": 2}]
 )
-def test_every_sharding_equals_one_device(tmp_path, shape):
+def test_every_sharding_equals_one_device(one_device, tmp_path, shape):
+  np.testing.assert_allclose(sgd_curve(tmp_path, meshes.make_mesh(shape)), one_device, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), meshes.AXES)
+  return sgd_curve(tmp_path_factory.mktemp("one"), mesh)
+
+
+def sgd_curve(workdir, mesh):
   """SGD: Adam's normalisation would blow rounding up where gradients are zero."""
-  one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), meshes.AXES)
-  curves = []
-  for name, mesh in (("one", one), ("many", meshes.make_mesh(shape))):
-    workdir = tmp_path / name
-    loop.train(
-      random_model(CONFIG),
-      make_data(),
-      plain_loss,
-      optax.sgd(0.1),
-      steps=3,
-      workdir=workdir,
-      compute_dtype="float32",
-      mesh=mesh,
-    )
-    curves.append(losses_of(workdir))
-  np.testing.assert_allclose(curves[1], curves[0], rtol=2e-5)
+  options = dict(steps=3, workdir=workdir, compute_dtype="float32", mesh=mesh)
+  loop.train(random_model(CONFIG), make_data(), plain_loss, optax.sgd(0.1), **options)
+  return losses_of(workdir)
 
 
 def test_bfloat16_computes_on_a_copy(tmp_path):
@@ -168,32 +164,33 @@ def test_a_uniform_model_has_eight_bits_per_byte():
 
 KILLED = """
 import pathlib, sys, time
-from tests.training.test_loop import run
-run(pathlib.Path(sys.argv[1]), steps=40, checkpoint_every=3, progress=lambda m: time.sleep(0.02))
+from tests.training.test_loop import SMALL, run
+options = dict(config=SMALL, steps=int(sys.argv[2]), checkpoint_every=3)
+run(pathlib.Path(sys.argv[1]), progress=lambda m: time.sleep(0.02), **options)
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_lose_nothing(tmp_path, kills):
+@pytest.mark.parametrize("kills, steps", [(3, 16), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_killed_runs_lose_nothing(tmp_path, kills, steps):
   """SIGKILL at random moments: the recorded losses are those of a run that was left alone."""
-  start = lambda folder: subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=ENVIRONMENT)
+  begin = lambda folder: start(KILLED, str(folder), str(steps))
   whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-  assert start(whole).wait() == 0
+  assert wait(begin(whole)).returncode == 0
   rng = random.Random(kills)
   for _ in range(kills):
-    process = start(hurt)
+    process = begin(hurt)
     before = len(losses_of(hurt))
     deadline = time.time() + 60
     # Past the start-up at least half of the time, or no step would ever be reached.
     if rng.random() < 0.7:
-      while len(losses_of(hurt)) <= before and process.poll() is None and time.time() < deadline:
+      while len(losses_of(hurt)) <= before and process.exitcode is None and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-  assert start(hurt).wait() == 0
-  assert losses_of(hurt) == losses_of(whole) and len(losses_of(whole)) == 40
-  assert [line["step"] for line in read_metrics(hurt)] == list(range(1, 41))
+    process.kill()
+    wait(process)
+  assert wait(begin(hurt)).returncode == 0
+  assert losses_of(hurt) == losses_of(whole) and len(losses_of(whole)) == steps
+  assert [line["step"] for line in read_metrics(hurt)] == list(range(1, steps + 1))
 
 
 HOST = """
@@ -218,12 +215,8 @@ def test_two_hosts_train_together_and_resume(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  start = lambda i: subprocess.Popen(
-    [sys.executable, "-c", HOST, str(tmp_path), address, str(i)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-  )
-  hosts = [start(i) for i in range(2)]
-  errors = [host.communicate(timeout=240)[1] for host in hosts]
-  assert [host.returncode for host in hosts] == [0, 0], errors[0][-2000:]
+  hosts = [wait(host) for host in [start(HOST, str(tmp_path), address, str(i)) for i in range(2)]]
+  assert [host.returncode for host in hosts] == [0, 0], hosts[0].stderr[-2000:]
   assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
   saved = json.loads((tmp_path / "checkpoints" / "4" / "iterator" / "metadata").read_text())
   assert len(saved["hosts"]) == 2 and saved["hosts"][0] != saved["hosts"][1]
