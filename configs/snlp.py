@@ -188,7 +188,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
           surrogate="streams",
           detach_target=True,
-          sampled=False,
+          sampled=pick(cpu=False, h200=True, paper=True),  # one n a step, for time
         ),
       ),
       competitors=dict(  # trained beside, of scale h200 and on
