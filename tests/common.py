@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import multiprocessing
 import os
 import runpy
@@ -120,6 +121,40 @@ def plain_attention(q, k, v, *, window=None, start=0):
   score = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, group, 2)) / q.shape[-1] ** 0.5
   weight = jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
   return jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, group, 2))
+
+
+class Whole:
+  """A module, or some functions of it, each compiled whole: operation by operation it is dozens of small compilations.
+
+  Arguments that are no arrays are static. Checks of values, which read no traced array, want the module itself.
+  """
+
+  def __init__(self, module, *names: str):
+    self._module, self._names = module, names
+
+  def __getattr__(self, name):
+    value = getattr(self._module, name)
+    if inspect.isfunction(value) and (not self._names or name in self._names):
+      value = whole(value)
+    setattr(self, name, value)
+    return value
+
+
+def whole(function):
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def compiled(structure, leaves, arrays):
+    arrays = iter(arrays)
+    leaves = [next(arrays) if kind is None else leaf for kind, leaf in leaves]
+    args, options = jax.tree.unflatten(structure, leaves)
+    return function(*args, **options)
+
+  def call(*args, **options):
+    leaves, structure = jax.tree.flatten((args, options))
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    static = tuple((None, None) if a else (type(leaf), leaf) for a, leaf in zip(is_array, leaves, strict=True))
+    return compiled(structure, static, [leaf for a, leaf in zip(is_array, leaves, strict=True) if a])
+
+  return call
 
 
 def run_and_continue(name: str, workdir, monkeypatch, *measures: str):

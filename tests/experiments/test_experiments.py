@@ -11,6 +11,9 @@ from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
 from tests.common import start, wait
 
+# This library's own text: the standard library, the default, takes seconds to tokenize.
+DATA = ("--config.data.name=local_text", f"--config.data.path={report.ROOT / 'jaxlab'}")
+
 
 def command(*arguments, cache):
   return wait(start("experiments.run", *map(str, arguments), JAXLAB_CACHE=str(cache)))
@@ -24,7 +27,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def snlp_run(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp("snlp")
-  done = command("--config=configs/snlp.py:test", f"--workdir={workdir}", cache=cache)
+  done = command("--config=configs/snlp.py:test", f"--workdir={workdir}", *DATA, cache=cache)
   assert done.returncode == 0, done.stderr
   return workdir, done.stdout
 
@@ -45,11 +48,11 @@ def test_snlp_writes_results_figures_and_a_table(snlp_run):
 def test_a_second_run_resumes_and_another_config_is_refused(snlp_run, cache):
   workdir, _ = snlp_run
   before = (workdir / "plain" / "metrics.jsonl").read_text()
-  again = command("--config=configs/snlp.py:test", f"--workdir={workdir}", cache=cache)
+  again = command("--config=configs/snlp.py:test", f"--workdir={workdir}", *DATA, cache=cache)
   assert again.returncode == 0
   assert (workdir / "plain" / "metrics.jsonl").read_text() == before
   results_before = (workdir / "results.json").read_text()
-  other = command("--config=configs/snlp.py:test", f"--workdir={workdir}", "--config.train.steps=7", cache=cache)
+  other = command("--config=configs/snlp.py:test", f"--workdir={workdir}", *DATA, "--config.train.steps=7", cache=cache)
   assert other.returncode == 2
   assert "another config (train.steps was 6, is 7); use another --workdir" in other.stderr
   assert (workdir / "results.json").read_text() == results_before
@@ -83,8 +86,11 @@ def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.data.name=nope"], "unknown dataset 'nope'"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=gpt2"], "config.model is 'gpt2'"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=hf:/no/where"], "no checkpoint '/no/where'"),
-    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.depth=1"], "n_par=3 layers in parallel.* has 1"),
-    (["--config=configs/snlp.py:test", "--workdir={}", "--config.shape.window_pattern=X"], "made of S"),
+    (
+      ["--config=configs/snlp.py:test", "--workdir={}", *DATA, "--config.shape.depth=1"],
+      "n_par=3 layers in parallel.* has 1",
+    ),
+    (["--config=configs/snlp.py:test", "--workdir={}", *DATA, "--config.shape.window_pattern=X"], "made of S"),
     (["--config=configs/snlp.py:test", "--workdir=/dev/null/x"], "/dev/null"),
   ],
 )

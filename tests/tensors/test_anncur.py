@@ -17,7 +17,10 @@ from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig
 from jaxlab.tensors import anncur, anncur_data, anncur_encoders
 from jaxlab.tensors import anncur_baselines as baselines
+from tests.common import Whole
 
+# In tests that check numbers; `anncur` itself looks at the values it is given too.
+compiled = Whole(anncur, "cur_index", "cur_scores", "draw_anchors", "evaluate", "recall", "regularised_pinv", "top_k")
 EXACT = dict(method="rcond", strength=1e-10)
 KEY = jax.random.key(0)
 
@@ -47,10 +50,10 @@ def test_a_matrix_of_the_rank_of_its_block_is_reproduced(k_i, k_q):
   """anncur.md 7(a)1: rank(M) <= min(k_i, k_q) and a block of that rank; recall is 1 with k_r = k."""
   with jax.enable_x64(True):
     m = low_rank(60, 200, rank=4)
-    index = anncur.cur_index(m[:k_q], anncur.draw_anchors(KEY, 200, k_i), **EXACT)
-    np.testing.assert_allclose(anncur.cur_scores(m[:, index.anchors], index.embeddings), m, atol=1e-8)
+    index = compiled.cur_index(m[:k_q], compiled.draw_anchors(KEY, 200, k_i), **EXACT)
+    np.testing.assert_allclose(compiled.cur_scores(m[:, index.anchors], index.embeddings), m, atol=1e-8)
     found = anncur.search(scorer(m), jnp.arange(30, 60), index, retrieve=10, k=10, pool_anchors=False)
-    assert np.all(anncur.recall(found.items, anncur.top_k(m[30:], 10)[1]) == 1)
+    assert np.all(compiled.recall(found.items, compiled.top_k(m[30:], 10)[1]) == 1)
 
 
 def test_anchor_rows_and_anchor_columns_are_exact():
@@ -58,8 +61,8 @@ def test_anchor_rows_and_anchor_columns_are_exact():
   with jax.enable_x64(True):
     m = low_rank(40, 100, rank=40, noise=0.3)
     for k_q, k_i in ((10, 20), (20, 10)):
-      anchors = anncur.draw_anchors(KEY, 100, k_i)
-      s = anncur.cur_scores(m[:, anchors], anncur.cur_index(m[:k_q], anchors, **EXACT).embeddings)
+      anchors = compiled.draw_anchors(KEY, 100, k_i)
+      s = compiled.cur_scores(m[:, anchors], compiled.cur_index(m[:k_q], anchors, **EXACT).embeddings)
       rows, columns = np.abs(s - m)[:k_q].max(), np.abs(s - m)[:, anchors].max()
       assert (rows < 1e-9) == (k_i >= k_q) and (columns < 1e-9) == (k_i <= k_q)
 
@@ -70,7 +73,7 @@ def test_retrieving_every_item_is_exact_whatever_the_index(seed, pool):
   m = low_rank(4, 30, rank=30, seed=seed)
   index = anncur.Index(jnp.array([3, 8, 20]), jnp.zeros((3, 2)), jax.random.normal(jax.random.key(seed), (3, 30)))
   found = anncur.search(scorer(m), jnp.arange(4), index, retrieve=27 if pool else 30, k=7, pool_anchors=pool)
-  values, items = anncur.top_k(m, 7)
+  values, items = compiled.top_k(m, 7)
   assert np.array_equal(found.items, items) and np.allclose(found.scores, values)
 
 
@@ -90,7 +93,7 @@ class Counter:
 def test_calls_are_the_anchors_and_the_retrieved_that_are_none(pool):
   """anncur.md 7(a)4: f is asked for k_i + |retrieved minus anchors| different items of a query."""
   f = Counter(low_rank(6, 50, rank=5, noise=0.2))
-  index = anncur.cur_index(jnp.asarray(f.m[:3]), jnp.arange(0, 40, 4))
+  index = compiled.cur_index(jnp.asarray(f.m[:3]), jnp.arange(0, 40, 4))
   found = anncur.search(f, jnp.arange(3, 6), index, retrieve=12, k=5, pool_anchors=pool)
   for row, query in enumerate(range(3, 6)):
     assert len({i for q, i in f.pairs if q == query}) == int(found.calls[row])
@@ -116,8 +119,8 @@ def test_one_round_of_adacur_is_anncur():
   with jax.enable_x64(True):
     m = low_rank(50, 120, rank=12, noise=0.1)
     for k_i in (6, 35):
-      anchors = anncur.draw_anchors(KEY, 120, k_i)
-      index = anncur.cur_index(m[:20], anchors)
+      anchors = compiled.draw_anchors(KEY, 120, k_i)
+      index = compiled.cur_index(m[:20], anchors)
       options = dict(retrieve=30, k=30 + k_i)
       a = jax.jit(lambda q, index, o=options: anncur.search(scorer(m), q, index, **o))(jnp.arange(20, 50), index)
       first = jnp.tile(anchors, (30, 1))
@@ -149,7 +152,7 @@ def test_recall_against_sets(seed, k):
   random = np.random.default_rng(seed)
   a, b = (np.stack([random.permutation(12)[:k] for _ in range(5)]) for _ in range(2))
   expected = [len(set(x) & set(y)) / k for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-  assert np.allclose(anncur.recall(jnp.asarray(a), jnp.asarray(b)), expected)
+  assert np.allclose(compiled.recall(jnp.asarray(a), jnp.asarray(b)), expected)
 
 
 def test_one_pass_gives_the_recall_of_every_search():
@@ -158,19 +161,19 @@ def test_one_pass_gives_the_recall_of_every_search():
   approximate = m + 3 * jax.random.normal(KEY, m.shape)
   # Ties make the exact top k a matter of order; this breaks them by the item, as top_k does.
   broken = m - 1e-4 * jnp.arange(40)
-  f, index = scorer(broken), anncur.cur_index(m[:5], jnp.array([1, 7, 30]))
-  s = anncur.cur_scores(broken[:, index.anchors], index.embeddings)
+  f, index = scorer(broken), compiled.cur_index(m[:5], jnp.array([1, 7, 30]))
+  s = compiled.cur_scores(broken[:, index.anchors], index.embeddings)
   ks, retrieves, queries = (1, 10), (4, 37), jnp.arange(12)
-  plain = anncur.evaluate(m, approximate, ks=ks, retrieves=retrieves)
-  pooled = anncur.evaluate(m, s, ks=ks, retrieves=retrieves, anchors=index.anchors)
+  plain = compiled.evaluate(m, approximate, ks=ks, retrieves=retrieves)
+  pooled = compiled.evaluate(m, s, ks=ks, retrieves=retrieves, anchors=index.anchors)
   for (a, k), (b, r) in itertools.product(enumerate(ks), enumerate(retrieves)):
-    exact = anncur.top_k(m, k)[1]
+    exact = compiled.top_k(m, k)[1]
     if k <= r:
       found = anncur.rerank(f, queries, approximate, retrieve=r, k=k)
-      assert np.allclose(plain[a, b], anncur.recall(found.items, exact)), (k, r)
+      assert np.allclose(plain[a, b], compiled.recall(found.items, exact)), (k, r)
     if k <= r + 3:
       found = anncur.search(f, queries, index, retrieve=r, k=k)
-      assert np.allclose(pooled[a, b], anncur.recall(found.items, exact)), (k, r)
+      assert np.allclose(pooled[a, b], compiled.recall(found.items, exact)), (k, r)
 
 
 def test_the_square_block_needs_regularisation():
@@ -182,8 +185,8 @@ def test_the_square_block_needs_regularisation():
     for k_i, (name, how) in itertools.product(
       (20, 40, 200), {"bare": EXACT, "rcond": dict(method="rcond", strength=0.01), "ridge": {}}.items()
     ):
-      index = anncur.cur_index(r, anncur.draw_anchors(KEY, 250, k_i), **how)
-      error[name, k_i] = relative_error(anncur.cur_scores(new[:, index.anchors], index.embeddings), new)
+      index = compiled.cur_index(r, compiled.draw_anchors(KEY, 250, k_i), **how)
+      error[name, k_i] = relative_error(compiled.cur_scores(new[:, index.anchors], index.embeddings), new)
   assert error["bare", 40] > 5 * max(error["ridge", 40], error["rcond", 40])
   assert error["bare", 40] > 2 * max(error["bare", 20], error["bare", 200])
   assert error["ridge", 200] < error["ridge", 40] < error["ridge", 20] < 0.5
@@ -194,7 +197,7 @@ def test_the_square_block_needs_regularisation():
 def test_the_inverse_is_the_penalised_least_squares_solution(method, shape):
   with jax.enable_x64(True):
     g = np.random.default_rng(0).normal(size=shape)
-    u = anncur.regularised_pinv(jnp.asarray(g), method=method, strength=0.1)
+    u = compiled.regularised_pinv(jnp.asarray(g), method=method, strength=0.1)
     lam = 0.1 * np.linalg.norm(g, 2) ** 2 / min(shape)
     ridge = np.linalg.solve(g.T @ g + lam * np.eye(shape[1]), g.T)
     np.testing.assert_allclose(u, ridge if method == "ridge" else np.linalg.pinv(g, rcond=0.1), atol=1e-12)
@@ -203,10 +206,10 @@ def test_the_inverse_is_the_penalised_least_squares_solution(method, shape):
 @pytest.mark.parametrize("method", anncur.METHODS)
 def test_singular_blocks_have_an_inverse(method):
   """A block of zeros predicts zeros; two anchors with equal columns share their weight."""
-  zeros = anncur.cur_index(jnp.zeros((4, 9)), jnp.arange(3), method=method)
+  zeros = compiled.cur_index(jnp.zeros((4, 9)), jnp.arange(3), method=method)
   assert np.all(zeros.embeddings == 0)
   m = low_rank(6, 20, rank=6).at[:, 1].set(low_rank(6, 20, rank=6)[:, 0])
-  index = anncur.cur_index(m, jnp.array([0, 1]), method=method)
+  index = compiled.cur_index(m, jnp.array([0, 1]), method=method)
   assert np.all(np.isfinite(index.embeddings)) and np.allclose(index.embeddings[0], index.embeddings[1], atol=1e-5)
   zeros, first = jnp.zeros((4, 9)), jnp.array([[0], [3]])
   found = adacur(jnp.ones((2, 9)), jnp.arange(2), zeros, first, rounds=3, retrieve=2, k=5)
@@ -216,23 +219,23 @@ def test_singular_blocks_have_an_inverse(method):
 def test_new_items_join_an_index_without_a_new_inverse():
   m = low_rank(40, 60, rank=8, noise=0.1)
   anchors = jnp.arange(0, 45, 3)
-  whole = anncur.cur_index(m[:20], anchors)
-  grown = anncur.add_items(anncur.cur_index(m[:20, :50], anchors), m[:20, 50:])
+  whole = compiled.cur_index(m[:20], anchors)
+  grown = anncur.add_items(compiled.cur_index(m[:20, :50], anchors), m[:20, 50:])
   np.testing.assert_allclose(grown.embeddings, whole.embeddings, atol=1e-5)
 
 
 def test_a_bfloat16_index_finds_the_same_items():
   m = low_rank(40, 300, rank=8)
-  index = anncur.cur_index(m[:20], anncur.draw_anchors(KEY, 300, 20))
+  index = compiled.cur_index(m[:20], compiled.draw_anchors(KEY, 300, 20))
   half = index._replace(embeddings=index.embeddings.astype(jnp.bfloat16))
   run = functools.partial(anncur.search, scorer(m), jnp.arange(20, 40), retrieve=30, k=10)
-  assert anncur.cur_scores(m[20:, index.anchors], half.embeddings).dtype == jnp.float32
-  assert float(anncur.recall(run(half).items, run(index).items).mean()) > 0.99
+  assert compiled.cur_scores(m[20:, index.anchors], half.embeddings).dtype == jnp.float32
+  assert float(compiled.recall(run(half).items, run(index).items).mean()) > 0.99
 
 
 def test_nan_ranks_last_where_it_is_traced_and_is_named_where_it_is_not():
   m = low_rank(6, 20, rank=3).at[5, 7].set(jnp.nan)
-  index = anncur.cur_index(m[:4], jnp.arange(3))
+  index = compiled.cur_index(m[:4], jnp.arange(3))
   run = functools.partial(anncur.search, scorer(m), index=index, retrieve=17, k=20)
   found = jax.jit(lambda q: run(queries=q))(jnp.array([5]))
   assert int(found.items[0, -1]) == 7 and np.all(np.isfinite(found.scores[0, :-1]))
@@ -287,12 +290,14 @@ def test_truncated_svd_bounds_every_approximation_of_its_rank():
   """Eckart-Young; and the oracle middle factor beats the one that knows R and C alone."""
   with jax.enable_x64(True):
     m = low_rank(50, 90, rank=50, decay=0.7)
-    rows, anchors = jnp.arange(20), anncur.draw_anchors(KEY, 90, 12)
+    rows, anchors = jnp.arange(20), compiled.draw_anchors(KEY, 90, 12)
     s = np.linalg.svd(m, compute_uv=False)
     best = relative_error(baselines.truncated_svd(m, 12), m)
     assert abs(best - np.linalg.norm(s[12:]) / np.linalg.norm(s)) < 1e-12
     oracle = relative_error(baselines.cur_oracle(m, rows, anchors), m)
-    cur = relative_error(anncur.cur_scores(m[:, anchors], anncur.cur_index(m[rows], anchors, **EXACT).embeddings), m)
+    cur = relative_error(
+      compiled.cur_scores(m[:, anchors], compiled.cur_index(m[rows], anchors, **EXACT).embeddings), m
+    )
     assert best <= oracle <= cur
 
 
@@ -497,10 +502,10 @@ def test_the_recall_of_the_experiment_is_that_of_searching():
   options = dict(ks=(4,), retrieve=7, strength=0.01)
   by_cur = experiment.recall_of_anchors(m[:6], exact, anchors, **options)
   by_items = experiment.recall_of_anchors(m[:3], exact, anchors[:1], inverse=False, **options)
-  best = anncur.top_k(exact, 4)[1]
+  best = compiled.top_k(exact, 4)[1]
   for chosen, r in zip(anchors, by_cur, strict=True):
-    found = anncur.search(scorer(exact), queries, anncur.cur_index(m[:6], chosen), retrieve=7, k=4)
-    assert np.allclose(r[0], anncur.recall(found.items, best))
+    found = anncur.search(scorer(exact), queries, compiled.cur_index(m[:6], chosen), retrieve=7, k=4)
+    assert np.allclose(r[0], compiled.recall(found.items, best))
   index = anncur.Index(anchors[0], jnp.zeros((3, 6)), m[:3])
   found = anncur.search(scorer(exact), queries, index, retrieve=7, k=4)
-  assert np.allclose(by_items[0, 0], anncur.recall(found.items, best))
+  assert np.allclose(by_items[0, 0], compiled.recall(found.items, best))

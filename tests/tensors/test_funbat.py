@@ -16,6 +16,7 @@ from jaxlab.core import kalman
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import funbat, funbat_baselines, matern
 from jaxlab.tensors.funbat import Settings
+from tests.common import Whole
 
 RANK = 2
 # Eager scans and solves compile one by one; whole functions compile once.
@@ -27,6 +28,7 @@ interpolate = jax.jit(matern.interpolate, static_argnames=("rule", "kernel", "le
 smooth = jax.jit(kalman.smooth, static_argnames="scan")
 steps = jax.jit(matern.steps, static_argnames=("kernel", "rank"))
 initial_state = jax.jit(funbat.initial_state, static_argnames="settings")
+compiled, baselines = Whole(funbat), Whole(funbat_baselines)
 
 
 @pytest.fixture(autouse=True)
@@ -154,19 +156,19 @@ def test_summed_messages_are_messages_per_observation(model):
       fresh[1][place] += d_u * old[1][n] + (1 - d_u) * tau * y[n] * mean
     mode = dataclasses.replace(state.modes[k], precision=jnp.asarray(sums[0]), linear=jnp.asarray(sums[1]))
     given_state = dataclasses.replace(state, modes=(*state.modes[:k], mode, *state.modes[k + 1 :]))
-    precision, linear = funbat.damped_message(given_state, data, settings, k)
+    precision, linear = compiled.damped_message(given_state, data, settings, k)
     np.testing.assert_allclose(precision, fresh[0], atol=1e-10)
     np.testing.assert_allclose(linear, fresh[1], atol=1e-10)
   letters = np.einsum("na,nb,nc->nabc", *first).reshape(12, -1)
   squares = np.einsum("nad,nbe,ncf->nabcdef", *second).reshape(12, 8, 8)
   flat, square = core.reshape(-1), ww.reshape(8, 8)
   b = np.sum(y**2 / 2 - y * (letters @ flat) + 0.5 * np.einsum("ij,nij->n", square, squares))
-  np.testing.assert_allclose(funbat.half_residual(state, data, settings), b, rtol=1e-10)
-  new = funbat.update_noise(state, data, settings)
+  np.testing.assert_allclose(compiled.half_residual(state, data, settings), b, rtol=1e-10)
+  new = compiled.update_noise(state, data, settings)
   np.testing.assert_allclose(new.rate, 1 + d_tau * float(state.residual) + (1 - d_tau) * b, rtol=1e-10)
   assert float(new.shape) == 1 + 12 / 2
   if model == "tucker":
-    new = funbat.update_core(state, data, settings)
+    new = compiled.update_core(state, data, settings)
     precision = d_core * np.asarray(state.core_precision) + (1 - d_core) * tau * squares.sum(0)
     np.testing.assert_allclose(new.core_cov, np.linalg.inv(precision + np.eye(8)), atol=1e-10)
     linear = d_core * np.asarray(state.core_linear) + (1 - d_core) * tau * y @ letters
@@ -265,7 +267,7 @@ def test_a_prediction_on_the_grid_is_one_at_its_coordinates():
   index = jnp.asarray(list(np.ndindex(5, 6, 4)))
   assert min(len(set(np.asarray(data.index[:, k]))) - len(g) for k, g in enumerate(data.grids)) < 0
   points = jnp.stack([g[index[:, k]] for k, g in enumerate(data.grids)], 1)
-  ours, theirs = funbat.predict_on_grid(state, index, settings), predict(state, data.grids, points, settings)
+  ours, theirs = compiled.predict_on_grid(state, index, settings), predict(state, data.grids, points, settings)
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-9)
 
@@ -388,15 +390,15 @@ def test_least_squares_recovers_a_noiseless_tensor():
   data = funbat.on_grids([np.linspace(0, 1, n) for n in (6, 7, 8)], index[seen], y[seen])
   for model in funbat.MODELS:
     solve = jax.jit(lambda key, m=model: funbat_baselines.als(data, key, rank=2, ridge=1e-6, sweeps=200, model=m))
-    got = funbat_baselines.multilinear(*solve(jax.random.key(1)), jnp.asarray(index))
+    got = baselines.multilinear(*solve(jax.random.key(1)), jnp.asarray(index))
     assert np.sqrt(np.mean((got - y) ** 2)) < 0.02 * y.std()
   for kind in funbat_baselines.BASES:
-    bases = [funbat_baselines.basis(g, kind=kind, size=3) for g in data.grids]
+    bases = [baselines.basis(g, kind=kind, size=3) for g in data.grids]
     smooth = [b @ rng.normal(size=(3, 1)) for b in bases]
     target = np.prod([np.asarray(s)[index[seen, k], 0] for k, s in enumerate(smooth)], 0)
     exact = dataclasses.replace(data, y=jnp.asarray(target))
-    got = funbat_baselines.basis_als(exact, bases, jax.random.key(0), rank=1, ridge=1e-8, sweeps=30)
-    np.testing.assert_allclose(funbat_baselines.multilinear(*got, exact.index), target, atol=1e-3 * target.std())
+    got = baselines.basis_als(exact, bases, jax.random.key(0), rank=1, ridge=1e-8, sweeps=30)
+    np.testing.assert_allclose(baselines.multilinear(*got, exact.index), target, atol=1e-3 * target.std())
 
 
 def test_gaussian_process_baselines_learn_a_smooth_function():
