@@ -17,6 +17,7 @@ the initial trace: `solve`; R, the training term: `regulariser`, w(step): `regul
 `snlp_preheat`; layers over devices: `snlp_sharded`.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -30,11 +31,19 @@ from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
-from jaxlab.models.transformer import Side, layer_parallel, sequential
+from jaxlab.models.transformer import (
+  Side,
+  attend_layers,
+  evaluate_blocks,
+  layer_parallel,
+  layer_values,
+  sequential,
+)
 from jaxlab.training.losses import mean_loss, token_losses
 
 SURROGATES = ("identity", "jacobi", "damped", "scaled", "diagonal", "streams", "exact")
 INITIAL = ("h0", "batch_fwd")
+_GROUP = 4  # blocks the regulariser evaluates at once where memory counts
 
 
 def forward(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "batch time vocab"]:
@@ -202,7 +211,7 @@ def regulariser(
     detach_target: no gradient into the targets.
     idn_last_layer_only: reproduce a quirk of the authors' code at stride 0: c is f_{L-1}(h_S) without the prefix sum.
     key: if given, one n is drawn and its terms multiplied by len(layers): an unbiased, cheaper estimate.
-    remat: evaluate the blocks again in the backward pass instead of keeping what they computed for every n at once.
+    remat: evaluate the blocks again in the backward pass, a few at a time, instead of keeping what they computed.
 
   Raises:
     InputError: n outside 1..L, or another surrogate.
@@ -219,8 +228,11 @@ def regulariser(
     if idn_last_layer_only:
       c = layer_parallel(model, h[None], side, start=model.depth - 1, attention=attention)
       return _relative_error(c, trace[-1:], detach_target)
-    repeated = jnp.broadcast_to(h, (n, *h.shape))
-    outputs, _, mixing = evaluate(model, suffix, repeated, side, attention=attention)
+    if remat:
+      outputs, mixing = _outputs_by_groups(model, suffix, h, side, attention)
+    else:
+      repeated = jnp.broadcast_to(h, (n, *h.shape))
+      outputs, _, mixing = evaluate(model, suffix, repeated, side, attention=attention)
     increments = outputs - h
     if surrogate == "identity":
       c = h + linear_recurrence(1.0, increments)
@@ -232,11 +244,36 @@ def regulariser(
     chosen = jnp.array(penalised(n, stride))
     return _relative_error(c[chosen], trace[start:][chosen], detach_target)
 
-  of = jax.checkpoint(of, static_argnums=0) if remat else of
   if key is None:
     return sum(of(n) for n in layers)
   draw = jax.random.randint(key, (), 0, len(layers))
   return len(layers) * jax.lax.switch(draw, [lambda n=n: of(n) for n in layers])
+
+
+def _outputs_by_groups(model: Transformer, suffix: Suffix, h, side: Side, attention: AttentionFn):
+  """(outputs, mixing) of a plain suffix' blocks, all on h: groups of them in a loop that keeps nothing else.
+
+  A loop, because what is only marked for recomputation is recomputed whenever the compiler likes: for all groups of all
+  suffixes at once.
+  """
+  c, n, size = model.config, suffix.layers, _GROUP
+  windows = c.windows[suffix.start : suffix.stop]
+  if n % size or windows != windows[:size] * (n // size):
+    size = n
+  attend = functools.partial(attend_layers, windows=windows[:size], attention=attention, start=side.start)
+  mixing = None if side.mixing is None else tuple(m[suffix.start : suffix.stop] for m in side.mixing)
+  layers = suffix.blocks, layer_values(c, side, suffix.start, suffix.stop), mixing
+
+  @jax.checkpoint
+  def group(_, parts):
+    blocks, values, mixing = parts
+    states = jnp.broadcast_to(h, (size, *h.shape))
+    outputs, _, mixes = evaluate_blocks(blocks, states, side, values=values, mixing=mixing, attend=attend)
+    return None, (outputs, mixes)
+
+  grouped = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), layers)
+  _, found = jax.lax.scan(group, None, grouped)
+  return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), found)
 
 
 def penalised(n: int, stride: int) -> list[int]:

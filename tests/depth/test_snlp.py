@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp, snlp_suffix
+from jaxlab.models.config import HyperConnections, nanochat
 from jaxlab.models.transformer import sequential
 from tests.common import CLOSE, configs, plain_attention, random_model, random_tokens
 
@@ -155,6 +156,32 @@ def test_gradient_reaches_the_target_unless_it_is_detached():
     check_grads(jax.jit(whole), (trace,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
     kept, again = (jax.jit(jax.grad(functools.partial(whole, remat=remat)))(trace) for remat in (False, True))
     np.testing.assert_allclose(again, kept, rtol=1e-9, atol=1e-12)
+
+
+def by_groups_or_not(hyper, surrogate, differentiate):
+  """(regulariser, its gradient) with and without remat, compiled, and the model: a suffix of two groups and one of no
+  whole number of them; windows and value embeddings in every group."""
+  model = random_model(nanochat(depth=8, aspect_ratio=4, head_dim=16, vocab_size=64, context=512, hyper=hyper))
+  tokens, options = random_tokens(8, 16), dict(layers=(8, 3), stride=4, surrogate=surrogate)
+
+  def compiled(remat):
+    value = lambda m: snlp.regulariser(m, *jax.lax.stop_gradient(m.trace(tokens)), remat=remat, **options)
+    return jax.jit(jax.value_and_grad(value) if differentiate else value).lower(model).compile()
+
+  return compiled(False), compiled(True), model
+
+
+@pytest.mark.parametrize("hyper, surrogate", [(None, "identity"), (HyperConnections(), "streams")])
+def test_blocks_taken_by_groups_give_the_same_gradient_in_less_memory(hyper, surrogate):
+  kept, again, model = by_groups_or_not(hyper, surrogate, differentiate=True)
+  for a, b in zip(jax.tree.leaves(again(model)), jax.tree.leaves(kept(model)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+  assert again.memory_analysis().temp_size_in_bytes < 0.8 * kept.memory_analysis().temp_size_in_bytes
+
+
+def test_blocks_taken_by_groups_keep_their_dynamic_mixing():
+  kept, again, model = by_groups_or_not(HyperConnections(dynamic=True), "streams", differentiate=False)
+  np.testing.assert_allclose(again(model), kept(model), rtol=1e-5)
 
 
 def test_the_last_layer_quirk_leaves_the_prefix_sum_out():
