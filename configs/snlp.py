@@ -33,11 +33,12 @@ the same model in sequence, plain | regularised:
   early exit before the last 24              1500 %              |  143 %
   sequential perplexity                      47.4                |  48.7; on slices without BOS 58.5 | 59.4
 So the first version's claim, that perplexity itself improves by 4.7 to 23.4 %, does not hold: it is 2.6 % worse (1.5 %
-on slices), within what the second version reports. Trained on half of the books, read 3.2 times, the regularised model
-had been 1.6 % better: protection against overfitting. The price is training steps 2.3 times as long and 2.8 times the
-temporary memory (2 asked). More Newton steps bring the regularised model little: at K = 8 it still loses 0.28 %, the
-plain one 0.001 %. The norms of its Jacobians are the larger ones (2.0 to 10.8 against 1.7 to 2.7), so what the
-regulariser makes small is the error of the first step, not of every step.
+on slices), much as the second version reports (up to 2.4 %). Trained on half of the books, read 3.2 times, the
+regularised model had been 1.6 % better: protection against overfitting. Training steps take 2.3 times as long and
+2.8 times the temporary memory (2 asked; since then the regulariser takes its blocks by groups: 1.5 times by a CPU's
+count). More Newton steps bring the regularised model little: at K = 8 it still loses 0.28 %, the plain one 0.001 %. The
+norms of its Jacobians are the larger ones (2.0 to 10.8 against 1.7 to 2.7), so what the regulariser makes small is the
+error of the first step, not of every step.
   Self-speculation, 256 tokens: 1.45 x sequential generation (regularised, n24 K2, 8 drafts, 96 % taken); plain 1.12 x.
     In bfloat16 the tokens part from the sequential ones where two logits are within rounding (31 to 78 % equal); that
     these are near ties was seen on a CPU (gaps of 0 and 0.06), where float32 gives equal tokens, not yet on the GPU.
