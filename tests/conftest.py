@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.load_profile("jaxlab")
 
-_MAPPINGS = 25_000
+_MAPPINGS = 45_000
 
 
 def pytest_collection_finish():
