@@ -83,7 +83,9 @@ def configs() -> dict[str, TransformerConfig]:
 
 def random_model(config: TransformerConfig, seed: int = 0, dtype="float32") -> Transformer:
   """Every parameter random: a zero-initialised projection would make tests pass for any code."""
-  cast = lambda a: jnp.asarray(np.asarray(a).astype(jnp.dtype(dtype)))  # tests may set its parameters
+  # New arrays, as tests may set parameters; float64 ones that float32 does not hold, or a lossy cast would go unseen.
+  finer = 1 + 1e-9 if jnp.dtype(dtype) == "float64" else 1
+  cast = lambda a: jnp.asarray(np.asarray(a).astype(jnp.dtype(dtype)) * np.asarray(finer, jnp.dtype(dtype)))
   return jax.tree.map(cast, _random_model(config, seed))
 
 
