@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), QUICK_COMPILATION, "--xla_force_host_platform_device_count=8"]
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # an operation's source line is for profiles
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -23,7 +24,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.load_profile("jaxlab")
 
-_MAPPINGS = 25_000
+_MAPPINGS = 45_000
 
 
 def pytest_collection_finish():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ from jax.test_util import check_grads
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp, snlp_suffix
 from jaxlab.models.config import HyperConnections, nanochat
-from jaxlab.models.transformer import sequential
+from jaxlab.models.transformer import layer_parallel, sequential
 from tests.common import CLOSE, configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
@@ -41,19 +42,31 @@ def run(model, **options):
 def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
   """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1).
 
-  Every start in float64, where the tolerance is tightest; float32 computes the same from one of them.
+  Every start in float64, where the tolerance is tightest, by one program; float32 names one of them.
   """
-  model = random_model(CONFIGS[name], dtype=dtype)
-  expected = sequential_network(name, dtype)
-  options = dict(layers=model.depth, iterations=model.depth, surrogate=surrogate, attention=plain_attention)
-  for initial in snlp.INITIAL if dtype == "float64" else ("batch_fwd",):
-    actual = run(model, initial=initial, **options)
+  config = dataclasses.replace(CONFIGS[name], depth=4)
+  model, expected = random_model(config, dtype=dtype), sequential_network(config, dtype)
+  options = dict(layers=4, iterations=4, surrogate=surrogate, attention=plain_attention)
+  started = from_every_start if dtype == "float64" else lambda m, **o: [run(m, initial="batch_fwd", **o)]
+  for actual in started(model, **options):
     np.testing.assert_allclose(actual, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
+def from_every_start(model, *, layers, attention, **options):
+  def every(m):
+    x, side, _ = m.embed(TOKENS)
+    blocks = lambda z: layer_parallel(m, z, side, attention=attention)
+    starts = jnp.stack([snlp.initial_trace(blocks, x, initial, layers)[1:] for initial in snlp.INITIAL])
+    options_of = lambda initial: options | dict(initial=initial, layers=layers, attention=attention)
+    key = jax.random.key(5)
+    return jax.lax.map(lambda z: snlp.forward(m, TOKENS, key=key, damping=0.3, **options_of(z)), starts)
+
+  return jax.jit(every)(model)
+
+
 @functools.cache
-def sequential_network(name, dtype):
-  return jax.jit(lambda m: m(TOKENS, attention=plain_attention))(random_model(CONFIGS[name], dtype=dtype))
+def sequential_network(config, dtype):
+  return jax.jit(lambda m: m(TOKENS, attention=plain_attention))(random_model(config, dtype=dtype))
 
 
 @pytest.mark.parametrize("surrogate", ["identity", "jacobi", "scaled"])
@@ -120,15 +133,19 @@ def test_the_regulariser_counts_the_published_terms(stride, count):
 
 
 @pytest.mark.parametrize("name, surrogate", [("nanochat", "identity"), ("mhc", "streams"), ("llama", "identity")])
-@pytest.mark.parametrize("detach", [False, True])
-def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate, detach):
-  model = random_model(CONFIGS[name])
-  options = dict(layers=(3, 6), stride=2, surrogate=surrogate, detach_target=detach)
-  value = jax.jit(lambda m: snlp.regulariser(m, *m.trace(TOKENS), **options))(model)
-  error = lambda m, n: snlp.trace_error(m, TOKENS, layers=n, iterations=1, surrogate=surrogate)
-  errors = jax.jit(lambda m: {n: error(m, n) for n in (3, 6)})(model)
+def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate):
+  """Whether or not gradients reach the target."""
+  options = dict(layers=(3, 6), stride=2, surrogate=surrogate)
+
+  @jax.jit
+  def both(m):
+    trace = m.trace(TOKENS)
+    errors = {n: snlp.trace_error(m, TOKENS, layers=n, iterations=1, surrogate=surrogate) for n in (3, 6)}
+    return [snlp.regulariser(m, *trace, detach_target=detach, **options) for detach in (False, True)], errors
+
+  values, errors = both(random_model(CONFIGS[name]))
   expected = sum(float(of[j]) for n, of in errors.items() for j in snlp.penalised(n, 2))
-  np.testing.assert_allclose(value, expected, rtol=1e-4)
+  np.testing.assert_allclose(values, [expected] * 2, rtol=1e-4)
 
 
 def test_the_regulariser_vanishes_when_branches_ignore_their_input(dtype):
@@ -159,29 +176,30 @@ def test_gradient_reaches_the_target_unless_it_is_detached():
 
 
 def by_groups_or_not(hyper, surrogate, differentiate):
-  """(regulariser, its gradient) with and without remat, compiled, and the model: a suffix of two groups and one of no
-  whole number of them; windows and value embeddings in every group."""
+  """(regulariser, its gradient) without and with remat, compiled, and what they are given: a suffix of two groups and
+  one of no whole number of them; windows and value embeddings in every group."""
   model = random_model(nanochat(depth=8, aspect_ratio=4, head_dim=16, vocab_size=64, context=512, hyper=hyper))
-  tokens, options = random_tokens(8, 16), dict(layers=(8, 3), stride=4, surrogate=surrogate)
+  options = dict(layers=(8, 3), stride=4, surrogate=surrogate)
+  trace = jax.jit(lambda m: m.trace(random_tokens(8, 16)))(model)
 
   def compiled(remat):
-    value = lambda m: snlp.regulariser(m, *jax.lax.stop_gradient(m.trace(tokens)), remat=remat, **options)
-    return jax.jit(jax.value_and_grad(value) if differentiate else value).lower(model).compile()
+    value = lambda m, h0, states, side: snlp.regulariser(m, h0, states, side, remat=remat, **options)
+    return jax.jit(jax.value_and_grad(value) if differentiate else value).lower(model, *trace).compile()
 
-  return compiled(False), compiled(True), model
+  return compiled(False), compiled(True), (model, *trace)
 
 
 @pytest.mark.parametrize("hyper, surrogate", [(None, "identity"), (HyperConnections(), "streams")])
 def test_blocks_taken_by_groups_give_the_same_gradient_in_less_memory(hyper, surrogate):
-  kept, again, model = by_groups_or_not(hyper, surrogate, differentiate=True)
-  for a, b in zip(jax.tree.leaves(again(model)), jax.tree.leaves(kept(model)), strict=True):
+  kept, again, given = by_groups_or_not(hyper, surrogate, differentiate=True)
+  for a, b in zip(jax.tree.leaves(again(*given)), jax.tree.leaves(kept(*given)), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
   assert again.memory_analysis().temp_size_in_bytes < 0.8 * kept.memory_analysis().temp_size_in_bytes
 
 
 def test_blocks_taken_by_groups_keep_their_dynamic_mixing():
-  kept, again, model = by_groups_or_not(HyperConnections(dynamic=True), "streams", differentiate=False)
-  np.testing.assert_allclose(again(model), kept(model), rtol=1e-5)
+  kept, again, given = by_groups_or_not(HyperConnections(dynamic=True), "streams", differentiate=False)
+  np.testing.assert_allclose(again(*given), kept(*given), rtol=1e-5)
 
 
 def test_the_last_layer_quirk_leaves_the_prefix_sum_out():

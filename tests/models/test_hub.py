@@ -67,7 +67,8 @@ def test_nanochat_tensors_round_trip_and_legacy_ones_are_filled_in():
   assert config == model.config
   back = hub.from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors)
   tokens = random_tokens(1, 9)
-  np.testing.assert_array_equal(back(tokens), model(tokens))
+  logits = jax.jit(lambda m: m(tokens))
+  np.testing.assert_array_equal(logits(back), logits(model))
   old = {k: v for k, v in tensors.items() if "ve_gate" not in k and "value_embeds" not in k and "lambda" not in k}
   config = formats.karpathy_config(raw | {"window_pattern": "L"}, old)
   legacy = hub.from_tensors(config, formats.KARPATHY, old.__getitem__, old)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,10 +141,11 @@ def test_attention_sees_window_plus_one_keys(window, groups):
   score = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, groups, 2)) / jnp.sqrt(8.0)
   weight = jax.nn.softmax(jnp.where(mask, score, -jnp.inf))
   expected = jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, groups, 2))
-  np.testing.assert_allclose(dot_product_attention(q, k, v, window=window), expected, rtol=1e-5, atol=1e-5)
+  attend = jax.jit(functools.partial(dot_product_attention, window=window))
+  np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-5)
   padded = [jnp.pad(a, ((0, 0), (0, 5), (0, 0), (0, 0)), constant_values=1e3) for a in (k, v)]
   for start, time in [(0, 12), (4, 8), (11, 1), (3, 1)]:
-    actual = dot_product_attention(q[:, start : start + time], *padded, window=window, start=jnp.int32(start))
+    actual = attend(q[:, start : start + time], *padded, start=jnp.int32(start))
     np.testing.assert_allclose(actual, expected[:, start : start + time], rtol=1e-5, atol=1e-5)
 
 
@@ -168,8 +171,8 @@ def test_parameter_counts_of_the_published_sizes(depth, aspect, width, blocks, t
 
 def test_sinkhorn_is_doubly_stochastic_and_never_expands(dtype):
   """snlp.md oracle 6."""
-  mixing = static_mixing(random_model(CONFIGS["mhc"], dtype=dtype).blocks)[2]
-  initial = sinkhorn(jnp.where(jnp.eye(4, dtype=bool), 0.0, -0.5) / 0.05, 10)
+  mixing = jax.jit(static_mixing)(random_model(CONFIGS["mhc"], dtype=dtype).blocks)[2]
+  initial = jax.jit(lambda: sinkhorn(jnp.where(jnp.eye(4, dtype=bool), 0.0, -0.5) / 0.05, 10))()
   np.testing.assert_allclose(jnp.diagonal(initial), 0.99986, atol=1e-5)
   for matrix in [initial, *mixing.reshape(-1, 4, 4)]:
     np.testing.assert_allclose(matrix.sum(0), 1.0, atol=CLOSE[dtype] / 10)
@@ -180,7 +183,7 @@ def test_sinkhorn_is_doubly_stochastic_and_never_expands(dtype):
 def test_mhc_reads_the_published_initial_weights():
   from jaxlab.models import Transformer
 
-  pre, post, _ = static_mixing(Transformer(CONFIGS["mhc"], jax.random.key(0)).blocks)
+  pre, post, _ = jax.jit(lambda key: static_mixing(Transformer(CONFIGS["mhc"], key).blocks))(jax.random.key(0))
   np.testing.assert_allclose(jnp.sort(pre[0, 0])[-2:], [0.175, 0.475], atol=1e-3)
   assert [int(jnp.argmax(pre[layer, s])) for layer in range(3) for s in range(2)] == [0, 1, 2, 3, 0, 1]
   np.testing.assert_allclose(post, 0.25)
@@ -189,8 +192,8 @@ def test_mhc_reads_the_published_initial_weights():
 def test_edits_reach_only_what_the_window_allows():
   config = nanochat(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512)
   model, tokens = random_model(config), random_tokens(1, 140)
-  x, side, _ = model.embed(tokens)
-  run = lambda x: sequential(model, x, side, start=0, stop=1)[0]
+  x, side, _ = jax.jit(lambda m: m.embed(tokens))(model)
+  run = jax.jit(lambda x: sequential(model, x, side, start=0, stop=1)[0])
   base, w, i = run(x), config.windows[0], 135
   edited = lambda position: run(x.at[0, position].add(1.0))
   assert jnp.array_equal(edited(i - w - 1)[0, i], base[0, i])
