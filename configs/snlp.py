@@ -192,15 +192,15 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sampled=False,
       ),
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
-      hcn=dict(  # the pair with hyper-connections, of scale h200 and on
+      hcn=dict(  # three models with hyper-connections, of scale h200 and on
         settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=HCN, paper=HCN),
         reg=dict(
           weight=0.5,
           stride=0,
           layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
           surrogate="streams",
-          detach_target=True,
-          sampled=pick(cpu=False, h200=True, paper=True),  # one n a step, for time
+          detach_target=True,  # the third model of this part is trained without
+          sampled=False,
         ),
       ),
       competitors=dict(  # trained beside, of scale h200 and on

@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import results, snlp_claims, snlp_figures, snlp_finetuning, snlp_speed, timing
-from experiments.overlap import overlapped
+from experiments import results, snlp_claims, snlp_figures, snlp_finetuning, snlp_speculation, snlp_speed, timing
 from experiments.results import Report
-from experiments.snlp_claims import MHC, MHC_REGULARISED, PLAIN, REGULARISED
+from experiments.snlp_claims import MHC, MHC_MOVING, MHC_REGULARISED, PLAIN, REGULARISED
 from experiments.snlp_settings import forward, parse, refit_config
 from experiments.text import Text, checkpoint_folder, load_text, model_config, train_model
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
 from jaxlab.data import packing
 from jaxlab.depth import snlp, snlp_inference, snlp_suffix
-from jaxlab.depth.snlp_speculative import speculate
 from jaxlab.models import Transformer, hub
 from jaxlab.models.config import HyperConnections
 from jaxlab.models.transformer import sequential
@@ -49,20 +47,23 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     else:
       shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
       check_suffixes(config, shape.depth)
-      models = train_pair(config, text, shape, config.reg, (PLAIN, REGULARISED), workdir, console)
+      models = train_models(config, text, shape, {PLAIN: None, REGULARISED: config.reg}, workdir, console)
     check_suffixes(config, next(iter(models.values())).depth)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
 
   def with_streams():
-    """The pair with hyper-connections and their own regulariser."""
+    """The pair with hyper-connections and their own regulariser, and one whose targets keep their gradient."""
     text = load_text(config, cache)
     shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, hyper=HyperConnections())
-    models = train_pair(config, text, shape, config.hcn.reg, (MHC, MHC_REGULARISED), workdir, console)
+    moving = config.hcn.reg.copy_and_resolve_references()
+    moving.detach_target = False
+    regularisers = {MHC: None, MHC_REGULARISED: config.hcn.reg, MHC_MOVING: moving}
+    models = train_models(config, text, shape, regularisers, workdir, console)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
 
   measures = {
     "quality": lambda: measure_quality(config, *prepared(), console),
-    "speculation": lambda: measure_speculation(config, *prepared(), console),
+    "speculation": lambda: snlp_speculation.measure(config, *prepared(), console),
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "competitors": lambda: measure_competitors(config, *prepared(), workdir, console),
     "finetuning": lambda: snlp_finetuning.measure(config, *prepared(), workdir, console),
@@ -86,7 +87,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   if "memory" in metrics:
     claims += snlp_claims.memory(metrics["memory"])
   if "speculation" in metrics:
-    claims += snlp_claims.speculation(metrics["speculation"])
+    claims += snlp_speculation.claims(metrics["speculation"], PLAIN if folder else REGULARISED)
   if speed := metrics.get("speed"):
     claims += snlp_claims.speed(config, speed["cases"])
     metrics["latency_model"] = snlp_speed.latency_fits(speed["cases"])
@@ -131,14 +132,14 @@ def training_loss(config, reg=None):
   return regularised_loss if reg else plain_loss
 
 
-def train_pair(config, text: Text, shape, reg, names, workdir: Path, console) -> dict[str, Transformer]:
-  """The same initial parameters and data, without and with the regulariser."""
+def train_models(config, text: Text, shape, regularisers: dict, workdir: Path, console) -> dict[str, Transformer]:
+  """{name: a model trained with that regulariser (None: without)}, from the same parameters and on the same data."""
   start = Transformer(shape, jax.random.key(config.seed))
   return {
     name: train_model(
       config, text, start, training_loss(config, how), workdir=workdir / name, console=console, title=name
     )
-    for name, how in zip(names, (None, reg), strict=True)
+    for name, how in regularisers.items()
   }
 
 
@@ -206,49 +207,6 @@ def measure_memory(config, text: Text, workdir: Path) -> dict:
       loss, optimizer, meshes.shardings(state, mesh), accumulate=t.accumulate, compute_dtype=t.dtype
     )
     result[name] = timing.memory(step.lower(state, {"inputs": ids, "targets": ids}).compile())
-  return result
-
-
-def measure_speculation(config, text: Text, models: dict[str, Transformer], console) -> dict:
-  """Greedy self-speculation on text prompts: acceptance, and whole generations against sequential generation."""
-  spec = config.speculation
-  rows = packing.evaluation_batches(text.split(config.eval.split), row=config.eval.length, batch=1, limit=10**9)
-  prompts = [jnp.asarray(rows[i]["inputs"][:, : spec.prompt]) for i in range(spec.prompts)]
-  drafting = {None: jax.jit(lambda n, p: snlp_inference.generate(n, p, tokens=spec.tokens))}
-  for setting in spec.settings:
-    options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
-    for draft in spec.drafts:
-      drafting[setting, draft] = jax.jit(functools.partial(speculate, tokens=spec.tokens, draft=draft, **options))
-  split = lambda model, case: snlp_inference.split(model, parse(case[0])["layers"] if case else 0)
-  some = next(iter(models.values()))
-  compiled = overlapped(lambda item: item[1].lower(split(some, item[0]), prompts[0]).compile(), drafting.items())
-  drafting = dict(zip(drafting, compiled, strict=True))
-  sequential_run = drafting.pop(None)
-  result = {}
-  for name, model in models.items():
-    console.say(f"speculating, {name}")
-    plain = split(model, None)
-    expected = [sequential_run(plain, p) for p in prompts]
-    result[name] = {}
-    for (setting, draft), program in drafting.items():
-      go = functools.partial(program, split(model, (setting, draft)))
-      drafts = [go(p) for p in prompts]
-      accepted, cycles = (sum(int(getattr(o[1], part)) for o in drafts) for part in ("accepted", "cycles"))
-      equal = np.mean([np.mean(np.asarray(o[0] == e)) for o, e in zip(drafts, expected, strict=True)])
-      pair = {
-        "sequential": lambda n=plain: [sequential_run(n, p) for p in prompts],
-        "speculative": lambda go=go: [go(p) for p in prompts],
-      }
-      times = timing.compare(pair, repetitions=spec.repetitions, warmup=1)
-      ratio, spread = times.speedup("speculative", "sequential")
-      result[name][f"{setting} B{draft}"] = {
-        "acceptance": accepted / (cycles * draft),
-        "tokens_per_cycle": 1 + accepted / cycles,
-        "equal_tokens": float(equal),
-        "speedup": ratio,
-        "spread": spread,
-        "milliseconds": times.summary(),  # of all prompts
-      }
   return result
 
 

@@ -63,14 +63,14 @@ def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
   done = command(
     "--config=configs/snlp.py:test",
     f"--workdir={tmp_path}",
-    "--config.parts=('memory','hcn','competitors','finetuning')",
+    "--config.parts=('memory','hcn','competitors','finetuning','speculation')",
+    "--config.train.dtype=bfloat16",
     cache=cache,
   )
   assert done.returncode == 0, done.stderr
   written = json.loads((tmp_path / "results.json").read_text())
-  assert {"memory", "hcn", "competitors", "finetuning"} == set(written["metrics"]) and (
-    tmp_path / "competitors.png"
-  ).exists()
+  parts = {"memory", "hcn", "competitors", "finetuning", "speculation"}
+  assert set(written["metrics"]) == parts and (tmp_path / "competitors.png").exists()
 
 
 @pytest.mark.parametrize(
