@@ -67,7 +67,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "competitors": lambda: measure_competitors(config, *prepared(), workdir, console),
     "finetuning": lambda: snlp_finetuning.measure(config, *prepared(), workdir, console),
-    "memory": lambda: measure_memory(config, prepared()[0], workdir),
+    "memory": lambda: measure_memory(config, load_text(config, cache)),
   }
   metrics = {name: results.part(workdir, name, measures[name]) for name in parts if name != "speed"}
   if "speed" in parts:
@@ -194,7 +194,7 @@ def measure_competitors(config, text: Text, models: dict[str, Transformer], work
   return result
 
 
-def measure_memory(config, text: Text, workdir: Path) -> dict:
+def measure_memory(config, text: Text) -> dict:
   """Temporary bytes of a compiled training step, plain and regularised."""
   shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
   t, mesh = config.train, meshes.make_mesh(config.mesh.to_dict())
