@@ -194,6 +194,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
       hcn=dict(  # three models with hyper-connections, of scale h200 and on
         settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=HCN, paper=HCN),
+        steps=pick(test=6, cpu=100, h200=800, paper=4800),  # fewer than the other pair's at h200, for time
         reg=dict(
           weight=0.5,
           stride=0,

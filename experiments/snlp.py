@@ -53,12 +53,14 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
 
   def with_streams():
     """The pair with hyper-connections and their own regulariser, and one whose targets keep their gradient."""
-    text = load_text(config, cache)
-    shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, hyper=HyperConnections())
-    moving = config.hcn.reg.copy_and_resolve_references()
+    own = config.copy_and_resolve_references()
+    own.train.steps = config.hcn.steps
+    text = load_text(own, cache)
+    shape = model_config(own, text.bpe.get_vocab_size(), context=own.train.length, hyper=HyperConnections())
+    moving = own.hcn.reg.copy_and_resolve_references()
     moving.detach_target = False
-    regularisers = {MHC: None, MHC_REGULARISED: config.hcn.reg, MHC_MOVING: moving}
-    models = train_models(config, text, shape, regularisers, workdir, console)
+    regularisers = {MHC: None, MHC_REGULARISED: own.hcn.reg, MHC_MOVING: moving}
+    models = train_models(own, text, shape, regularisers, workdir, console)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
 
   measures = {

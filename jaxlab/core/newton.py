@@ -13,6 +13,7 @@ returns the map r -> e. References: Song et al. 2021 (Jacobi); Lim et al. 2024, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence
+from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer
 
 Blocks = Callable[[Float[Array, "n *state"]], Float[Array, "n *state"]]
 Correct = Callable[[Float[Array, "n *state"]], Float[Array, "n *state"]]
@@ -144,8 +145,7 @@ def transferred(tensor: Float[Array, "n n s s"]) -> Surrogate:
 
   `tensor` is `recurrence.transfer_tensor` of the matrices.
   """
-  product = lambda r: jnp.einsum("jisu,i...ud->j...sd", tensor.astype(r.dtype), r, precision="highest")
-  return lambda blocks, inputs: (blocks(inputs), product)
+  return lambda blocks, inputs: (blocks(inputs), functools.partial(transfer, tensor))
 
 
 def exact(blocks: Blocks, inputs):

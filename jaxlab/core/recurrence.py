@@ -90,6 +90,15 @@ def transfer_tensor(transition: Float[Array, "steps state state"]) -> Float[Arra
   return jnp.moveaxis(jax.vmap(column)(jnp.arange(steps)), 0, 1)
 
 
+def transfer(
+  tensor: Float[Array, "rows steps state state"], increment: Float[Array, "steps *batch state columns"]
+) -> Float[Array, "rows *batch state columns"]:
+  """E_j for the rows j of `transfer_tensor` that `tensor` holds, in float32 or better: one matrix product."""
+  dtype = _accumulator(increment.dtype)
+  tensor, wide = tensor.astype(dtype), increment.astype(dtype)
+  return jnp.einsum("jisu,i...ud->j...sd", tensor, wide, precision="highest").astype(increment.dtype)
+
+
 def doubling_scan(combine: Callable, elements: PyTree[Array], *, reverse: bool = False) -> PyTree[Array]:
   """`jax.lax.associative_scan` over axis 0 by recursive doubling: round i combines steps 2^i apart, all at once.
 

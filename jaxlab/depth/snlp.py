@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core import newton
 from jaxlab.core.checks import require, require_choice, require_divides
-from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer_tensor
+from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer, transfer_tensor
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
@@ -218,6 +218,10 @@ def regulariser(
   """
   require_choice("regulariser surrogate", surrogate, ("identity", "streams"))
   require(
+    surrogate == "identity" or model.config.hyper is not None,
+    "surrogate 'streams' needs hyper-connections; use 'identity'",
+  )
+  require(
     not idn_last_layer_only or (surrogate, stride) == ("identity", 0), "idn_last_layer_only needs identity, stride 0"
   )
 
@@ -234,15 +238,14 @@ def regulariser(
       repeated = jnp.broadcast_to(h, (n, *h.shape))
       outputs, _, mixing = evaluate(model, suffix, repeated, side, attention=attention)
     increments = outputs - h
-    if surrogate == "identity":
-      c = h + linear_recurrence(1.0, increments)
-    else:
-      require(model.config.hyper is not None, "surrogate 'streams' needs hyper-connections; use 'identity'")
-      dynamic = model.config.hyper.dynamic
-      a = mixing[1][2] @ mixing[0][2] if dynamic else stream_transition(side, suffix)[:, None, None]
-      c = h + matrix_recurrence(a, increments)
     chosen = jnp.array(penalised(n, stride))
-    return _relative_error(c[chosen], trace[start:][chosen], detach_target)
+    if surrogate == "identity":
+      error = linear_recurrence(1.0, increments)[chosen]
+    elif model.config.hyper.dynamic:
+      error = matrix_recurrence(mixing[1][2] @ mixing[0][2], increments)[chosen]
+    else:
+      error = transfer(transfer_tensor(stream_transition(side, suffix))[chosen], increments)
+    return _relative_error(h + error, trace[start:][chosen], detach_target)
 
   if key is None:
     return sum(of(n) for n in layers)

@@ -151,7 +151,7 @@ def _read(x, mixing):
   """What a branch reads: the state, or the streams weighted by Hpre."""
   if mixing is None:
     return x
-  return jnp.einsum("...s,...sd->...d", mixing[0], wide(x)).astype(x.dtype)
+  return _weighted(mixing[0], x).astype(x.dtype)
 
 
 def _write(x, mixing, branch):
@@ -159,8 +159,16 @@ def _write(x, mixing, branch):
   if mixing is None:
     return x + branch
   _, post, residual = mixing
-  mixed = jnp.einsum("...su,...ud->...sd", residual, wide(x))
+  mixed = _weighted(residual, x[..., None, :, :])
   return (mixed + post[..., None] * wide(branch)[..., None, :]).astype(x.dtype)
+
+
+def _weighted(weights, x):
+  """sum_s weights[..., s] x[..., s, :] in float32.
+
+  As a product with so small a matrix it would be a kernel of its own, and its output one that recomputation keeps.
+  """
+  return (weights[..., None] * wide(x)).sum(axis=-2)
 
 
 class Transformer(nnx.Module):
