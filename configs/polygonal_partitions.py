@@ -15,8 +15,8 @@ On two shared CPU cores (252 s) it printed:
   star of 2000 points and 3 outliers                     distortion 91 with slack, 933 exact, LB 44
   30,000 leaves, speed over squarified                   slack boxes 6.1x, angular 1.4x, greedy 0.03x
 
-Nothing here runs on a GPU: scale h200 is only larger trees. On two CPU cores (273 s, 2026-11-26) it printed the same but
-for the speeds, now at 100,000 leaves (squarified takes 0.78 s): slack boxes 5.4x, angular 0.98x, greedy 0.04x.
+Nothing here runs on a GPU: scale h200 is only larger trees. On two CPU cores (273 s, 2026-11-26) it printed the same
+but for the speeds, now at 100,000 leaves (squarified takes 0.78 s): slack boxes 5.4x, angular 0.98x, greedy 0.04x.
 
 Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
 
