@@ -72,7 +72,7 @@ ALL = (*PARTS, "hcn", "competitors", "finetuning")
 SETTINGS = {
   "test": ("n3 K1", "n2 K2", "n2 K1 F2"),
   "cpu": (
-    *(f"n{n} K{k}" for n in (3, 6, 9) for k in (1, 2, 4)),
+    *(f"n{n} K{k}" for n in (3, 6, 9) for k in (1, 2, 4) if k <= n),
     *("n3 K3", "n9 K1 batch_fwd", "n9 K2 jacobi", "n9 K2 diagonal", "n8 K1 F2", "n8 K1 G4"),
   ),
   "h200": (
@@ -158,7 +158,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       # Measured once a workdir, each in a file of its own.
-      parts=pick(test=PARTS[:3], cpu=PARTS, h200=ALL, paper=ALL),
+      parts=pick(test=(*PARTS[:3], "convergence"), cpu=(*PARTS, "convergence"), h200=ALL, paper=ALL),
       model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
       shape=dict(
         depth=pick(test=4, cpu=12, h200=32, paper=32),
@@ -195,6 +195,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sampled=False,
       ),
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
+      convergence=dict(  # on a few rows: the exact Jacobian takes as many evaluations a step as there are layers
+        surrogates=("jacobi", "identity", "diagonal", "exact"),
+        layers=pick(test=3, cpu=9, h200=24, paper=24),
+        iterations=pick(test=2, cpu=4),
+        rows=pick(test=2, cpu=2),
+      ),
       hcn=dict(  # three models with hyper-connections, of scale h200 and on
         settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=HCN, paper=HCN),
         steps=pick(test=6, cpu=100, h200=620, paper=4800),  # fewer than the other pair's at h200, for time

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import results, snlp_claims, snlp_figures, snlp_finetuning, snlp_speculation, snlp_speed, timing
+from experiments import (
+  results,
+  snlp_claims,
+  snlp_convergence,
+  snlp_figures,
+  snlp_finetuning,
+  snlp_speculation,
+  snlp_speed,
+  timing,
+)
 from experiments.results import Report
 from experiments.snlp_claims import MHC, MHC_MOVING, MHC_REGULARISED, PLAIN, REGULARISED
 from experiments.snlp_settings import forward, parse, refit_config
@@ -65,6 +74,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
 
   measures = {
     "quality": lambda: measure_quality(config, *prepared(), console),
+    "convergence": lambda: snlp_convergence.measure(config, *prepared(), console),
     "speculation": lambda: snlp_speculation.measure(config, *prepared(), console),
     "hcn": lambda: measure_hcn(config, *with_streams(), console),
     "competitors": lambda: measure_competitors(config, *prepared(), workdir, console),
@@ -79,6 +89,9 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   if quality := metrics.get("quality"):
     claims += snlp_claims.quality(config, quality)
     files |= snlp_figures.quality(quality, workdir, trained=not folder)
+  if "convergence" in metrics:
+    claims += snlp_convergence.claims(metrics["convergence"])
+    files |= snlp_convergence.draw(metrics["convergence"], workdir)
   if "hcn" in metrics:
     claims += snlp_claims.hcn(metrics["hcn"])
   if "competitors" in metrics:

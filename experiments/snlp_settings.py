@@ -51,6 +51,7 @@ def refit_config(config, depth: int):
   for name in ("settings", "sliced", "cached"):
     config.snlp[name] = many(config.snlp[name])
   config.speculation.settings = many(config.speculation.settings)
+  config.convergence.layers = max(1, round(config.convergence.layers * depth / before))
   config.reg.layers = tuple(dict.fromkeys(max(1, round(n * depth / before)) for n in config.reg.layers))
   config.bench.shown = many(config.bench.shown)
   config.bench.cases = [case | {"settings": many(case["settings"])} for case in config.bench.cases]

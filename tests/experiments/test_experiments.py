@@ -45,6 +45,16 @@ def test_snlp_writes_results_figures_and_a_table(snlp_run):
     assert (workdir / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_better_the_surrogate_the_faster_newton_converges(snlp_run):
+  written = json.loads((snlp_run[0] / "results.json").read_text())
+  for found in written["metrics"]["convergence"].values():
+    start, after_one = ({name: rows["errors"][k] for name, rows in found.items()} for k in (0, 1))
+    assert len(set(start.values())) == 1
+    assert 5 * after_one["exact"] < after_one["identity"] < 0.1 * after_one["jacobi"]
+    for rows in found.values():
+      assert len(rows["residuals"]) == 2 and rows["residuals"][1] < rows["residuals"][0]
+
+
 def test_a_second_run_resumes_and_another_config_is_refused(snlp_run, cache):
   workdir, _ = snlp_run
   before = (workdir / "plain" / "metrics.jsonl").read_text()
