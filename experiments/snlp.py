@@ -296,31 +296,32 @@ def cached_loss(model: Transformer, batch: dict, setting: str) -> dict:
 
   {"recompute", "last_iteration": by what the cache keeps, "uncached": one forward at the setting, "sequential"}.
   """
-  s = parse(setting)
-  options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
-  inputs, targets = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
+  rows = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
+  network = snlp_inference.split(model, parse(setting)["layers"])
+  sums = {kept: _decoded_loss(network, *rows, setting, kept) for kept in snlp_inference.CACHE_KV}
+  sums |= _forward_losses(model, *rows, setting)
+  return {name: float(total) / int((rows[1] >= 0).sum()) for name, total in sums.items()}
 
-  @functools.partial(jax.jit, static_argnames="cache_kv")
-  def decoded(network, cache_kv):
-    def one(state, pair):
-      token, target = pair
-      logits, state = snlp_inference.step(network, token[:, None], state, cache_kv=cache_kv, **options)
-      chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
-      loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
-      return state, jnp.where(target >= 0, loss, 0.0).sum()
 
-    state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
-    return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
+@functools.partial(jax.jit, static_argnames=("setting", "cache_kv"))
+def _decoded_loss(network, inputs, targets, setting: str, cache_kv: str):
+  options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
 
-  @jax.jit
-  def forwards(plain):
-    whole = losses.token_losses(plain, plain.hidden(inputs), targets)
-    uncached = losses.token_losses(plain, forward(setting)(plain, inputs), targets)
-    return {"uncached": uncached.sum(), "sequential": whole.sum()}
+  def one(state, pair):
+    token, target = pair
+    logits, state = snlp_inference.step(network, token[:, None], state, cache_kv=cache_kv, **options)
+    chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
+    loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
+    return state, jnp.where(target >= 0, loss, 0.0).sum()
 
-  network = snlp_inference.split(model, s["layers"])
-  sums = {cache_kv: decoded(network, cache_kv) for cache_kv in snlp_inference.CACHE_KV} | forwards(model)
-  return {name: float(total) / int((targets >= 0).sum()) for name, total in sums.items()}
+  state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
+  return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
+
+
+@functools.partial(jax.jit, static_argnames="setting")
+def _forward_losses(model, inputs, targets, setting: str):
+  total = lambda states: losses.token_losses(model, states, targets).sum()
+  return {"uncached": total(forward(setting)(model, inputs)), "sequential": total(model.hidden(inputs))}
 
 
 @jax.jit

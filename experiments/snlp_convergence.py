@@ -83,6 +83,7 @@ def draw(measured: dict, workdir: Path) -> dict[str, str]:
     for surrogate, rows in found.items():
       axis.plot(range(len(rows["errors"])), rows["errors"], "o-", label=f"A: {surrogate}")
     axis.set(title=f"{name} model", xlabel="Newton steps", yscale="log")
+    axis.set_xticks(range(len(rows["errors"])))
     axis.legend()
   axes[0][0].set_ylabel("||z - h|| / ||h|| of the last state")
   return {figures.save(figure, workdir, "convergence"): "Error of the last state after each Newton step, by surrogate"}
