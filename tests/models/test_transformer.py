@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -187,6 +188,55 @@ def test_mhc_reads_the_published_initial_weights():
   np.testing.assert_allclose(jnp.sort(pre[0, 0])[-2:], [0.175, 0.475], atol=1e-3)
   assert [int(jnp.argmax(pre[layer, s])) for layer in range(3) for s in range(2)] == [0, 1, 2, 3, 0, 1]
   np.testing.assert_allclose(post, 0.25)
+
+
+def numpy_mixing(mixing, x):
+  """(Hpre, Hpost, Hres) of one sublayer at streams x (..., s, width), by snlp.md's M6 in NumPy."""
+  h, get = mixing.hyper, lambda name: np.asarray(getattr(mixing, name).get_value(), np.float64)
+  pre, post, residual = get("pre"), get("post"), get("residual")
+  if h.dynamic:
+    flat = x.reshape(*x.shape[:-2], -1)
+    flat = flat / np.sqrt(np.mean(flat * flat, -1, keepdims=True) + mixing.eps)
+    a, b, c = np.split(flat @ get("projection"), [h.streams, 2 * h.streams], axis=-1)
+    sigmoid, scale = lambda y: 1 / (1 + np.exp(-y)), get("scale")
+    pre, post = sigmoid(scale[0] * a + pre), 2 * sigmoid(scale[1] * b + post)
+    residual = np.exp(scale[2] * c.reshape(*c.shape[:-1], h.streams, h.streams) + residual)
+  else:
+    pre, post = (np.exp(a) / np.exp(a).sum() for a in (pre, post))
+    residual = np.exp(residual / h.temperature)
+  for _ in range(h.rounds):
+    residual = residual / residual.sum(-1, keepdims=True)
+    residual = residual / residual.sum(-2, keepdims=True)
+  return pre, post, residual
+
+
+@pytest.mark.parametrize("name", ["mhc", "mhc_dynamic"])
+def test_streams_mix_as_published(name):
+  """X <- Hres X + Hpost branch(sum_s Hpre X), attention before the MLP; the branches are those of a block without."""
+  model, tokens, layer = random_model(CONFIGS[name]), random_tokens(2, 12), 1
+  x, side, _ = jax.jit(lambda m: m.embed(tokens))(model)
+  x = np.asarray(x + jax.random.normal(jax.random.key(3), x.shape), np.float64)
+
+  def branch(silent):
+    """What layer 1 adds to a state of one stream, with one of its two branches silenced."""
+    alone = jax.tree.map(lambda a: a, model)
+    alone.config = alone.blocks.config = dataclasses.replace(model.config, hyper=None)
+    weight = silent(alone.blocks).weight
+    weight.set_value(jnp.zeros_like(weight.get_value()))
+    plain = dataclasses.replace(side, mixing=None)
+    run = jax.jit(lambda u: sequential(alone, u, plain, start=layer, stop=layer + 1)[0] - u)
+    return lambda u: np.asarray(run(jnp.asarray(u, jnp.float32)), np.float64)
+
+  block, expected = jax.tree.map(lambda a: a[layer], model.blocks), x
+  for mixing, silent in (
+    (block.attention_mixing, lambda b: b.mlp.down),
+    (block.mlp_mixing, lambda b: b.o),
+  ):
+    pre, post, residual = numpy_mixing(mixing, expected)
+    read = np.einsum("...s,...sd->...d", pre, expected)
+    expected = residual @ expected + np.einsum("...s,...d->...sd", post, branch(silent)(read))
+  actual = jax.jit(lambda x: sequential(model, x, side, start=layer, stop=layer + 1)[0])(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_edits_reach_only_what_the_window_allows():
