@@ -51,8 +51,10 @@ regulariser makes small is the error of the first step, not of every step.
   Hyper-connections (620 steps): without a regulariser HCN loses 41 % at n24 K2, A = I 59 %; with few layers the mixing
     is so near I that they are equal. With the paper's regulariser, which keeps the gradient from the targets, HCN loses
     0.6 %, but the network itself is 34 % worse (74.5 against 55.7; the paper's 2.4 %). With the gradient it is 0.4 %
-    better than without regulariser, and HCN loses 0.2 % where A = I loses 6.3 %. A CPU shows the same (12 layers of
-    96, 100 steps: 184 becomes 374 by the paper's recipe, 192 by the other).
+    better than without regulariser, and HCN loses 0.2 % where A = I loses 6.3 %. At scale cpu with
+    --config.parts="('hcn',)" the perplexity of 153 becomes 395 by the paper's recipe, 359 at a fifth of the weight
+    (hcn.reg.weight=0.1), and 159 if no gradient reaches h_S either (hcn.reg.detach_input=True): what does harm is h_S
+    following a target that moves on with it.
 Speed on random weights over the compiled sequential step, K = 1 / 2 / 4 with n = 24 of 32 layers of width 640:
   one token, context 2048 (0.83 ms)   2.30 / 1.76 / 1.15 x; 12 wide layers of 2: 2.29 / 1.79 x   (2.5 x is not reached)
   one token, context 128 (0.86 ms)    2.50 / 1.97 / 1.30 x
@@ -194,6 +196,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
         surrogate="identity",
         detach_target=False,
+        detach_input=False,
         sampled=False,
       ),
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
@@ -212,6 +215,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
           surrogate="streams",
           detach_target=True,  # the third model of this part is trained without
+          detach_input=False,
           sampled=False,
         ),
       ),

@@ -67,7 +67,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     text = load_text(own, cache)
     shape = model_config(own, text.bpe.get_vocab_size(), context=own.train.length, hyper=HyperConnections())
     moving = own.hcn.reg.copy_and_resolve_references()
-    moving.detach_target = False
+    moving.detach_target = moving.detach_input = False
     regularisers = {MHC: None, MHC_REGULARISED: own.hcn.reg, MHC_MOVING: moving}
     models = train_models(own, text, shape, regularisers, workdir, console)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
@@ -138,6 +138,7 @@ def training_loss(config, reg=None):
       stride=reg.stride,
       surrogate=reg.surrogate,
       detach_target=reg.detach_target,
+      detach_input=reg.detach_input,
       key=key if reg.sampled else None,
       remat=remat != "none",
     )

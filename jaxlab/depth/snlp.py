@@ -191,6 +191,7 @@ def regulariser(
   stride: int,
   surrogate: str = "identity",
   detach_target: bool = False,
+  detach_input: bool = False,
   idn_last_layer_only: bool = False,
   key: jax.Array | None = None,
   remat: bool = False,
@@ -208,7 +209,9 @@ def regulariser(
     h0, trace: embeddings and all layers' outputs, as `model.trace` returns them.
     stride: penalise every stride-th position and the last; 0 the last only.
     surrogate: "identity" or "streams".
-    detach_target: no gradient into the targets.
+    detach_target: no gradient into the targets. Alone it does harm where training is short: h_S then moves towards
+      a target that, being computed from h_S, moves on with it.
+    detach_input: no gradient into h_S.
     idn_last_layer_only: reproduce a quirk of the authors' code at stride 0: c is f_{L-1}(h_S) without the prefix sum.
     key: if given, one n is drawn and its terms multiplied by len(layers): an unbiased, cheaper estimate.
     remat: evaluate the blocks again in the backward pass, a few at a time, instead of keeping what they computed.
@@ -229,6 +232,7 @@ def regulariser(
     suffix = plain(model, n)
     start = suffix.start
     h = trace[start - 1] if start else h0
+    h = jax.lax.stop_gradient(h) if detach_input else h
     if idn_last_layer_only:
       c = layer_parallel(model, h[None], side, start=model.depth - 1, attention=attention)
       return _relative_error(c, trace[-1:], detach_target)

@@ -156,15 +156,17 @@ def test_the_regulariser_vanishes_when_branches_ignore_their_input(dtype):
   assert float(regulariser(model, *traced(model), layers=(4,), stride=1)) == 0.0
 
 
-def test_gradient_reaches_the_target_unless_it_is_detached():
+def test_gradient_reaches_target_and_input_unless_they_are_detached():
   model = random_model(CONFIGS["llama"])
   h0, trace, side = traced(model)
-  value = lambda last, detach: snlp.regulariser(
-    model, h0, trace.at[-1].set(last), side, layers=(3,), stride=0, detach_target=detach
-  )
-  gradient = jax.jit(jax.grad(value), static_argnums=1)
-  assert float(jnp.abs(gradient(trace[-1], False)).max()) > 0
-  assert float(jnp.abs(gradient(trace[-1], True)).max()) == 0
+
+  def largest_gradient(at, **how):
+    value = lambda state: snlp.regulariser(model, h0, trace.at[at].set(state), side, layers=(3,), stride=0, **how)
+    return float(jnp.abs(jax.jit(jax.grad(value))(trace[at])).max())
+
+  for at, switch in ((-1, "detach_target"), (2, "detach_input")):  # h_L and h_S
+    assert largest_gradient(at) > 0
+    assert largest_gradient(at, **{switch: True}) == 0
   with jax.enable_x64(True):
     model = random_model(CONFIGS["llama"], dtype="float64")
     h0, trace, side = traced(model, attention=plain_attention)
