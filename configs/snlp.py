@@ -152,7 +152,7 @@ def bench(scale: str) -> dict:
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (a minute), cpu (2 cores, 8 minutes), h200 (one GPU), paper (0.5B, four GPUs)."""
+  """Scales: test (a minute), cpu (2 cores, 8 to 9 minutes), h200 (one GPU), paper (0.5B, four GPUs)."""
   pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
   sizes = "h200" if scale == "paper" else scale if scale in SETTINGS else "cpu"
   return ml_collections.ConfigDict(
