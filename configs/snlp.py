@@ -26,7 +26,7 @@ some commits on H100s, an hour one after the other):
   python -m experiments.run --config=configs/snlp.py:h200 --workdir=runs/snlp_h200 \
       --config.data.name=local_text --config.data.path=books
 
-printed 27 of 39 claims that hold. This network is not additive, and the regulariser decides. Perplexity lost against
+printed 27 of 40 claims that hold. This network is not additive, and the regulariser decides. Perplexity lost against
 the same model in sequence, plain | regularised:
   n = 24 of 32, K = 1 / 2 / 4                393 / 52 / 2.8 %    |  2.7 / 0.48 / 0.32 %
   n = 16, K = 1 / 2                          57 / 6.8 %          |  0.49 / 0.07 %

@@ -155,6 +155,17 @@ def claims(measured: dict, main: str) -> list[Claim]:
     )
   )
   if exact:
+    made.append(
+      Claim(
+        "speculative tokens equal to sequential ones in 16 bits, all runs, worst",
+        "",
+        "higher",
+        ours=min(run["equal_tokens"] for run in runs),
+        threshold=1.0,
+        baseline="sequential greedy generation",
+        note="one rounding of a near tie, and the texts differ from there on",
+      )
+    )
     own = max(model["shortfall"]["worst"] for model in measured.values())
     made.append(
       Claim(
@@ -164,8 +175,7 @@ def claims(measured: dict, main: str) -> list[Claim]:
         ours=max(run["shortfall"]["worst"] for run in runs) / max(own, 1e-6),
         threshold=2.0,
         baseline=own,
-        note="both generated in 16 bits and scored by the same weights in float32; "
-        f"tokens equal to sequential ones in 16 bits: {min(run['equal_tokens'] for run in runs):.2f} (worst run)",
+        note="both generated in 16 bits and scored by the same weights in float32",
       )
     )
   return made

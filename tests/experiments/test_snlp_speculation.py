@@ -33,6 +33,6 @@ def test_tokens_that_are_not_the_networks_own_fail_the_claims():
   held = lambda worst, equal: [
     claim.holds for claim in snlp_speculation.claims({"plain": model(a=run(0.05, 1.0), b=run(worst, equal))}, "plain")
   ]
-  assert held(0.08, 1.0) == [True, True, True]
-  assert held(0.08, 0.999) == [True, False, True]
-  assert held(0.2, 1.0) == [True, True, False]
+  assert held(0.08, 1.0) == [True, True, False, True]  # 40 % are equal in 16 bits
+  assert held(0.08, 0.999) == [True, False, False, True]
+  assert held(0.2, 1.0) == [True, True, False, False]
