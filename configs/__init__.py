@@ -1,1 +1,19 @@
-"""One file per paper: `get_config(scale)` and, in the docstring, what the command printed."""
+"""One config a paper: `get_config(scale)` says what is run, `ABOUT` what the paper is."""
+
+from typing import NamedTuple
+
+
+class About(NamedTuple):
+  """What README, RESULTS.md and the docs say of a method beside its measured results.
+
+  Attributes:
+    method: its name, spelt out where it is an acronym.
+    family: the folder of `jaxlab` it lies in.
+    link: where the paper is.
+    does: what it does, a clause that continues "the method ...".
+  """
+
+  method: str
+  family: str
+  link: str
+  does: str

@@ -34,7 +34,7 @@ printed, in 6 min on the same cores:
   error at k_i = k_q, bare inverse  7.5 times that of ridge
 
   XLA_FLAGS="--xla_gpu_enable_command_buffer=FUSION --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
-      python -m experiments.run --config=configs/anncur.py:h200 --workdir=runs/anncur
+      python -m experiments.run --config=configs/anncur.py:gpu --workdir=runs/anncur
 
 The first flag keeps products of cuBLAS out of CUDA graphs: several programs run side by side in threads there, get
 temporary buffers at new addresses, and a graph with such products in it refuses to be rewritten. The others make XLA
@@ -60,10 +60,19 @@ Scale paper (6 layers, all 13,767 verbs) has not been run.
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="ANNCUR, nearest neighbours by a CUR factorisation",
+  family="tensors",
+  link="https://arxiv.org/abs/2210.12579",
+  does="finds the neighbours that a costly scorer would rank first from its scores of a few anchors",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, minutes), paper (WordNet as entity linking)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale.get("h200" if scale == "paper" else "cpu", by_scale["cpu"]))
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, minutes), paper (WordNet as entity linking)."""
+  pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
       paper="anncur",
@@ -76,66 +85,66 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         split=pick(test="validation", cpu="train"),
         pairs="functions",  # of Python source; sentences: of prose (WordNet has its own)
         world="verb",  # WordNet: the part of speech that is searched
-        vocabulary=pick(test=400, cpu=2048, h200=8192),
-        query_tokens=pick(test=10, cpu=12, h200=32, paper=48),
-        item_tokens=pick(test=14, cpu=24, h200=48),
+        vocabulary=pick(test=400, cpu=2048, gpu=8192),
+        query_tokens=pick(test=10, cpu=12, gpu=32, paper=48),
+        item_tokens=pick(test=14, cpu=24, gpu=48),
       ),
       # Of the searched world: items, and queries that are anchors, choose the split, and are tested.
       domain=dict(
-        size=pick(test=100, cpu=1000, h200=2000, paper=13_767),
-        anchor_queries=pick(test=20, cpu=100, h200=300, paper=500),
-        dev_queries=pick(test=10, cpu=50, h200=100, paper=250),
-        test_queries=pick(test=10, cpu=75, h200=150, paper=250),
-        train=pick(cpu=5000, h200=20_000, paper=50_000),  # training queries of the other worlds at most
+        size=pick(test=100, cpu=1000, gpu=2000, paper=13_767),
+        anchor_queries=pick(test=20, cpu=100, gpu=300, paper=500),
+        dev_queries=pick(test=10, cpu=50, gpu=100, paper=250),
+        test_queries=pick(test=10, cpu=75, gpu=150, paper=250),
+        train=pick(cpu=5000, gpu=20_000, paper=50_000),  # training queries of the other worlds at most
       ),
       shape=dict(
-        depth=pick(test=1, cpu=2, h200=4, paper=6),
-        width=pick(test=16, cpu=64, h200=384),
-        q_heads=pick(test=2, cpu=4, h200=6),
-        kv_heads=pick(test=2, cpu=4, h200=6),
-        head_dim=pick(test=8, cpu=16, h200=64),
-        mlp_width=pick(test=32, cpu=128, h200=1024),
+        depth=pick(test=1, cpu=2, gpu=4, paper=6),
+        width=pick(test=16, cpu=64, gpu=384),
+        q_heads=pick(test=2, cpu=4, gpu=6),
+        kv_heads=pick(test=2, cpu=4, gpu=6),
+        head_dim=pick(test=8, cpu=16, gpu=64),
+        mlp_width=pick(test=32, cpu=128, gpu=1024),
       ),
       # A dual encoder with negatives of its batch stands in for BERT: every encoder below starts from it.
       pretrain=dict(
         epochs=1,
-        steps=pick(test=4, cpu=300, h200=300, paper=2000),
-        batch=pick(test=8, cpu=64, h200=256),
+        steps=pick(test=4, cpu=300, gpu=300, paper=2000),
+        batch=pick(test=8, cpu=64, gpu=256),
         candidates=2,
-        rate=pick(cpu=3e-3, h200=6e-4),
+        rate=pick(cpu=3e-3, gpu=6e-4),
       ),
       # The CLS head starts without a meaning and takes longer to leave the plateau.
       cross=dict(
         epochs=1,
-        steps=dict(emb=pick(test=4, cpu=200, h200=300, paper=2200), cls=pick(test=4, cpu=400, h200=600, paper=4400)),
-        rate=dict(emb=pick(cpu=1e-3, h200=3e-4), cls=pick(cpu=3e-3, h200=6e-4)),
-        batch=pick(test=4, cpu=16, h200=64),
-        candidates=pick(test=4, cpu=8, h200=16),
+        steps=dict(emb=pick(test=4, cpu=200, gpu=300, paper=2200), cls=pick(test=4, cpu=400, gpu=600, paper=4400)),
+        rate=dict(emb=pick(cpu=1e-3, gpu=3e-4), cls=pick(cpu=3e-3, gpu=6e-4)),
+        batch=pick(test=4, cpu=16, gpu=64),
+        candidates=pick(test=4, cpu=8, gpu=16),
       ),
       dual=dict(
         epochs=pick(test=1, cpu=2),
-        steps=pick(test=4, cpu=60, h200=100, paper=500),
-        batch=pick(test=8, cpu=64, h200=256),
+        steps=pick(test=4, cpu=60, gpu=100, paper=500),
+        batch=pick(test=8, cpu=64, gpu=256),
         candidates=2,
-        rate=pick(cpu=1e-3, h200=3e-4),
+        rate=pick(cpu=1e-3, gpu=3e-4),
         mined=pick(test=8, cpu=64),
       ),
       distil=dict(
         epochs=1,
-        steps=pick(test=2, cpu=40, h200=100, paper=200),
-        batch=pick(test=4, cpu=16, h200=32, paper=64),
-        top=pick(test=9, cpu=24, h200=64),
-        rate=pick(cpu=1e-3, h200=3e-4),
+        steps=pick(test=2, cpu=40, gpu=100, paper=200),
+        batch=pick(test=4, cpu=16, gpu=32, paper=64),
+        top=pick(test=9, cpu=24, gpu=64),
+        rate=pick(cpu=1e-3, gpu=3e-4),
       ),
-      dtype=pick(cpu="float32", h200="bfloat16"),  # of the encoders' products; scores are float32
-      tile=pick(cpu=256, h200=8192),  # pairs the cross-encoder scores at once
-      hard=pick(test=8, cpu=16, h200=32),  # hard negatives a training query
+      dtype=pick(cpu="float32", gpu="bfloat16"),  # of the encoders' products; scores are float32
+      tile=pick(cpu=256, gpu=8192),  # pairs the cross-encoder scores at once
+      hard=pick(test=8, cpu=16, gpu=32),  # hard negatives a training query
       search=dict(
-        ks=pick(test=(1, 5), cpu=(1, 10, 20), h200=(1, 10, 20, 50), paper=(1, 10, 50, 100)),
-        claimed=pick(test=(5,), cpu=(10, 20), h200=(20, 50), paper=(50, 100)),  # k > 10 in the paper
-        budgets=pick(test=(40,), cpu=(40, 100, 200), h200=(100, 200), paper=(100, 200, 500, 1000)),
-        budget=pick(test=40, cpu=100, h200=200, paper=500),  # of the claims
-        shares=pick(test=(0.4,), cpu=(0.4, 0.7), h200=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
+        ks=pick(test=(1, 5), cpu=(1, 10, 20), gpu=(1, 10, 20, 50), paper=(1, 10, 50, 100)),
+        claimed=pick(test=(5,), cpu=(10, 20), gpu=(20, 50), paper=(50, 100)),  # k > 10 in the paper
+        budgets=pick(test=(40,), cpu=(40, 100, 200), gpu=(100, 200), paper=(100, 200, 500, 1000)),
+        budget=pick(test=40, cpu=100, gpu=200, paper=500),  # of the claims
+        shares=pick(test=(0.4,), cpu=(0.4, 0.7), gpu=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
         seeds=pick(test=1, cpu=5),
         strength=0.01,  # ridge, over s_1^2 / min(k_q, k_i)
         rounds=4,
@@ -144,16 +153,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         anchors=pick(
           test=(20,),
           cpu=(25, 50, 100, 200, 500),
-          h200=(50, 100, 200, 300, 600, 1000),
+          gpu=(50, 100, 200, 300, 600, 1000),
           paper=(50, 100, 200, 400, 500, 600, 1000, 2000),
         ),
-        seeds=pick(cpu=1, h200=3),
+        seeds=pick(cpu=1, gpu=3),
       ),
       bench=dict(
-        sizes=pick(test=(50,), cpu=(30, 300, 3000, 30_000), h200=(100, 3000, 100_000)),
-        anchors=pick(cpu=10, h200=50),
-        retrieve=pick(cpu=10, h200=50),
-        repetitions=pick(test=1, cpu=3, h200=5),
+        sizes=pick(test=(50,), cpu=(30, 300, 3000, 30_000), gpu=(100, 3000, 100_000)),
+        anchors=pick(cpu=10, gpu=50),
+        retrieve=pick(cpu=10, gpu=50),
+        repetitions=pick(test=1, cpu=3, gpu=5),
       ),
     )
   )

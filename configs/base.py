@@ -4,7 +4,7 @@ r"""The base model in checkpoints/base: how it was trained, and what it can do.
 8192; trained on public-domain books with 15 % (then 25 %) generated recall rows, short rows first, long ones while the
 learning rate falls.
 
-  python -m experiments.run --config=configs/base.py:h200 --workdir=runs/base \
+  python -m experiments.run --config=configs/base.py:gpu --workdir=runs/base \
       --config.data.name=local_text --config.data.path='books/*.jsonl.xz'
 
 Took 8 min on one H100 (419 M tokens, 1.3 M tokens/s at 2048, 0.85 M at 8192) and printed (2026-11-25):
@@ -20,10 +20,19 @@ bits per byte (xz 1.54) and no needle found. It shows the way; none of its claim
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="The base model",
+  family="foundation",
+  link="../../checkpoints/base",
+  does="is the small language model that ships, with the run that trained it",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (a minute), cpu (2 cores, minutes; a toy), h200 (one GPU, 10 minutes), paper (the same as h200)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["h200"])
+  """Scales: test (a minute), cpu (2 cores, minutes; a toy), gpu (one GPU, 10 minutes), paper (the same as gpu)."""
+  pick = scales.picker(scale)
 
   def phase(*, steps, batch, length, recall, warmdown, warmup):
     return dict(
@@ -35,8 +44,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=1.0,
       warmup=warmup,
       warmdown=warmdown,
-      dtype=pick(test="float32", cpu="float32", h200="bfloat16"),
-      checkpoint_every=pick(test=2, cpu=100, h200=500),
+      dtype=pick(test="float32", cpu="float32", gpu="bfloat16"),
+      checkpoint_every=pick(test=2, cpu=100, gpu=500),
       remat="dots",
     )
 
@@ -48,43 +57,43 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       seed=0,
       model="qwen3",
       shape=dict(
-        depth=pick(test=2, cpu=4, h200=6),
-        width=pick(test=32, cpu=128, h200=512),
-        q_heads=pick(test=4, cpu=4, h200=8),
+        depth=pick(test=2, cpu=4, gpu=6),
+        width=pick(test=32, cpu=128, gpu=512),
+        q_heads=pick(test=4, cpu=4, gpu=8),
         kv_heads=2,
-        head_dim=pick(test=8, cpu=32, h200=64),
-        mlp_width=pick(test=64, cpu=256, h200=896),
-        context=pick(test=256, cpu=512, h200=8192),
+        head_dim=pick(test=8, cpu=32, gpu=64),
+        mlp_width=pick(test=64, cpu=256, gpu=896),
+        context=pick(test=256, cpu=512, gpu=8192),
         rope_theta=1e6,
         tied_embeddings=True,
       ),
-      data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, h200=8192)),
+      data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, gpu=8192)),
       short=phase(
-        steps=pick(test=4, cpu=200, h200=2000),
-        batch=pick(test=4, cpu=8, h200=64),
-        length=pick(test=192, cpu=256, h200=2048),
-        recall=pick(h200=0.15),
+        steps=pick(test=4, cpu=200, gpu=2000),
+        batch=pick(test=4, cpu=8, gpu=64),
+        length=pick(test=192, cpu=256, gpu=2048),
+        recall=0.15,
         warmdown=0.0,
-        warmup=pick(test=2, cpu=20, h200=100),
+        warmup=pick(test=2, cpu=20, gpu=100),
       ),
       long=phase(
-        steps=pick(test=4, cpu=100, h200=1200),
-        batch=pick(test=2, cpu=4, h200=16),
-        length=pick(test=256, cpu=512, h200=8192),
-        recall=pick(h200=0.25),
+        steps=pick(test=4, cpu=100, gpu=1200),
+        batch=pick(test=2, cpu=4, gpu=16),
+        length=pick(test=256, cpu=512, gpu=8192),
+        recall=0.25,
         warmdown=0.8,
-        warmup=pick(test=2, cpu=10, h200=40),
+        warmup=pick(test=2, cpu=10, gpu=40),
       ),
       save_dtype="bfloat16",
       eval=dict(
         split="test",
-        lengths=pick(test=(192, 256), cpu=(256, 512), h200=(512, 1024, 2048, 4096, 8192)),
-        batch_tokens=pick(test=1024, cpu=8192, h200=131072),
-        tokens=pick(test=1024, cpu=65536, h200=10_000_000),
-        examples=pick(test=4, cpu=32, h200=200),
+        lengths=pick(test=(192, 256), cpu=(256, 512), gpu=(512, 1024, 2048, 4096, 8192)),
+        batch_tokens=pick(test=1024, cpu=8192, gpu=131072),
+        tokens=pick(test=1024, cpu=65536, gpu=10_000_000),
+        examples=pick(test=4, cpu=32, gpu=200),
       ),
       prompts=("It was a cold evening in November, and", "The old doctor looked at her and said,", "Chapter I"),
-      sample_tokens=pick(test=8, cpu=60, h200=120),
+      sample_tokens=pick(test=8, cpu=60, gpu=120),
       mesh=dict(data=-1),
     )
   )

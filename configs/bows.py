@@ -36,7 +36,7 @@ Not reproduced there, and what two more runs say of it:
 
 The novels name some months in fewer than five paragraphs, so months were not measured.
 
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/bows.py:h200 \
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/bows.py:gpu \
       --config.data.name=local_text --config.data.path=books --workdir=runs/bows
 
 The flag keeps products of cuBLAS out of CUDA graphs: several programs run side by side in threads there, get temporary
@@ -70,10 +70,19 @@ What does not hold, and why:
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="BOWS, bag-of-words superposition",
+  family="tensors",
+  link="https://arxiv.org/abs/2603.09972",
+  does="trains small autoencoders on which words occur together, to see how correlated features share dimensions",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, minutes), paper (the paper's vocabulary)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale.get("h200" if scale == "paper" else "cpu", by_scale["cpu"]))
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, minutes), paper (the paper's vocabulary)."""
+  pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
       paper="bows",
@@ -84,19 +93,19 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         name="stdlib_code",  # or local_text with a path, or a tfds name
         path="",
         split=pick(test="validation", cpu="train"),
-        rows=pick(test=600, cpu=12_000, h200=60_000, paper=400_000),  # paragraphs at most
-        vocabulary=pick(test=200, cpu=1000, h200=4000, paper=10_000),
+        rows=pick(test=600, cpu=12_000, gpu=60_000, paper=400_000),  # paragraphs at most
+        vocabulary=pick(test=200, cpu=1000, gpu=4000, paper=10_000),
         group=4,  # rows a window, for interference and R2
         cycle_group=20,  # rows a window, for months
         block=pick(test=100, cpu=400),  # rows a block; every fifth block is held out
       ),
       train=dict(
-        steps=pick(test=20, cpu=800, h200=3000, paper=31_700),
-        batch=pick(test=32, cpu=128, h200=512),
+        steps=pick(test=20, cpu=800, gpu=3000, paper=31_700),
+        batch=pick(test=32, cpu=128, gpu=512),
         rate=5e-4,
-        latents=pick(test=(10, 20), cpu=(25, 50, 100), h200=(50, 100, 200, 400, 800, 4000)),
+        latents=pick(test=(10, 20), cpu=(25, 50, 100), gpu=(50, 100, 200, 400, 800, 4000)),
         weight_decays=(0.0, 1.0, 4.0),
-        seeds=pick(test=2, cpu=2, h200=3),
+        seeds=pick(test=2, cpu=2, gpu=3),
         cycle_latent=pick(test=10, cpu=100),
         cycle_seeds=pick(test=1, cpu=3),
       ),
@@ -108,9 +117,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       cities=dict(
         name="generated",  # or csv: a path to lines of "latitude,longitude,population"
         path="",
-        count=pick(test=40, cpu=300, h200=800),
-        pairs=pick(test=2000, cpu=80_000, h200=875_000),
-        steps=pick(test=15, cpu=1500, h200=27_000),
+        count=pick(test=40, cpu=300, gpu=800),
+        pairs=pick(test=2000, cpu=80_000, gpu=875_000),
+        steps=pick(test=15, cpu=1500, gpu=27_000),
         batch=pick(test=128, cpu=1024),
       ),
     )

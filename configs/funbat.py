@@ -27,7 +27,7 @@ Also at scale cpu: GPTF 0.390 is level with FunBaT; FunBaT-CP 0.443 needs the au
 discrete CP (0.428). Polynomial factors choose ridge 0.01 on the held-out tenth, and are then worse than the mean on the
 test sets (1.24). Timings on a machine with other work are uncertain by a factor of two.
 
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/funbat.py:h200 \
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/funbat.py:gpu \
       --config.data.name=npz --config.data.path=beijing_pm25.npz --workdir=runs/funbat
 
 The flag keeps products of cuBLAS out of CUDA graphs: several programs run side by side in threads there, get temporary
@@ -53,10 +53,19 @@ below that it is launches, and between the last two sizes the slope is still onl
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="FunBaT, functional Bayesian Tucker decomposition",
+  family="tensors",
+  link="https://arxiv.org/abs/2311.04829",
+  does="decomposes a tensor whose indices are real numbers into Gaussian processes, one a mode",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, long chains), paper (its ranks and epochs)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, long chains), paper (its ranks and epochs)."""
+  pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
       paper="funbat",
@@ -69,47 +78,47 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         name="field",  # generated; or npz with a path: data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
         path="",
         span=10.0,  # the coordinates of every mode are scaled to [0, span]
-        folds=pick(test=2, cpu=3, h200=5, paper=5),
-        observations=pick(test=400, cpu=6000, h200=20000, paper=20000),  # of the generated field
-        levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), h200=(400, 500, 1500), paper=(400, 500, 1500)),
+        folds=pick(test=2, cpu=3, gpu=5, paper=5),
+        observations=pick(test=400, cpu=6000, gpu=20000, paper=20000),  # of the generated field
+        levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), gpu=(400, 500, 1500), paper=(400, 500, 1500)),
       ),
       funbat=dict(
-        ranks=pick(test=(2,), cpu=(2, 3), h200=(2, 3, 5), paper=(2, 3, 5, 7)),
-        epochs=pick(test=5, cpu=50, h200=60, paper=100),
+        ranks=pick(test=(2,), cpu=(2, 3), gpu=(2, 3, 5), paper=(2, 3, 5, 7)),
+        epochs=pick(test=5, cpu=50, gpu=60, paper=100),
         kernel="matern12",
         lengthscale=0.1,
         variances=pick(test=(5.0,), cpu=(1.0, 5.0)),
         damping=(0.3, 0.8, 0.5),
-        scan=pick(test="seq", cpu="seq", h200="doubling", paper="doubling"),
+        scan=pick(test="seq", cpu="seq", gpu="doubling", paper="doubling"),
       ),
       # All folds and regularisations as one batch; on a CPU one after another, as its memory and cores are fewer.
-      together=pick(test=False, cpu=False, h200=True, paper=True),
+      together=pick(test=False, cpu=False, gpu=True, paper=True),
       baselines=dict(
         ridges=pick(test=(1.0,), cpu=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)),
-        sweeps=pick(test=3, cpu=20, h200=30, paper=50),
-        basis=pick(test=5, cpu=20, h200=40, paper=40),
-        mlp_steps=pick(test=50, cpu=3000, h200=10000, paper=50000),
-        inducing=pick(test=10, cpu=100, h200=200, paper=200),
-        gp_steps=pick(test=3, cpu=40, h200=100, paper=200),
-        gp_points=pick(test=50, cpu=1000, h200=2000, paper=5000),
+        sweeps=pick(test=3, cpu=20, gpu=30, paper=50),
+        basis=pick(test=5, cpu=20, gpu=40, paper=40),
+        mlp_steps=pick(test=50, cpu=3000, gpu=10000, paper=50000),
+        inducing=pick(test=10, cpu=100, gpu=200, paper=200),
+        gp_steps=pick(test=3, cpu=40, gpu=100, paper=200),
+        gp_points=pick(test=50, cpu=1000, gpu=2000, paper=5000),
         gp_limit=20000,  # no exact GP beyond this many observations: its memory is their square
       ),
       bench=dict(
         steps=pick(
           test=(6,),
           cpu=(256, 1024, 4096),
-          h200=(32, 320, 1000, 3200, 10000, 32000),
+          gpu=(32, 320, 1000, 3200, 10000, 32000),
           paper=(32, 320, 1000, 3200, 10000, 32000, 100000),
         ),
         rank=3,
-        repetitions=pick(test=2, cpu=5, h200=20, paper=20),
-        loop_steps=pick(test=100, cpu=20000, h200=20000, paper=20000),  # steps a smoother is repeated for, at most
+        repetitions=pick(test=2, cpu=5, gpu=20, paper=20),
+        loop_steps=pick(test=100, cpu=20000, gpu=20000, paper=20000),  # steps a smoother is repeated for, at most
         loop_limit=32000,  # no sequential form beyond: a step takes a GPU about 0.1 ms
-        numpy_limit=pick(test=6, cpu=4096, h200=10000, paper=10000),
+        numpy_limit=pick(test=6, cpu=4096, gpu=10000, paper=10000),
         observations=pick(
           test=(200,),
           cpu=(8000, 32000, 96000),
-          h200=(1000, 10000, 100000, 1000000),
+          gpu=(1000, 10000, 100000, 1000000),
           paper=(1000, 10000, 100000, 1000000),
         ),
       ),

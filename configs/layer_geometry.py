@@ -19,11 +19,11 @@ of 6 layers, but nowhere the isotropic ratio of energies. An untrained model has
 to 4 times as much as noise of its norm (the untrained model's ratio is in the figure of harm only). On a busy CPU set
 OPENBLAS_NUM_THREADS=1: small LAPACK calls otherwise wait for BLAS threads.
 
-Scale h200: a nanochat of 8 layers x 336, the same trained with SNLP's regulariser on its last 4, one not trained, base;
+Scale gpu: a nanochat of 8 layers x 336, the same trained with SNLP's regulariser on its last 4, one not trained, base;
 16,128 reference tokens of books (XLA_FLAGS as docs/measuring.md says for programs side by side, and, as the many small
 programs take minutes to tune, --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false):
 
-  python -m experiments.run --config=configs/layer_geometry.py:h200 --workdir=runs/layer_geometry_h200 \
+  python -m experiments.run --config=configs/layer_geometry.py:gpu --workdir=runs/layer_geometry_h200 \
       --config.data.name=local_text --config.data.path=books
 
 took 3 min on one H100 (2026-11-26) and printed (8 layers, with the regulariser, base):
@@ -40,11 +40,20 @@ paper's 0.7 is reached by the best layer only, and the untrained model has more 
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="Layer-update geometry",
+  family="depth",
+  link="https://arxiv.org/abs/2604.02459",
+  does="splits what a layer does into a map of each token by itself and a rest, and asks which of the two matters",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (one core, 5 minutes), h200 (one GPU, 5 minutes), paper (trained longer)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
-  large = lambda h200, paper=None: dict(h200=h200, paper=h200 if paper is None else paper)
+  """Scales: test (seconds), cpu (one core, 5 minutes), gpu (one GPU, 5 minutes), paper (trained longer)."""
+  pick = scales.picker(scale)
+  large = lambda gpu, paper=None: dict(gpu=gpu, paper=gpu if paper is None else paper)
   return ml_collections.ConfigDict(
     dict(
       paper="layer_geometry",
@@ -52,7 +61,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       model="nanochat",  # or hf:DIR, a checkpoint to measure as it is
-      depths=pick(test=(2,), cpu=(4, 6), h200=(8,), paper=(6, 8, 12)),
+      depths=pick(test=(2,), cpu=(4, 6), gpu=(8,), paper=(6, 8, 12)),
       shape=dict(
         aspect_ratio=pick(test=16, cpu=16, **large(42)),
         head_dim=pick(test=16, cpu=32, **large(64)),
@@ -106,7 +115,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         classes=pick(
           test=("low_rank", "mlp"),
           cpu=("global_affine", "low_rank", "mlp"),
-          h200=("token_lookup", "global_affine", "low_rank", "orthogonal", "mlp"),
+          gpu=("token_lookup", "global_affine", "low_rank", "orthogonal", "mlp"),
           paper=("identity", "token_lookup", "global_affine", "diagonal", "low_rank", "orthogonal", "mlp"),
         ),
         doses=(0.0, 0.25, 0.5, 0.75, 1.0),

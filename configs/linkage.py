@@ -25,7 +25,7 @@ The lead of the batched form falls with the size (25 x at 4 columns over GF(101)
 loops drop rows and columns as they go. The identities run on spaces of at most 6 columns a block.
 Where the galois package is installed it is timed too: with 8 and 32 columns it took 4 to 12 times what NumPy takes.
 
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/linkage.py:h200 \
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/linkage.py:gpu \
       --workdir=runs/linkage
 
 The flag is for experiments whose programs run side by side in threads, get temporary buffers at new addresses, and
@@ -52,19 +52,28 @@ faster, 0.75 us. The random geometric graph of 2000 vertices is too large to be 
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="Linking vector spaces, graphs and matroids",
+  family="tensors",
+  link="https://arxiv.org/abs/1609.07991",
+  does="splits a system of equations into parts that share as few coordinates as their connectivity allows",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, 1e5 instances), paper (theory only: as h200)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
-  large = dict(h200=100_000, paper=100_000)
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, 1e5 instances), paper (theory only: as gpu)."""
+  pick = scales.picker(scale)
+  large = dict(gpu=100_000, paper=100_000)
   return ml_collections.ConfigDict(
     dict(
       paper="linkage",
       experiment="linkage",
       scale=scale,
       seed=0,
-      fields=pick(test=(2,), cpu=(2, 3, 101), h200=(101,)),
-      identities=dict(instances=pick(test=400, cpu=1000, h200=20_000, paper=20_000), size=6),
+      fields=pick(test=(2,), cpu=(2, 3, 101), gpu=(101,)),
+      identities=dict(instances=pick(test=400, cpu=1000, gpu=20_000, paper=20_000), size=6),
       matroids=dict(pairs=pick(test=60, cpu=300), size=2),
       data=dict(
         name="networkx",  # karate club, Les Miserables, a random geometric graph; or edge_list with a path
@@ -72,18 +81,18 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         graphs=pick(
           test=("florentine",),
           cpu=("karate", "les_miserables", "florentine", "geometric"),
-          h200=("karate", "geometric"),
+          gpu=("karate", "geometric"),
         ),
         splits=pick(test=("random",), cpu=("spectral", "random")),  # how the edges of a graph fall into two halves
-        vertices=pick(test=30, cpu=150, h200=2000, paper=2000),  # of the random geometric graph
+        vertices=pick(test=30, cpu=150, gpu=2000, paper=2000),  # of the random geometric graph
       ),
       bench=dict(
-        fields=pick(test=(2,), cpu=(2, 101), h200=(2, 32749), paper=(2, 32749)),
-        sizes=pick(test=(4,), cpu=(4, 8, 16, 32), h200=(8, 32), paper=(8, 16, 32)),  # |S| = |P| = |Q|
+        fields=pick(test=(2,), cpu=(2, 101), gpu=(2, 32749), paper=(2, 32749)),
+        sizes=pick(test=(4,), cpu=(4, 8, 16, 32), gpu=(8, 32), paper=(8, 16, 32)),  # |S| = |P| = |Q|
         batch=pick(test=8, cpu=256, **large),
         chunk=2**14,  # instances whose intermediate spaces are in memory together
         host_batch=pick(test=1, cpu=4),
-        repetitions=pick(test=1, cpu=5, h200=2, paper=2),
+        repetitions=pick(test=1, cpu=5, gpu=2, paper=2),
       ),
     )
   )

@@ -15,7 +15,7 @@ On two shared CPU cores (252 s) it printed:
   star of 2000 points and 3 outliers                     distortion 91 with slack, 933 exact, LB 44
   30,000 leaves, speed over squarified                   slack boxes 6.1x, angular 1.4x, greedy 0.03x
 
-Nothing here runs on a GPU: scale h200 is only larger trees. On two CPU cores (273 s, 2026-11-26) it printed the same
+Nothing here runs on a GPU: scale gpu is only larger trees. On two CPU cores (273 s, 2026-11-26) it printed the same
 but for the speeds, now at 100,000 leaves (squarified takes 0.78 s): slack boxes 5.4x, angular 0.98x, greedy 0.04x.
 
 Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
@@ -28,10 +28,19 @@ slack boxes the worst side ratio 9.1.
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="Fat polygonal partitions",
+  family="graphs",
+  link="https://arxiv.org/abs/1009.1866",
+  does="draws a weighted tree as convex polygons inside polygons, none of them long and thin",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, trees of 10^5 leaves), paper (the same as h200)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale.get("h200" if scale == "paper" else "cpu", by_scale["cpu"]))
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, trees of 10^5 leaves), paper (the same as gpu)."""
+  pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
       paper="polygonal_partitions",
@@ -56,7 +65,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         star=pick(test=50, cpu=2000),
       ),
       bench=dict(
-        leaves=pick(test=(20, 60), cpu=(1000, 5000, 30_000), h200=(1000, 10_000, 100_000)),
+        leaves=pick(test=(20, 60), cpu=(1000, 5000, 30_000), gpu=(1000, 10_000, 100_000)),
         repetitions=pick(test=1, cpu=3),
       ),
     )

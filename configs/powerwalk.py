@@ -24,7 +24,7 @@ those and then costs about a step to read. Against an online-only rival that thr
 1.222: that rival was too weak. In L1 the index is worth more: 0.29 after two steps, where power iteration has 0.53.
 Without data.name it runs on generated graphs.
 
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/powerwalk.py:h200 \
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/powerwalk.py:gpu \
       --config.data.name=edge_list --config.data.path=wiki-Vote.txt \
       --config.undirected.name=edge_list --config.undirected.path=ego_facebook.txt --workdir=runs/powerwalk
 
@@ -59,13 +59,20 @@ and need no GPU; each part of a run is kept in its folder, and a run goes on wit
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="PowerWalk, personalised PageRank from fingerprints",
+  family="graphs",
+  link="https://arxiv.org/abs/1608.06054",
+  does="answers personalised PageRank from coarse random-walk fingerprints and a few exact steps",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (10,000 queries on 10 M edges), paper (100 M edges)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
-  graph = dict(
-    path="", nodes=pick(test=64, cpu=2048, h200=8192), degree=pick(test=4.0, cpu=12.0), mixing=0.2, blocks=16
-  )
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (10,000 queries on 10 M edges), paper (100 M edges)."""
+  pick = scales.picker(scale)
+  graph = dict(path="", nodes=pick(test=64, cpu=2048, gpu=8192), degree=pick(test=4.0, cpu=12.0), mixing=0.2, blocks=16)
   return ml_collections.ConfigDict(
     dict(
       paper="powerwalk",
@@ -76,12 +83,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(name=pick(test="karate", cpu="rmat"), directed=True, **graph),
       undirected=dict(name=pick(test="karate", cpu="sbm"), directed=False, **graph),
       accuracy=dict(
-        sources=pick(test=8, cpu=64, h200=100),
+        sources=pick(test=8, cpu=64, gpu=100),
         k=pick(test=5, cpu=100),
-        walks=pick(test=(2, 20), cpu=(1, 10, 100), h200=(1, 10, 100, 1000)),
+        walks=pick(test=(2, 20), cpu=(1, 10, 100), gpu=(1, 10, 100, 1000)),
         main=pick(test=2, cpu=10),  # the R of the claims; one of `walks`
-        steps=pick(test=(0, 1, 2), cpu=(0, 1, 2, 4, 8), h200=(0, 1, 2, 3, 4, 5, 6, 7, 8)),
-        seeds=pick(test=1, cpu=2, h200=5, paper=5),
+        steps=pick(test=(0, 1, 2), cpu=(0, 1, 2, 4, 8), gpu=(0, 1, 2, 3, 4, 5, 6, 7, 8)),
+        seeds=pick(test=1, cpu=2, gpu=5, paper=5),
         length=64,
         cap=1024,
         rag=0.99,
@@ -94,16 +101,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         nodes=pick(
           test=(64, 128),
           cpu=(2**11, 2**13, 2**15, 2**17),
-          h200=(2**10, 2**14, 2**17, 2**20),
+          gpu=(2**10, 2**14, 2**17, 2**20),
           paper=(2**20, 2**23),
         ),
-        degree=pick(test=4.0, cpu=8.0, h200=10.0, paper=16.0),
-        walks=pick(test=2, cpu=4, h200=10, paper=10),
-        queries=pick(test=16, cpu=256, h200=10_000, paper=10_000),
+        degree=pick(test=4.0, cpu=8.0, gpu=10.0, paper=16.0),
+        walks=pick(test=2, cpu=4, gpu=10, paper=10),
+        queries=pick(test=16, cpu=256, gpu=10_000, paper=10_000),
         steps=2,
         length=32,
-        sample=pick(test=8, cpu=32, h200=64),  # queries that tell how many steps reach the RAG
-        exact=pick(test=60, cpu=60, h200=100),  # iterations of their truth
+        sample=pick(test=8, cpu=32, gpu=64),  # queries that tell how many steps reach the RAG
+        exact=pick(test=60, cpu=60, gpu=100),  # iterations of their truth
         scipy=pick(test=8, cpu=32),  # queries scipy answers
         repetitions=pick(test=1, cpu=2),
       ),

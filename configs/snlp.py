@@ -20,10 +20,10 @@ Took 8 to 9 min on 2 CPU cores (12 layers of width 96, 0.2 M tokens of Python's 
   self-speculation over sequential generation          0.68 x, the same tokens
 So small and so briefly trained a network is nearly additive in its layers; what it shows is the regulariser at work.
 
-At scale h200 the pair has 32 layers of width 256 and reads 79 M tokens of books (1.6 times each; 2026-11-26, parts of
+At scale gpu the pair has 32 layers of width 256 and reads 79 M tokens of books (1.6 times each; 2026-11-26, parts of
 some commits on H100s, an hour one after the other):
 
-  python -m experiments.run --config=configs/snlp.py:h200 --workdir=runs/snlp_h200 \
+  python -m experiments.run --config=configs/snlp.py:gpu --workdir=runs/snlp_h200 \
       --config.data.name=local_text --config.data.path=books
 
 printed 27 of 40 claims that hold. This network is not additive, and the regulariser decides. Perplexity lost against
@@ -71,6 +71,15 @@ the other two do not: on the fastest the ratios were 2.05 and 1.55.
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="SNLP, layer parallelism by structured Newton steps",
+  family="depth",
+  link="https://arxiv.org/abs/2605.17842",
+  does="runs a transformer's last n layers at once, corrected by Newton steps",
+)
+
 PARTS = ("quality", "speculation", "speed", "memory")
 ALL = (*PARTS, "hcn", "competitors", "finetuning")
 SETTINGS = {
@@ -79,35 +88,36 @@ SETTINGS = {
     *(f"n{n} K{k}" for n in (3, 6, 9) for k in (1, 2, 4) if k <= n),
     *("n3 K3", "n9 K1 batch_fwd", "n9 K2 jacobi", "n9 K2 diagonal", "n8 K1 F2", "n8 K1 G4"),
   ),
-  "h200": (
+  "gpu": (
     *(f"n{n} K{k}" for n in (8, 16, 24) for k in (1, 2, 4, 8)),
     *("n24 K1 batch_fwd", "n24 K2 jacobi", "n24 K2 diagonal"),
     *("n24 K1 F2", "n24 K2 F2", "n12 K1 F12", "n24 K1 G12"),
   ),
 }
-SLICED = {"test": ("n3 K1",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2", "n24 K2 F2")}
+SLICED = {"test": ("n3 K1",), "cpu": ("n9 K1", "n9 K2"), "gpu": ("n24 K1", "n24 K2", "n24 K2 F2")}
 HCN = ("n8 K1", "n8 K4", "n16 K1", "n16 K2", "n16 K4", "n24 K2")
-CACHED = {"test": ("n3 K2",), "cpu": ("n9 K1", "n9 K2"), "h200": ("n24 K1", "n24 K2")}
+CACHED = {"test": ("n3 K2",), "cpu": ("n9 K1", "n9 K2"), "gpu": ("n24 K1", "n24 K2")}
 
 
 def bench(scale: str) -> dict:
-  """Cases of `snlp_speed`: the trained model itself on a CPU; the paper's 0.5 B shapes and d20 x 1280 on a GPU."""
+  """Cases of the speed part: the trained model itself on a CPU; the paper's 0.5 B shapes and d20 x 1280 on a GPU."""
   decode = lambda shape, context, settings, batch=1, **more: (
     dict(shape=shape, kind="decode", context=context, room=600, batch=batch, settings=settings) | more
   )
   forward = lambda shape, tokens, settings, batch=1, **more: (
     dict(shape=shape, kind="forward", tokens=tokens, batch=batch, settings=settings) | more
   )
-  if scale != "h200":
+  if scale != "gpu":
     few = ("n3 K1",) if scale == "test" else ("n3 K1", "n6 K1", "n9 K1", "n9 K2", "n9 K4", "n8 K1 F2")
     length = 16 if scale == "test" else 64
     most = "n3 K1" if scale == "test" else "n8 K1 F2"
     cases = [forward("model", length, few)]
     cases += [decode("model", length, few)] if scale == "cpu" else []
     first = f"model, forward, {length} tokens, batch 1"
-    claims = [dict(case=first, setting=most, threshold=1.0, paper=2.58)]
+    says = f"How many times as fast as in sequence {length} tokens are read, most layers in one step"
+    claims = [dict(case=first, setting=most, threshold=1.0, paper=2.58, says=says)]
     repetitions = 3 if scale == "test" else 10
-    common = dict(shapes={}, dtype="float32", floors=[], repetitions=repetitions)
+    common = dict(shapes={}, dtype="float32", repetitions=repetitions)
     return dict(cases=cases, claims=claims, shown=few, **common)
   grid = tuple(f"n{n} K{k}" for n in (8, 12, 16, 24) for k in (1, 2, 4))
   fused = ("n24 K1 F2", "n24 K2 F2", "n24 K2 F6", "n12 K1 F12")
@@ -137,24 +147,30 @@ def bench(scale: str) -> dict:
     dtype="bfloat16",
     cases=cases,
     claims=[
-      dict(case=main, setting="n24 K1 F2", threshold=2.5, paper=2.58),
-      dict(case=main, setting="n24 K2", threshold=1.5, paper=1.88),
-      dict(case=main, setting="n24 K1", threshold=2.5),
-      dict(case=main, setting="n24 K2 F2", threshold=1.5, paper=2.09),
-      dict(case="d32_width640, forward, 2048 tokens, batch 1", setting="n24 K2 F2", threshold=1.0, paper=2.09),
-      dict(case="d32_width640, forward, 128 tokens, batch 1", setting="n24 K2", threshold=1.0, paper=1.88),
-      dict(case="d32_width640_mhc, decode, context 2048, batch 1", setting="n16 K1 streams", threshold=1.0, paper=1.60),
+      dict(
+        case=main,
+        setting="n24 K1 F2",
+        threshold=2.5,
+        paper=2.58,
+        says="How many times as fast as in sequence one token is decoded, the last 24 of 32 layers in one step",
+      ),
+      dict(
+        case="d32_width640, forward, 2048 tokens, batch 1",
+        setting="n24 K2 F2",
+        threshold=1.0,
+        paper=2.09,
+        says="How many times as fast as in sequence 2048 tokens are read, the last 24 of 32 layers in two steps",
+      ),
     ],
-    floors=[dict(case=main, setting="n24 K1 F2")],
     shown=("n16 K1", "n24 K1", "n24 K2", "n24 K1 F2", "n24 K2 F2", "n16 K1 streams"),
     repetitions=12,
   )
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (a minute), cpu (2 cores, 8 to 9 minutes), h200 (one GPU), paper (0.5B, four GPUs)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
-  sizes = "h200" if scale == "paper" else scale if scale in SETTINGS else "cpu"
+  """Scales: test (a minute), cpu (2 cores, 8 to 9 minutes), gpu (one GPU), paper (0.5B, four GPUs)."""
+  pick = scales.picker(scale)
+  sizes = "gpu" if scale == "paper" else scale if scale in SETTINGS else "cpu"
   return ml_collections.ConfigDict(
     dict(
       paper="snlp",
@@ -162,12 +178,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       # Measured once a workdir, each in a file of its own.
-      parts=pick(test=(*PARTS[:3], "convergence"), cpu=(*PARTS, "convergence"), h200=ALL, paper=ALL),
+      parts=pick(test=(*PARTS[:3], "convergence"), cpu=(*PARTS, "convergence"), gpu=ALL, paper=ALL),
+      pair="",  # a folder with a pair trained before, plain and regularised, to evaluate instead of training one
       model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
       shape=dict(
-        depth=pick(test=4, cpu=12, h200=32, paper=32),
-        aspect_ratio=pick(test=8, cpu=8, h200=8, paper=20),
-        head_dim=pick(test=16, cpu=32, h200=64, paper=128),
+        depth=pick(test=4, cpu=12, gpu=32, paper=32),
+        aspect_ratio=pick(test=8, cpu=8, gpu=8, paper=20),
+        head_dim=pick(test=16, cpu=32, gpu=64, paper=128),
         window_pattern="SSSL",
         x0=False,
         value_embeddings=False,
@@ -175,25 +192,25 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(
         name="stdlib_code",  # or local_text with a path, or a tfds name
         path="",
-        vocab_size=pick(test=320, cpu=1024, h200=8192, paper=32768),
+        vocab_size=pick(test=320, cpu=1024, gpu=8192, paper=32768),
       ),
       train=dict(
-        steps=pick(test=6, cpu=100, h200=1200, paper=4800),
-        batch=pick(test=4, cpu=8, h200=128, paper=512),
-        length=pick(test=32, cpu=256, h200=512, paper=2048),
-        accumulate=pick(cpu=1, h200=2, paper=8),
+        steps=pick(test=6, cpu=100, gpu=1200, paper=4800),
+        batch=pick(test=4, cpu=8, gpu=128, paper=512),
+        length=pick(test=32, cpu=256, gpu=512, paper=2048),
+        accumulate=pick(cpu=1, gpu=2, paper=8),
         scale=pick(test=1.0, cpu=1.0),
         recall=0.0,  # share of rows that are generated recall tasks
         warmdown=0.65,
-        warmup=pick(cpu=20, h200=40, paper=40),
-        dtype=pick(test="float32", cpu="float32", h200="bfloat16", paper="bfloat16"),
-        remat=pick(cpu="none", h200="dots", paper="full"),
-        checkpoint_every=pick(test=2, cpu=40, h200=400, paper=200),
+        warmup=pick(cpu=20, gpu=40, paper=40),
+        dtype=pick(test="float32", cpu="float32", gpu="bfloat16", paper="bfloat16"),
+        remat=pick(cpu="none", gpu="dots", paper="full"),
+        checkpoint_every=pick(test=2, cpu=40, gpu=400, paper=200),
       ),
       reg=dict(
         weight=0.5,
-        stride=pick(test=1, cpu=3, h200=6, paper=6),
-        layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
+        stride=pick(test=1, cpu=3, gpu=6, paper=6),
+        layers=pick(test=(2, 3), cpu=(3, 6, 9), gpu=(8, 16, 24), paper=(8, 16, 24)),
         surrogate="identity",
         detach_target=False,
         detach_input=False,
@@ -202,60 +219,60 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       snlp=dict(settings=SETTINGS[sizes], sliced=SLICED[sizes], cached=CACHED[sizes]),
       convergence=dict(  # on a few rows: the exact Jacobian takes as many evaluations a step as there are layers
         surrogates=("jacobi", "identity", "diagonal", "exact"),
-        layers=pick(test=3, cpu=9, h200=24, paper=24),
+        layers=pick(test=3, cpu=9, gpu=24, paper=24),
         iterations=pick(test=2, cpu=4),
         rows=pick(test=2, cpu=2),
       ),
-      hcn=dict(  # three models with hyper-connections, of scale h200 and on
-        settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=HCN, paper=HCN),
-        steps=pick(test=6, cpu=100, h200=620, paper=4800),  # fewer than the other pair's at h200, for time
+      hcn=dict(  # three models with hyper-connections, of scale gpu and on
+        settings=pick(test=("n3 K1",), cpu=("n9 K1",), gpu=HCN, paper=HCN),
+        steps=pick(test=6, cpu=100, gpu=620, paper=4800),  # fewer than the other pair's at gpu, for time
         reg=dict(
           weight=0.5,
           stride=0,
-          layers=pick(test=(2, 3), cpu=(3, 6, 9), h200=(8, 16, 24), paper=(8, 16, 24)),
+          layers=pick(test=(2, 3), cpu=(3, 6, 9), gpu=(8, 16, 24), paper=(8, 16, 24)),
           surrogate="streams",
           detach_target=True,  # the third model of this part is trained without
           detach_input=False,
           sampled=False,
         ),
       ),
-      competitors=dict(  # trained beside, of scale h200 and on
-        settings=pick(test=("n3 K1",), cpu=("n9 K1",), h200=("n24 K1", "n24 K2", "n24 K1 F2")),
+      competitors=dict(  # trained beside, of scale gpu and on
+        settings=pick(test=("n3 K1",), cpu=("n9 K1",), gpu=("n24 K1", "n24 K2", "n24 K1 F2")),
         shapes=pick(
           test=dict(d2=dict(depth=2, aspect_ratio=16)),
           cpu=dict(d6=dict(depth=6, aspect_ratio=16)),
-          h200=dict(
+          gpu=dict(
             d14_width256=dict(depth=14, aspect_ratio=18),
             d12_width384=dict(depth=12, aspect_ratio=32),
             d18_width256_parallel=dict(depth=18, aspect_ratio=14, parallel_sublayers=True),
           ),
         ),
-        context=pick(test=16, cpu=64, h200=512),
+        context=pick(test=16, cpu=64, gpu=512),
         repetitions=pick(test=2, cpu=10),
       ),
-      finetuning=dict(  # on recall tasks, of scale h200 and on
-        setting=pick(test="n3 K1", cpu="n9 K1", h200="n24 K2"),
-        row=pick(test=160, cpu=256, h200=512),
-        batch=pick(test=2, cpu=8, h200=64),
-        steps=pick(test=2, cpu=100, h200=300),
-        questions=pick(test=2, cpu=64, h200=512),
+      finetuning=dict(  # on recall tasks, of scale gpu and on
+        setting=pick(test="n3 K1", cpu="n9 K1", gpu="n24 K2"),
+        row=pick(test=160, cpu=256, gpu=512),
+        batch=pick(test=2, cpu=8, gpu=64),
+        steps=pick(test=2, cpu=100, gpu=300),
+        questions=pick(test=2, cpu=64, gpu=512),
         scale=0.3,
         warmup=10,
       ),
       speculation=dict(
-        settings=pick(test=("n2 K1",), cpu=("n6 K1",), h200=("n24 K1", "n24 K2"), paper=("n24 K1",)),
-        drafts=pick(test=(2,), cpu=(4,), h200=(2, 4, 8), paper=(2, 4, 8)),
+        settings=pick(test=("n2 K1",), cpu=("n6 K1",), gpu=("n24 K1", "n24 K2")),
+        drafts=pick(test=(2,), cpu=(4,), gpu=(2, 4, 8), paper=(2, 4, 8)),
         prompt=pick(test=8, cpu=64),
         prompts=pick(test=2, cpu=4),
-        tokens=pick(test=8, cpu=64, h200=256, paper=256),
-        repetitions=pick(test=2, cpu=3, h200=5, paper=10),
+        tokens=pick(test=8, cpu=64, gpu=256, paper=256),
+        repetitions=pick(test=2, cpu=3, gpu=5, paper=10),
       ),
       eval=dict(
         split="validation",
-        length=pick(test=32, cpu=256, h200=512, paper=2048),
-        slice=pick(test=16, cpu=64, h200=128, paper=128),
-        batch=pick(test=4, cpu=8, h200=16, paper=16),
-        tokens=pick(test=512, cpu=8192, h200=500_000, paper=1_000_000),
+        length=pick(test=32, cpu=256, gpu=512, paper=2048),
+        slice=pick(test=16, cpu=64, gpu=128, paper=128),
+        batch=pick(test=4, cpu=8, gpu=16, paper=16),
+        tokens=pick(test=512, cpu=8192, gpu=500_000, paper=1_000_000),
       ),
       bench=bench(sizes),
       mesh=dict(data=-1),

@@ -23,7 +23,7 @@ beyond 1; processor time for an edge and a round was 0.57, 0.52 and 0.68 us. A r
 grows.
 Without data.name it summarises a generated block model.
 
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/ssumm.py:h200 \
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/ssumm.py:gpu \
       --config.data.name=edge_list --config.data.path=ego_facebook.txt --config.second.name= --workdir=runs/ssumm
 
 The flag is for experiments whose programs run side by side in threads, get temporary buffers at new addresses, and
@@ -51,10 +51,19 @@ Parts in the folder stay as they are.
 
 import ml_collections
 
+from configs import About, scales
+
+ABOUT = About(
+  method="SSumM, sparse summaries of massive graphs",
+  family="graphs",
+  link="https://arxiv.org/abs/2006.01060",
+  does="summarises a graph within a budget of bits by merging vertices and dropping edges",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), h200 (one GPU, 10 M edges), paper (larger still)."""
-  pick = lambda **by_scale: by_scale.get(scale, by_scale["cpu"])
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, 10 M edges), paper (larger still)."""
+  pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
       paper="ssumm",
@@ -64,14 +73,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(
         name="sbm",  # or edge_list with a path, rmat, barabasi_albert, karate, les_miserables, florentine
         path="",
-        nodes=pick(test=64, cpu=2000, h200=4000),
-        degree=pick(test=6.0, cpu=12.0, h200=20.0),
+        nodes=pick(test=64, cpu=2000, gpu=4000),
+        degree=pick(test=6.0, cpu=12.0, gpu=20.0),
         blocks=pick(test=8, cpu=100),
         mixing=0.2,
       ),
       # A second graph for the curves; no name, no second graph.
       second=dict(
-        name=pick(test="rmat", cpu="", h200="rmat", paper="rmat"),
+        name=pick(test="rmat", cpu="", gpu="rmat", paper="rmat"),
         path="",
         nodes=pick(test=64, cpu=2**12),
         degree=pick(test=6.0, cpu=20.0),
@@ -79,22 +88,22 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         mixing=0.1,
       ),
       summary=dict(
-        ratios=pick(test=(0.3,), cpu=(0.1, 0.2, 0.3, 0.5), h200=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+        ratios=pick(test=(0.3,), cpu=(0.1, 0.2, 0.3, 0.5), gpu=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
         # of what no claim rests on: SSumM for RE2, random groups, theta = 0
-        side_ratios=pick(test=(0.3,), cpu=(0.3, 0.5), h200=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
-        seeds=pick(cpu=1, h200=5, paper=5),
+        side_ratios=pick(test=(0.3,), cpu=(0.3, 0.5), gpu=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+        seeds=pick(cpu=1, gpu=5, paper=5),
         iterations=pick(test=3, cpu=20),
         hashes=10,
         max_group=500,
         share=0.0,  # of a group's drawn pairs, the part that may merge in one round; 0 is the best one, as published
         fail_rule="code",
       ),
-      host=dict(ratio=pick(test=0.3, cpu=0.2), seeds=pick(test=1, cpu=3, h200=5, paper=5)),
+      host=dict(ratio=pick(test=0.3, cpu=0.2), seeds=pick(test=1, cpu=3, gpu=5, paper=5)),
       baselines=dict(
         supernodes=pick(
           test=(0.1, 0.5, 0.9),
           cpu=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
-          h200=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+          gpu=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         ),
         samples=1.0,
       ),
@@ -102,10 +111,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         nodes=pick(
           test=(64, 128),
           cpu=(2**7, 2**10, 2**13, 2**16),
-          h200=(2**10, 2**13, 2**17, 2**20),
+          gpu=(2**10, 2**13, 2**17, 2**20),
           paper=(2**17, 2**20, 2**22),
         ),
-        degree=pick(test=6.0, cpu=8.0, h200=10.5, paper=16.0),
+        degree=pick(test=6.0, cpu=8.0, gpu=10.5, paper=16.0),
         ratio=0.3,
         # Within 5 iterations the list of blocks keeps its length, which the warm-up compiles; later ones may halve it.
         iterations=pick(test=2, cpu=5),

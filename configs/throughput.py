@@ -1,6 +1,6 @@
 r"""How fast the foundation is: training MFU at two published shapes, and one forward against torch.compile.
 
-  python -m experiments.run --config=configs/throughput.py:h200 --workdir=runs/throughput
+  python -m experiments.run --config=configs/throughput.py:gpu --workdir=runs/throughput
 
 Takes 5 min on one H100 and printed (2026-11-26, the training a day before):
   training MFU, d20 x 1280 / d32 x 640                  41.4 % / 29.1 %   (dots kept, layers and logits written out)
@@ -15,10 +15,19 @@ Scale cpu (a minute) has tiny shapes and asks nothing of training or PyTorch; it
 
 import ml_collections
 
+from configs import About
+
+ABOUT = About(
+  method="Throughput",
+  family="foundation",
+  link="../../docs/measuring.md",
+  does="is how fast training, forward passes and decoding are, beside the strongest public baselines",
+)
+
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test, cpu (tiny shapes, no peak known), h200, paper (the same)."""
-  big = scale in ("h200", "paper")
+  """Scales: test, cpu (tiny shapes, no peak known), gpu, paper (the same)."""
+  big = scale in ("gpu", "paper")
 
   def training(*, depth, aspect_ratio, batch, accumulate, head_dim=128):
     shape = dict(depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)

@@ -1,7 +1,7 @@
-"""RESULTS.md, the README's table and one static page with all figures, from the committed results.
+"""Everything that is said of the results is made here, from results/<paper>/<scale>.json.
 
-python -m experiments.report                 regenerates RESULTS.md, results/index.html and README's table
-python -m experiments.report --publish DIR   first copies DIR's results.json and figures into results/
+python -m experiments.report                 RESULTS.md, README's table, results/*/README.md, build/results.html
+python -m experiments.report --publish DIR   first copies DIR's results.json and figures into results/<paper>
 """
 
 import argparse
@@ -10,100 +10,175 @@ import html
 import importlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
+from configs import About
+from configs.scales import SCALES
 from experiments.results import cell, markdown, number
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-SCALES = ("test", "cpu", "h200", "paper")
+PAGE = ROOT / "build" / "results.html"
+JSON_BYTES, FIGURE_BYTES = 100_000, 300_000  # a run; all figures of a paper
+FAMILIES = (
+  *("depth", "attention", "cache", "serving", "sequence", "weights", "tensors", "graphs", "text", "tasks", "images"),
+  "foundation",
+)
 _BEGIN, _END = "<!-- methods: made by experiments.report -->", "<!-- end of methods -->"
 
 
-def publish(workdir: Path, results: Path = RESULTS) -> str:
-  """Copies one finished run into the results folder as <paper>.<scale>.json and <paper>.<scale>.<figure>.png."""
+def publish(workdir: Path, results: Path = RESULTS) -> Path:
+  """Copies one finished run to results/<paper>/<scale>.json and <scale>.<figure>.png. Returns the JSON file.
+
+  Raises:
+    InputError: no finished run, or more bytes than a paper may have.
+  """
   file = workdir / "results.json"
   require(file.is_file(), f"{workdir} has no results.json; run the experiment to its end first")
   run = json.loads(file.read_text())
-  stem = f"{run['paper']}.{run['scale']}"
-  results.mkdir(exist_ok=True)
-  figures = {}
-  for name, caption in run["figures"].items():
-    copy_figure(workdir / name, results / f"{stem}.{name}")
-    figures[f"{stem}.{name}"] = caption
-  write_text(results / f"{stem}.json", json.dumps(run | {"figures": figures}, indent=1))
-  return stem
+  folder, scale = results / run["paper"], run["scale"]
+  figures = {f"{scale}.{name}": caption for name, caption in run["figures"].items()}
+  text = compact(rounded(run | {"figures": figures}))
+  require(
+    len(text) <= JSON_BYTES,
+    f"{file} has {len(text)} bytes when published, {JSON_BYTES} at most; put summaries into the metrics, not arrays",
+  )
+  folder.mkdir(parents=True, exist_ok=True)
+  for old in folder.glob(f"{scale}.*.png"):
+    old.unlink()
+  for name in run["figures"]:
+    copy_figure(workdir / name, folder / f"{scale}.{name}")
+  size = sum(figure.stat().st_size for figure in folder.glob("*.png"))
+  require(
+    size <= FIGURE_BYTES, f"the figures in {folder} have {size} bytes, {FIGURE_BYTES} at most; draw fewer or less"
+  )
+  write_text(folder / f"{scale}.json", text)
+  return folder / f"{scale}.json"
 
 
 def copy_figure(source: Path, target: Path) -> None:
-  """As a PNG of 256 colours, which charts do not need more of: a third of the size, and the page holds them all."""
+  """As a PNG of 64 colours and at most 1100 pixels a side, which is all that a chart needs."""
   with Image.open(source) as image:
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
+    image = image.convert("RGB")
+    image.thumbnail((1100, 1100))
+    image.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+def rounded(value, digits: int = 6):
+  """Floats to some significant digits, at any depth."""
+  if isinstance(value, dict):
+    return {k: rounded(v, digits) for k, v in value.items()}
+  if isinstance(value, list):
+    return [rounded(v, digits) for v in value]
+  return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def compact(value, depth: int = 2) -> str:
+  """JSON with a line for each of the first levels' entries, so that a change shows as lines, and no more space."""
+  if depth == 0 or not isinstance(value, dict | list) or not value:
+    return json.dumps(value, separators=(",", ":"))
+  if isinstance(value, list):
+    return "[\n" + ",\n".join(compact(v, depth - 1) for v in value) + "\n]"
+  return "{\n" + ",\n".join(f"{json.dumps(k)}: {compact(v, depth - 1)}" for k, v in value.items()) + "\n}"
 
 
 def load(results: Path = RESULTS) -> list[dict]:
-  """Every committed result, by paper and scale."""
+  """Every committed run, by family, paper and scale."""
   runs = []
-  for file in sorted(results.glob("*.json")):
+  for file in results.glob("*/*.json"):
     try:
       runs.append(json.loads(file.read_text()))
     except ValueError:
       raise InputError(f"{file} is not JSON; publish that run again") from None
-  return runs
+  order = lambda run: (FAMILIES.index(about(run).family), run["paper"], SCALES.index(run["scale"]))
+  return sorted(runs, key=order)
+
+
+def about(run: dict) -> About:
+  return importlib.import_module(f"configs.{run['paper']}").ABOUT
+
+
+def headline(run: dict) -> dict:
+  """The claim that decides."""
+  return next(claim for claim in run["claims"] if claim["name"] == run["headline"])
+
+
+def verdict(run: dict) -> str:
+  """not: the headline fails. partly: it holds, a claim with a figure of the paper's fails. reproduced: none does."""
+  if not headline(run)["holds"]:
+    return "not"
+  return "reproduced" if all(claim["holds"] for claim in run["claims"] if "paper" in claim) else "partly"
+
+
+def largest(runs: Iterable[dict]) -> list[dict]:
+  """Of every paper the run at the largest scale, in the order of `runs`."""
+  return list({run["paper"]: run for run in runs}.values())
 
 
 def results_markdown(runs: list[dict]) -> str:
-  """RESULTS.md: a line a run, then every claim and figure."""
+  """RESULTS.md: a line a paper."""
   lines = [
     "# Results",
     "",
-    "Generated by `python -m experiments.report` from `results/`. A claim that does not hold stays in the table.",
+    "Generated by `python -m experiments.report` from `results/`. A method links to its claims, also those that failed,",
+    "with baselines, spreads, settings and commands. *reproduced*: the headline claim holds and so does every claim with",
+    "a figure of the paper's; *partly*: the headline does; *not*: it does not.",
     "",
-    "| paper | scale | claims that hold | device | command |",
-    "|---|---|---|---|---|",
+    "| method | what we found | verdict | claims that hold |",
+    "|---|---|---|---|",
   ]
-  for run in runs:
-    held = sum(claim["holds"] for claim in run["claims"])
-    lines.append(
-      f"| {run['paper']} | {run['scale']} | {held} of {len(run['claims'])} | {run['device']} | `{run['command']}` |"
+  for run in largest(runs):
+    scales = ", ".join(
+      f"{other['scale']} {sum(c['holds'] for c in other['claims'])} of {len(other['claims'])}"
+      for other in runs
+      if other["paper"] == run["paper"]
     )
-  return "\n".join([*lines, "", *(markdown(run, prefix="results/") for run in runs)])
+    name = f"[{about(run).method}](results/{run['paper']}/README.md)"
+    lines.append(f"| {name} | {cell(run['finding'])} | {verdict(run)} | {scales} |")
+  return "\n".join([*lines, ""])
 
 
 def readme_table(runs: list[dict]) -> str:
-  """The README's table: a line a paper, from its run at the largest committed scale."""
-  best = {}
-  for run in sorted(runs, key=lambda run: SCALES.index(run["scale"])):
-    best[run["paper"]] = run
-  lines = ["| method | question | claim | paper | measured | command |", "|---|---|---|---|---|---|"]
-  for paper, run in best.items():
-    question = importlib.import_module(f"configs.{paper}").__doc__.strip().splitlines()[0]
-    claim = next((c for c in run["claims"] if "paper" in c), run["claims"][0])
-    held = sum(c["holds"] for c in run["claims"])
-    measured = f"{number(claim['ours'])} {claim['unit']}".strip()
-    held = f"[{held} of {len(run['claims'])} claims hold](RESULTS.md)"
-    command = f"`--config=configs/{paper}.py:{run['scale']}`"
-    cells = (f"[{paper}](configs/{paper}.py)", question, cell(claim["name"]), number(claim.get("paper", "-")))
-    lines.append(f"| {' | '.join(cells)} | {measured}; {held} | {command} |")
+  """README's table: a line a paper, from its run at the largest committed scale."""
+  lines = ["| splits | method | what it does | what we found | verdict | config |", "|---|---|---|---|---|---|"]
+  for run in largest(runs):
+    a, paper = about(run), run["paper"]
+    cells = (
+      a.family,
+      f"[{a.method}]({a.link})",
+      cell(a.does),
+      cell(run["finding"]),
+      f"[{verdict(run)}](results/{paper}/README.md)",
+      f"[{paper}](configs/{paper}.py)",
+    )
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
 def fill_readme(readme: str, table: str) -> str:
-  """The README with the table between its two markers."""
+  """README with the table between its two markers."""
   before, rest = readme.split(_BEGIN)
   return f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END)[1]}"
+
+
+def paper_markdown(runs: list[dict]) -> str:
+  """results/<paper>/README.md: its runs, the largest first."""
+  a = about(runs[0])
+  head = [f"# [{a.method}]({a.link})", "", f"{a.does[0].upper()}{a.does[1:]}.", ""]
+  return "\n".join([*head, *(markdown(run) for run in reversed(runs))])
 
 
 def page(runs: list[dict], results: Path = RESULTS) -> str:
   """One HTML page that needs no other file."""
   sections = "".join(_section(run, results) for run in runs)
   return (
-    f"<!doctype html><html lang=en><meta charset=utf-8><title>jaxlab results</title><style>{_STYLE}</style>"
-    f"<h1>jaxlab results</h1>{sections}</html>\n"
+    "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    f"<title>jaxlab results</title><style>{_STYLE}</style><h1>jaxlab results</h1>{sections}</html>\n"
   )
 
 
@@ -124,13 +199,24 @@ def _section(run: dict, results: Path) -> str:
     rows.append(f"<tr>{''.join(f'<td>{text(cell)}' for cell in cells)}<td class={verdict}>{verdict}</tr>")
   images = []
   for name, caption in run["figures"].items():
-    data = base64.b64encode((results / name).read_bytes()).decode()
+    data = base64.b64encode((results / run["paper"] / name).read_bytes()).decode()
     image = f"<img alt='{text(caption)}' src='data:image/png;base64,{data}'>"
     images.append(f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>")
   header = "".join(f"<th>{name}</th>" for name in ("claim", "paper", "baseline", "ours", "holds"))
-  title = f"<h2>{text(run['paper'])} <small>{text(run['scale'])}, {text(run['device'])}</small></h2>"
+  title = f"<h2>{text(about(run).method)} <small>{text(run['scale'])}, {text(run['device'])}</small></h2>"
   table = f"<table><tr>{header}</tr>{''.join(rows)}</table>"
-  return f"<section>{title}<pre>{text(run['command'])}</pre>{table}{''.join(images)}</section>"
+  return (
+    f"<section>{title}<p>{text(run['finding'])}</p><pre>{text(run['command'])}</pre>{table}{''.join(images)}</section>"
+  )
+
+
+def generated(runs: list[dict], results: Path = RESULTS) -> dict[Path, str]:
+  """{file: content} of everything committed that follows from the results."""
+  readme = ROOT / "README.md"
+  files = {ROOT / "RESULTS.md": results_markdown(runs), readme: fill_readme(readme.read_text(), readme_table(runs))}
+  for paper in dict.fromkeys(run["paper"] for run in runs):
+    files[results / paper / "README.md"] = paper_markdown([run for run in runs if run["paper"] == paper])
+  return files
 
 
 def main(argv: list[str]) -> int:
@@ -141,13 +227,13 @@ def main(argv: list[str]) -> int:
     for workdir in arguments.publish:
       print(f"published {publish(workdir)}")
     runs = load()
-    write_text(ROOT / "RESULTS.md", results_markdown(runs))
-    write_text(ROOT / "README.md", fill_readme((ROOT / "README.md").read_text(), readme_table(runs)))
-    write_text(RESULTS / "index.html", page(runs))
+    PAGE.parent.mkdir(exist_ok=True)
+    for file, text in (generated(runs) | {PAGE: page(runs)}).items():
+      write_text(file, text)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  print(f"RESULTS.md and results/index.html hold {len(runs)} runs")
+  print(f"RESULTS.md and {PAGE.relative_to(ROOT)} hold {len(runs)} runs")
   return 0
 
 

@@ -1,4 +1,14 @@
-"""What an experiment hands back, and results.json."""
+"""What an experiment hands back, results.json, and parts of a run that are measured once.
+
+An experiment is a module `experiments.<paper>` of four functions:
+
+  measure(config, workdir, cache, console) -> metrics     runs what the config asks for; parts of it are kept on disk
+  claims(config, metrics) -> [Claim, ...]                 at most 12 plain sentences; the first is the headline
+  finding(config, metrics) -> str                         one computed sentence, our number beside the paper's
+  draw(config, metrics, workdir) -> {file: caption}       the figures
+
+The last three are functions of JSON: what is published can be checked against its own metrics.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -13,9 +23,10 @@ from pathlib import Path
 
 import jax
 
-from jaxlab.core.checks import require_choice
+from jaxlab.core.checks import require, require_choice
 from jaxlab.core.files import write_text
 
+MOST_CLAIMS = 12
 _PART = ".part.json"
 
 
@@ -53,11 +64,28 @@ class Claim:
 
 @dataclasses.dataclass
 class Report:
-  """Metrics (nested, JSON), claims, and figures as {file name: caption}; the files lie in the workdir."""
+  """Metrics (nested, JSON), claims, the headline first, and figures as {file name: caption} in the workdir.
+
+  Raises:
+    InputError: no claim, more than MOST_CLAIMS, or two of one name.
+  """
 
   metrics: dict
   claims: list[Claim]
+  finding: str
   figures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    names = [claim.name for claim in self.claims]
+    require(1 <= len(names) <= MOST_CLAIMS, f"{len(names)} claims; a run makes 1 to {MOST_CLAIMS}")
+    require(len(set(names)) == len(names), f"two claims of one name: {max(names, key=names.count)}")
+
+
+def evaluate(experiment, config, workdir: Path, cache: Path, console) -> Report:
+  """Runs an experiment (see the module's first lines)."""
+  metrics = experiment.measure(config, workdir, cache, console)
+  figures = experiment.draw(config, metrics, workdir)
+  return Report(metrics, experiment.claims(config, metrics), experiment.finding(config, metrics), figures)
 
 
 def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
@@ -82,8 +110,10 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
     "seconds": round(sum(part["seconds"] for part in parts) or seconds, 1),
     "config": json.loads(config.to_json_best_effort()),
     "parts": origins,
-    "metrics": finite(report.metrics),
+    "finding": report.finding,
+    "headline": report.claims[0].name,
     "claims": [finite(claim.as_dict()) for claim in report.claims],
+    "metrics": finite(report.metrics),
     "figures": report.figures,
   }
   write_text(workdir / "results.json", json.dumps(results, indent=1))
@@ -91,30 +121,36 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
   return results
 
 
-def markdown(results: dict, prefix: str = "") -> str:
-  """The claims of one results.json as a table, with its figures; `prefix` goes before the figures' file names."""
+def markdown(results: dict) -> str:
+  """One run: what was found, every claim, its figures."""
   lines = [
-    f"## {results['paper']} ({results['scale']})",
+    f"## {results['paper']} at scale {results['scale']}",
+    "",
+    results["finding"],
     "",
     f"`{results['command']}`",
     "",
     f"{results['device']}, jax {results['versions']['jax']}, {results['seconds']:.0f} s, "
-    f"git {', '.join(commit[:12] for commit in results['git'].split(', '))}",
+    f"commit {', '.join(commit[:12] for commit in results['git'].split(', '))}",
     "",
-    "| claim | paper | baseline | ours | holds if | holds |",
-    "|---|---|---|---|---|---|",
+    "| claim | paper | baseline | ours | holds |",
+    "|---|---|---|---|---|",
   ]
   for c in results["claims"]:
-    sign = ">=" if c["better"] == "higher" else "<="
-    spread = f" [{number(c['spread'][0])}, {number(c['spread'][1])}]" if "spread" in c else ""
+    spread = f" ({number(c['spread'][0])} to {number(c['spread'][1])})" if "spread" in c else ""
     lines.append(
       f"| {cell(c['name'])} | {number(c.get('paper', '-'))} | {cell(c.get('baseline', '-'))} "
-      f"| **{number(c['ours'])}** {c['unit']}{spread} | {sign} {number(c['threshold'])} "
-      f"| {'yes' if c['holds'] else 'NO'} |"
+      f"| **{number(c['ours'])}** {cell(c['unit'])}{spread} | {verdict(c)} |"
     )
   lines += [""] + [f"- {c['name']}: {c['note']}" for c in results["claims"] if c.get("note")] + [""]
-  lines += [f"![{caption}]({prefix}{file})\n\n{caption}\n" for file, caption in results["figures"].items()]
+  lines += [f"![{caption}]({file})\n\n{caption}\n" for file, caption in results["figures"].items()]
   return "\n".join(lines)
+
+
+def verdict(claim: dict) -> str:
+  """ "yes" or "NO" with the threshold."""
+  sign = ">=" if claim["better"] == "higher" else "<="
+  return f"{'yes' if claim['holds'] else 'NO'} ({sign} {number(claim['threshold'])})"
 
 
 def number(value) -> str:

@@ -16,9 +16,9 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
+from configs.scales import SCALES
 from jaxlab.core.checks import InputError, require, require_choice
 
-SCALES = ("test", "cpu", "h200", "paper")
 DEFAULT_CACHE = "~/.cache/jaxlab"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<paper>.py:<scale>", lock_config=True)
@@ -95,7 +95,7 @@ def _run(config, workdir: Path, command: str) -> None:
   experiment = importlib.import_module(f"experiments.{config.experiment}")
   start = time.perf_counter()
   try:
-    report = experiment.run(config, workdir, cache, console)
+    report = results.evaluate(experiment, config, workdir, cache, console)
   except Interrupted as interrupted:
     console.say(str(interrupted))
     raise KeyboardInterrupt from None

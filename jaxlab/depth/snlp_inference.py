@@ -22,6 +22,9 @@ from jaxlab.core import newton
 from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
+from jaxlab.kernels.decode_attention import decode_attention
+from jaxlab.kernels.residual_norm import residual_norm
+from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import Transformer
 from jaxlab.models.attention import (
   AttentionFn,
@@ -41,9 +44,6 @@ from jaxlab.models.transformer import (
   static_mixing,
   unstack_layers,
 )
-from kernels.decode_attention import decode_attention
-from kernels.residual_norm import residual_norm
-from kernels.rotary_qkv import rotary_qkv
 
 Pair = tuple[Array, Array]  # keys and values
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")

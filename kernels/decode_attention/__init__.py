@@ -7,8 +7,8 @@ write the cache.
 import jax
 
 from jaxlab.core.checks import require_choice
+from jaxlab.kernels.decode_attention import gpu
 from jaxlab.models.attention import attend_cached, dot_product_attention
-from kernels.decode_attention import gpu
 
 IMPLEMENTATIONS = (None, "reference", "triton")
 

@@ -29,7 +29,7 @@ def supports(q, k) -> bool:
 
 
 def decode_attention(q, k, v, pairs, *, windows, start, layer, interpret=False):
-  """As `kernels.decode_attention.decode_attention`; products, softmax and sums are float32."""
+  """As `jaxlab.kernels.decode_attention.decode_attention`; products, softmax and sums are float32."""
   layers, batch, time, heads, size = q.shape
   kv_heads = k.shape[3]
   require(

@@ -3,8 +3,8 @@
 import jax
 
 from jaxlab.core.checks import require_choice
+from jaxlab.kernels.residual_norm import gpu
 from jaxlab.models import layers
-from kernels.residual_norm import gpu
 
 IMPLEMENTATIONS = (None, "reference", "triton")
 

@@ -19,7 +19,7 @@ def supports(width: int) -> bool:
 
 
 def residual_norm(x, x0, scale, x0_scale, gain, *, eps, interpret=False):
-  """As `kernels.residual_norm.residual_norm`; the sum is rounded to the dtype of x before its norm is taken."""
+  """As `jaxlab.kernels.residual_norm.residual_norm`; the sum is rounded to the dtype of x before its norm is taken."""
   *batch, width = x.shape
   require(supports(width), f"width is {width}; the Triton kernel needs a multiple of {_LEAST}")
   rows = math.prod(batch)

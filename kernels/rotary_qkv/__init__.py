@@ -6,8 +6,8 @@ XLA takes three to five kernels for it, and writes the rotated queries and keys 
 import jax
 
 from jaxlab.core.checks import require_choice
+from jaxlab.kernels.rotary_qkv import gpu
 from jaxlab.models import layers
-from kernels.rotary_qkv import gpu
 
 IMPLEMENTATIONS = (None, "reference", "triton")
 

@@ -19,7 +19,7 @@ def supports(head_dim: int) -> bool:
 
 
 def rotary_qkv(heads, cos, sin, value, gate, *, q_heads, kv_heads, norm, gain, eps, scale, interpret=False):
-  """As `kernels.rotary_qkv.rotary_qkv`; everything between reading and writing is float32."""
+  """As `jaxlab.kernels.rotary_qkv.rotary_qkv`; everything between reading and writing is float32."""
   *batch, time, count, size = heads.shape
   require(supports(size), f"head_dim is {size}; the Triton kernel needs a power of two, from 4 on")
   rows = math.prod(batch)

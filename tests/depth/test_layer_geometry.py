@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from configs import layer_geometry as config_file
 from experiments import layer_geometry as experiment
-from experiments import layer_geometry_cost as cost
 from experiments.console import Console
+from experiments.layer_geometry import cost as cost
 from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry, layer_geometry_classes, snlp

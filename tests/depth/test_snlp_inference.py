@@ -12,11 +12,11 @@ from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp, snlp_inference
 from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, generate, prefill, split, step
 from jaxlab.depth.snlp_suffix import fuse
+from jaxlab.kernels.decode_attention import decode_attention
+from jaxlab.kernels.residual_norm import residual_norm
+from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models.generate import generate as plain_generate
 from jaxlab.models.layers import Steps
-from kernels.decode_attention import decode_attention
-from kernels.residual_norm import residual_norm
-from kernels.rotary_qkv import rotary_qkv
 from tests.common import configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()

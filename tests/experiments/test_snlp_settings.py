@@ -3,7 +3,7 @@
 import pytest
 
 from configs import snlp as config_file
-from experiments.snlp_settings import parse, refit, refit_config
+from experiments.snlp.settings import parse, refit, refit_config
 from jaxlab.core.checks import InputError
 
 
@@ -19,7 +19,7 @@ def test_settings_are_read_and_refitted():
       parse(text)
 
 
-@pytest.mark.parametrize("scale", ["test", "cpu", "h200", "paper"])
+@pytest.mark.parametrize("scale", ["test", "cpu", "gpu", "paper"])
 def test_every_scale_names_settings_that_fit_its_depth_and_any_other(scale):
   config = config_file.get_config(scale)
   for depth in (1, 6, config.shape.depth):

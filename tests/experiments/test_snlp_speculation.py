@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import snlp_speculation
+from experiments.snlp import speculation as snlp_speculation
 from jaxlab.models.generate import generate
 from tests.common import random_model, random_tokens
 from tests.depth.test_snlp import CONFIGS

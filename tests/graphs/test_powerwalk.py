@@ -7,9 +7,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.powerwalk import baselines as powerwalk_baselines
 from jaxlab.core.checks import InputError
 from jaxlab.core.mesh import make_mesh
-from jaxlab.graphs import common, fingerprints, powerwalk, powerwalk_baselines, powerwalk_sharded
+from jaxlab.graphs import common, fingerprints, powerwalk, powerwalk_sharded
 from tests.common import run_and_continue
 
 C = fingerprints.RESET

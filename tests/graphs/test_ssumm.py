@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.ssumm import baselines as ssumm_baselines
 from jaxlab.core.checks import InputError
-from jaxlab.graphs import common, ssumm, ssumm_baselines, ssumm_host, summary
+from jaxlab.graphs import common, ssumm, ssumm_host, summary
 from jaxlab.graphs.summary import Summary, from_labels, graph_bits
 from tests.common import run_and_continue
 

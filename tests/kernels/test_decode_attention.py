@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
+from jaxlab.kernels.decode_attention import decode_attention
 from jaxlab.models.attention import dot_product_attention
-from kernels.decode_attention import decode_attention
 
 kernel = functools.partial(decode_attention, implementation="triton", interpret=True)
 

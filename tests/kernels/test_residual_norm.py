@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
+from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.models import layers
-from kernels.residual_norm import residual_norm
 
 
 def problem(seed, *shape, dtype=jnp.float32, gain=False):

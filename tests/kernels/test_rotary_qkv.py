@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
+from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import layers
-from kernels.rotary_qkv import rotary_qkv
 
 
 def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=False, dtype=jnp.float32):

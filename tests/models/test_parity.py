@@ -40,7 +40,7 @@ def test_nanochat_torch_files_round_trip(tmp_path):
 
 
 def test_the_torch_opponent_computes_the_same_function():
-  from experiments.torch_nanochat import Nanochat
+  from experiments.throughput.torch_nanochat import Nanochat
   from jaxlab.models.config import nanochat
 
   model = random_model(nanochat(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512, window_pattern="L"))

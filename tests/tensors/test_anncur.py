@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 
 from configs import anncur as config_file
 from experiments import anncur as experiment
-from experiments import anncur_claims
+from experiments.anncur import baselines
+from experiments.anncur import claims as anncur_claims
+from experiments.anncur import data as anncur_data
+from experiments.anncur import encoders as anncur_encoders
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig
-from jaxlab.tensors import anncur, anncur_data, anncur_encoders
-from jaxlab.tensors import anncur_baselines as baselines
+from jaxlab.tensors import anncur
 from tests.common import Whole
 
 # In tests that check numbers; `anncur` itself looks at the values it is given too.

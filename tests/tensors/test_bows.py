@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from configs.bows import get_config
 from experiments import bows as experiment
+from experiments.bows import value_coding
 from experiments.console import Console
 from jaxlab.core.checks import InputError
-from jaxlab.tensors import bows, value_coding
+from jaxlab.tensors import bows
 from jaxlab.tensors import bows_data as data
 
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from configs import funbat as config_file
 from experiments import funbat as experiment
-from experiments import funbat_methods
 from experiments.console import Console
+from experiments.funbat import baselines as funbat_baselines
+from experiments.funbat import methods as funbat_methods
 from jaxlab.core import kalman
 from jaxlab.core.checks import InputError
-from jaxlab.tensors import funbat, funbat_baselines, matern
+from jaxlab.tensors import funbat, matern
 from jaxlab.tensors.funbat import Settings
 from tests.common import Whole
 
@@ -482,9 +483,9 @@ def test_the_claims_follow_from_the_config_and_the_parts():
   epoch = {"line": [(10, 3.0), (1000, 4.0)], "slope": 0.06, "slope_at_the_end": 0.06}
   cost = {"scan_gap": 0.0, "smoother": {"rows": [row], "slopes": {"seq": 1.0}}, "epoch": epoch}
   names = {
-    scale: [c.name for c in experiment.cost_claims(config_file.get_config(scale), cost)] for scale in ("cpu", "h200")
+    scale: [c.name for c in experiment.cost_claims(config_file.get_config(scale), cost)] for scale in ("cpu", "gpu")
   }
-  assert len(names["cpu"]) == 3 and [n for n in names["h200"] if "scan over the loop" in n] == [
+  assert len(names["cpu"]) == 3 and [n for n in names["gpu"] if "scan over the loop" in n] == [
     f"smoother, {scan} scan over the loop, least over chains of more than 1000 steps" for scan in ("assoc", "doubling")
   ]
 

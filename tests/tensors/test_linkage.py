@@ -12,9 +12,9 @@ from sympy.polys.matrices import DomainMatrix
 
 from configs import linkage as config_file
 from experiments import linkage as experiment
+from experiments.linkage import baselines
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import fields, linkage
-from jaxlab.tensors import linkage_baselines as baselines
 from jaxlab.tensors import linkage_graphs as graphs
 from tests.common import run_and_continue
 
