@@ -3,12 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test parity lint format docs
+.PHONY: demo test test-gpu types parity lint format docs report
 demo: .venv/.installed
-	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
+	@$(BIN)/python -m experiments.run --config=configs/demo.py:cpu --workdir=runs/demo
 
+# make test only=graphs runs one family's tests.
 test: .venv/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(only),tests/$(only))
+
+# Kernels, models and depth uninterpreted, where there is a GPU.
+test-gpu:
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest tests/kernels tests/models tests/depth
+
+# The annotations of core, models, depth and training hold at run time, in their tests.
+types: .venv/.installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal tests/core tests/models tests/depth tests/training \
+	  --jaxtyping-packages=jaxlab.core,jaxlab.models,jaxlab.depth,jaxlab.training,beartype.beartype
 
 # The live comparison with transformers; torch 2.13.0 exists as a CPU-only build.
 parity: .venv/.installed
@@ -23,6 +33,10 @@ lint: .venv/.installed
 docs: .venv/.installed
 	$(BIN)/pip install -q -e .[docs]
 	$(BIN)/mkdocs build --strict --quiet
+
+# RESULTS.md, README's table, results/*/README.md and build/results.html from results/.
+report: .venv/.installed
+	$(BIN)/python -m experiments.report
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
