@@ -5,7 +5,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
 .PHONY: demo test test-gpu types parity lint format docs report
 demo: .venv/.installed
-	@$(BIN)/python -m experiments.run --config=configs/demo.py:cpu --workdir=runs/demo
+	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
 # make test only=graphs runs one family's tests.
 test: .venv/.installed

@@ -145,9 +145,9 @@ def finding(config, metrics: dict) -> str:
   longest = f"{config.eval.lengths[-1]}"
   least = min(min(accuracy.values()) for accuracy in metrics["recall"].values())
   return (
-    f"{metrics['parameters'] / 1e6:.3g} M parameters: {number(metrics['text'][longest]['bits_per_byte'])} bits a byte of "
-    f"held-out text (xz -9e {number(metrics['xz_bits_per_byte'])}), at least {least:.1%} of recall questions right up to "
-    f"{longest} tokens."
+    f"{metrics['parameters'] / 1e6:.3g} M parameters: {number(metrics['text'][longest]['bits_per_byte'])} bits a byte "
+    f"of held-out text (xz -9e {number(metrics['xz_bits_per_byte'])}), at least {least:.1%} of recall questions right "
+    f"up to {longest} tokens."
   )
 
 

@@ -9,7 +9,7 @@ import rich.table
 
 from experiments.results import number
 
-_PLAIN_SECONDS = 15  # between lines where no terminal can redraw a bar
+_PLAIN_SECONDS = 5  # between lines where no terminal can redraw a bar
 
 
 class Console:
@@ -26,8 +26,16 @@ class Console:
     return _Training(self.out, title)
 
   def track(self, title: str, items):
-    """Iterates over a list behind a bar."""
-    return rich.progress.track(items, title, console=self.out, transient=True, disable=not self.out.is_terminal)
+    """Iterates over a list behind a bar; a line every few seconds where no terminal can redraw one."""
+    if self.out.is_terminal:
+      yield from rich.progress.track(items, title, console=self.out, transient=True)
+      return
+    then = -_PLAIN_SECONDS
+    for i, item in enumerate(items):
+      if time.monotonic() - then > _PLAIN_SECONDS:
+        then = time.monotonic()
+        self.say(f"{title} {i}/{len(items)}")
+      yield item
 
   def claims(self, results: dict) -> None:
     table = rich.table.Table(

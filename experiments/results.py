@@ -174,12 +174,12 @@ def finite(value):
   return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _restored(value):
+def restored(value):
   """What `finite` was given, but for tuples and keys: NaN and infinities are numbers again."""
   if isinstance(value, dict):
-    return {k: _restored(v) for k, v in value.items()}
+    return {k: restored(v) for k, v in value.items()}
   if isinstance(value, list):
-    return [_restored(v) for v in value]
+    return [restored(v) for v in value]
   return float(value) if value in ("nan", "inf", "-inf") else value
 
 
@@ -195,7 +195,7 @@ def part(workdir: Path, name: str, measure) -> dict:
     origin = {"git": _git(), "device": _devices(), "versions": _versions()}
     kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}
     write_text(file, json.dumps(finite(kept), indent=1))
-  return _restored(json.loads(file.read_text())["result"])
+  return restored(json.loads(file.read_text())["result"])
 
 
 def _without(tree: dict, name: str) -> dict:

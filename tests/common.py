@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import results
 from experiments.console import Console
 from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
@@ -168,11 +169,11 @@ def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
   """The report of an experiment at test scale. Its figures are there, and a second run measures none of `measures`."""
   config = importlib.import_module(f"configs.{name}").get_config("test")
   experiment = importlib.import_module(f"experiments.{name}")
-  report = experiment.run(config, workdir, workdir, Console())
+  report = results.evaluate(experiment, config, workdir, workdir, Console())
   assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)
   for measure in measures:
     monkeypatch.setattr(experiment, measure, None)
-  again = experiment.run(config, workdir, workdir, Console())
+  again = results.evaluate(experiment, config, workdir, workdir, Console())
   # Not equal: the note of a claim may hold NaN.
   assert [repr(claim) for claim in again.claims] == [repr(claim) for claim in report.claims]
   return report

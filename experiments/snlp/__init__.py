@@ -20,7 +20,7 @@ from experiments.snlp import (
   speed,
 )
 from experiments.snlp.settings import PLAIN, REGULARISED, parse, refit_config
-from experiments.snlp.training import check_suffixes, train_models
+from experiments.snlp.training import check_suffixes, save_pair, train_models
 from experiments.text import checkpoint_folder, load_text, model_config
 from jaxlab.models import hub
 from jaxlab.training import loop
@@ -35,20 +35,23 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   if folder:
     config = fitted(config, hub.read_config(folder)[0].depth)
     parts = [name for name in parts if name not in TRAINING_PARTS]
+  pair = None if folder or not config.pair else hub.find(config.pair)
   for text in (*config.snlp.settings, *config.snlp.cached):
     parse(text)
 
   @functools.cache
   def prepared():
-    text = load_text(config, cache, given=folder or config.pair or None)
+    text = load_text(config, cache, given=folder or (pair and pair / PLAIN))
     if folder:
       models = {PLAIN: hub.load(folder)}
-    elif config.pair:
-      models = {name: hub.load(Path(config.pair) / name) for name in (PLAIN, REGULARISED)}
+    elif pair:
+      console.say(f"the pair in {pair}; --config.pair= trains one instead")
+      models = {name: hub.load(pair / name) for name in (PLAIN, REGULARISED)}
     else:
       shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length)
       check_suffixes(config, shape.depth)
       models = train_models(config, text, shape, {PLAIN: None, REGULARISED: config.reg}, workdir, console)
+      save_pair(config, text, models, workdir / "pair")
     check_suffixes(config, next(iter(models.values())).depth)
     return text, {name: loop.cast(model, config.train.dtype) for name, model in models.items()}
 

@@ -7,8 +7,9 @@ import jax
 from experiments.snlp.settings import parse
 from experiments.text import Text, train_model
 from jaxlab.core.checks import require
+from jaxlab.core.files import write_text
 from jaxlab.depth import snlp
-from jaxlab.models import Transformer
+from jaxlab.models import Transformer, hub
 from jaxlab.training import losses
 
 
@@ -57,3 +58,11 @@ def train_models(config, text: Text, shape, regularisers: dict, workdir: Path, c
     )
     for name, how in regularisers.items()
   }
+
+
+def save_pair(config, text: Text, models: dict[str, Transformer], folder: Path) -> None:
+  """Both models in 16 bits with their tokenizer, as folders that config.pair and `hub.load` read."""
+  for name, model in models.items():
+    hub.save(jax.tree.map(lambda a: a.astype("bfloat16"), model), folder / name)
+    write_text(folder / name / "tokenizer.json", text.bpe.to_str())
+  write_text(folder / "training_config.json", config.to_json_best_effort(indent=1))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from configs import throughput as config_file
+from experiments import results
 from experiments import throughput as experiment
 from experiments.console import Console
 
@@ -10,7 +11,7 @@ from experiments.console import Console
 def test_every_figure_is_measured_and_claims_follow_from_them(tmp_path):
   config = config_file.get_config("test")
   config.training.tiny.batch = 16  # eight devices, two microbatches
-  report = experiment.run(config, tmp_path, tmp_path, Console(quiet=True))
+  report = results.evaluate(experiment, config, tmp_path, tmp_path, Console(quiet=True))
   m = report.metrics
   tiny = m["training"]["tiny"]
   np.testing.assert_allclose(tiny["tokens_per_second"] * tiny["step_seconds"], 16 * 64)  # batch times length
