@@ -8,8 +8,9 @@ its layers at once, against the compiled network in sequence.
   python -m experiments.run --config=configs/snlp.py:gpu --workdir=runs/snlp_gpu \
       --config.data.name=local_text --config.data.path=books
 
-Scale cpu takes 8 to 9 minutes on two cores, scale gpu (32 layers of width 256, 79 M tokens of books) an hour on one H100
-in parts of under ten minutes. At scale gpu they printed (2026-11-26), plain | regularised:
+Scale cpu evaluates a small pair that ships and takes 3 minutes on two cores; --config.pair= trains one instead. Scale
+gpu (32 layers of width 256, 79 M tokens of books, an hour on one H100 in parts of under ten minutes) printed
+(2026-11-26), plain | regularised:
 
   perplexity added, 24 of 32 layers, K = 1 / 2 / 4   393 / 52 / 2.8 %   |  2.7 / 0.48 / 0.32 %
   perplexity of the network in sequence              47.4               |  48.7
@@ -17,7 +18,7 @@ in parts of under ten minutes. At scale gpu they printed (2026-11-26), plain | r
   self-speculation                                   1.55 x
   12 layers of width 384, trained as long            5 % better than 24 layers at K = 2, and as fast
 
-What else was tried is in docs/log.md. With --config.model=hf:DIR nothing is trained: the method runs on that checkpoint.
+What else was tried is in docs/log.md. With --config.model=hf:DIR the method runs on that checkpoint as it is.
 """
 
 import ml_collections

@@ -11,9 +11,11 @@ QUICK_COMPILATION = (
   "--xla_llvm_enable_alias_scope_metadata=false --xla_llvm_enable_invariant_load_metadata=false"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_CPU = os.environ["JAX_PLATFORMS"] == "cpu"  # else `make test-gpu`: kernels run as they are, by full float32 products
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), QUICK_COMPILATION, "--xla_force_host_platform_device_count=8"]
+  [os.environ.get("XLA_FLAGS", ""), *[QUICK_COMPILATION] * _CPU, "--xla_force_host_platform_device_count=8"]
 )
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "default" if _CPU else "highest")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # an operation's source line is for profiles
 

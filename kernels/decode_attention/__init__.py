@@ -26,12 +26,21 @@ def decode_attention(
   implementation=None,
   interpret=False,
 ):
-  """`jaxlab.models.attention.attend_cached`, which says what the arguments are.
+  """Attention of new tokens over what the caches of n layers hold and over themselves.
 
   Args:
+    q: (n, batch, time, q_heads, head_dim); k, v: (n, batch, time, kv_heads, head_dim), of the new tokens.
+    pairs: (keys, values) of the layers of every kind of window, each (N, batch, capacity, kv_heads, head_dim), in the
+      order of `window_kinds(windows)`; the layers of a kind are rows layer, layer + 1, ... of its pair.
+    windows: of the n layers; start: positions filled, int32[].
+    attention: an `AttentionFn`; the kernels compute `dot_product_attention`, any other one runs as it is.
     implementation: "reference" (XLA) or "triton"; None takes Triton on a GPU for dense softmax attention, where at most
       16 queries share a key head and head_dim is a power of two, but for float64.
     interpret: run the kernels in Pallas' interpreter, on any machine.
+
+  Returns:
+    (attended, like q; pairs with the new keys and values written at `start`). Softmax and sums are float32; the kernels
+    use no matrix unit, so that `jax.default_matmul_precision` lowers nothing.
 
   Raises:
     InputError: an unknown implementation, or a problem the kernels cannot take for "triton".

@@ -10,9 +10,11 @@ IMPLEMENTATIONS = (None, "reference", "triton")
 
 
 def residual_norm(x, x0, scale, x0_scale, gain, *, eps: float, implementation=None, interpret=False):
-  """`jaxlab.models.layers.residual_norm`, which says what the arguments are.
+  """(r, RMS norm of r times the gain) of r = scale x + x0_scale x0, both in the dtype of x.
 
   Args:
+    x, x0: (*batch, width); scale, x0_scale: scalars; gain: (width,) or None.
+    eps: added to the mean square.
     implementation: "reference" (XLA) or "triton"; None takes Triton on a GPU, but for float64 and for widths
       that are no multiple of 64.
     interpret: run the kernel in Pallas' interpreter, on any machine.

@@ -13,12 +13,19 @@ IMPLEMENTATIONS = (None, "reference", "triton")
 
 
 def rotary_qkv(heads, cos, sin, value=None, gate=None, *, implementation=None, interpret=False, **sizes):
-  """`jaxlab.models.layers.rotary_qkv`, which says what the arguments are.
+  """Queries, keys and values of one product: q and k rotated, normalised and scaled, v plus its gated value embedding.
 
   Args:
+    heads: (*batch, time, q_heads + 2 kv_heads, head_dim), queries before keys before values.
+    cos, sin: (time, head_dim / 2).
+    value, gate: (*batch, time, kv_heads, head_dim) and (*batch, time, kv_heads), or None.
+    sizes: q_heads, kv_heads, norm, gain, eps and scale, as of `jaxlab.models.layers.rotary_qkv`.
     implementation: "reference" (XLA) or "triton"; None takes Triton on a GPU, but for float64 and where head_dim is no
       power of two.
     interpret: run the kernel in Pallas' interpreter, on any machine.
+
+  Returns:
+    (q, k, v), each (*batch, time, its heads, head_dim).
 
   Raises:
     InputError: an unknown implementation, or a head_dim that is no power of two for "triton".

@@ -17,7 +17,7 @@ from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models.generate import generate as plain_generate
 from jaxlab.models.layers import Steps
-from tests.common import configs, plain_attention, random_model, random_tokens
+from tests.common import INTERPRET, configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
 TOKENS = random_tokens(2, 140)  # past the short window of 128
@@ -159,7 +159,7 @@ def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monke
 
   Four layers: long and short windows, with and without value embeddings, and those on both sides of the split.
   """
-  kernel = dict(implementation="triton", interpret=True)
+  kernel = dict(implementation="triton", interpret=INTERPRET)
   steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
   monkeypatch.setattr(snlp_inference, "STEPS", steps)
   model = random_model(dataclasses.replace(CONFIGS[name], width=64, depth=4))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.decode_attention import decode_attention
 from jaxlab.models.attention import dot_product_attention
+from tests.common import INTERPRET
 
-kernel = functools.partial(decode_attention, implementation="triton", interpret=True)
+kernel = functools.partial(decode_attention, implementation="triton", interpret=INTERPRET)
 
 
 def problem(seed, *, heads, time=1, capacity=96, size=16, layers=2, stored=3, batch=2, dtype=jnp.float32):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.models import layers
+from tests.common import INTERPRET
 
 
 def problem(seed, *shape, dtype=jnp.float32, gain=False):
@@ -27,7 +28,7 @@ def problem(seed, *shape, dtype=jnp.float32, gain=False):
 def test_kernel_equals_reference(seed, batch, width, gain, dtype):
   arrays = problem(seed, *batch, width, gain=gain, dtype=dtype)
   expected = layers.residual_norm(*arrays, eps=1e-5)
-  found = residual_norm(*arrays, eps=1e-5, implementation="triton", interpret=True)
+  found = residual_norm(*arrays, eps=1e-5, implementation="triton", interpret=INTERPRET)
   tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
   for a, b in zip(found, expected, strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
@@ -37,7 +38,7 @@ def test_kernel_equals_reference(seed, batch, width, gain, dtype):
 def test_layers_at_once_equal_layers_one_by_one():
   x, x0, *_ = problem(2, 3, 4, 64)
   scales = jnp.array([1.0, 0.9, 0.8]), jnp.array([0.1, 0.2, 0.3])
-  run = lambda x, a, b: residual_norm(x, x0[0], a, b, None, eps=1e-6, implementation="triton", interpret=True)
+  run = lambda x, a, b: residual_norm(x, x0[0], a, b, None, eps=1e-6, implementation="triton", interpret=INTERPRET)
   together = jax.vmap(run)(x, *scales)
   for i in range(3):
     for a, b in zip(together, run(x[i], scales[0][i], scales[1][i]), strict=True):
@@ -54,6 +55,6 @@ def test_kernel_lowers_for_a_gpu_without_one():
 def test_bad_input():
   arrays = problem(0, 2, 96)
   with pytest.raises(InputError, match="width is 96; the Triton kernel needs a multiple of 64"):
-    residual_norm(*arrays, eps=1e-6, implementation="triton", interpret=True)
+    residual_norm(*arrays, eps=1e-6, implementation="triton", interpret=INTERPRET)
   with pytest.raises(InputError, match="implementation is 'cuda'; it must be one of None, reference, triton"):
     residual_norm(*arrays, eps=1e-6, implementation="cuda")

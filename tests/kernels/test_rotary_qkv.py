@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import layers
+from tests.common import INTERPRET
 
 
 def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=False, dtype=jnp.float32):
@@ -27,7 +28,7 @@ def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=F
 def compare(arrays, gain, tolerance, **sizes):
   sizes |= dict(gain=gain, eps=1e-6)
   expected = layers.rotary_qkv(*arrays, **sizes)
-  found = rotary_qkv(*arrays, implementation="triton", interpret=True, **sizes)
+  found = rotary_qkv(*arrays, implementation="triton", interpret=INTERPRET, **sizes)
   for a, b in zip(found, expected, strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance)
@@ -60,7 +61,7 @@ def test_layers_at_once_equal_layers_one_by_one():
   arrays, gain = problem(1, batch=(3, 1), time=8, size=16, gains=True, **sizes)
   heads, cos, sin = arrays[:3]
   run = functools.partial(
-    rotary_qkv, implementation="triton", interpret=True, norm="before_rope", eps=1e-6, scale=1.0, **sizes
+    rotary_qkv, implementation="triton", interpret=INTERPRET, norm="before_rope", eps=1e-6, scale=1.0, **sizes
   )
   gains = gain * jnp.array([1.0, 2.0, 3.0])[:, None, None]
   together = jax.vmap(lambda h, g: run(h, cos, sin, gain=g))(heads, gains)
@@ -81,6 +82,6 @@ def test_bad_input():
   sizes = dict(q_heads=2, kv_heads=1, norm=None, gain=None, eps=1e-6, scale=1.0)
   arrays, _ = problem(0, batch=(), time=2, q_heads=2, kv_heads=1, size=12)
   with pytest.raises(InputError, match="head_dim is 12; the Triton kernel needs a power of two"):
-    rotary_qkv(*arrays, implementation="triton", interpret=True, **sizes)
+    rotary_qkv(*arrays, implementation="triton", interpret=INTERPRET, **sizes)
   with pytest.raises(InputError, match="implementation is 'cuda'; it must be one of None, reference, triton"):
     rotary_qkv(*arrays, implementation="cuda", **sizes)

@@ -1,0 +1,106 @@
+"""Every Pallas kernel against the strongest public one for the same function: the `bench.py` beside each."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments import figures, results, timing
+from experiments.results import Claim
+
+_ROW = 50
+
+
+def measure(config, workdir: Path, cache: Path, console) -> dict:
+  """{"bandwidth": bytes a second, kernel: {case: {"milliseconds": {rival: ...}, "floor_ms"}}}."""
+  part = functools.partial(results.part, workdir)
+  bandwidth = part("bandwidth", timing.copy_bandwidth)
+  benches = {
+    name: importlib.import_module(f"jaxlab.kernels.{name}.bench").cases(config.tiny) for name in config.kernels
+  }
+  kernels = {}
+  for name, cases in benches.items():
+    for case, bench in console.track(name, list(cases.items())):
+      measured = part(f"{name}.{case}", lambda bench=bench: measure_case(bench, config.repetitions, bandwidth))
+      kernels.setdefault(name, {})[case] = measured
+  return {"bandwidth": bandwidth, "kernels": kernels}
+
+
+def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
+  outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in ("triton", "reference")]
+  apart = max(float(jnp.abs(a.astype("float32") - b.astype("float32")).max()) for a, b in zip(*outputs, strict=True))
+  rivals = {name: _steady(function, bench) for name, function in bench.rivals.items()}
+  times = timing.compare(rivals, repetitions=repetitions, inner=_ROW)
+  return {"difference": apart, "milliseconds": times.summary(), "floor_ms": 1e3 * bench.bytes / bandwidth}
+
+
+def _steady(function, bench):
+  if bench.carry is None:
+    return timing.Steady(lambda arrays: function(*arrays, None)[0], bench.arrays)
+  return timing.Steady(lambda arrays, carry: function(*arrays, carry), bench.arrays, carry=bench.carry)
+
+
+def over_rivals(case: dict) -> float:
+  """How many times as fast as the best rival the kernel is."""
+  median = {name: row["median"] for name, row in case["milliseconds"].items()}
+  ours = median.pop("triton")
+  return min(median.values()) / ours
+
+
+def claims(config, metrics: dict) -> list[Claim]:
+  """Equal to the reference everywhere; faster than anything public where there is a GPU, and not an interpreter."""
+  apart = {
+    f"{name}, {case}": c["difference"] for name, cases in metrics["kernels"].items() for case, c in cases.items()
+  }
+  made = [
+    Claim(
+      "Largest difference of a kernel's output from its reference's in bfloat16, worst case", "", "lower",
+      ours=max(apart.values()), threshold=0.05, baseline="the reference, outputs of order 1 to 10",
+      note=f"worst: {max(apart, key=apart.get)}",
+    )
+  ]  # fmt: skip
+  for name, cases in metrics["kernels"].items() if _timed(config) else ():
+    worst = min(cases, key=lambda case: over_rivals(cases[case]))
+    made.append(
+      Claim(
+        f"How many times as fast as the best public kernel {name} is, worst case", "x", "higher",
+        ours=over_rivals(cases[worst]), threshold=1.0, baseline="the faster of XLA's kernels and cuDNN",
+        note="; ".join(
+          f"{case}: {over_rivals(c):.2f} x, "
+          + ", ".join(f"{rival} {row['median'] * 1e3:.3g} us" for rival, row in c["milliseconds"].items())
+          + f", its bytes {c['floor_ms'] * 1e3:.2g} us"
+          for case, c in cases.items()
+        ),
+      )
+    )  # fmt: skip
+  return made
+
+
+def finding(config, metrics: dict) -> str:
+  if not _timed(config):
+    return "Every kernel gives its reference's output in Pallas' interpreter; their speed needs a GPU."
+  parts = []
+  for name, cases in metrics["kernels"].items():
+    ratios = [over_rivals(case) for case in cases.values()]
+    parts.append(f"{name} {min(ratios):.2f} to {max(ratios):.2f}x")
+  return f"Speed over the best public kernel for the same function: {', '.join(parts)}."
+
+
+def _timed(config) -> bool:
+  """An interpreter's time says nothing."""
+  return config.scale not in ("test", "cpu")
+
+
+def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  what = over_rivals if _timed(config) else lambda case: case["difference"]
+  title = (
+    "Speed over the best public kernel for the same function" if _timed(config) else "Difference from the reference"
+  )
+  rows = {f"{name}\n{case}": what(c) for name, cases in metrics["kernels"].items() for case, c in cases.items()}
+  figure, axis = figures.subplots(width=1.6)
+  axis.barh(list(rows), list(rows.values()))
+  axis.tick_params(axis="y", labelsize=7)
+  axis.set(xlabel=title)
+  return {figures.save(figure, workdir, "kernels"): title}

@@ -1,0 +1,25 @@
+"""The kernels' benches run, and a wrong or a slow kernel fails its claim."""
+
+from configs import kernels as config_file
+from experiments import kernels as experiment
+from tests.common import run_and_continue
+
+
+def test_kernels_are_right_where_they_cannot_be_timed(tmp_path, monkeypatch):
+  report = run_and_continue("kernels", tmp_path, monkeypatch, "measure_case")
+  (claim,) = report.claims
+  assert claim.holds and set(report.metrics["kernels"]) == set(config_file.get_config("test").kernels)
+
+
+def test_a_wrong_or_slow_kernel_fails():
+  case = lambda difference, **times: {
+    "difference": difference,
+    "milliseconds": {name: {"median": t} for name, t in times.items()},
+    "floor_ms": 0.1,
+  }
+  metrics = lambda *cases: {"kernels": {"k": dict(zip("ab", cases, strict=True))}}
+  held = lambda *cases: [c.holds for c in experiment.claims(config_file.get_config("gpu"), metrics(*cases))]
+  good = case(0.01, triton=1.0, reference=2.0, cudnn=1.5)
+  assert held(good, good) == [True, True]
+  assert held(good, case(0.2, triton=1.0, reference=2.0)) == [False, True]
+  assert held(good, case(0.0, triton=1.0, reference=2.0, cudnn=0.9)) == [True, False]
