@@ -22,7 +22,7 @@ SHELL = [
 
 def test_every_shell_line_is_of_a_kind_that_is_checked():
   assert any("configs/base.py" in line for line in SHELL) and any("configs/snlp.py" in line for line in SHELL)
-  assert all(line.startswith(("make ", "pip install -e ", "python -m experiments.run ")) for line in SHELL)
+  assert all(line.startswith(("make ", "git clone ", "pip install -e ", "python -m experiments.run ")) for line in SHELL)
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python")])
@@ -46,11 +46,11 @@ def test_make_targets_and_extras_exist():
 
 
 def test_python_blocks_run():
+  scope = {}
   for kind, block in BLOCKS:
     if kind == "python":
-      scope = {}
       exec(block, scope)
-      assert scope["logits"].shape == (1, 4, 8192)
+  assert scope["logits"].shape == (1, 4, 8192) and scope["output"].shape == (64,)
 
 
 def test_files_the_readme_points_to_exist():
