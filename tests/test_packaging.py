@@ -1,5 +1,6 @@
 """What `pip install` puts into site-packages: the package jaxlab with its kernels, and nothing beside it."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,12 @@ ROOT = Path(__file__).parents[1]
 def installed(tmp_path_factory):
   """A folder as `pip install` would leave it, from a wheel of this tree."""
   folder = tmp_path_factory.mktemp("wheel")
-  build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, str(ROOT)]
+  source = folder / "source"  # a build inside the tree would find what earlier builds left there
+  for name in ("jaxlab", "kernels"):
+    shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    shutil.copy(ROOT / name, source)
+  build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, str(source)]
   subprocess.run(build, check=True, capture_output=True, cwd=folder)
   (wheel,) = folder.glob("*.whl")
   site = folder / "site"
