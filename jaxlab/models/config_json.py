@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import InputError, require, require_choice, require_divides
 from jaxlab.models.config import Experts, RopeScaling, TransformerConfig
 from jaxlab.models.formats import OWN, TABLES
 
@@ -73,17 +73,20 @@ def from_hugging_face(raw: Mapping, arch: str) -> TransformerConfig:
   own_heads = {"Qwen3ForCausalLM": 32, "Qwen3MoeForCausalLM": 4}
   kv_heads = take("num_key_value_heads", int, own_heads.get(arch), null=not experts)
   head_dim = take("head_dim", int, 128 if qwen else None, null=arch == "LlamaForCausalLM")
+  kv_heads = heads if kv_heads is None else kv_heads
+  require_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
+  head_dim = width // heads if head_dim is None else head_dim
+  require_divides("2 (rotary halves)", 2, "head_dim", head_dim)
   theta, scaling, factor = _rope(take, context)
-  activation = "relu2" if nanochat else "silu"
-  chosen = take("hidden_act", str, activation)
-  require_choice("hidden_act", chosen, ("relu2",) if nanochat else ("silu", "swish"))
+  activations = ("relu2",) if nanochat else ("silu", "swish")
+  require_choice("hidden_act", take("hidden_act", str, activations[0]), activations)
   config = dict(
     vocab_size=take("vocab_size", int),
     depth=depth,
     width=width,
     q_heads=heads,
-    kv_heads=heads if kv_heads is None else kv_heads,
-    head_dim=width // heads if head_dim is None else head_dim,
+    kv_heads=kv_heads,
+    head_dim=head_dim,
     mlp_width=take("intermediate_size", int, 6144 if experts else _REQUIRED),
     context=context,
     norm_eps=take("rms_norm_eps", float, 1e-6),
@@ -189,9 +192,11 @@ def _experts(take) -> Experts:
   require(not dense, f"mlp_only_layers is {dense}; only layers of experts are supported")
   step = take("decoder_sparse_step", int, 1)
   require(step == 1, f"decoder_sparse_step is {step}; only 1, experts in every layer, is supported")
+  count, active = count or local or 128, take("num_experts_per_tok", int, 8)
+  require(active <= count, f"num_experts_per_tok is {active}, but num_experts {count}; it must be at most that")
   return Experts(
-    count=count or local or 128,
-    active=take("num_experts_per_tok", int, 8),
+    count=count,
+    active=active,
     width=take("moe_intermediate_size", int, 768),
     normalize=take("norm_topk_prob", bool, False),
   )
