@@ -61,11 +61,16 @@ def read(file: Path):
     raise InputError(f"reading {file.name} needs the package gguf; pip install --no-deps gguf") from None
   with foreign(file, _REMEDY):
     reader = gguf.GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = {name: _shortest(field.contents()) for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
   architecture = fields.get("general.architecture")
   require_choice(f"the architecture in {file}", architecture, ("llama",))
   return fields, tensors
+
+
+def _shortest(value):
+  """A float32 as the shortest decimal that names it, which is what it was written from: 1e-05, not 9.99999974e-06."""
+  return float(str(np.float32(value))) if type(value) is float and float(np.float32(value)) == value else value
 
 
 def read_config(file: Path, fields: Mapping, tensors: Mapping) -> dict:
@@ -161,11 +166,15 @@ def read_vocabulary(file: Path) -> tuple[Tokenizer, int | None, tuple[int, ...],
       if kind in (_CONTROL, _USER_DEFINED):
         added = AddedToken(token, normalized=False, special=kind == _CONTROL)
         (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
-    bos = entry("bos_token_id")
-    ends = dict.fromkeys(entry(f"{name}_token_id") for name in ("eos", "eot", "eom"))
+    roles = {name: entry(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+    for name, index in roles.items():
+      known = index is None or (type(index) is int and 0 <= index < len(tokens))
+      require(known, f"{file}: tokenizer.ggml.{name}_token_id is {index}; the vocabulary has {len(tokens)} tokens")
+    bos, *ends = roles.values()
     if entry("add_bos_token", False):
       tokenizer.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
-  return tokenizer, bos, tuple(end for end in ends if end is not None), fields.get("tokenizer.chat_template")
+  ends = tuple(dict.fromkeys(end for end in ends if end is not None))
+  return tokenizer, bos, ends, fields.get("tokenizer.chat_template")
 
 
 def _byte_level(*before):
