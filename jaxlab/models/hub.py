@@ -8,6 +8,7 @@ their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint o
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def from_tensors(
       floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
       require(floating, f"{where}: {name} holds {tensor.dtype}; only 16, 32 and 64 bit floats can be loaded")
       if value is None:
-        value = np.empty(leaf.shape, dtype or tensor.dtype)
+        value = _aligned(leaf.shape, np.dtype(dtype or tensor.dtype))
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
@@ -108,6 +109,14 @@ def from_tensors(
     else:
       leaves.append(jax.make_array_from_callback(value.shape, place, value.__getitem__))
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An uninitialised array that the CPU backend takes over as it is; one off the 64-byte grid it would copy."""
+  size = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(size + 64, np.uint8)
+  first = -buffer.ctypes.data % 64
+  return buffer[first : first + size].view(dtype).reshape(shape)
 
 
 def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], where: str) -> None:
