@@ -120,6 +120,12 @@ def checkpoints(draw):
       changes[name] = draw(st.sampled_from(values))
     elif draw(_one_in(12)):
       changes[name] = ...
+  if kind in ("qwen3", "qwen3_moe") and draw(_one_in(3)):
+    changes |= {"use_sliding_window": True, "sliding_window": draw(st.sampled_from([1, 2, 5, 4096]))}
+    if kind == "qwen3":  # the list, or what max_window_layers makes of it
+      kinds = st.sampled_from(["full_attention", "sliding_attention"])
+      depth = options["num_hidden_layers"]
+      changes["layer_types"] = draw(st.just(...) | st.lists(kinds, min_size=depth, max_size=depth))
   if changes.get("tie_word_embeddings", ...) is not ...:  # mostly what the weights were saved with
     changes["tie_word_embeddings"] &= options["tie_word_embeddings"]
   if draw(_one_in(5)):
