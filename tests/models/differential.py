@@ -125,6 +125,7 @@ def checkpoints(draw):
     if kind == "qwen3":  # the list, or what max_window_layers makes of it
       kinds = st.sampled_from(["full_attention", "sliding_attention"])
       depth = options["num_hidden_layers"]
+      changes["max_window_layers"] = draw(st.integers(0, depth))
       changes["layer_types"] = draw(st.just(...) | st.lists(kinds, min_size=depth, max_size=depth))
   if changes.get("tie_word_embeddings", ...) is not ...:  # mostly what the weights were saved with
     changes["tie_word_embeddings"] &= options["tie_word_embeddings"]

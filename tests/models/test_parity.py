@@ -62,7 +62,10 @@ def test_any_config_computes_what_transformers_does_or_is_refused_in_one_line(dr
   @settings(max_examples=draws, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
   @given(differential.checkpoints())
   def compare(checkpoint):
-    results[differential.compare(tmp_path / "drawn", *checkpoint, seed=next(seeds))] += 1
+    seed = next(seeds)
+    if seed % 500 == 499:  # what compiled for shapes of the past holds memory
+      jax.clear_caches()
+    results[differential.compare(tmp_path / "drawn", *checkpoint, seed=seed)] += 1
 
   compare()
   assert results["equal"] >= 0.6 * draws and results["refused"] >= 0.05 * draws, results
