@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.depth import snlp, snlp_inference
+from jaxlab.depth import snlp
 from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, generate, prefill, split, step
 from jaxlab.depth.snlp_suffix import fuse
+from jaxlab.models import inference
 from jaxlab.models.generate import generate as plain_generate
 from jaxlab.models.layers import Steps
 from kernels.decode_attention import decode_attention
@@ -161,7 +162,7 @@ def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monke
   """
   kernel = dict(implementation="triton", interpret=True)
   steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
-  monkeypatch.setattr(snlp_inference, "STEPS", steps)
+  monkeypatch.setattr(inference, "kernel_steps", lambda: steps)
   model = random_model(dataclasses.replace(CONFIGS[name], width=64, depth=4))
   network, tokens = split(model, 2), TOKENS[:1, :8]
   expected = jax.jit(lambda m: m(tokens))(model)
