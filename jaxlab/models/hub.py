@@ -9,7 +9,6 @@ their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint o
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
@@ -24,35 +23,13 @@ from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.core.files import write_files
 from jaxlab.models import formats
 from jaxlab.models.config import Experts, HyperConnections, RopeScaling, TransformerConfig
+from jaxlab.models.files import find
 from jaxlab.models.transformer import Transformer
+from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
-_SHIPPED = Path(__file__).parents[2] / "checkpoints"
+__all__ = ["Vocabulary", "find", "from_tensors", "load", "load_vocabulary", "read_config", "save", "to_tensors"]
+
 _SHARD_BYTES = 16 * 2**20
-
-
-def find(path_or_name: str | os.PathLike) -> Path:
-  """The folder of a checkpoint: a folder, the name of a shipped one ("base"), or a Hugging Face repository name.
-
-  Repository names are looked up in the local Hugging Face cache first and downloaded otherwise.
-
-  Raises:
-    InputError: there is no such folder, and no such repository can be had.
-  """
-  folder = Path(path_or_name)
-  if folder.is_dir():
-    return folder
-  if (_SHIPPED / folder).is_dir() and len(folder.parts) == 1:
-    return _SHIPPED / folder
-  if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_name)):
-    import huggingface_hub
-
-    wanted = dict(repo_id=str(path_or_name), allow_patterns=["*.safetensors", "*.json"])
-    for local in (True, False):
-      try:
-        return Path(huggingface_hub.snapshot_download(**wanted, local_files_only=local))
-      except Exception:  # whichever of its many errors: the one line below says what to do
-        continue
-  raise InputError(f"no checkpoint {str(path_or_name)!r}: give a folder with a config.json, 'base', or owner/name")
 
 
 def load(path_or_name: str | os.PathLike, *, dtype=None) -> Transformer:
