@@ -10,11 +10,11 @@ demo: .venv/.installed
 test: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The live comparison with transformers; torch 2.13.0 exists as a CPU-only build.
+# The live comparison with transformers and the evaluation harness; torch 2.13.0 exists as a CPU-only build.
 parity: .venv/.installed
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e .[test,parity]
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py tests/evaluation
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
