@@ -47,10 +47,12 @@ class TransformerConfig:
     context: trained sequence length in tokens; sets the short window.
     mlp: "swiglu" (gate, up, down) or "relu2" (squared ReLU).
     norm_gain: RMSNorm has a learned gain.
+    rope_factor: every rotary frequency is divided by it (linear scaling of positions).
     rope_direction: +1 rotates by +theta (Llama), -1 by -theta (nanochat).
     qk_norm: None, "before_rope" (Qwen3) or "after_rope" (nanochat), per head over head_dim.
     qk_scale: factor on normalised queries and keys.
     window_pattern: "L" full and "S" short windows, tiled over the layers; the last layer is always full.
+    layer_windows: a window for every layer instead (query i sees keys i - w .. i; None is full), or None.
     embed_norm: RMSNorm on the embeddings.
     value_embeddings: alternate layers (the last included) add a gated per-token embedding to the values.
     residual_lambdas: each block reads lam_l x + mu_l x0.
@@ -73,10 +75,12 @@ class TransformerConfig:
   norm_eps: float = 1e-6
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
+  rope_factor: float = 1.0
   rope_direction: int = 1
   qk_norm: str | None = None
   qk_scale: float = 1.0
   window_pattern: str = "L"
+  layer_windows: tuple[int | None, ...] | None = None
   embed_norm: bool = False
   value_embeddings: bool = False
   residual_lambdas: bool = False
@@ -99,6 +103,9 @@ class TransformerConfig:
       set(self.window_pattern) <= {"S", "L"} and self.window_pattern != "",
       f"model.window_pattern is {self.window_pattern!r}; it must be made of S (short) and L (long)",
     )
+    if self.layer_windows is not None:
+      enough = len(self.layer_windows) == self.depth and all(w is None or w >= 0 for w in self.layer_windows)
+      require(enough, f"model.layer_windows is {self.layer_windows}; it must have {self.depth} sizes >= 0 or None")
     if self.experts:
       require(
         1 <= self.experts.active <= self.experts.count,
@@ -115,6 +122,8 @@ class TransformerConfig:
   @property
   def windows(self) -> tuple[int | None, ...]:
     """Per layer: query i sees keys i - w .. i (w + 1 of them); None is plain causal."""
+    if self.layer_windows is not None:
+      return self.layer_windows
     short = math.ceil(self.context / 4 / 128) * 128
     kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.depth)]
     kinds[-1] = "L"

@@ -1,10 +1,14 @@
 """Where a checkpoint is, and which of the files there are the model: read from the folder, never guessed."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 from pathlib import Path
+
+import numpy as np
+import safetensors
 
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.foreign import foreign
@@ -66,37 +70,67 @@ def gguf_file(path: Path) -> Path | None:
   return found[0] if found else None
 
 
-def weight_files(folder: Path) -> list[Path]:
-  """The safetensors files that are the model: those its index lists, or model.safetensors.
+def tensor_files(folder: Path) -> dict[str, Path]:
+  """Tensor name -> the safetensors file that holds it: as the index says, else all of model.safetensors.
 
   What else lies there (adapters, optimizer states, consolidated copies, shards of an earlier save) is no part of it.
 
   Raises:
-    InputError: there are none, or the index names one that is missing.
+    InputError: there is neither, a file is missing or damaged, or its tensors are not those the index lists for it.
   """
-  if (folder / INDEX).exists():
-    files = [folder / name for name in index_files(folder)]
-    for file in files:
-      require(file.is_file(), f"{folder} lacks {file.name}, which {INDEX} lists; fetch it again")
-    return files
-  single = folder / SINGLE
-  other = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3]) or "no safetensors file"
-  require(single.is_file(), f"{folder} has neither {INDEX} nor {SINGLE} (it has {other}); save the model there again")
-  return [single]
+  if not (folder / INDEX).exists():
+    single = folder / SINGLE
+    other = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3]) or "no safetensors file"
+    require(single.is_file(), f"{folder} has neither {INDEX} nor {SINGLE} (it has {other}); save the model there again")
+    return dict.fromkeys(_tensor_names(single), single)
+  weight_map = _weight_map(folder)
+  for name in sorted(set(weight_map.values())):
+    require((folder / name).is_file(), f"{folder} lacks {name}, which {INDEX} lists; fetch it again")
+    listed = {tensor for tensor, file in weight_map.items() if file == name}
+    differ = sorted(listed.symmetric_difference(_tensor_names(folder / name)))
+    require(not differ, f"{folder}: {INDEX} and {name} disagree about {', '.join(differ[:3])}; fetch both again")
+  return {tensor: folder / file for tensor, file in weight_map.items()}
 
 
-def index_files(folder: Path) -> list[str]:
-  """The file names of the folder's index, sorted.
+def saved_files(folder: Path) -> set[str]:
+  """Names of the files that are a folder's weights now, the index among them; a damaged index lists none."""
+  if not (folder / INDEX).exists():
+    return {SINGLE}
+  try:
+    return {INDEX, *_weight_map(folder).values()}
+  except InputError:
+    return {INDEX}
 
-  Raises:
-    InputError: the index is damaged, or names something outside the folder.
-  """
+
+def _weight_map(folder: Path) -> dict[str, str]:
   weight_map = read_json(folder / INDEX).get("weight_map")
   plain = isinstance(weight_map, dict) and all(
     isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in weight_map.values()
   )
   require(plain and weight_map != {}, f"{folder / INDEX}: weight_map must give every tensor a file of the folder")
-  return sorted(set(weight_map.values()))
+  return weight_map
+
+
+def _tensor_names(file: Path) -> list[str]:
+  with _opened(file) as handle:
+    return list(handle.keys())
+
+
+def read_tensor(file: Path, name: str) -> np.ndarray:
+  """One tensor of a safetensors file. The file is mapped for as long as this takes: mapped pages count as memory.
+
+  Raises:
+    InputError: the file is damaged, or NumPy has no such dtype.
+  """
+  with _opened(file) as handle:
+    return handle.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(file: Path):
+  remedy = "it is damaged or truncated: fetch or write it again"
+  with foreign(file, remedy), safetensors.safe_open(file, "np") as handle:
+    yield handle
 
 
 def read_json(path: Path) -> dict:
@@ -105,7 +139,7 @@ def read_json(path: Path) -> dict:
   Raises:
     InputError: the file is damaged or holds something else.
   """
-  with foreign(path, "fetch it again"):
+  with foreign(path, "it is no JSON: fetch it again"):
     content = json.loads(path.read_bytes())
   require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again")
   return content

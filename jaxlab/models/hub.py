@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere and back: Hugging Face safetensors folders and nanochat's torch files.
+"""Checkpoints from elsewhere and back: Hugging Face safetensors folders, GGUF files, nanochat's torch files.
 
 One table per architecture says which tensor of the file is which parameter; loading and saving both walk it. The
 folder's config.json names the architecture: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM,
@@ -9,21 +9,24 @@ their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint o
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh
 
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.core.files import write_files
-from jaxlab.models import formats
-from jaxlab.models.config import Experts, HyperConnections, RopeScaling, TransformerConfig
-from jaxlab.models.files import find
+from jaxlab.core.foreign import foreign
+from jaxlab.core.mesh import shardings
+from jaxlab.models import config_json, formats, gguf
+from jaxlab.models.config import TransformerConfig
+from jaxlab.models.files import INDEX, SINGLE, find, gguf_file, read_json, read_tensor, saved_files, tensor_files
+from jaxlab.models.layers import rope_frequencies
 from jaxlab.models.transformer import Transformer
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
@@ -32,46 +35,59 @@ __all__ = ["Vocabulary", "find", "from_tensors", "load", "load_vocabulary", "rea
 _SHARD_BYTES = 16 * 2**20
 
 
-def load(path_or_name: str | os.PathLike, *, dtype=None) -> Transformer:
-  """Loads a checkpoint. `dtype` converts every parameter; None keeps what the file holds.
+def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None) -> Transformer:
+  """Loads a checkpoint (`files.find` says which): a Hugging Face folder, a nanochat one, or a GGUF file.
+
+  One parameter is in host memory at a time, read tensor by tensor, before it goes to the device.
+
+  Args:
+    dtype: of every parameter; None keeps what the files hold (float32 for GGUF).
+    mesh: parameters are sharded over it by the rules of `core.mesh`; None puts them on the default device.
 
   Raises:
     InputError: unknown architecture or option, or a tensor that is missing, superfluous, truncated or of another shape.
   """
-  folder = find(path_or_name)
-  if any(folder.glob("model_*.pt")):
-    config, tensors = _read_karpathy(folder)
-    return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors.keys(), dtype=dtype, where=str(folder))
-  config, table = read_config(folder)
-  files = {}
-  for file in sorted(folder.glob("*.safetensors")):
-    try:
-      handle = safetensors.safe_open(file, "np")
-      files |= dict.fromkeys(handle.keys(), handle)
-    except (safetensors.SafetensorError, OSError) as error:
-      raise InputError(f"{file} is damaged or truncated ({error}); fetch or write it again") from None
-  require(bool(files), f"{folder} has no *.safetensors file; convert the checkpoint to safetensors first")
-  read = lambda name: files[name].get_tensor(name)
-  return from_tensors(config, table, read, files.keys(), dtype=dtype, where=str(folder))
+  path = find(path_or_name)
+  options = dict(dtype=dtype, mesh=mesh, where=str(path))
+  if (file := gguf_file(path)) is not None:
+    fields, stored = gguf.read(file)
+    raw = gguf.read_config(file, fields, stored)
+    config, arch = config_json.read(raw, str(file))
+    names = gguf.names(stored)
+    read = lambda name: gguf.dequantise(file, stored[names[name]], raw)
+    return from_tensors(config, formats.TABLES[arch], read, names, **options)
+  if any(path.glob("model_*.pt")):
+    config, tensors = _read_karpathy(path)
+    return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors, **options)
+  config, table = read_config(path)
+  places = tensor_files(path)
+  return from_tensors(config, table, lambda name: read_tensor(places[name], name), places, **options)
 
 
 def from_tensors(
   config: TransformerConfig,
   table: Mapping[str, tuple[str, bool]] | None,
   read: Callable[[str], np.ndarray],
-  names,
+  names: Collection[str],
   *,
   dtype=None,
+  mesh: Mesh | None = None,
   where: str = "checkpoint",
 ) -> Transformer:
   """Builds a model from named tensors; `table` maps parameters to names (None: the parameters' own names)."""
   abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-  used, leaves = set(), []
-  for parameter, leaf in _leaves(abstract):
-    value = None
-    for index, name, transpose in _places(config, table, parameter, leaf.shape):
+  parameters = list(_leaves(abstract))
+  used = set()
+  for parameter, leaf in parameters:
+    for _, name, _ in _places(config, table, parameter, leaf.shape):
       require(name in names, f"{where} lacks tensor {name}; its config.json promises one")
       used.add(name)
+  _refuse_surplus(config, read, set(names) - used, where)
+  sharding = [None] * len(parameters) if mesh is None else jax.tree.leaves(shardings(abstract, mesh))
+  leaves = []
+  for (parameter, leaf), place in zip(parameters, sharding, strict=True):
+    value = None
+    for index, name, transpose in _places(config, table, parameter, leaf.shape):
       tensor = np.asarray(read(name))
       tensor = tensor.T if transpose and tensor.ndim == 2 else tensor
       expected = leaf.shape[len(index) :]
@@ -80,20 +96,42 @@ def from_tensors(
       elif table is formats.KARPATHY:  # vocabularies are padded to a multiple of 64 there
         tensor = tensor[tuple(slice(0, n) if n == config.vocab_size else slice(None) for n in expected)]
       require(tensor.shape == expected, f"{where}: {name} has shape {tensor.shape}; config.json makes it {expected}")
+      floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
+      require(floating, f"{where}: {name} holds {tensor.dtype}; only 16, 32 and 64 bit floats can be loaded")
       if value is None:
-        value = np.zeros(leaf.shape, dtype or tensor.dtype)
+        value = np.empty(leaf.shape, dtype or tensor.dtype)
+      same = dtype is not None or tensor.dtype == value.dtype
+      require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
-    leaves.append(jnp.asarray(value))
-  surplus = sorted(n for n in set(names) - used if "rotary_emb" not in n and n != "lm_head.weight")
-  require(not surplus, f"{where} has tensors this architecture does not have: {', '.join(surplus[:4])}")
+    if place is None:
+      leaves.append(jax.device_put(value))
+    else:
+      leaves.append(jax.make_array_from_callback(value.shape, place, value.__getitem__))
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], where: str) -> None:
+  """A tensor that no parameter is made of may only repeat what the model has: a tied head, the rotary frequencies."""
+  unknown = []
+  for name in sorted(names):
+    if name == "lm_head.weight" and config.tied_embeddings:
+      same = np.array_equal(read(name), read("model.embed_tokens.weight"))
+      require(same, f"{where}: lm_head.weight is not the embedding, but config.json sets tie_word_embeddings; unset it")
+    elif name.endswith("rotary_emb.inv_freq"):
+      tensor, expected = read(name), np.asarray(rope_frequencies(config))
+      precision = 4 * float(jnp.finfo(tensor.dtype).eps)
+      same = tensor.shape == expected.shape and np.allclose(tensor.astype(np.float32), expected, precision, 1e-7)
+      require(same, f"{where}: {name} holds other frequencies than config.json gives; correct its rope_theta")
+    else:
+      unknown.append(name)
+  require(not unknown, f"{where} has tensors this architecture does not have: {', '.join(unknown[:4])}")
 
 
 def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = None) -> None:
   """Writes the model as a folder that `load` reads, in its own dtype, in shards of at most 16 MiB.
 
   Every file is written under a temporary name and synced before the first one is renamed, so a folder that held a
-  checkpoint holds a whole one after a failure too.
+  checkpoint holds a whole one after a failure too. Of what was there only the weights that these replace are deleted.
 
   Args:
     layout: None picks the Hugging Face architecture that computes the same function, so that transformers loads it
@@ -104,29 +142,30 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
   """
   require_choice("layout", layout, (None, "nanochat"))
   folder, config = Path(path), model.config
-  arch = formats.architecture(config)
+  arch = config_json.architecture(config)
   table = formats.KARPATHY if layout else formats.TABLES.get(arch)
   tensors = to_tensors(model, table)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if layout:
       return _write_karpathy(folder, config, tensors)
+    replaced = saved_files(folder)
     shards = _shards(tensors)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    names = names if len(shards) > 1 else [SINGLE]
     files = {}
     for name, shard in zip(names, shards, strict=True):
       files[name] = lambda file, shard=shard: file.write(safetensors.numpy.save(shard, metadata={"format": "pt"}))
     if len(shards) > 1:
       weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
       index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-      files["model.safetensors.index.json"] = _json(index)
-    description = formats.describe(config, arch) | {"dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
+      files[INDEX] = _json(index)
+    description = config_json.describe(config, arch) | {"dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
     files["config.json"] = _json(description)
     write_files(folder, files)
-    for old in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
-      if old.name not in files:
-        old.unlink(missing_ok=True)
+    for old in replaced:
+      if old not in files:
+        (folder / old).unlink(missing_ok=True)
   except OSError as error:
     raise InputError(
       f"could not write {folder}: {error.strerror or error}; free some space or choose another"
@@ -148,21 +187,12 @@ def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
   return lambda file: file.write(json.dumps(content, indent=2).encode())
 
 
-def read_config(folder: Path) -> tuple[TransformerConfig, Mapping | None]:
+def read_config(path: Path) -> tuple[TransformerConfig, Mapping | None]:
   """(config, tensor table) of a Hugging Face folder."""
-  try:
-    raw = json.loads((folder / "config.json").read_text())
-  except FileNotFoundError:
-    raise InputError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
-  except ValueError as error:
-    raise InputError(f"{folder / 'config.json'} is not JSON ({error}); fetch it again") from None
-  arch = (raw.get("architectures") or ["none"])[0]
-  require_choice(f"the architecture in {folder / 'config.json'}", arch, (*formats.TABLES, formats.OWN))
-  if arch == formats.OWN:
-    parts = {"rope_scaling": RopeScaling, "experts": Experts, "hyper": HyperConnections}
-    fields = raw["transformer"]
-    return TransformerConfig(**fields | {k: v(**fields[k]) for k, v in parts.items() if fields.get(k)}), None
-  return formats.from_hugging_face(raw, arch), formats.TABLES[arch]
+  file = path / "config.json"
+  require(file.is_file(), f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
+  config, arch = config_json.read(read_json(file), str(file))
+  return config, formats.TABLES.get(arch)
 
 
 def _leaves(model):
@@ -218,13 +248,11 @@ def _read_karpathy(folder: Path):
   file = max(folder.glob("model_*.pt"))
   meta = folder / file.name.replace("model_", "meta_").replace(".pt", ".json")
   require(meta.is_file(), f"{meta} is missing; a nanochat checkpoint is a model_*.pt with its meta_*.json")
-  raw = json.loads(meta.read_text())["model_config"]
-  try:
+  with foreign(file, "copy it again"):
     stored = torch.load(file, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many kinds for a damaged file
-    raise InputError(f"{file} is damaged or no plain tensor file ({type(error).__name__}); copy it again") from None
-  tensors = {k.removeprefix("_orig_mod."): v.float().numpy() for k, v in stored.items()}
-  return formats.karpathy_config(raw, tensors), tensors
+    tensors = {k.removeprefix("_orig_mod."): v.float().numpy() for k, v in stored.items()}
+  with foreign(meta, "copy it again"):
+    return formats.karpathy_config(read_json(meta)["model_config"], tensors), tensors
 
 
 def _write_karpathy(folder: Path, c: TransformerConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -58,12 +58,15 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def rope_table(config: TransformerConfig, positions: Int[Array, "*batch time"], dtype) -> tuple[Array, Array]:
   """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each, computed in float32."""
-  half = config.head_dim // 2
-  frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if config.rope_scaling:
-    frequency = _llama3_scaling(frequency, config.rope_scaling)
-  angle = positions.astype(jnp.float32)[..., None] * frequency
+  angle = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
   return jnp.cos(angle).astype(dtype), (config.rope_direction * jnp.sin(angle)).astype(dtype)
+
+
+def rope_frequencies(config: TransformerConfig) -> Float[Array, "half"]:
+  """Radians a position of each pair of channels, float32[head_dim / 2]: theta^(-2 i / head_dim), scaled."""
+  half = config.head_dim // 2
+  frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half) / config.rope_factor
+  return _llama3_scaling(frequency, config.rope_scaling) if config.rope_scaling else frequency
 
 
 def _llama3_scaling(frequency, s: RopeScaling):
