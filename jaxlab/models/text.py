@@ -75,13 +75,13 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-  """The text before the first of the stop strings, in pieces; what may be the beginning of one is held back."""
+  """The text before the stop string that is complete first, in pieces; what may begin one is held back."""
   held = ""
   for piece in pieces:
     held += piece
-    found = [at for text in stop if (at := held.find(text)) >= 0]
+    found = [(at + len(text), at) for text in stop if (at := held.find(text)) >= 0]
     if found:
-      yield held[: min(found)]
+      yield held[: min(found)[1]]
       return
     beginnings = (n for text in stop for n in range(min(len(text) - 1, len(held)), 0, -1) if held.endswith(text[:n]))
     size = len(held) - max(beginnings, default=0)
