@@ -12,6 +12,7 @@ import numpy as np
 from experiments import figures, results, timing
 from experiments.results import Claim, Report
 from experiments.snlp_speed import random_model
+from experiments.throughput_decoding import decoding_claims, decoding_speed
 from jaxlab.core import mesh as meshes
 from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
@@ -36,7 +37,9 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   forward = part("forward", lambda: forward_speed(model, s, console))
   steps, torch_times = forward["jax"], forward["torch"]
   decode = part("decode", lambda: decode_speed(model, s.context, s.repetitions))
-  metrics = {"training": training, "forward": steps, "decode": decode, "torch": torch_times}
+  decoding = part("decoding", lambda: decoding_speed(config.decoding))
+  console.say(f"decoding, tokens/s: {decoding['rates']}")
+  metrics = {"training": training, "forward": steps, "decode": decode, "torch": torch_times, "decoding": decoding}
   claims = []
   for name, result in training.items():
     if result["mfu"] and name in config.claimed:
@@ -70,6 +73,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
         baseline=f"weights and cache read once: {result['floor_ms']:.3f} ms",
       )
     )
+  claims += decoding_claims(decoding, config.decoding)
   return Report(metrics, claims, {draw(steps, torch_times, workdir): "Sequential forward, batch 1"})
 
 

