@@ -150,7 +150,7 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
     step = timing.Steady(snlp_inference.step, network, prompt[:, :1], carry=state)
     times = timing.compare({"step": step}, repetitions=rows, inner=_ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
-    size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix))
+    size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix.pairs))
     result[f"context {context}"] = {
       "milliseconds": times.summary()["step"],
       "floor_ms": 1e3 * size / bandwidth,

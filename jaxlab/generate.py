@@ -65,6 +65,10 @@ def _run(options: argparse.Namespace) -> None:
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
   require_stops(options.stop)
+  require(
+    options.temperature != 0 or options.top_k is options.top_p is None,
+    "--top-k and --top-p are of sampling; give a --temperature too",
+  )
   vocabulary = load_vocabulary(options.model)
   prompt = (raw_prompt if options.raw else chat_prompt)(vocabulary, options.text)
   dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

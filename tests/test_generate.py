@@ -55,6 +55,7 @@ def test_sampling_depends_on_the_seed(capsys):
     (["--raw", "a", "--stop="], "a stop string is empty"),
     (["--raw", "a", "--method=snlp,layers"], "--method has 'layers'; its options are NAME=VALUE"),
     (["--raw", "a", "--method=snlp,layers=99"], "layers"),
+    (["--raw", "a", "--top-k=3"], "give a --temperature too"),
     (["--raw", "a", "--dtype=int8"], "argument --dtype: invalid choice"),
   ],
 )

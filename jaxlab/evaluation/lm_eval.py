@@ -19,7 +19,7 @@ import numpy as np
 from jaxlab.core.checks import InputError, require
 from jaxlab.evaluation.methods import subject
 from jaxlab.models import hub
-from jaxlab.models.generate import Completion, pad, power_of_two, stream
+from jaxlab.models.generate import Completion, pad, power_of_two, require_ids, stream
 from jaxlab.models.text import render_chat
 from jaxlab.models.vocabulary import load_vocabulary
 
@@ -74,7 +74,7 @@ class JaxLM(TemplateLM):
     loaded = hub.load(model, dtype=dtype)
     self.vocabulary, self.batch_size, self._tokenizer_name = load_vocabulary(model), int(batch_size), str(model)
     self.max_length, self.max_gen_toks = max_length or loaded.config.context, 256
-    self._add_bos, self._key = add_bos_token, jax.random.key(seed)
+    self._add_bos, self._key, self._vocab_size = add_bos_token, jax.random.key(seed), loaded.config.vocab_size
     self.network, logits, self.decoder = subject(loaded, method, **options)
     self._score = jax.jit(lambda network, *arrays: _score(logits(network, arrays[0]), *arrays[1:]))
     require(self.prefix_token_id is not None, f"{model} names no BOS or EOS token, with which scored texts begin")
@@ -108,6 +108,8 @@ class JaxLM(TemplateLM):
       chosen = [rows[i] for i in batch] + [([0, 0], 1)] * (self.batch_size - len(batch))  # one shape a length
       inputs, lengths = pad([row[:-1] for row, _ in chosen])
       targets, _ = pad([row[1:] for row, _ in chosen])
+      for tokens in (inputs, targets):
+        require_ids(tokens, self._vocab_size)
       first = lengths - np.array([count for _, count in chosen], np.int32)
       sums, greedy = self._score(self.network, inputs, targets, first, lengths)
       for i, total, exact in zip(batch, sums.tolist(), greedy.tolist(), strict=False):

@@ -87,9 +87,13 @@ def generate(
     decoder: for a network that a method took apart.
 
   Raises:
-    InputError: an empty prompt, tokens < 1, or sampling without a key.
+    InputError: an empty prompt, lengths outside 1..time (where they are known), tokens < 1, or sampling without a key.
   """
   require(prompt.ndim == 2 and prompt.shape[1] >= 1, f"prompt has shape {prompt.shape}; expected (batch, time >= 1)")
+  if lengths is not None:
+    require(lengths.shape == prompt.shape[:1], f"lengths has shape {lengths.shape}; expected {prompt.shape[:1]}")
+    inside = isinstance(lengths, jax.core.Tracer) or bool(((lengths >= 1) & (lengths <= prompt.shape[1])).all())
+    require(inside, f"lengths must lie in 1..{prompt.shape[1]}, the prompt's time")
   _check(tokens, key, temperature)
   chosen = _Choice(decoder, prompt.shape[1] + tokens, temperature, top_k, top_p)
   return _generate(_network(model), prompt, lengths, _key(key), tokens=tokens, chosen=chosen)
@@ -114,7 +118,7 @@ def stream(
   rows have, or `tokens` are made, the stream ends. Prompts are padded to a power of two, so that few shapes compile.
 
   Raises:
-    InputError: no prompt or an empty one, tokens < 1, stretch < 1, or sampling without a key.
+    InputError: no prompt or an empty one, an id the model lacks, tokens < 1, stretch < 1, or sampling without a key.
   """
   require(
     len(prompts) > 0 and all(len(prompt) > 0 for prompt in prompts),
@@ -123,6 +127,7 @@ def stream(
   require(stretch >= 1, f"stretch is {stretch}; it must be at least 1")
   _check(tokens, key, temperature)
   padded, lengths = pad(prompts)
+  require_ids(padded, (model if isinstance(model, Transformer) else model.model).config.vocab_size)
   capacity = padded.shape[1] + power_of_two(tokens + stretch)
   # Flat, as a module takes longer to flatten than its step takes to run.
   leaves, structure = jax.tree.flatten(_network(model))
@@ -147,6 +152,15 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   for i, row in enumerate(rows):
     padded[i, : len(row)] = row
   return padded, lengths
+
+
+def require_ids(tokens: np.ndarray, vocab_size: int) -> None:
+  """Raises InputError for ids without an embedding, which would be read as NaN."""
+  low, high = int(tokens.min()), int(tokens.max())
+  require(
+    low >= 0 and high < vocab_size,
+    f"the tokens have ids {low}..{high}, the model 0..{vocab_size - 1}; use the tokenizer the model was trained with",
+  )
 
 
 def power_of_two(size: int, least: int = 16) -> int:

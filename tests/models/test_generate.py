@@ -136,6 +136,11 @@ def test_impossible_requests_are_named():
   model = random_model(configs()["qwen3"])
   with pytest.raises(InputError, match="a prompt is empty"):
     stream(model, [[1], []], tokens=1)
+  with pytest.raises(InputError, match=r"the tokens have ids 0\.\.64, the model 0\.\.63"):
+    stream(model, [[1], [64]], tokens=1)
+  for lengths, message in ([1], "lengths has shape"), ([0, 3], r"must lie in 1\.\.3"), ([1, 4], r"must lie in 1\.\.3"):
+    with pytest.raises(InputError, match=message):
+      generate(model, random_tokens(2, 3), jnp.array(lengths), tokens=1)
   with pytest.raises(InputError, match="stretch is 0"):
     stream(model, [[1]], tokens=1, stretch=0)
   for prompt, options, message in [
