@@ -14,7 +14,7 @@ test: .venv/.installed
 parity: .venv/.installed
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e .[test,parity]
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py tests/evaluation
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py tests/evaluation tests/experiments/test_throughput_decoding.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -34,7 +34,11 @@ try:
   )
   from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-  raise InputError("the harness is not installed; pip install 'jaxlab[eval]'") from None
+  _MISSING = "the evaluation harness is not installed; pip install 'jaxlab[eval]'"
+  if __name__ == "__main__":
+    print(f"error: {_MISSING}", file=sys.stderr)
+    sys.exit(2)
+  raise InputError(_MISSING) from None
 
 _SAMPLING = ("temperature", "top_k", "top_p")
 

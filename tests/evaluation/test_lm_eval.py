@@ -137,10 +137,7 @@ def test_tokens_are_those_of_the_hf_model(folder):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (dict(method="snap"), "method is 'snap'; it must be one of snlp"),
     (dict(layers=2), "options of a method need method="),
-    (dict(method="snlp"), "method snlp needs layers="),
-    (dict(method="snlp", layers=2, depth=3), "an option of method snlp is 'depth'; it must be one of layers, "),
     (dict(batch_size="auto"), "give a number of rows"),
   ],
 )
