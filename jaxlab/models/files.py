@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from jaxlab.core.checks import InputError, require
+from jaxlab.core.checks import InputError, plain, require
 from jaxlab.core.foreign import foreign
 
 INDEX = "model.safetensors.index.json"
@@ -48,9 +48,12 @@ def find(path_or_name: str | os.PathLike) -> Path:
     wanted = dict(repo_id=name, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
     for local in (True, False):
       try:
-        return Path(huggingface_hub.snapshot_download(**wanted, local_files_only=local))
+        folder = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=local))
       except Exception:  # whichever of its many errors: the one line below says what to do
         continue
+      # The cache may hold a part: what another program wanted of the repository.
+      if not local or all((folder / name).exists() for name in ("config.json", *saved_files(folder))):
+        return folder
   known = ", ".join(map(repr, ["base", *_PACKAGED]))
   raise InputError(f"no checkpoint {name!r}: give a folder with a config.json, a .gguf file, {known}, or owner/name")
 
@@ -85,10 +88,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return dict.fromkeys(_tensor_names(single), single)
   weight_map = _weight_map(folder)
   for name in sorted(set(weight_map.values())):
-    require((folder / name).is_file(), f"{folder} lacks {name}, which {INDEX} lists; fetch it again")
+    require((folder / name).is_file(), f"{folder} lacks {plain(name)}, which {INDEX} lists; fetch it again")
     listed = {tensor for tensor, file in weight_map.items() if file == name}
     differ = sorted(listed.symmetric_difference(_tensor_names(folder / name)))
-    require(not differ, f"{folder}: {INDEX} and {name} disagree about {', '.join(differ[:3])}; fetch both again")
+    require(not differ, f"{folder}: {INDEX} and {plain(name)} disagree about {plain(*differ)}; fetch both again")
   return {tensor: folder / file for tensor, file in weight_map.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import InputError, plain, require, require_choice
 from jaxlab.core.foreign import foreign
 
 _REMEDY = "fetch the file again, or convert it with the gguf tools of today"
@@ -61,11 +61,16 @@ def read(file: Path):
     raise InputError(f"reading {file.name} needs the package gguf; pip install --no-deps gguf") from None
   with foreign(file, _REMEDY):
     reader = gguf.GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = {name: _shortest(field.contents()) for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
   architecture = fields.get("general.architecture")
   require_choice(f"the architecture in {file}", architecture, ("llama",))
   return fields, tensors
+
+
+def _shortest(value):
+  """A float32 as the shortest decimal that names it, which is what it was written from: 1e-05, not 9.99999974e-06."""
+  return float(str(np.float32(value))) if type(value) is float and float(np.float32(value)) == value else value
 
 
 def read_config(file: Path, fields: Mapping, tensors: Mapping) -> dict:
@@ -75,8 +80,8 @@ def read_config(file: Path, fields: Mapping, tensors: Mapping) -> dict:
     InputError: an entry is missing or says something that the Llama architecture here does not have.
   """
   entries = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
-  unknown = sorted(set(entries) - _USED)
-  require(not unknown, f"{file}: metadata llama.{', llama.'.join(unknown)} is not supported; use another checkpoint")
+  unknown = sorted(f"llama.{name}" for name in set(entries) - _USED)
+  require(not unknown, f"{file}: metadata {plain(*unknown)} is not supported; use another checkpoint")
 
   def entry(name: str, *default):
     require(name in entries or default, f"{file} lacks the metadata llama.{name}; {_REMEDY}")
@@ -87,7 +92,7 @@ def read_config(file: Path, fields: Mapping, tensors: Mapping) -> dict:
     head_dim = entry("attention.key_length", width // heads)
   for name in ("rope.dimension_count", "attention.value_length"):
     same = entry(name, head_dim) == head_dim
-    require(same, f"{file}: llama.{name} is {entries.get(name)}; only the head size {head_dim} is supported")
+    require(same, f"{file}: llama.{name} is {entries.get(name)!r:.80}; only the head size {head_dim} is supported")
   rope = {"rope_theta": entry("rope.freq_base", 10000.0), "rope_type": "default"}
   if (kind := entry("rope.scaling.type", "none")) != "none":
     require_choice(f"llama.rope.scaling.type in {file}", kind, ("none", "linear"))
@@ -161,11 +166,17 @@ def read_vocabulary(file: Path) -> tuple[Tokenizer, int | None, tuple[int, ...],
       if kind in (_CONTROL, _USER_DEFINED):
         added = AddedToken(token, normalized=False, special=kind == _CONTROL)
         (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
-    bos = entry("bos_token_id")
-    ends = dict.fromkeys(entry(f"{name}_token_id") for name in ("eos", "eot", "eom"))
+    roles = {name: entry(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+    for name, index in roles.items():
+      known = index is None or (type(index) is int and 0 <= index < len(tokens))
+      require(
+        known, f"{file}: tokenizer.ggml.{name}_token_id is {index!r:.80}; the vocabulary has {len(tokens)} tokens"
+      )
+    bos, *ends = roles.values()
     if entry("add_bos_token", False):
       tokenizer.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
-  return tokenizer, bos, tuple(end for end in ends if end is not None), fields.get("tokenizer.chat_template")
+  ends = tuple(dict.fromkeys(end for end in ends if end is not None))
+  return tokenizer, bos, ends, fields.get("tokenizer.chat_template")
 
 
 def _byte_level(*before):

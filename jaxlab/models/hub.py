@@ -6,8 +6,8 @@ NanoChatForCausalLM, or JaxlabTransformer for models that have no Hugging Face c
 their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint of karpathy/nanochat.
 """
 
-import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import InputError, plain, require, require_choice
 from jaxlab.core.files import write_files
 from jaxlab.core.foreign import foreign
 from jaxlab.core.mesh import shardings
@@ -99,7 +99,7 @@ def from_tensors(
       floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
       require(floating, f"{where}: {name} holds {tensor.dtype}; only 16, 32 and 64 bit floats can be loaded")
       if value is None:
-        value = np.empty(leaf.shape, dtype or tensor.dtype)
+        value = _aligned(leaf.shape, np.dtype(dtype or tensor.dtype))
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
@@ -108,6 +108,14 @@ def from_tensors(
     else:
       leaves.append(jax.make_array_from_callback(value.shape, place, value.__getitem__))
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An uninitialised array that the CPU backend takes over as it is; one off the 64-byte grid it would copy."""
+  size = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(size + 64, np.uint8)
+  first = -buffer.ctypes.data % 64
+  return buffer[first : first + size].view(dtype).reshape(shape)
 
 
 def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], where: str) -> None:
@@ -121,10 +129,10 @@ def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], whe
       tensor, expected = read(name), np.asarray(rope_frequencies(config))
       precision = 4 * float(jnp.finfo(tensor.dtype).eps)
       same = tensor.shape == expected.shape and np.allclose(tensor.astype(np.float32), expected, precision, 1e-7)
-      require(same, f"{where}: {name} holds other frequencies than config.json gives; correct its rope_theta")
+      require(same, f"{where}: {plain(name)} holds other frequencies than config.json gives; correct its rope_theta")
     else:
       unknown.append(name)
-  require(not unknown, f"{where} has tensors this architecture does not have: {', '.join(unknown[:4])}")
+  require(not unknown, f"{where} has tensors this architecture does not have: {plain(*unknown)}")
 
 
 def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = None) -> None:
@@ -208,18 +216,19 @@ def _places(config: TransformerConfig, table, parameter: str, shape):
     return
   require(parameter in table, f"this checkpoint layout has no place for {parameter}; save without layout=")
   template, transpose = table[parameter]
-  axes = []
+  layers, experts = [(None, None)], (None,)
   if "{layer}" in template:
-    axes.append([("layer", i, i) for i in range(config.depth)])
+    layers = zip(range(config.depth), range(config.depth), strict=True)
   if "{value_layer}" in template:
     # The gate is stacked over all layers, the tables over those that have one.
     rows = config.value_layers if shape[0] == config.depth else range(len(config.value_layers))
-    axes.append([("value_layer", i, layer) for i, layer in zip(rows, config.value_layers, strict=True)])
+    layers = zip(rows, config.value_layers, strict=True)
   if "{expert}" in template:
-    axes.append([("expert", i, i) for i in range(config.experts.count)])
-  for combination in itertools.product(*axes):
-    names = {key: number for key, _, number in combination}
-    yield tuple(index for _, index, _ in combination), template.format(**names), transpose
+    experts = range(config.experts.count)
+  for row, layer in layers:
+    for expert in experts:
+      index = tuple(i for i in (row, expert) if i is not None)
+      yield index, template.format(layer=layer, value_layer=layer, expert=expert), transpose
 
 
 def _shards(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -60,7 +60,8 @@ def load_vocabulary(path_or_name: str | os.PathLike) -> Vocabulary:
     named = tokenizer.token_to_id(token) if isinstance(token, str) else None
     listed = generation.get(f"{role}_token_id", model.get(f"{role}_token_id"))
     listed = listed if isinstance(listed, list) else [listed]
-    found = [i for i in [named, *listed] if type(i) is int and tokenizer.id_to_token(i) is not None]
+    known = lambda i: type(i) is int and 0 <= i < 2**32 and tokenizer.id_to_token(i) is not None
+    found = [i for i in [named, *listed] if known(i)]
     return tuple(dict.fromkeys(found))
 
   bos = next(iter(ids("bos")), tokenizer.token_to_id(BOS))

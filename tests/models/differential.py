@@ -43,7 +43,7 @@ ODD_ROPES = [
   {"full_attention": {"rope_type": "default", "rope_theta": 100.0}},
   [],
 ]
-# What may be written over a saved config.json without changing a shape, by architecture; the first list loads.
+# What may be written over a saved config.json: another function of the same weights, or the same function.
 COMMON = {
   "rms_norm_eps": [1e-6, 1e-5, 1e-2],
   "rope_theta": [100, 500.0, 1e6],
@@ -87,12 +87,17 @@ ODD = {
   "num_experts": [2, 8, 0],
   "num_local_experts": [2, 4],
   "num_experts_per_tok": [0, 5, "2"],
-  "tie_word_embeddings": ["true", 1],
+  "tie_word_embeddings": [True, "true", 1],
   "architectures": [[], None, "LlamaForCausalLM", ["LlamaForCausalLM"], ["MistralForCausalLM"]],
   "model_type": ["mistral", "llama"],
   "embedding_multiplier": [12.0],
   "use_qk_norm": [False],
 }
+
+
+def _one_in(count: int):
+  """True once in `count` times: inside a range, whose ends are drawn more often."""
+  return st.integers(0, count - 1).map(lambda drawn: drawn == count // 2)
 
 
 @st.composite
@@ -103,22 +108,27 @@ def checkpoints(draw):
   options = dict(vocab_size=32, hidden_size=16, intermediate_size=24, max_position_embeddings=64, pad_token_id=None)
   options |= dict(num_hidden_layers=draw(st.integers(1, 3)), num_attention_heads=heads, num_key_value_heads=kv_heads)
   options["tie_word_embeddings"] = draw(st.booleans())
-  if kind in ("qwen3", "qwen3_moe") or draw(st.integers(0, 3)) == 0:
+  if kind in ("qwen3", "qwen3_moe") or draw(_one_in(4)):
     options["head_dim"] = 8
   if kind == "qwen3_moe":
     options |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     options["norm_topk_prob"] = draw(st.booleans())
-  options["attention_bias"] = draw(st.integers(0, 15)) == 0
+  options["attention_bias"] = draw(_one_in(20))
   changes = {}
   for name, values in (COMMON | OWN[kind]).items():
-    choice = draw(st.integers(0, 11))
-    if choice < 2:
+    if draw(_one_in(5)):
       changes[name] = draw(st.sampled_from(values))
-    elif choice == 2:
+    elif draw(_one_in(12)):
       changes[name] = ...
+  if kind in ("qwen3", "qwen3_moe") and draw(_one_in(3)):
+    changes |= {"use_sliding_window": True, "sliding_window": draw(st.sampled_from([1, 2, 5, 4096]))}
+    if kind == "qwen3":  # the list, or what max_window_layers makes of it
+      kinds = st.sampled_from(["full_attention", "sliding_attention"])
+      depth = options["num_hidden_layers"]
+      changes["layer_types"] = draw(st.just(...) | st.lists(kinds, min_size=depth, max_size=depth))
   if changes.get("tie_word_embeddings", ...) is not ...:  # mostly what the weights were saved with
     changes["tie_word_embeddings"] &= options["tie_word_embeddings"]
-  if draw(st.integers(0, 4)) == 0:
+  if draw(_one_in(5)):
     name = draw(st.sampled_from(sorted(ODD)))
     changes[name] = draw(st.sampled_from([*ODD[name], None, ...]))
   return kind, options, changes

@@ -106,6 +106,23 @@ def test_names_find_the_folder(tmp_path):
     hub.find("nowhere")
 
 
+def test_a_repository_is_taken_from_the_cache_when_whole_and_downloaded_otherwise(folder, llama, monkeypatch):
+  calls = []
+
+  def snapshot(local_files_only, repo_id, allow_patterns):
+    calls.append(local_files_only)
+    if repo_id == "some/none":
+      raise OSError("offline")
+    return str(folder if local_files_only else llama)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+  assert hub.find("some/model") == folder and calls == [True]
+  next(folder.glob("*00002-of*")).unlink()
+  assert hub.find("some/model") == llama and calls == [True, True, False]
+  with pytest.raises(InputError, match="no checkpoint 'some/none'"):
+    hub.find("some/none")
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_files_beside_the_model_neither_mix_in_nor_block_nor_are_deleted(name, tmp_path):
   """Adapters, averages, optimizer states, consolidated copies, shards of another save: none of them is the model."""
