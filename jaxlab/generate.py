@@ -56,7 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--seed", type=int, default=0, help="of sampling (%(default)s)")
   add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
   add("--method", metavar="NAME,OPTION=VALUE,...", help="run the model by a method: snlp,layers=8,iterations=2")
-  add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (bfloat16; on a CPU float32)")
+  add("--dtype", choices=("float32", "bfloat16"), help="of the parameters (bfloat16; on a CPU float32)")
   return parser.parse_args(arguments)
 
 
