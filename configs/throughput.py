@@ -67,5 +67,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=100 if big else 5,
         torch=big,
       ),
+      decoding=dict(
+        model="smollm2" if big else "base",
+        dtype="bfloat16" if big else "float32",
+        prompt=128 if big else 16,
+        tokens=256 if big else 12,
+        repetitions=6 if big else 2,
+        transformers=big,
+      ),
     )
   )

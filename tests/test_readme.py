@@ -22,7 +22,9 @@ SHELL = [
 
 def test_every_shell_line_is_of_a_kind_that_is_checked():
   assert any("configs/base.py" in line for line in SHELL) and any("configs/snlp.py" in line for line in SHELL)
-  assert all(line.startswith(("make ", "git clone ", "pip install -e ", "python -m experiments.run ")) for line in SHELL)
+  assert all(
+    line.startswith(("make ", "git clone ", "pip install -e ", "python -m experiments.run ")) for line in SHELL
+  )
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python")])

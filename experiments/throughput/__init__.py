@@ -12,6 +12,7 @@ import numpy as np
 from experiments import figures, results, timing
 from experiments.results import Claim
 from experiments.snlp.speed import random_model
+from experiments.throughput import decoding as generation
 from jaxlab.core import mesh as meshes
 from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
@@ -35,7 +36,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   model = random_model(s.shape.to_dict(), s.dtype)
   forward = part("forward", lambda: forward_speed(model, s, console))
   decode = part("decode", lambda: decode_speed(model, s.context, s.repetitions))
-  return {"training": training, "forward": forward["jax"], "decode": decode, "torch": forward["torch"]}
+  generated = part("decoding", lambda: generation.measure(config.decoding))
+  console.say(f"decoding, tokens/s: {generated['rates']}")
+  timed = {"training": training, "forward": forward["jax"], "decode": decode, "torch": forward["torch"]}
+  return timed | {"decoding": generated}
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -69,6 +73,8 @@ def claims(config, metrics: dict) -> list[Claim]:
       note=", ".join(f"{context} {r:.2f} x" for context, r in floors.items()),
     )
   )  # fmt: skip
+  if "decoding" in metrics:
+    made += generation.claims(metrics["decoding"], config.decoding)
   return made
 
 
@@ -78,9 +84,19 @@ def over_torch(metrics: dict, tokens: str, way: str) -> float:
 
 
 def finding(config, metrics: dict) -> str:
-  return (
-    "; ".join(f"{claim.name[0].lower()}{claim.name[1:]}: {claim.ours:.3g}" for claim in claims(config, metrics)) + "."
-  )
+  floor = max(r["milliseconds"]["median"] / r["floor_ms"] for r in metrics["decode"].values())
+  parts = [f"{name} trains at {r['mfu']:.0%} of the card's peak" for name, r in metrics["training"].items() if r["mfu"]]
+  if metrics["torch"]:
+    worst = min(over_torch(metrics, tokens, "in_a_row") for tokens in metrics["torch"])
+    parts.append(f"forwards in a row are {worst:.2f}x as fast as torch.compile's or faster")
+  parts.append(f"a decoding step takes {floor:.2f} times its bytes' time or less")
+  if "ratio" in metrics.get("decoding", {}):
+    parts.append(
+      f"{config.decoding.model} generates {metrics['decoding']['rates'][generation.OURS]:.0f} tokens/s, "
+      f"{metrics['decoding']['ratio'][generation.STATIC][0]:.1f}x transformers' compiled static cache"
+    )
+  text = "; ".join(parts)
+  return f"{text[0].upper()}{text[1:]}."
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
@@ -160,7 +176,7 @@ def decode_speed(model: Transformer, contexts, repetitions: int) -> dict:
     step = timing.Steady(snlp_inference.step, network, prompt[:, :1], carry=state)
     times = timing.compare({"step": step}, repetitions=rows, inner=_ROW)
     size = model.config.matmul_parameters * model.dtype.itemsize
-    size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix))
+    size += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.prefix.pairs))
     result[f"context {context}"] = {
       "milliseconds": times.summary()["step"],
       "floor_ms": 1e3 * size / bandwidth,

@@ -22,58 +22,53 @@ from jaxlab.core import newton
 from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
-from jaxlab.kernels.decode_attention import decode_attention
-from jaxlab.kernels.residual_norm import residual_norm
-from jaxlab.kernels.rotary_qkv import rotary_qkv
-from jaxlab.models import Transformer
+from jaxlab.models import Transformer, inference
 from jaxlab.models.attention import (
   AttentionFn,
   Cache,
   dot_product_attention,
   take_layers,
   window_kinds,
-  write_cache,
+  write_tokens,
 )
-from jaxlab.models.generate import sample
-from jaxlab.models.layers import Steps
-from jaxlab.models.transformer import (
-  Block,
-  Side,
-  for_inference,
-  layer_slice,
-  static_mixing,
-  unstack_layers,
-)
+from jaxlab.models.generate import Decoder
+from jaxlab.models.generate import generate as generate_by
+from jaxlab.models.inference import Pair, filled, hidden, last_of, run_layer, take_apart, unfilled
+from jaxlab.models.transformer import Side, for_inference, unstack_layers
 
-Pair = tuple[Array, Array]  # keys and values
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
 CACHE_KV = ("recompute", "last_iteration")
-STEPS = Steps(rotary_qkv, residual_norm, decode_attention)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A model with its layers taken apart: `model` (without blocks) embeds and reads out, `prefix` runs in a row."""
+  """A model with its layers taken apart: those of `prefix` run in a row, those of the suffix are solved together."""
 
-  model: Transformer
-  prefix: tuple[Block, ...]
+  prefix: inference.Network
   suffix: Suffix | None
+
+  @property
+  def model(self) -> Transformer:
+    """The model without its blocks: it embeds and reads out."""
+    return self.prefix.model
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """The cache: keys and values of every prefix layer, and of the suffix stacked over layers of one window kind.
+  """The cache: that of the prefix, and keys and values of the suffix stacked over layers of one window kind.
 
-  `previous` is as in `Cache`. `trace` holds z_1 .. z_n of the last position, the start "warm" uses.
+  `trace` holds z_1 .. z_n of the last position, the start "warm" uses.
   """
 
-  prefix: tuple[Pair, ...]
+  prefix: inference.State
   suffix: tuple[Pair, ...]
-  length: Int[Array, ""]
-  previous: Float[Array, "batch 1 width"] | None
   trace: Float[Array, "units batch 1 *state"] | None
+
+  @property
+  def length(self) -> Int[Array, "*batch"]:
+    return self.prefix.length
 
 
 def split(model: Transformer, layers: int | Suffix = 0) -> Network:
@@ -85,30 +80,22 @@ def split(model: Transformer, layers: int | Suffix = 0) -> Network:
     InputError: layers (n_par) outside 0..L.
   """
   suffix = plain(model, layers) if isinstance(layers, int) and layers else layers or None
-  start = model.depth if suffix is None else suffix.start
-  prefix = ()
-  if start:
-    blocks = for_inference(layer_slice(model.blocks, 0, start), STEPS)
-    prefix = tuple(unstack_layers(blocks, start))
+  prefix = take_apart(model, model.depth if suffix is None else suffix.start)
   if suffix is not None:
-    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, STEPS))
-  rest = jax.tree.map(lambda a: a, model)
-  if model.config.hyper and not model.config.hyper.dynamic:
-    rest.mixing = static_mixing(model.blocks)
-  rest.blocks = None
-  return Network(rest, prefix, suffix)
+    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, inference.kernel_steps()))
+  return Network(prefix, suffix)
 
 
 def empty_state(network: Network, *, batch: int, capacity: int, dtype=None) -> State:
   """A cache with room for `capacity` tokens."""
   c, suffix = network.model.config, network.suffix
   dtype = dtype or network.model.dtype
-  pair = lambda *lead: tuple(jnp.zeros((*lead, batch, capacity, c.kv_heads, c.head_dim), dtype) for _ in range(2))
-  groups = () if suffix is None else tuple(pair(len(index)) for index in _kinds(network).values())
+  prefix = inference.empty_state(network.prefix, batch=batch, capacity=capacity, dtype=dtype)
+  shape = (batch, capacity, c.kv_heads, c.head_dim)
+  groups = tuple(tuple(jnp.zeros((len(index), *shape), dtype) for _ in range(2)) for index in _kinds(network).values())
   streams = (c.hyper.streams,) if c.hyper else ()
   trace = None if suffix is None else jnp.zeros((suffix.units, batch, 1, *streams, c.width), dtype)
-  previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
-  return State(tuple(pair() for _ in network.prefix), groups, jnp.int32(0), previous, trace)
+  return State(prefix, groups, trace)
 
 
 def from_cache(network: Network, cache: Cache) -> State:
@@ -119,12 +106,11 @@ def from_cache(network: Network, cache: Cache) -> State:
   """
   suffix = network.suffix
   require(suffix is None or not suffix.fused, "a fused suffix has keys and values of its own; prefill it with `step`")
-  pairs = (cache.keys, cache.values)
-  prefix = tuple(tuple(store[i] for store in pairs) for i in range(len(network.prefix)))
-  start = len(network.prefix)
+  pairs, start = (cache.keys, cache.values), len(network.prefix.blocks)
+  prefix = tuple(tuple(store[i] for store in pairs) for i in range(start))
   groups = tuple(tuple(store[start + jnp.array(index)] for store in pairs) for index in _kinds(network).values())
   empty = empty_state(network, batch=cache.keys.shape[1], capacity=1, dtype=cache.keys.dtype)
-  return State(prefix, groups, cache.length, cache.previous, empty.trace)
+  return State(inference.State(prefix, cache.length, cache.previous), groups, empty.trace)
 
 
 def step(
@@ -161,6 +147,7 @@ def step_from(
   initial: str = "h0",
   damping: float = 0.0,
   cache_kv: str = "recompute",
+  lengths: Int[Array, "batch"] | None = None,
   attention: AttentionFn = dot_product_attention,
 ) -> tuple[Float[Array, "batch time vocab"], State | None]:
   """The second half of `step`: solves the suffix from what `prefix_states` returned.
@@ -169,6 +156,7 @@ def step_from(
     iterations, surrogate, initial, damping: as `snlp.solve`; initial may be "warm" (time = 1): the last token's trace.
     cache_kv: "recompute" keys and values from the corrected inputs z_0 .. z_{n-1}; "last_iteration" keeps those of the
       last evaluation, one projection less and slightly stale.
+    lengths: of every row, how many of the tokens count; None: all.
 
   Raises:
     InputError: a surrogate that decoding does not offer, "warm" without a state or for several tokens.
@@ -192,7 +180,9 @@ def step_from(
   if stores is not None:
     if cache_kv == "recompute":
       stores.write(*evaluate(model, suffix, trace[:-1], side, attend=lambda q, k, v: jnp.zeros_like(q))[1])
-    state = dataclasses.replace(state, suffix=stores.pairs, trace=trace[1:, :, -1:].astype(state.trace.dtype))
+    state = dataclasses.replace(
+      state, suffix=stores.pairs, trace=last_of(trace[1:], lengths, axis=2).astype(state.trace.dtype)
+    )
   if model.config.backout and model.depth // 2 >= suffix.start:
     backout = trace[suffix.unit_of(model.depth // 2) + 1]
   return model.logits(trace[-1], backout), state
@@ -208,94 +198,72 @@ def exact_step(
 
 def finish_exactly(network: Network, x, backout, side: Side, state: State, *, attention=dot_product_attention):
   """(logits, state): the suffix in sequence, from the exact states `x` of its positions."""
+  x, backout, state = _suffix_exactly(network, x, backout, side, state, None, attention)
+  return network.model.logits(x, backout), state
+
+
+def _suffix_exactly(network: Network, x, backout, side: Side, state: State, lengths, attention):
+  """(output, backout or None, state)."""
   model, suffix = network.model, network.suffix
-  if suffix is not None:
-    require(not suffix.fused, "a fused suffix has no sequential network; split the model with plain layers")
-    groups, trace = list(state.suffix), []
-    where = {j: (g, row) for g, index in enumerate(_kinds(network).values()) for row, j in enumerate(index)}
-    for j, block in enumerate(unstack_layers(suffix.blocks, suffix.layers)):
-      g, row = where[j]
+  if suffix is None:
+    return x, backout, state
+  require(not suffix.fused, "a fused suffix has no sequential network; split the model with plain layers")
+  groups, trace = list(state.suffix), []
+  where = {j: (g, row) for g, index in enumerate(_kinds(network).values()) for row, j in enumerate(index)}
+  for j, block in enumerate(unstack_layers(suffix.blocks, suffix.layers)):
+    g, row = where[j]
 
-      def attend(q, k, v, window, g=g, row=row, steps=block.steps):
-        how = dict(windows=(window,), start=side.start, layer=row, attention=attention)
-        attended, (groups[g],) = steps.attend_cached(q[None], k[None], v[None], (groups[g],), **how)
-        return attended[0]
-
-      layer = suffix.start + j
-      x = _layer(model, block, layer, x, side, attend)
-      backout = x if model.config.backout and layer == model.depth // 2 else backout
-      trace.append(x[:, -1:].astype(state.trace.dtype))
-    state = dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
-  return model.logits(x, backout), state
-
-
-def prefill(network: Network, prompt: Int[Array, "batch time"], *, capacity: int, **options):
-  """(logits, state) of a prompt: by the sequential network; for a fused suffix by `step` with `options`."""
-  state = empty_state(network, batch=prompt.shape[0], capacity=capacity)
-  if network.suffix is not None and network.suffix.fused:
-    return step(network, prompt, state, **options)
-  return exact_step(network, prompt, state, attention=options.get("attention", dot_product_attention))
-
-
-def generate(
-  network: Network,
-  prompt: Int[Array, "batch time"],
-  *,
-  tokens: int,
-  key: jax.Array | None = None,
-  temperature: float = 0.0,
-  **options,
-) -> Int[Array, "batch tokens"]:
-  """Continues each prompt row by `tokens` tokens; `options` are those of `step`. Jit it with the options static."""
-  require(tokens >= 1, f"tokens is {tokens}; ask for at least 1")
-  require(temperature == 0 or key is not None, "sampling at temperature > 0 needs a key: pass jax.random.key(seed)")
-  keys = jax.random.split(jax.random.key(0) if key is None else key, tokens)
-  draw = functools.partial(sample, temperature=temperature)
-  logits, state = prefill(network, prompt, capacity=prompt.shape[1] + tokens, **options)
-  first = draw(logits[:, -1], keys[0])
-
-  def one(carry, key):
-    token, state = carry
-    logits, state = step(network, token[:, None], state, **options)
-    token = draw(logits[:, -1], key)
-    return (token, state), token
-
-  _, rest = jax.lax.scan(one, (first, state), keys[1:])
-  return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def prefix_states(network: Network, tokens, state: State | None, attention: AttentionFn):
-  """(h_S, backout or None, side, state with the new positions in its prefix caches)."""
-  model = network.model
-  x, side, last = model.embed(tokens, state)
-  backout, written = None, []
-  for layer, block in enumerate(network.prefix):
-
-    def attend(q, k, v, window, layer=layer, steps=block.steps):
-      if state is None:
-        return attention(q, k, v, window=window, start=side.start)
-      how = dict(windows=(window,), start=side.start, attention=attention)
-      stored = tuple(a[None] for a in state.prefix[layer])
-      attended, (pair,) = steps.attend_cached(q[None], k[None], v[None], (stored,), **how)
-      written.append(tuple(a[0] for a in pair))
+    def attend(q, k, v, window, g=g, row=row, steps=block.steps):
+      how = dict(windows=(window,), start=side.start, layer=row, attention=attention)
+      attended, (groups[g],) = steps.attend_cached(q[None], k[None], v[None], (groups[g],), **how)
       return attended[0]
 
-    x = _layer(model, block, layer, x, side, attend)
+    layer = suffix.start + j
+    x = run_layer(model, block, layer, x, side, attend)
     backout = x if model.config.backout and layer == model.depth // 2 else backout
-  if state is not None:
-    previous = last if model.config.smear else None
-    length = state.length + tokens.shape[1]
-    state = dataclasses.replace(state, prefix=tuple(written), length=length, previous=previous)
-  return x, backout, side, state
+    trace.append(last_of(x, lengths).astype(state.trace.dtype))
+  return x, backout, dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
 
 
-def _layer(model: Transformer, block: Block, layer: int, x, side: Side, attend):
-  """One exact layer; `attend(q, k, v, window)`."""
-  c = model.config
-  value = side.values[c.value_layers.index(layer)] if layer in c.value_layers else None
-  mixing = None if side.mixing is None else tuple(m[layer] for m in side.mixing)
-  inner, mix, q, k, v = block.project(x, side, value, mixing)
-  return block.finish(inner, mix, attend(q, k, v, c.windows[layer]), mixing)[0]
+def prefill(
+  network: Network,
+  prompts: Int[Array, "batch time"],
+  lengths: Int[Array, "batch"] | None = None,
+  *,
+  capacity: int,
+  attention: AttentionFn = dot_product_attention,
+  **options,
+) -> tuple[Float[Array, "batch 1 vocab"], State]:
+  """`inference.prefill` by the sequential network; for a fused suffix by its own iterations with `options`."""
+  state = empty_state(network, batch=prompts.shape[0], capacity=capacity)
+  state = dataclasses.replace(state, prefix=unfilled(state.prefix))
+  x, backout, side, state = prefix_states(network, prompts, state, attention, lengths)
+  if network.suffix is not None and network.suffix.fused:
+    logits, state = step_from(network, x, backout, side, state, lengths=lengths, attention=attention, **options)
+    logits = last_of(logits, lengths)
+  else:
+    x, backout, state = _suffix_exactly(network, x, backout, side, state, lengths, attention)
+    x, backout = (None if a is None else last_of(a, lengths) for a in (x, backout))
+    logits = network.model.logits(x, backout)
+  return logits, dataclasses.replace(state, prefix=filled(state.prefix))
+
+
+@functools.cache
+def decoder(**options) -> Decoder:
+  """Generation with the options of `step` (`jaxlab.models.generate`)."""
+  return Decoder(functools.partial(prefill, **options), functools.partial(step, **options))
+
+
+def generate(network: Network, prompt: Int[Array, "batch time"], *, tokens: int, key=None, temperature=0.0, **options):
+  """`jaxlab.models.generate` of a split network; `options` are those of `step`."""
+  return generate_by(network, prompt, tokens=tokens, key=key, temperature=temperature, decoder=decoder(**options))
+
+
+def prefix_states(network: Network, tokens, state: State | None, attention: AttentionFn, lengths=None):
+  """(h_S, backout or None, side, state with the new positions in its prefix caches)."""
+  before = None if state is None else state.prefix
+  x, backout, side, after = hidden(network.prefix, tokens, before, lengths, attention=attention)
+  return x, backout, side, None if state is None else dataclasses.replace(state, prefix=after)
 
 
 class _Stores:
@@ -311,7 +279,7 @@ class _Stores:
     self._attend_cached = functools.partial(suffix.blocks.steps.attend_cached, attention=attention)
 
   def write(self, k, v):
-    write = lambda store, new, index: write_cache(store, take_layers(new, index), (0, 0, self._start))
+    write = lambda store, new, index: write_tokens(store, take_layers(new, index), 0, self._start)
     kinds = zip(self.pairs, window_kinds(self._windows).values(), strict=True)
     self.pairs = tuple((write(keys, k, index), write(values, v, index)) for (keys, values), index in kinds)
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.depth.snlp_inference import Network, State, finish_exactly, prefill, prefix_states, step_from
 from jaxlab.models.attention import dot_product_attention
+from jaxlab.models.inference import before_smear
 
 
 class Statistics(NamedTuple):
@@ -77,14 +78,15 @@ def speculate(
     window, states, guesses, after = _draft(network, last, state, draft_key, draft, temperature, drafter)
     x, backout = states
     # The embeddings once more, for all positions of the check.
-    _, side, _ = network.model.embed(window[None], state)
+    _, side, _ = network.model.embed(window[None], state.prefix)
     logits, verified = finish_exactly(network, x, backout, side, after, attention=attention)
     accepted, new = _verify(verify_key, window[1:], guesses, _distribution(logits[0], temperature))
     emitted = jnp.where(jnp.arange(draft + 1) == accepted, new, jnp.append(window[1:], 0))
     output = jax.lax.dynamic_update_slice(output, emitted, (count,))
     # The cache keeps the last token and the accepted drafts; what lies past `length` is never read.
-    previous = _previous(network, window[accepted][None, None])
-    state = dataclasses.replace(verified, length=state.length + accepted + 1, previous=previous)
+    length, previous = state.length + accepted + 1, before_smear(network.model, window[accepted][None, None])
+    prefix = dataclasses.replace(verified.prefix, length=length, previous=previous)
+    state = dataclasses.replace(verified, prefix=prefix)
     statistics = Statistics(statistics.cycles + 1, statistics.accepted + accepted)
     return output, count + accepted + 1, state, key, statistics
 
@@ -133,8 +135,3 @@ def _distribution(logits: Float[Array, "*batch vocab"], temperature: float) -> F
 
 def _choose(key, probability: Float[Array, "vocab"]) -> Int[Array, ""]:
   return jax.random.categorical(key, jnp.log(probability)).astype(jnp.int32)
-
-
-def _previous(network: Network, token: Int[Array, "1 1"]):
-  """What `State.previous` holds after a token: its embedding before smearing."""
-  return network.model.embed(token)[2] if network.model.config.smear else None

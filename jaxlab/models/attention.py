@@ -13,7 +13,8 @@ _FLASH_FROM = 256  # queries; below, XLA's few fused kernels take less time than
 class AttentionFn(Protocol):
   """Causal attention of `time` new queries at absolute positions start .. start + time - 1 over `keys` positions.
 
-  Query at position p sees keys p - window .. p (window None: 0 .. p). Positions past p are never read.
+  Query at position p sees keys p - window .. p (window None: 0 .. p). Positions past p are never read. `start` is one
+  for all rows or one a row.
   """
 
   def __call__(
@@ -23,7 +24,7 @@ class AttentionFn(Protocol):
     v: Float[Array, "batch keys kv_heads head_dim"],
     *,
     window: int | None,
-    start: Int[Array, ""] | int,
+    start: Int[Array, "*batch"] | int,
   ) -> Float[Array, "batch time q_heads head_dim"]: ...
 
 
@@ -50,16 +51,19 @@ def dot_product_attention(q, k, v, *, window=None, start=0, flash=True):
       local_window_size=(window, 0) if narrow else None,
       implementation="cudnn" if flash else "xla",
     )
-  first = 0
+  start, first = jnp.asarray(start), 0
   if time == 1 and window is not None and window + 1 < keys:
     first = jnp.clip(start - window, 0, keys - window - 1)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, first, window + 1, axis=1) for x in (k, v))
-  query = (start + jnp.arange(time))[:, None]
-  key = (first + jnp.arange(k.shape[1]))[None, :]
+    read = lambda x, at, axis: jax.lax.dynamic_slice_in_dim(x, at, window + 1, axis=axis)
+    rows = jax.vmap(lambda x, at: read(x, at, 0)) if start.ndim else lambda x, at: read(x, at, 1)
+    k, v = rows(k, first), rows(v, first)
+  query = (start[..., None] + jnp.arange(time))[..., :, None]
+  key = (jnp.asarray(first)[..., None] + jnp.arange(k.shape[1]))[..., None, :]
   mask = key <= query
   if window is not None:
     mask &= key >= query - window
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], implementation="xla")
+  mask = mask.reshape(-1, 1, *mask.shape[-2:])
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
 def window_kinds(windows) -> dict[int | None, list[int]]:
@@ -74,18 +78,21 @@ def attend_cached(q, k, v, pairs, *, windows, start, layer=0, attention: Attenti
     q: (n, batch, time, q_heads, head_dim); k, v: (n, batch, time, kv_heads, head_dim), of the new tokens.
     pairs: keys and values of the layers of every kind of window, in the order of `window_kinds(windows)`, each
       (N, batch, capacity, kv_heads, head_dim): rows layer, layer + 1, ... of a pair are the layers of its kind.
-    windows: of the n layers; start: positions filled (`AttentionFn`).
+    windows: of the n layers; start: positions filled (`AttentionFn`). With start = 0 (static) the new tokens attend to
+      themselves alone, which they do by the fastest kernel there is.
 
   Returns:
     (attended, like q; pairs with the new keys and values written at `start`).
   """
   attended, written = [None] * q.shape[0], []
   fold = lambda a: a.reshape(-1, *a.shape[2:])
+  empty = isinstance(start, int) and start == 0
   for (window, index), pair in zip(window_kinds(windows).items(), pairs, strict=True):
     queries, *new = (take_layers(a, index) for a in (q, k, v))
-    pair = tuple(write_cache(store, a, (layer, 0, start)) for store, a in zip(pair, new, strict=True))
-    mine = (fold(store[layer : layer + len(index)]) for store in pair)
-    out = attention(fold(queries), *mine, window=window, start=start).reshape(queries.shape)
+    pair = tuple(write_tokens(store, a, layer, start) for store, a in zip(pair, new, strict=True))
+    mine = new if empty else (store[layer : layer + len(index)] for store in pair)
+    first = jnp.tile(start, len(index)) if jnp.ndim(start) else start
+    out = attention(fold(queries), *map(fold, mine), window=window, start=first).reshape(queries.shape)
     for j, y in zip(index, out, strict=True):
       attended[j] = y
     written.append(pair)
@@ -120,3 +127,15 @@ def write_cache(store: Array, new: Array, where: tuple) -> Array:
   """`store` with the entries `new` written at `where`; the axes `where` leaves out start at 0."""
   index = [jnp.asarray(i, jnp.int32) for i in (*where, *[0] * (store.ndim - len(where)))]
   return jax.lax.dynamic_update_slice(store, new.astype(store.dtype), index)
+
+
+def write_tokens(store: Float[Array, "layer batch capacity *head"], new, layer: int, start) -> Array:
+  """`store` with the keys or values `new` of layers layer, layer + 1, ... at positions start, start + 1, ...
+
+  Args:
+    new: (layers, batch, time, *head); start: one for all rows or one a row.
+  """
+  if jnp.ndim(start) == 0:
+    return write_cache(store, new, (layer, 0, start))
+  row = lambda store, new, start: write_cache(store, new, (layer, start))
+  return jax.vmap(row, in_axes=(1, 1, 0), out_axes=1)(store, new, start)

@@ -56,10 +56,9 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def rope_table(config: TransformerConfig, positions: Int[Array, "time"], dtype) -> tuple[Array, Array]:
-  """cos and sin of the rotary angles, (time, head_dim / 2) each, computed in float32."""
-  frequency = rope_frequencies(config)
-  angle = positions.astype(jnp.float32)[:, None] * frequency
+def rope_table(config: TransformerConfig, positions: Int[Array, "*batch time"], dtype) -> tuple[Array, Array]:
+  """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each, computed in float32."""
+  angle = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
   return jnp.cos(angle).astype(dtype), (config.rope_direction * jnp.sin(angle)).astype(dtype)
 
 
@@ -80,7 +79,7 @@ def _llama3_scaling(frequency, s: RopeScaling):
 def apply_rope(x: Float[Array, "*batch time heads head_dim"], cos, sin) -> Float[Array, "*batch time heads head_dim"]:
   """Rotates (x1, x2), the two halves of head_dim, by the table's angles."""
   x1, x2 = jnp.split(x, 2, axis=-1)
-  cos, sin = cos[:, None, :], sin[:, None, :]
+  cos, sin = cos[..., None, :], sin[..., None, :]
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
@@ -97,7 +96,7 @@ def rotary_qkv(heads, cos, sin, value=None, gate=None, *, q_heads, kv_heads, nor
 
   Args:
     heads: (*batch, time, q_heads + 2 kv_heads, head_dim), queries before keys before values.
-    cos, sin: (time, head_dim / 2).
+    cos, sin: (time, head_dim / 2), or (*batch, time, head_dim / 2) where rows are at positions of their own.
     value, gate: (*batch, time, kv_heads, head_dim) and (*batch, time, kv_heads), or None.
     norm: RMS norm over head_dim "before_rope" or "after_rope", or None.
     gain: (q_heads + kv_heads, head_dim) of that norm, or None.

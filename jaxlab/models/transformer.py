@@ -47,7 +47,8 @@ _GATE_CHANNELS = 12
 class Side:
   """What the blocks read besides their state, the same for every layer or stacked over layers.
 
-  x0: (batch, time, width) embeddings; cos, sin: (time, head_dim / 2); start: position of the first token;
+  x0: (batch, time, width) embeddings; cos, sin: (time, head_dim / 2); start: position of the first token, or one a row
+  (then cos and sin have a leading batch axis);
   values: (value layers, batch, time, kv_heads, head_dim) gathered value embeddings or None;
   mixing: stacked static hyper-connection matrices, ((L, 2, s), (L, 2, s), (L, 2, s, s)), or None.
   """
@@ -254,7 +255,7 @@ class Transformer(nnx.Module):
     mixing = self.mixing
     if mixing is None and c.hyper and not c.hyper.dynamic:
       mixing = static_mixing(self.blocks)
-    cos, sin = rope_table(c, start + jnp.arange(time), x.dtype)
+    cos, sin = rope_table(c, jnp.asarray(start)[..., None] + jnp.arange(time), x.dtype)
     side = Side(x, cos, sin, start, values, mixing)
     state = jnp.repeat(x[..., None, :], c.hyper.streams, axis=-2) if c.hyper else x
     return state, side, last

@@ -37,7 +37,7 @@ def decode_attention(q, k, v, pairs, *, windows, start, layer, interpret=False):
     f"{time} queries of {heads} heads over {kv_heads} key heads of {size} {q.dtype}: the Triton kernel needs at most "
     f"{_QUERIES} queries a key head, a head_dim that is a power of two, and at most 32 bits",
   )
-  start = jnp.reshape(jnp.asarray(start, jnp.int32), (1,))
+  start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
   fold = lambda a: a.reshape(-1, *a.shape[2:])
   q = q.reshape(layers * batch, time, kv_heads, -1, size)
   out, written = None, []
@@ -46,13 +46,14 @@ def decode_attention(q, k, v, pairs, *, windows, start, layer, interpret=False):
     rows = jnp.array([j * batch + i for j in index for i in range(batch)], jnp.int32)
     new = [fold(a).astype(pair[0].dtype) for a in (k, v)]
     stored = [fold(a) for a in pair]
-    out, *stored = _one_kind(rows, start, q, *new, *stored, out, layer * batch, window, interpret)
+    starts = jnp.tile(start, len(index))
+    out, *stored = _one_kind(rows, starts, q, *new, *stored, out, layer * batch, window, interpret)
     written.append(tuple(a.reshape(store.shape) for a, store in zip(stored, pair, strict=True)))
   return out.reshape(layers, batch, time, heads, size), tuple(written)
 
 
 def _one_kind(rows, start, q, k, v, keys, values, out, first: int, window: int | None, interpret: bool):
-  """(attended, keys, values) for new tokens `rows` and cache rows first, first + 1, ...
+  """(attended, keys, values) for new tokens `rows`, each at its `start`, and cache rows first, first + 1, ...
 
   Attended rows of other kinds are those of `out`, and undefined while that is None.
   """
@@ -63,7 +64,6 @@ def _one_kind(rows, start, q, k, v, keys, values, out, first: int, window: int |
   blocks = max(1, -(-(capacity if window is None else min(capacity, window)) // block))
   stretches = pl.next_power_of_2(min(blocks, _STRETCHES))
   row = pl.BlockSpec((1,), lambda b, *_: (b,))
-  one = pl.BlockSpec((1,), lambda *_: (0,))
   store = pl.BlockSpec((None, capacity, None, size), lambda b, h, _: (first + b, 0, h, 0))
   attended = pl.BlockSpec((count, time, None, group, size), lambda b, h, _: (0, 0, h, 0, 0))
   new = pl.BlockSpec((count, time, None, size), lambda b, h, _: (0, 0, h, 0))
@@ -74,7 +74,7 @@ def _one_kind(rows, start, q, k, v, keys, values, out, first: int, window: int |
   sums = pl.pallas_call(
     functools.partial(_stretch, window=window, block=block, blocks=-(-blocks // stretches)),
     grid=(len(rows), kv_heads, stretches),
-    in_specs=[row, one, attended, store, store],
+    in_specs=[row, row, attended, store, store],
     out_specs=[written(size), written(), written()],
     out_shape=[partial(size), partial(), partial()],
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -89,7 +89,7 @@ def _one_kind(rows, start, q, k, v, keys, values, out, first: int, window: int |
   return pl.pallas_call(
     functools.partial(_combine, window=window),
     grid=(len(rows), kv_heads, queries),
-    in_specs=[row, one, attended, new, new, read(size), read(), read(), store, store, *[attended for _ in before]],
+    in_specs=[row, row, attended, new, new, read(size), read(), read(), store, store, *[attended for _ in before]],
     out_specs=[attended, store, store],
     out_shape=[like(q), like(keys), like(values)],
     input_output_aliases={8: 1, 9: 2} | ({10: 0} if before else {}),

@@ -27,7 +27,11 @@ def rotary_qkv(heads, cos, sin, value, gate, *, q_heads, kv_heads, norm, gain, e
   flat = lambda a, *tail: a.reshape(rows, time, *tail)
   head = lambda first, number: lambda b, t, h: (b, t, jnp.clip(h - first, 0, number - 1), 0)
   block = lambda index: pl.BlockSpec((None, tokens, None, size), index)
-  angle = pl.BlockSpec((tokens, size // 2), lambda b, t, h: (t, 0))
+  if cos.ndim > 2:  # rows at positions of their own
+    cos, sin = (flat(jnp.broadcast_to(a, (*batch, *a.shape[-2:])), size // 2) for a in (cos, sin))
+    angle = pl.BlockSpec((None, tokens, size // 2), lambda b, t, h: (b, t, 0))
+  else:
+    angle = pl.BlockSpec((tokens, size // 2), lambda b, t, h: (t, 0))
   places = [head(0, q_heads), head(q_heads, kv_heads), head(q_heads + kv_heads, kv_heads)]
   operands = {"heads": flat(heads, count, size), "cos": cos, "sin": sin}
   specs = {"heads": block(lambda b, t, h: (b, t, h, 0)), "cos": angle, "sin": angle}

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.depth import snlp, snlp_inference
-from jaxlab.depth.snlp_inference import empty_state, exact_step, from_cache, generate, prefill, split, step
+from jaxlab.depth import snlp
+from jaxlab.depth.snlp_inference import decoder, empty_state, exact_step, from_cache, generate, prefill, split, step
 from jaxlab.depth.snlp_suffix import fuse
 from jaxlab.kernels.decode_attention import decode_attention
 from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.kernels.rotary_qkv import rotary_qkv
+from jaxlab.models import inference
 from jaxlab.models.generate import generate as plain_generate
 from jaxlab.models.layers import Steps
 from tests.common import INTERPRET, configs, plain_attention, random_model, random_tokens
@@ -140,12 +141,26 @@ def test_impossible_steps_are_named(options, message):
     step(network, TOKENS, **options)
 
 
-def test_a_prefill_leaves_the_exact_trace_of_its_last_token():
-  """What "warm" starts the next token from."""
+@pytest.mark.parametrize("lengths", [None, (9, 4)])
+def test_a_prefill_leaves_the_exact_trace_of_its_last_token(lengths):
+  """What "warm" starts the next token from, also of a row with padding after it."""
   model = random_model(CONFIGS["nanochat"])
   trace = jax.jit(lambda m: m.trace(TOKENS[:, :9])[1])(model)
-  _, state = jax.jit(lambda n: prefill(n, TOKENS[:, :9], capacity=12))(split(model, 4))
-  np.testing.assert_allclose(state.trace, trace[2:, :, -1:], rtol=1e-4, atol=1e-4)
+  given = None if lengths is None else jnp.array(lengths)
+  _, state = jax.jit(lambda n: prefill(n, TOKENS[:, :9], given, capacity=12))(split(model, 4))
+  for row, length in enumerate(lengths or (9, 9)):
+    np.testing.assert_allclose(state.trace[:, row, 0], trace[2:, row, length - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_suffix_generates_rows_of_any_lengths():
+  """Each as if it were alone."""
+  model = random_model(CONFIGS["qwen3"])
+  network, options = split(model, fuse(model, 4, chunk=2)), dict(iterations=2, cache_kv="last_iteration")
+  padded, lengths = jnp.where(jnp.arange(9) < jnp.array([[9], [4]]), TOKENS[:, :9], 63), jnp.array([9, 4])
+  run = lambda prompt, lengths: plain_generate(network, prompt, lengths, tokens=6, decoder=decoder(**options))
+  together = run(padded, lengths)
+  for row, length in enumerate((9, 4)):
+    np.testing.assert_array_equal(together[row], run(TOKENS[row : row + 1, :length], None)[0])
 
 
 def test_a_network_without_a_suffix_takes_no_options():
@@ -161,7 +176,7 @@ def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monke
   """
   kernel = dict(implementation="triton", interpret=INTERPRET)
   steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
-  monkeypatch.setattr(snlp_inference, "STEPS", steps)
+  monkeypatch.setattr(inference, "kernel_steps", lambda: steps)
   model = random_model(dataclasses.replace(CONFIGS[name], width=64, depth=4))
   network, tokens = split(model, 2), TOKENS[:1, :8]
   expected = jax.jit(lambda m: m(tokens))(model)

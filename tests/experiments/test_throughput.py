@@ -22,6 +22,8 @@ def test_every_figure_is_measured_and_claims_follow_from_them(tmp_path):
       assert all(kinds[kind][way]["median"] > 0 for way in experiment.WAYS)
   decode = m["decode"]["context 32"]
   assert decode["finite"] and decode["floor_ms"] > 0
+  decoding = m["decoding"]
+  assert decoding["equal"] == {"generate": 12, "stream": 12} and all(rate > 0 for rate in decoding["rates"].values())
   (claim,) = report.claims
   np.testing.assert_allclose(claim.ours, decode["milliseconds"]["median"] / decode["floor_ms"])
   assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")

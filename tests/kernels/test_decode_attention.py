@@ -55,6 +55,23 @@ def test_kernels_equal_reference_and_read_nothing_past_the_length(heads, time, w
   compare(problem(seed, heads=heads, time=time), start, 2e-6, window=window)
 
 
+def test_rows_filled_to_lengths_of_their_own():
+  """Each as it would be alone, grouped heads and a window among them; of one kind of window and of two."""
+  arrays, starts = problem(5, heads=(4, 2), batch=3, stored=2), jnp.array([0, 70, 33], jnp.int32)
+  q, k, v, *cache = arrays
+  for implementation in ("reference", "triton"):
+    how = dict(implementation=implementation, interpret=True)
+    run = jax.jit(functools.partial(decode_attention, windows=(None, 40), **how))
+    pairs = [[a[j : j + 1] for a in cache] for j in range(2)]
+    found, written = run(q, k, v, pairs, start=starts)
+    for row, start in enumerate(starts):
+      mine = jax.tree.map(lambda a, row=row: a[:, row : row + 1], (q, k, v, pairs))
+      expected, wanted = decode_attention(*mine, windows=(None, 40), start=start, implementation="reference")
+      np.testing.assert_allclose(found[:, row : row + 1], expected, rtol=2e-6, atol=2e-6)
+      for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a[:, row : row + 1], b)
+
+
 def test_a_head_of_more_blocks_than_stretches():
   compare(problem(0, heads=(2, 1), capacity=4200, size=4, layers=1, stored=1, batch=1), 4150, 2e-6, layer=0)
 

@@ -13,11 +13,11 @@ from jaxlab.models import layers
 from tests.common import INTERPRET
 
 
-def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=False, dtype=jnp.float32):
-  """((heads, cos, sin, value, gate), gain) of random numbers."""
+def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=False, apart=False, dtype=jnp.float32):
+  """((heads, cos, sin, value, gate), gain) of random numbers; `apart`: every row at positions of its own."""
   keys = jax.random.split(jax.random.key(seed), 5)
   normal = lambda key, *shape: jax.random.normal(key, shape).astype(dtype)
-  angle = jax.random.uniform(keys[1], (time, size // 2), maxval=6.0)
+  angle = jax.random.uniform(keys[1], (*(batch if apart else ()), time, size // 2), maxval=6.0)
   heads = normal(keys[0], *batch, time, q_heads + 2 * kv_heads, size)
   value, gate = (normal(keys[2], *batch, time, kv_heads, size), normal(keys[3], *batch, time, kv_heads))
   arrays = (heads, jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype))
@@ -42,11 +42,12 @@ def compare(arrays, gain, tolerance, **sizes):
   st.sampled_from((None, "before_rope", "after_rope")),
   st.booleans(),
   st.booleans(),
+  st.booleans(),
 )
-def test_kernel_equals_reference(seed, batch, time, heads, norm, gains, values):
+def test_kernel_equals_reference(seed, batch, time, heads, norm, gains, values, apart):
   sizes = dict(q_heads=heads[0], kv_heads=heads[1])
   gains &= norm is not None
-  arrays, gain = problem(seed, batch=batch, time=time, size=16, gains=gains, values=values, **sizes)
+  arrays, gain = problem(seed, batch=batch, time=time, size=16, gains=gains, values=values, apart=apart, **sizes)
   compare(arrays, gain, 2e-6, norm=norm, scale=1.2, **sizes)
 
 

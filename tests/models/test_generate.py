@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import generate
-from jaxlab.models.generate import sample
+from jaxlab.kernels.decode_attention import decode_attention
+from jaxlab.kernels.residual_norm import residual_norm
+from jaxlab.kernels.rotary_qkv import rotary_qkv
+from jaxlab.models import generate, inference
+from jaxlab.models.generate import complete, pad, sample, stream
+from jaxlab.models.inference import take_apart
+from jaxlab.models.layers import Steps
 from tests.common import configs, random_model, random_tokens
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
@@ -58,8 +66,83 @@ def test_sampling_depends_on_the_key_alone():
   assert not np.array_equal(run(1), run(2))
 
 
+@pytest.mark.parametrize("name", ["nanochat", "mhc", "qwen3_moe"])
+def test_rows_of_any_lengths_are_as_if_alone(name):
+  """Prompts shorter and longer than the window of 128: smear, value embeddings, windows, streams, experts."""
+  model = random_model(configs()[name])
+  network = take_apart(model)
+  prompts = [np.asarray(random_tokens(1, n, seed=n)[0]).tolist() for n in (1, 137)]
+  options = dict(tokens=11, stretch=4)
+  together = complete(network, prompts, **options)
+  for prompt, row in zip(prompts, together, strict=True):
+    alone = generate(model, jnp.array([prompt]), tokens=11)
+    assert row.tokens == alone[0].tolist()
+  padded, lengths = pad(prompts)
+  padded[np.arange(padded.shape[1]) >= lengths[:, None]] = 63  # padding may be any token
+  rows = generate(network, padded, lengths, tokens=11)
+  assert rows.tolist() == [row.tokens for row in together]
+
+
+def test_logprobs_are_those_of_the_full_forward():
+  """Of the tokens sampling chose, before temperature and top_k."""
+  model, prompts = random_model(configs()["nanochat"]), [[5, 9, 2], [7]]
+  rows = complete(model, prompts, tokens=6, temperature=3.0, top_k=5, key=jax.random.key(3))
+  for prompt, row in zip(prompts, rows, strict=True):
+    logprobs = jax.nn.log_softmax(model(jnp.array([prompt + row.tokens]))[0, len(prompt) - 1 : -1])
+    expected = jnp.take_along_axis(logprobs, jnp.array(row.tokens)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
+    assert len(row.tokens) == 6
+
+
+def test_a_stream_depends_on_neither_its_stretch_nor_what_jit_surrounds_it():
+  model, options = random_model(configs()["qwen3"]), dict(tokens=9, temperature=2.0, top_p=0.9, key=jax.random.key(4))
+  prompts = np.asarray(random_tokens(2, 16))
+  sizes, rows = [], []
+  for stretch in (1, 3, 8):
+    pieces = list(stream(model, prompts.tolist(), stretch=stretch, **options))
+    sizes.append([len(piece[0].tokens) for piece in pieces])
+    rows.append([[token for piece in pieces for token in piece[i].tokens] for i in range(2)])
+  assert sizes == [[1] * 9, [1, 3, 3, 2], [1, 8]]
+  assert rows[0] == rows[1] == rows[2] == generate(model, prompts, **options).tolist()
+  jitted = jax.jit(lambda m, p: generate(m, p, **options))
+  assert rows[0] == jitted(model, prompts).tolist()
+
+
+def test_a_row_ends_with_its_stop_token_and_the_stream_with_the_last_row():
+  model, prompts = random_model(configs()["qwen3"]), [[3, 1], [4, 1, 5]]
+  whole = [row.tokens for row in complete(model, prompts, tokens=40)]
+  stop = whole[0][5], whole[1][2]
+  ends = [next(i for i, token in enumerate(row) if token in stop) + 1 for row in whole]
+  pieces = list(stream(model, prompts, tokens=40, stop=stop, stretch=2))
+  rows = [[token for piece in pieces for token in piece[i].tokens] for i in range(2)]
+  assert rows == [row[:end] for row, end in zip(whole, ends, strict=True)]
+  assert len(pieces) == 1 + -(-(max(ends) - 1) // 2)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "qwen3"])
+def test_rows_of_any_lengths_through_the_kernels(name, monkeypatch):
+  """Interpreted, as there is no GPU here."""
+  kernel = dict(implementation="triton", interpret=True)
+  steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
+  model = random_model(dataclasses.replace(configs()[name], width=64, depth=4))
+  prompt, lengths = random_tokens(2, 6), jnp.array([6, 3])
+  expected = generate(model, prompt, lengths, tokens=3)
+  monkeypatch.setattr(inference, "kernel_steps", lambda: steps)
+  found = generate(jax.jit(inference.take_apart)(model), prompt, lengths, tokens=3)
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_impossible_requests_are_named():
   model = random_model(configs()["qwen3"])
+  with pytest.raises(InputError, match="a prompt is empty"):
+    stream(model, [[1], []], tokens=1)
+  with pytest.raises(InputError, match=r"the tokens have ids 0\.\.64, the model 0\.\.63"):
+    stream(model, [[1], [64]], tokens=1)
+  for lengths, message in ([1], "lengths has shape"), ([0, 3], r"must lie in 1\.\.3"), ([1, 4], r"must lie in 1\.\.3"):
+    with pytest.raises(InputError, match=message):
+      generate(model, random_tokens(2, 3), jnp.array(lengths), tokens=1)
+  with pytest.raises(InputError, match="stretch is 0"):
+    stream(model, [[1]], tokens=1, stretch=0)
   for prompt, options, message in [
     (jnp.zeros((1, 0), jnp.int32), dict(tokens=1), "time >= 1"),
     (random_tokens(1, 3), dict(tokens=0), "tokens is 0"),

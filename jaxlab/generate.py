@@ -1,0 +1,139 @@
+"""Text from a checkpoint: python -m jaxlab.generate --model=smollm2 "Why is the sky blue?"
+
+The text is a message the model answers, by the checkpoint's chat template; with --raw it is continued. Prints as tokens
+are made, and ends with their rate on stderr. Mistakes end in one line and exit status 2.
+"""
+
+import argparse
+import ast
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxlab.core.checks import InputError, require
+from jaxlab.evaluation.methods import subject
+from jaxlab.models import hub
+from jaxlab.models.generate import stream
+from jaxlab.models.text import chat_prompt, raw_prompt, require_stops, text_pieces, until
+from jaxlab.models.vocabulary import load_vocabulary
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Parses the command line and prints the text. Returns the exit status."""
+  try:
+    _run(_parse(arguments))
+    return 0
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except BrokenPipeError:  # the reader has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except KeyboardInterrupt:
+    print(file=sys.stderr)
+    return 130
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(f"{message}; see --help")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = _Parser("python -m jaxlab.generate", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
+  add = parser.add_argument
+  add("text", help="the message, or the text to continue")
+  add("--model", default="base", help='"smollm2", "base", a folder, a .gguf file, or owner/name (%(default)s)')
+  add("--raw", action="store_true", help="continue the text; no chat template")
+  add("--tokens", type=int, default=256, help="at most (%(default)s)")
+  add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
+  add("--top-k", type=int, help="sample from so many of the likeliest tokens")
+  add("--top-p", type=float, help="sample from the likeliest tokens that reach this probability")
+  add("--seed", type=int, default=0, help="of sampling (%(default)s)")
+  add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+  add("--method", metavar="NAME,OPTION=VALUE,...", help="run the model by a method: snlp,layers=8,iterations=2")
+  add("--dtype", choices=("float32", "bfloat16"), help="of the parameters (bfloat16; on a CPU float32)")
+  return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> None:
+  cache = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  require_stops(options.stop)
+  require(
+    options.temperature != 0 or options.top_k is options.top_p is None,
+    "--top-k and --top-p are of sampling; give a --temperature too",
+  )
+  vocabulary = load_vocabulary(options.model)
+  prompt = (raw_prompt if options.raw else chat_prompt)(vocabulary, options.text)
+  dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  model = hub.load(options.model, dtype=dtype)
+  room = model.config.context - len(prompt)
+  require(
+    room >= options.tokens, f"the prompt leaves room for {max(room, 0)} tokens, not {options.tokens}; set --tokens"
+  )
+  name, method = _method(options.method)
+  network, _, decoder = subject(model, name, **method)
+  stretches = stream(
+    network,
+    [prompt],
+    tokens=options.tokens,
+    stop=vocabulary.eos,
+    key=jax.random.key(options.seed),
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+    decoder=decoder,
+  )
+  sys.stdout.reconfigure(errors="replace")
+  clock = _Clock()
+  for piece in until(text_pieces(vocabulary.tokenizer, clock.tokens(stretches)), options.stop):
+    print(piece, end="", flush=True)
+  print(flush=True)
+  print(clock.summary(), file=sys.stderr)
+
+
+class _Clock:
+  """Counts tokens and takes the time from the second stretch on: before it, programs were compiled."""
+
+  def __init__(self):
+    self._arrivals: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+
+  def tokens(self, stretches) -> Iterator[int]:
+    for (row,) in stretches:
+      self._arrivals.append((time.perf_counter(), self._arrivals[-1][1] + len(row.tokens)))
+      yield from row.tokens
+
+  def summary(self) -> str:
+    (begin, _), *later = self._arrivals
+    made = later[-1][1] if later else 0
+    first = f"{made} tokens, the first after {later[0][0] - begin:.2f} s" if later else "0 tokens"
+    if len(later) < 3:
+      return first
+    (start, before), (end, _) = later[1], later[-1]
+    return f"{first}, {(made - before) / (end - start):.1f} tokens/s"
+
+
+def _method(text: str | None) -> tuple[str | None, dict]:
+  """("snlp", {"layers": 8}) of "snlp,layers=8"."""
+  if text is None:
+    return None, {}
+  name, *rest = text.split(",")
+  options = {}
+  for part in rest:
+    key, equals, value = part.partition("=")
+    require(bool(key and equals and value), f"--method has {part!r}; its options are NAME=VALUE")
+    try:
+      options[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      options[key] = value
+  return name, options
+
+
+if __name__ == "__main__":
+  sys.exit(main())

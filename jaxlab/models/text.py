@@ -1,0 +1,96 @@
+"""Text into prompts and tokens back into text while they are made."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from jaxlab.core.checks import InputError, require
+from jaxlab.core.foreign import foreign
+from jaxlab.data.tokenizer import BOS
+from jaxlab.models.vocabulary import Vocabulary
+
+_UNFINISHED = "\ufffd"  # what a decoder puts in the place of bytes that are no character yet
+
+
+def render_chat(
+  vocabulary: Vocabulary, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+  """The prompt the checkpoint's chat template makes of messages {"role": ..., "content": ...}.
+
+  Templates are code of strangers: they run in Jinja's sandbox, with the names that transformers gives them.
+
+  Raises:
+    InputError: there is no template, or it refuses the messages.
+  """
+  require(vocabulary.chat_template is not None, "the checkpoint has no chat template; use plain text (--raw)")
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+
+  def refuse(message):
+    raise jinja2.TemplateError(message)
+
+  name = lambda token: "" if token is None else vocabulary.tokenizer.id_to_token(token)
+  environment.globals["raise_exception"] = refuse
+  names = dict(bos_token=name(vocabulary.bos), eos_token=name(next(iter(vocabulary.eos), None)))
+  with foreign("the chat template", "change the messages, or use plain text (--raw)"):
+    template = environment.from_string(vocabulary.chat_template)
+    return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+
+
+def chat_prompt(vocabulary: Vocabulary, text: str) -> list[int]:
+  """Tokens that ask for the answer to a user's message. The template writes the special tokens, all of them."""
+  rendered = render_chat(vocabulary, [{"role": "user", "content": text}])
+  return vocabulary.tokenizer.encode(rendered, add_special_tokens=False).ids
+
+
+def raw_prompt(vocabulary: Vocabulary, text: str) -> list[int]:
+  """Tokens of a text to continue, begun as the tokenizer begins texts, and by <|bos|> where the vocabulary has it.
+
+  Raises:
+    InputError: an empty text under a vocabulary that begins texts with nothing.
+  """
+  ids = vocabulary.tokenizer.encode(text).ids
+  begin = vocabulary.tokenizer.token_to_id(BOS)
+  if begin is not None and ids[:1] != [begin]:
+    ids = [begin, *ids]
+  require(bool(ids), "the prompt is empty; give some text to continue")
+  return ids
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+  """The text of tokens as they come, in pieces of whole characters; special tokens have none."""
+  pending: list[int] = []
+  before: list[int] = []  # the last piece's: some decoders treat the first token of a text in another way
+  for token in tokens:
+    pending.append(token)
+    known, text = tokenizer.decode(before), tokenizer.decode(before + pending)
+    if not text.endswith(_UNFINISHED):
+      yield text[len(known) :]
+      before, pending = pending, []
+  if pending:
+    yield tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
+
+
+def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+  """The text before the stop string that is complete first, in pieces; what may begin one is held back."""
+  held = ""
+  for piece in pieces:
+    held += piece
+    found = [(at + len(text), at) for text in stop if (at := held.find(text)) >= 0]
+    if found:
+      yield held[: min(found)[1]]
+      return
+    beginnings = (n for text in stop for n in range(min(len(text) - 1, len(held)), 0, -1) if held.endswith(text[:n]))
+    size = len(held) - max(beginnings, default=0)
+    yield held[:size]
+    held = held[size:]
+  yield held
+
+
+def require_stops(stop: Sequence[str]) -> None:
+  """Raises InputError for an empty stop string, which every text begins with."""
+  if "" in stop:
+    raise InputError("a stop string is empty; give at least one character")
