@@ -54,7 +54,7 @@ def claims(result: dict, spec) -> list[Claim]:
       ours=ratio, threshold=_THRESHOLD, spread=(low, high),
       baseline=f"transformers {versions['transformers']}, torch {versions['torch']}: {rates[STATIC]:.0f} tokens/s",
       note=f"ours {rates[OURS]:.0f} tokens/s, as a stream {rates[STREAM]:.0f}, transformers with its dynamic cache "
-      f"{rates[DYNAMIC]:.0f}; batch 1, prompt {spec.prompt}, {spec.tokens} new tokens, greedy, {spec.dtype}, one process",
+      f"{rates[DYNAMIC]:.0f}; batch 1, prompt {spec.prompt}, {spec.tokens} new tokens, greedy, {spec.dtype}",
     )
   ]  # fmt: skip
 
