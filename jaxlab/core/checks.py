@@ -4,7 +4,13 @@ from collections.abc import Collection
 
 
 class InputError(ValueError):
-  """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2."""
+  """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2.
+
+  Its message is one line even where a name or a foreign message in it has line breaks.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(" ".join(str(message).splitlines()))
 
 
 def require(condition: bool, message: str) -> None:
