@@ -11,7 +11,9 @@ from tokenizers import Tokenizer
 
 from jaxlab.core.checks import require
 from jaxlab.core.files import write_files
+from jaxlab.core.foreign import foreign
 from jaxlab.data.corpora import Documents
+from jaxlab.data.tokenizer import largest_id
 
 _CHUNK = 256  # documents tokenized at a time, on all cores
 
@@ -33,15 +35,18 @@ class Tokens:
 
 def tokenize(documents: Documents, tokenizer: Tokenizer, *, bos: int, cache: str | os.PathLike) -> Tokens:
   """Tokenizes a split, or maps the copy kept under `cache` (named by the content of both)."""
-  key = hashlib.sha256(f"{documents.key} {tokenizer.to_str()}".encode()).hexdigest()[:16]
+  # Whether special tokens are text is no part of a tokenizer's file.
+  key = f"{documents.key} {tokenizer.encode_special_tokens} {tokenizer.to_str()}"
+  key = hashlib.sha256(key.encode()).hexdigest()[:16]
   folder = Path(cache) / "tokens" / key
   if not (folder / "offsets.npy").exists():
     parts, lengths = [], []
-    kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    for batch in grain.MapDataset.source(documents).batch(_CHUNK, batch_fn=list):
-      for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-        parts.append(np.array(encoding.ids, kind))
-        lengths.append(len(parts[-1]))
+    kind = np.uint16 if largest_id(tokenizer) < 2**16 else np.uint32
+    with foreign("the tokenizer", "use the checkpoint's own tokenizer.json", place=lambda: f"document {len(parts)}"):
+      for batch in grain.MapDataset.source(documents).batch(_CHUNK, batch_fn=list):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+          parts.append(np.array(encoding.ids, kind))
+          lengths.append(len(parts[-1]))
     folder.mkdir(parents=True, exist_ok=True)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     save = lambda array: lambda file: np.save(file, array)
