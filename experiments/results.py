@@ -1,6 +1,7 @@
 """What an experiment hands back, and results.json."""
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import math
@@ -9,14 +10,16 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from jaxlab.core.checks import require_choice
+from jaxlab.core.checks import require, require_choice
 from jaxlab.core.files import write_text
 
 _PART = ".part.json"
+_DIVERGED = "no result is written: see why it diverged, or lower the learning rate, and take another --workdir"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +56,26 @@ class Claim:
 
 @dataclasses.dataclass
 class Report:
-  """Metrics (nested, JSON), claims, and figures as {file name: caption}; the files lie in the workdir."""
+  """Metrics (nested, JSON), claims, and figures as {file name: caption}; the files lie in the workdir.
+
+  `unbounded` names metrics ("distortion.*") for which NaN or infinity is a finding: a competitor that diverged, say.
+  """
 
   metrics: dict
   claims: list[Claim]
   figures: dict[str, str] = dataclasses.field(default_factory=dict)
+  unbounded: tuple[str, ...] = ()
 
 
 def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
   """Writes results.json and report.md into the workdir and returns the former.
 
   Where parts of the run were kept, commit, device, versions and seconds are theirs: this process may only read them.
+
+  Raises:
+    InputError: a metric or a claim is NaN or infinite (`require_finite`); nothing is written.
   """
+  require_finite(report)
   files = {file.name.removesuffix(_PART): file for file in sorted(workdir.glob(f"*{_PART}"))}
   origins = {name: _without(json.loads(file.read_text()), "result") for name, file in files.items()}
   parts = list(origins.values())
@@ -89,6 +100,28 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
   write_text(workdir / "results.json", json.dumps(results, indent=1))
   write_text(workdir / "report.md", markdown(results))
   return results
+
+
+def require_finite(report: Report) -> None:
+  """Raises InputError naming the first metric or claim that is NaN or infinite, but for those of `report.unbounded`."""
+  for name, value in _numbers(report.metrics):
+    expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in report.unbounded)
+    require(math.isfinite(value) or expected, f"metric {name} is {value}; {_DIVERGED}")
+  for claim in report.claims:
+    for field, value in _numbers(dataclasses.asdict(claim)):
+      require(math.isfinite(value), f"claim {claim.name!r}: {field} is {value}; {_DIVERGED}")
+
+
+def _numbers(value, name: str = "") -> Iterator[tuple[str, float]]:
+  """(dotted name, number) of every number in nested dicts, lists and arrays."""
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+  elif isinstance(value, list | tuple):
+    for i, inner in enumerate(value):
+      yield from _numbers(inner, f"{name}.{i}")
+  elif isinstance(value, float | int) or getattr(value, "ndim", None) == 0:
+    yield name, float(value)
 
 
 def markdown(results: dict, prefix: str = "") -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import results
 from experiments.console import Console
 from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
@@ -170,6 +171,7 @@ def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
   experiment = importlib.import_module(f"experiments.{name}")
   report = experiment.run(config, workdir, workdir, Console())
   assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)
+  results.require_finite(report)
   for measure in measures:
     monkeypatch.setattr(experiment, measure, None)
   again = experiment.run(config, workdir, workdir, Console())

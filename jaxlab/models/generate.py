@@ -1,6 +1,7 @@
 """Token generation under one jit: prefill, then a scan of one-token steps over an explicit cache."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
 from jaxlab.models.transformer import Transformer
+
+COLDEST = 1e-5  # below it sampling is the argmax: float32 logits over it would overflow
 
 
 def sample(
@@ -19,8 +22,15 @@ def sample(
   top_p: float | None = None,
 ) -> Int[Array, "batch"]:
   """Draws a token a row. Temperature 0 is the argmax; top_k keeps the k largest logits, top_p the smallest set of
-  tokens whose probability reaches p (at least one)."""
-  if temperature == 0:
+  tokens whose probability reaches p (at least one).
+
+  Raises:
+    InputError: top_k < 1, top_p outside 0 < p <= 1, a temperature that is negative, NaN or infinite.
+  """
+  require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (the argmax) or a positive number")
+  require(top_k is None or top_k >= 1, f"top_k is {top_k}; keep at least 1 token, or give None for all")
+  require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in 0 < top_p <= 1")
+  if temperature < COLDEST:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits.astype(jnp.float32) / temperature
   if top_k is not None:
