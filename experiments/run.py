@@ -72,10 +72,9 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
 
 def _one_line(error: Exception) -> str:
   """The cause alone: an error inside a config file comes with its whole traceback as text."""
-  text = str(error).strip('"')
-  if re.fullmatch(r"'\w+'", text):
-    return f"the config has no field {text}; see the fields in the config file"
-  text = text.replace("FATAL Flags parsing error:", "").strip()
+  if isinstance(error, LookupError | AttributeError) and re.match(r"'\w+'", text := str(error.args[0])):
+    return f"the config has no field {' '.join(text.split())}; see the fields in the config file"
+  text = str(error).replace("FATAL Flags parsing error:", "").strip()
   cause = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
   where = f"{text.split(': Error')[0]}: " if "Traceback" in text else ""
   return f"{where}{cause[:300]}; see the fields in the config file"
