@@ -72,9 +72,11 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
 
 def _one_line(error: Exception) -> str:
   """The cause alone: an error inside a config file comes with its whole traceback as text."""
-  if isinstance(error, LookupError | AttributeError) and re.match(r"'\w+'", text := str(error.args[0])):
-    return f"the config has no field {' '.join(text.split())}; see the fields in the config file"
-  text = str(error).replace("FATAL Flags parsing error:", "").strip()
+  text = str(error)
+  if missing := re.match(r"\W*'(\w+)\W*'", text):  # quoted once or twice, with or without a proposal
+    near = re.search(r'Did you mean "\w+"', text)
+    return f"the config has no field {missing[1]!r}; {near[0] + '?' if near else 'see the fields in the config file'}"
+  text = text.replace("FATAL Flags parsing error:", "").strip()
   cause = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
   where = f"{text.split(': Error')[0]}: " if "Traceback" in text else ""
   return f"{where}{cause[:300]}; see the fields in the config file"
