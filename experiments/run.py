@@ -143,15 +143,13 @@ def _join(how: str) -> None:
 def _same_config(config, workdir: Path) -> None:
   """Writes config.json, or refuses a folder that holds a run of another config."""
   from jaxlab.core.files import write_text
+  from jaxlab.core.foreign import foreign
 
   mine = json.loads(config.to_json_best_effort())
   file = workdir / "config.json"
   if file.exists():
-    try:
-      theirs = json.loads(file.read_text())
-    except ValueError:
-      raise InputError(f"{file} is damaged; remove it if its checkpoints belong to this config") from None
-    a, b = _flatten(theirs), _flatten(mine)
+    with foreign(f"{file} is damaged", "remove it if its checkpoints belong to this config"):
+      a, b = _flatten(json.loads(file.read_text())), _flatten(mine)
     changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     require(
       not changed,

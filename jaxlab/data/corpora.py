@@ -106,7 +106,7 @@ class _Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for name, file in self.files.items():
       if named and _named_split(name) != split:
         continue
-      for key, text in _read(name, file):
+      for key, text in read_file(name, file):
         if text.strip() and (named or _hashed_split(key) == split):
           yield key, {"name": key, "text": text}
 
@@ -178,8 +178,12 @@ def _hashed_split(key: str) -> str:
   return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def _read(name: str, file: Path) -> Iterator[tuple[str, str]]:
-  """(key, text) of every document in a file."""
+def read_file(name: str, file: Path) -> Iterator[tuple[str, str]]:
+  """(key, text) of every document in a file of the kinds that `documents` reads; `name` begins the keys.
+
+  Raises:
+    InputError: as `documents`.
+  """
   kind = _kind(file)
   if kind == ".parquet":
     yield from ((f"{name}:{row}", text) for row, text in enumerate(_parquet(file)))
