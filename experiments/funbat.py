@@ -41,7 +41,8 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
     pictures.draw_cost(cost, workdir): "Seconds of one smoother pass against its length; of one epoch against "
     "observations",
   }
-  return Report(metrics, make_claims(config, surface_result, comparison, cost), files)
+  # One size has no slope.
+  return Report(metrics, make_claims(config, surface_result, comparison, cost), files, undefined=("cost.*.slope*",))
 
 
 def surface(seed: int):
@@ -239,6 +240,8 @@ def cost_claims(config, cost) -> list[Claim]:
       )
     )
   sizes, milliseconds = zip(*cost["epoch"]["line"], strict=True)
+  if len(sizes) == 1:
+    return claims
   claims.append(
     Claim(
       "epoch time against observations, log-log slope",

@@ -70,7 +70,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   }
   pictures.write_svg(tree, names, drawings["greedy"], workdir)
   # Two points that a baseline puts on one place have no distortion.
-  return Report(metrics, make_claims(config, metrics), files, unbounded=("embedding.*.distortion.*",))
+  return Report(metrics, make_claims(config, metrics), files, undefined=("embedding.*.distortion.*",))
 
 
 def file_sizes(name: str, path: str) -> tuple[dict[str, float], Path]:

@@ -58,13 +58,13 @@ class Claim:
 class Report:
   """Metrics (nested, JSON), claims, and figures as {file name: caption}; the files lie in the workdir.
 
-  `unbounded` names metrics ("distortion.*") for which NaN or infinity is a finding: a competitor that diverged, say.
+  `undefined` names metrics ("distortion.*") for which NaN or infinity is no fault: a slope of one point, say.
   """
 
   metrics: dict
   claims: list[Claim]
   figures: dict[str, str] = dataclasses.field(default_factory=dict)
-  unbounded: tuple[str, ...] = ()
+  undefined: tuple[str, ...] = ()
 
 
 def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
@@ -103,9 +103,9 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
 
 
 def require_finite(report: Report) -> None:
-  """Raises InputError naming the first metric or claim that is NaN or infinite, but for those of `report.unbounded`."""
+  """Raises InputError naming the first metric or claim that is NaN or infinite, but for those of `report.undefined`."""
   for name, value in _numbers(report.metrics):
-    expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in report.unbounded)
+    expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in report.undefined)
     require(math.isfinite(value) or expected, f"metric {name} is {value}; {_DIVERGED}")
   for claim in report.claims:
     for field, value in _numbers(dataclasses.asdict(claim)):

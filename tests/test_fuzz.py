@@ -236,12 +236,16 @@ def fuzz(name: str, cases: range, folder: Path) -> dict[str, int]:
   """Reads every case; counts results and refusals. Anything else fails with the case's number."""
   file = folder / name
   file.parent.mkdir(exist_ok=True)
+  # The whole file first, unbounded: it starts jax and what else is loaded late.
+  content, reader = FORMATS[name]
+  file.write_bytes(COMPRESSORS.get(file.suffix, bytes)(content()))
+  reader(file)
   counts = {"read": 0, "refused": 0}
   for case in cases:
     file.write_bytes(damaged(name, case))
     try:
       with bounded():
-        FORMATS[name][1](file)
+        reader(file)
       counts["read"] += 1
     except InputError as error:
       assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, (name, case, str(error))
@@ -249,15 +253,6 @@ def fuzz(name: str, cases: range, folder: Path) -> dict[str, int]:
     except BaseException as error:
       raise AssertionError(f"{name}, case {case}: {type(error).__name__}: {error}") from error
   return counts
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_whole_files_are_read(name, tmp_path):
-  file = tmp_path / name
-  file.parent.mkdir(exist_ok=True)
-  content, reader = FORMATS[name]
-  file.write_bytes(COMPRESSORS.get(file.suffix, bytes)(content()))
-  reader(file)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -144,10 +144,10 @@ def test_what_is_no_number_fails_the_run(metrics, claims, message, tmp_path):
 def test_a_metric_may_be_infinite_where_the_experiment_says_so(tmp_path):
   config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
   metrics = {"a": {"distortion": {"mds": float("inf")}}, "jax": jnp.float32(1)}
-  results.write(Report(metrics, [], unbounded=("a.distortion.*",)), config, tmp_path, 1.0, "command")
+  results.write(Report(metrics, [], undefined=("a.distortion.*",)), config, tmp_path, 1.0, "command")
   assert json.loads((tmp_path / "results.json").read_text())["metrics"]["a"] == {"distortion": {"mds": "inf"}}
   with pytest.raises(InputError, match="distortion"):
-    results.require_finite(Report(metrics, [], unbounded=("b.*",)))
+    results.require_finite(Report(metrics, [], undefined=("b.*",)))
 
 
 @pytest.fixture
