@@ -169,8 +169,9 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
   arrays = {}
   with foreign(file, _AGAIN), open(file, "rb") as stream, zipfile.ZipFile(stream) as archive:
     members = archive.infolist()
-    most = expanded_bytes(os.fstat(stream.fileno()).st_size)
-    size = sum(member.file_size for member in members)
+    whole = os.fstat(stream.fileno()).st_size
+    most, size = expanded_bytes(whole), sum(member.file_size for member in members)
+    require(max((m.compress_size for m in members), default=0) <= whole, f"{file} is truncated; fetch it again")
     require(size <= most, f"{file} expands to {size} bytes, more than {most}; write it with np.savez")
     for member in members:
       name = member.filename.removesuffix(".npy")

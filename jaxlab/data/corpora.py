@@ -42,8 +42,9 @@ class Documents(Sequence):
   def __getitem__(self, index: int) -> str:
     if not 0 <= index < len(self):
       raise IndexError(index)
-    text = self.source[index][self.feature]
-    return text.decode("utf-8") if isinstance(text, bytes) else text
+    with foreign("the prepared corpus", "remove it from the cache to make it anew", place=lambda: f"document {index}"):
+      text = self.source[index][self.feature]
+      return text.decode("utf-8") if isinstance(text, bytes) else text
 
 
 def documents(name: str, *, split: str, cache: str | os.PathLike, path: str = "") -> Documents:
