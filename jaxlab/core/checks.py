@@ -24,6 +24,12 @@ def require_choice(name: str, value: object, choices: Collection) -> None:
   require(value in choices, f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
 
 
+def require_counts(**counts: int) -> None:
+  """Raises InputError unless every count is at least 1."""
+  for name, count in counts.items():
+    require(count >= 1, f"{name} is {count}; it must be at least 1")
+
+
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
   """Raises InputError unless `divisor` is positive and divides `value`."""
   require(

@@ -1,7 +1,9 @@
+import errno
 import gzip
 import io
 import json
 import lzma
+import resource
 
 import numpy as np
 import pyarrow
@@ -214,6 +216,36 @@ def test_mixture_has_the_asked_share(stdlib):
   )
   has = lambda row: any(list(row[i : i + len(question)]) == question for i in range(len(row)))
   assert 20 <= sum(has(next(rows)) for _ in range(100)) <= 40
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda t: packing.training_rows(t, row=0, seed=0), "row is 0"),
+    (lambda t: packing.training_rows(t, row=4, seed=0, buffer=0), "buffer is 0"),
+    (lambda t: packing.batches(packing.training_rows(t, row=4, seed=0), -1), "batch is -1"),
+    (lambda t: packing.evaluation_batches(t, row=-2, batch=1), "row is -2"),
+    (lambda t: packing.evaluation_batches(t, row=2, batch=1, limit=0), "limit is 0"),
+    (lambda t: packing.mid_document_batches(t, row=2, batch=0, limit=9), "batch is 0"),
+    (lambda t: packing.mixture(None, None, float("nan")), "share of a mixture is nan"),
+  ],
+)
+def test_counts_and_shares_out_of_range_are_refused(call, message):
+  with pytest.raises(InputError, match=message):
+    call(fake_tokens([10, 3, 7]))
+
+
+def test_a_full_disk_under_the_tokens_is_told_with_the_file(stdlib, tmp_path):
+  """A limit on the size of files stands for the disk."""
+  documents, bpe, _ = stdlib
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with pytest.raises(OSError, match="File too large") as raised:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+      tokens.tokenize(documents, bpe, bos=0, cache=tmp_path)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert raised.value.errno == errno.EFBIG and raised.value.filename.endswith("ids.npy")
 
 
 def test_evaluation_counts_every_token_once():

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import report, results, run, timing
+from experiments import report, results, run, text, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
 from tests.common import start, wait
@@ -150,6 +150,14 @@ def test_a_metric_may_be_infinite_where_the_experiment_says_so(tmp_path):
     results.require_finite(Report(metrics, [], undefined=("b.*",)))
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+  config = json.loads((report.ROOT / "checkpoints" / "base" / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 8191}))
+  (tmp_path / "tokenizer.json").symlink_to(report.ROOT / "checkpoints" / "base" / "tokenizer.json")
+  with pytest.raises(InputError, match=r"has ids up to 8191, its model 8191 embeddings"):
+    text.load_text(None, tmp_path, given=tmp_path)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
   """A disk of 700 KB, where the machine lets us have one."""
@@ -227,8 +235,8 @@ def test_published_runs_make_the_report(snlp_run, tmp_path):
   stem = report.publish(snlp_run[0], tmp_path)
   assert stem == "snlp.test"
   runs = report.load(tmp_path)
-  text = report.results_markdown(runs)
-  assert "| snlp | test |" in text and "![" in text and "results/snlp.test.perplexity.png" in text
+  table = report.results_markdown(runs)
+  assert "| snlp | test |" in table and "![" in table and "results/snlp.test.perplexity.png" in table
   page = report.page(runs, tmp_path)
   assert page.count("data:image/png;base64") == len(runs[0]["figures"])
   with pytest.raises(InputError, match=r"no results\.json"):
