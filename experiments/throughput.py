@@ -13,6 +13,7 @@ from experiments import figures, results, timing
 from experiments.results import Claim, Report
 from experiments.snlp_speed import random_model
 from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import require_choice
 from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
@@ -30,6 +31,7 @@ def run(config, workdir: Path, cache: Path, console) -> Report:
   s = config.step
   training = {}
   for name in config.shapes:
+    require_choice("an entry of config.shapes", name, config.training.keys())
     training[name] = part(f"training_{name}", lambda case=config.training[name]: train_speed(case.to_dict()))
     console.say(f"training {name}: {training[name]}")
   model = random_model(s.shape.to_dict(), s.dtype)
