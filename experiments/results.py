@@ -17,6 +17,7 @@ import jax
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.files import write_text
+from jaxlab.core.foreign import foreign
 
 _PART = ".part.json"
 _DIVERGED = "no result is written: see why it diverged, or lower the learning rate, and take another --workdir"
@@ -192,7 +193,8 @@ def part(workdir: Path, name: str, measure) -> dict:
     origin = {"git": _git(), "device": _devices(), "versions": _versions()}
     kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}
     write_text(file, json.dumps(finite(kept), indent=1))
-  return _restored(json.loads(file.read_text())["result"])
+  with foreign(file, "remove it to measure this part again"):
+    return _restored(json.loads(file.read_text())["result"])
 
 
 def _without(tree: dict, name: str) -> dict:

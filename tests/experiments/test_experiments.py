@@ -262,6 +262,9 @@ def test_a_part_is_measured_once_and_read_as_it_was_measured(tmp_path):
     found = results.part(tmp_path, "quality", measure)
     np.testing.assert_equal(found, {"loss": [1.5, np.nan], "best": -np.inf, "name": "nano"})
   assert len(calls) == 1
+  (tmp_path / "quality.part.json").write_text('{"result": [1')
+  with pytest.raises(InputError, match=r"quality\.part\.json: .*; remove it to measure this part again"):
+    results.part(tmp_path, "quality", measure)
 
 
 def test_results_name_every_version_that_measured_a_part(tmp_path):
