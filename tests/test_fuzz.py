@@ -12,6 +12,7 @@ import lzma
 import re
 import resource
 import signal
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,19 @@ def test_damaged_files_give_a_result_or_one_line(name, tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files_give_a_result_or_one_line(name, tmp_path):
   fuzz(name, range(50, 1050), tmp_path)
+
+
+@pytest.mark.parametrize("name, times", [("a.txt", 5), ("a.jsonl", 7), ("edges.txt", 12), ("cities.csv", 11)])
+def test_reading_takes_a_few_times_the_file(name, times, tmp_path):
+  """Peak of what Python and NumPy allocate, over the bytes of the file; tuples alone would be twenty times them."""
+  content, reader = FORMATS[name]
+  file = tmp_path / name
+  file.write_bytes((content() + b"\n") * (400_000 // len(content())))
+  reader(file)
+  tracemalloc.start()
+  try:
+    reader(file)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < times * file.stat().st_size
