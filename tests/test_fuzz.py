@@ -29,7 +29,7 @@ from jaxlab.data import corpora, tokenizer, tokens
 from jaxlab.graphs.common import read_edge_list
 from jaxlab.graphs.weighted_trees import tree_from_wordnet
 from jaxlab.tensors.anncur_data import PARTS_OF_SPEECH, wordnet_pairs
-from tests.data.test_tokenizer import byte_level, sentencepiece
+from tests.data.test_tokenizer import byte_level, sentencepiece, unigram
 
 TEXT = "The cat sat on the mat, the dog dug 1234 holes. Und über allem: Ruhe.\n"
 SECONDS = 20  # a hang, not a measurement: a case takes milliseconds
@@ -134,6 +134,7 @@ FORMATS = {
   "a.parquet": (parquet, read_documents),
   "plain.parquet": (lambda: parquet("zstd", dictionary=False), read_documents),
   "byte_level.json": (lambda: byte_level("prefix").to_str().encode(), read_tokenizer),
+  "unigram.json": (lambda: unigram().to_str().encode(), read_tokenizer),
   "sentencepiece.json": (lambda: sentencepiece("normalizer").to_str().encode(), read_tokenizer),
   "edges.txt": (edges, read_edge_list),
   "data.noun": (NOUNS.encode, tree_from_wordnet),

@@ -34,6 +34,7 @@ _LARGEST_ID = 2**24
 # Parts of a tokenizer that neither drop nor change a character, but for canonical composition (NFC) and " " as "▁".
 _KEEPING = {"Sequence", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts", "Replace", "NFC"}
 _SPACE = "▁"
+_NEVER = -1e6  # log probability
 _UNCOUNTED = "bits per byte cannot be counted by token; compare perplexities of this tokenizer alone"
 
 
@@ -94,8 +95,11 @@ def load(path: str | os.PathLike, *, prompts: bool = False) -> Tokenizer:
   require(file.is_file(), f"no tokenizer at {file}; put the checkpoint's tokenizer.json there")
   with foreign(file, "put the checkpoint's own tokenizer.json there"):
     tokenizer = Tokenizer.from_str(read_text(file))
-    if not prompts and _prefixes(parts := json.loads(tokenizer.to_str())):
-      tokenizer = Tokenizer.from_str(json.dumps({name: _without_prefix(part) for name, part in parts.items()}))
+    if not prompts:
+      parts = json.loads(tokenizer.to_str())
+      if _prefixes(parts) or parts["model"]["type"] == "Unigram":
+        parts = {name: _without_prefix(part) for name, part in parts.items()}
+        tokenizer = Tokenizer.from_str(json.dumps(_without_special_pieces(parts)))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not prompts
@@ -191,6 +195,15 @@ def _keeps(step: dict) -> bool:
   if step["type"] == "Metaspace":
     return step["replacement"] == _SPACE
   return step["type"] in _KEEPING and step.get("behavior") != "Removed"
+
+
+def _without_special_pieces(parts: dict) -> dict:
+  """A unigram model knows special tokens as pieces too, at probability 1; far below all others none is ever chosen."""
+  if parts["model"]["type"] != "Unigram":
+    return parts
+  special = {token["content"] for token in parts["added_tokens"] if token["special"]}
+  pieces = [[piece, _NEVER if piece in special else score] for piece, score in parts["model"]["vocab"]]
+  return parts | {"model": parts["model"] | {"vocab": pieces}}
 
 
 def _prefixes(parts: dict) -> bool:

@@ -28,6 +28,20 @@ def sentencepiece(style: str) -> Tokenizer:
   return finished(made)
 
 
+def unigram() -> Tokenizer:
+  """Special tokens are pieces of score 0 here, the likeliest of all."""
+  pieces = [
+    ("<unk>", 0.0),
+    ("<s>", 0.0),
+    ("</s>", 0.0),
+    *((name, -9.0) for name in [*BYTES, *"▁<>/sheloa", "▁a", "he"]),
+  ]
+  made = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+  made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+  made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
+  return finished(made)
+
+
 def byte_level(style: str) -> Tokenizer:
   """GPT-2's kind, with an entry that is no special token; ids with a gap."""
   names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġa"]
@@ -50,7 +64,8 @@ def finished(made: Tokenizer) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-  "made", [sentencepiece("normalizer"), sentencepiece("metaspace"), byte_level("prefix"), byte_level("plain")]
+  "made",
+  [sentencepiece("normalizer"), sentencepiece("metaspace"), unigram(), byte_level("prefix"), byte_level("plain")],
 )
 def test_a_given_tokenizer_is_a_tokenizer_of_text_whose_bytes_are_counted(made, tmp_path):
   made.save(str(tmp_path / "tokenizer.json"))
