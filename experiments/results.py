@@ -7,10 +7,12 @@ An experiment is a module `experiments.<paper>` of four functions:
   finding(config, metrics) -> str                         one computed sentence, our number beside the paper's
   draw(config, metrics, workdir) -> {file: caption}       the figures
 
-The last three are functions of JSON: what is published can be checked against its own metrics.
+The last three are functions of JSON: what is published can be checked against its own metrics. `UNDEFINED`, patterns of
+metrics that may be NaN or infinite, is optional.
 """
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import math
@@ -19,15 +21,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.files import write_text
+from jaxlab.core.foreign import foreign
 
 MOST_CLAIMS = 12
 _PART = ".part.json"
+_DIVERGED = "no result is written: see why it diverged, or lower the learning rate, and take another --workdir"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Claim:
 class Report:
   """Metrics (nested, JSON), claims, the headline first, and figures as {file name: caption} in the workdir.
 
+  `undefined` names metrics ("distortion.*") for which NaN or infinity is no fault: a slope of one point, say.
+
   Raises:
     InputError: no claim, more than MOST_CLAIMS, or two of one name.
   """
@@ -74,6 +81,7 @@ class Report:
   claims: list[Claim]
   finding: str
   figures: dict[str, str] = dataclasses.field(default_factory=dict)
+  undefined: tuple[str, ...] = ()
 
   def __post_init__(self):
     names = [claim.name for claim in self.claims]
@@ -85,14 +93,19 @@ def evaluate(experiment, config, workdir: Path, cache: Path, console) -> Report:
   """Runs an experiment (see the module's first lines)."""
   metrics = experiment.measure(config, workdir, cache, console)
   figures = experiment.draw(config, metrics, workdir)
-  return Report(metrics, experiment.claims(config, metrics), experiment.finding(config, metrics), figures)
+  made, found = experiment.claims(config, metrics), experiment.finding(config, metrics)
+  return Report(metrics, made, found, figures, getattr(experiment, "UNDEFINED", ()))
 
 
 def write(report: Report, config, workdir: Path, seconds: float, command: str) -> dict:
   """Writes results.json and report.md into the workdir and returns the former.
 
   Where parts of the run were kept, commit, device, versions and seconds are theirs: this process may only read them.
+
+  Raises:
+    InputError: a metric or a claim is NaN or infinite (`require_finite`); nothing is written.
   """
+  require_finite(report)
   files = {file.name.removesuffix(_PART): file for file in sorted(workdir.glob(f"*{_PART}"))}
   origins = {name: _without(json.loads(file.read_text()), "result") for name, file in files.items()}
   parts = list(origins.values())
@@ -119,6 +132,28 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
   write_text(workdir / "results.json", json.dumps(results, indent=1))
   write_text(workdir / "report.md", markdown(results))
   return results
+
+
+def require_finite(report: Report) -> None:
+  """Raises InputError naming the first metric or claim that is NaN or infinite, but for those of `report.undefined`."""
+  for name, value in _numbers(report.metrics):
+    expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in report.undefined)
+    require(math.isfinite(value) or expected, f"metric {name} is {value}; {_DIVERGED}")
+  for claim in report.claims:
+    for field, value in _numbers(dataclasses.asdict(claim)):
+      require(math.isfinite(value), f"claim {claim.name!r}: {field} is {value}; {_DIVERGED}")
+
+
+def _numbers(value, name: str = "") -> Iterator[tuple[str, float]]:
+  """(dotted name, number) of every number in nested dicts, lists and arrays."""
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+  elif isinstance(value, list | tuple):
+    for i, inner in enumerate(value):
+      yield from _numbers(inner, f"{name}.{i}")
+  elif isinstance(value, float | int) or getattr(value, "ndim", None) == 0:
+    yield name, float(value)
 
 
 def markdown(results: dict) -> str:
@@ -195,7 +230,8 @@ def part(workdir: Path, name: str, measure) -> dict:
     origin = {"git": _git(), "device": _devices(), "versions": _versions()}
     kept = {**origin, "result": measure(), "seconds": time.perf_counter() - start}
     write_text(file, json.dumps(finite(kept), indent=1))
-  return restored(json.loads(file.read_text())["result"])
+  with foreign(file, "remove it to measure this part again"):
+    return restored(json.loads(file.read_text())["result"])
 
 
 def _without(tree: dict, name: str) -> dict:

@@ -7,6 +7,8 @@ config, the data or a checkpoint end in one line and exit status 2.
 import importlib
 import json
 import os
+import re
+import runpy
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs.scales import SCALES
+from experiments import overrides
 from jaxlab.core.checks import InputError, require, require_choice
 
 DEFAULT_CACHE = "~/.cache/jaxlab"
@@ -55,10 +58,13 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     require(len(rest) == 1, f"unexpected argument {' '.join(rest[1:])}; options start with --")
     require(_CONFIG.value is not None, "give --config=configs/<paper>.py:<scale>")
     config = _CONFIG.value
+    flag = flags.FLAGS["config"]
+    get_config = runpy.run_path(config_flags.get_config_filename(flag).split(":")[0])["get_config"]
+    overrides.check(config_flags.get_override_values(flag), [get_config(scale) for scale in SCALES])
     require_choice("config.scale", config.scale, SCALES)
   except InputError:
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+  except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
     raise InputError(_one_line(error)) from None
   require(bool(_WORKDIR.value), "give --workdir=DIR, where the results go")
   return config, Path(_WORKDIR.value)
@@ -66,7 +72,11 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
 
 def _one_line(error: Exception) -> str:
   """The cause alone: an error inside a config file comes with its whole traceback as text."""
-  text = str(error).replace("FATAL Flags parsing error:", "").strip()
+  text = str(error)
+  if missing := re.match(r"\W*'(\w+)\W*'", text):  # quoted once or twice, with or without a proposal
+    near = re.search(r'Did you mean "\w+"', text)
+    return f"the config has no field {missing[1]!r}; {near[0] + '?' if near else 'see the fields in the config file'}"
+  text = text.replace("FATAL Flags parsing error:", "").strip()
   cause = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
   where = f"{text.split(': Error')[0]}: " if "Traceback" in text else ""
   return f"{where}{cause[:300]}; see the fields in the config file"
@@ -87,6 +97,7 @@ def _run(config, workdir: Path, command: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
   # orbax logs the traceback of a failed save that also reaches `main` as an error of one line.
   logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = _quiet_about_closed_loops
   first = jax.process_index() == 0
   if first:
     _same_config(config, workdir)
@@ -107,6 +118,13 @@ def _run(config, workdir: Path, command: str) -> None:
     console.say(f"  {workdir / file}")
 
 
+def _quiet_about_closed_loops(unraisable) -> None:
+  """A save that fails closes its asyncio loop while other writes are under way. Their threads, which find it closed,
+  print a traceback each; what matters is the first failure, which reaches `main`."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def _join(how: str) -> None:
   """jax.distributed.initialize by the flag."""
   import jax
@@ -125,15 +143,13 @@ def _join(how: str) -> None:
 def _same_config(config, workdir: Path) -> None:
   """Writes config.json, or refuses a folder that holds a run of another config."""
   from jaxlab.core.files import write_text
+  from jaxlab.core.foreign import foreign
 
   mine = json.loads(config.to_json_best_effort())
   file = workdir / "config.json"
   if file.exists():
-    try:
-      theirs = json.loads(file.read_text())
-    except ValueError:
-      raise InputError(f"{file} is damaged; remove it if its checkpoints belong to this config") from None
-    a, b = _flatten(theirs), _flatten(mine)
+    with foreign(f"{file} is damaged", "remove it if its checkpoints belong to this config"):
+      a, b = _flatten(json.loads(file.read_text())), _flatten(mine)
     changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     require(
       not changed,

@@ -56,6 +56,8 @@ def load_text(config, cache: Path, given: Path | None = None) -> Text:
   """The corpus of config.data with a tokenizer of its own, or with the one in the folder `given`."""
   if given is not None:
     bpe = tokenizer.load(given)
+    if (given / "config.json").is_file():
+      tokenizer.require_fits(bpe, hub.read_config(given)[0].vocab_size, given)
   else:
     documents = load_documents(config.data, "train", cache)
     bpe = tokenizer.trained(documents, key=documents.key, vocab_size=config.data.vocab_size, cache=cache)

@@ -172,6 +172,7 @@ def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
   experiment = importlib.import_module(f"experiments.{name}")
   report = results.evaluate(experiment, config, workdir, workdir, Console())
   assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)
+  results.require_finite(report)
   for measure in measures:
     monkeypatch.setattr(experiment, measure, None)
   again = results.evaluate(experiment, config, workdir, workdir, Console())

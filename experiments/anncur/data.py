@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from jaxlab.core.checks import InputError, require
+from jaxlab.core.checks import require
+from jaxlab.core.foreign import foreign, lines
 from jaxlab.data import tokenizer
 
 # The roles of the specials that every tokenizer here has.
@@ -112,7 +113,7 @@ def wordnet_pairs(folder: str | Path) -> Pairs:
     for line in data:
       number[line.split(" ", 1)[0]] = len(number) + len(items)
     senses = {}
-    try:
+    with foreign(folder, f"data.{part} and index.{part} are not WordNet 3.0's"):
       for line in index:
         lemma, _, _, pointers, *rest = line.split()
         senses[lemma] = [number[offset] for offset in rest[int(pointers) + 2 :]]
@@ -129,14 +130,12 @@ def wordnet_pairs(folder: str | Path) -> Pairs:
               break
         items.append((", ".join(lemmas).replace("_", " "), re.sub(r'"[^"]*"?', "", gloss).strip(" ;\n")))
         worlds.append(part)
-    except (ValueError, KeyError) as error:
-      raise InputError(f"{folder}: data.{part} and index.{part} are not WordNet 3.0's ({error})") from None
   return Pairs(queries, items, np.array(gold), worlds, candidates)
 
 
 def _lines(file: Path) -> list[str]:
   require(file.is_file(), f"no WordNet file {file}; give --config.data.path, the folder with data.verb and index.verb")
-  return [line for line in file.read_text().splitlines() if not line.startswith("  ")]
+  return [line for _, line in lines(file) if not line.startswith("  ")]
 
 
 def _inflected(lemma: str) -> re.Pattern:

@@ -14,7 +14,8 @@ from experiments.bows import figures as pictures
 from experiments.bows import value_coding
 from experiments.overlap import overlapped
 from experiments.results import Report
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import require, require_choice
+from jaxlab.core.foreign import foreign, lines
 from jaxlab.data import corpora
 from jaxlab.tensors import bows
 from jaxlab.tensors import bows_data as data
@@ -342,11 +343,12 @@ def load_cities(config) -> np.ndarray:
     require(
       Path(c.path).is_file(), f"no file {c.path!r}; give --config.cities.path, lines of latitude,longitude,population"
     )
-    try:
-      table = np.loadtxt(c.path, delimiter=",", ndmin=2)
-    except ValueError as error:
-      raise InputError(f"{c.path}: {error}; every line is latitude,longitude,population") from None
-    require(table.shape[1] == 3, f"{c.path} has {table.shape[1]} columns; every line is latitude,longitude,population")
+    with foreign(c.path, "every line is latitude,longitude,population"):
+      table = np.loadtxt([line for _, line in lines(Path(c.path))], delimiter=",", ndmin=2)
+    require(
+      table.shape[1] == 3 and bool(np.isfinite(table).all()),
+      f"{c.path} has {table.shape[1]} columns or no finite number in one; every line is latitude,longitude,population",
+    )
     table = table[table[:, 2] > 50_000]
     require(len(table) >= 30, f"{c.path} has {len(table)} cities above 50,000 people; at least 30 are needed")
     return table

@@ -14,6 +14,7 @@ from experiments.results import Claim
 from experiments.snlp.speed import random_model
 from experiments.throughput import decoding as generation
 from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import require_choice
 from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer, formats, hub
 from jaxlab.models.config import nanochat
@@ -31,6 +32,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   s = config.step
   training = {}
   for name in config.shapes:
+    require_choice("an entry of config.shapes", name, config.training.keys())
     training[name] = part(f"training_{name}", lambda case=config.training[name]: train_speed(case.to_dict()))
     console.say(f"training {name}: {training[name]}")
   model = random_model(s.shape.to_dict(), s.dtype)

@@ -4,7 +4,13 @@ from collections.abc import Collection
 
 
 class InputError(ValueError):
-  """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2."""
+  """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2.
+
+  Its message is one line even where a name or a foreign message in it has line breaks.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(" ".join(str(message).splitlines()))
 
 
 def require(condition: bool, message: str) -> None:
@@ -16,6 +22,12 @@ def require(condition: bool, message: str) -> None:
 def require_choice(name: str, value: object, choices: Collection) -> None:
   """Raises InputError unless `value` is one of `choices`."""
   require(value in choices, f"{name} is {value!r:.80}; it must be one of {', '.join(map(str, choices))}")
+
+
+def require_counts(**counts: int) -> None:
+  """Raises InputError unless every count is at least 1."""
+  for name, count in counts.items():
+    require(count >= 1, f"{name} is {count}; it must be at least 1")
 
 
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

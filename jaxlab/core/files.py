@@ -1,7 +1,8 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,7 @@ def write_files(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]]
   temporary = {name: folder / f".{name}.{os.getpid()}" for name in files}
   try:
     for name, write in files.items():
-      with open(temporary[name], "wb") as file:
+      with _named(folder / name), open(temporary[name], "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -27,6 +28,16 @@ def write_files(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]]
   finally:
     for path in temporary.values():
       path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+  """An error of writing says no name by itself, and that of opening a temporary one."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = str(path)
+    raise
 
 
 def write_text(path: Path, text: str) -> None:

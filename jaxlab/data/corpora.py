@@ -6,11 +6,10 @@ files. Any other name is a public tfds set with a text feature.
 
 import contextlib
 import dataclasses
-import gzip
+import glob
 import hashlib
 import io
 import json
-import lzma
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,15 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import require, require_choice
+from jaxlab.core.foreign import expanded_bytes, foreign, lines, read_bytes, read_text
 
 SPLITS = ("train", "validation", "test")
 _SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
+_COMPRESSED = (".xz", ".gz")
+_TYPES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+_BUFFER = 2**16  # bytes of a parquet column read at a time
+_ROWS = 64  # of a parquet file at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Documents(Sequence):
   def __getitem__(self, index: int) -> str:
     if not 0 <= index < len(self):
       raise IndexError(index)
-    text = self.source[index][self.feature]
-    return text.decode("utf-8") if isinstance(text, bytes) else text
+    with foreign("the prepared corpus", "remove it from the cache to make it anew", place=lambda: f"document {index}"):
+      text = self.source[index][self.feature]
+      return text.decode("utf-8") if isinstance(text, bytes) else text
 
 
 def documents(name: str, *, split: str, cache: str | os.PathLike, path: str = "") -> Documents:
@@ -49,11 +54,11 @@ def documents(name: str, *, split: str, cache: str | os.PathLike, path: str = ""
     name: "stdlib_code", "local_text" (with `path`), or a tfds name such as "wiki40b/en" or "c4".
     split: "train", "validation" or "test". Local files whose names start with train, val or test are those splits;
       otherwise, and for stdlib_code, a hash of each document's name sends 90 % / 5 % / 5 % there.
-    path: a file, a folder or a glob of txt, md, rst, py, jsonl (field "text") or parquet (column "text") files, each
-      also as .xz or .gz.
+    path: a file, a folder or a glob (`**` is any depth; hidden files have to be named) of txt, md, rst, py, jsonl
+      (field "text") or parquet (column "text") files, each also as .xz or .gz.
 
   Raises:
-    InputError: no such data, an empty split, bytes that are not UTF-8, a record without text.
+    InputError: no such data, an empty split, bytes that are not UTF-8, a record whose text is missing or no string.
   """
   require_choice("data split", split, SPLITS)
   if name == "stdlib_code":
@@ -102,7 +107,7 @@ class _Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for name, file in self.files.items():
       if named and _named_split(name) != split:
         continue
-      for key, text in _read(name, file):
+      for key, text in read_file(name, file):
         if text.strip() and (named or _hashed_split(key) == split):
           yield key, {"name": key, "text": text}
 
@@ -116,23 +121,16 @@ class LocalText(_Texts, skip_registration=True):
 
 
 def _public(name: str, cache):
-  try:
+  with foreign(f"unknown dataset {name!r}", "use stdlib_code, local_text or a tfds name"):
     return tfds.builder(name, data_dir=str(Path(cache) / "tfds"), file_format="array_record")
-  except (tfds.core.DatasetNotFoundError, ValueError) as error:
-    first = str(error).splitlines()[0]
-    raise InputError(f"unknown dataset {name!r} ({first}); use stdlib_code, local_text or a tfds name") from None
 
 
 def _prepare(builder, what: str) -> None:
-  try:
-    # tfds draws its own progress bars on stdout and stderr.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-      tfds.disable_progress_bar()
-      builder.download_and_prepare()
-  except InputError:
-    raise
-  except OSError as error:
-    raise InputError(f"could not prepare {what}: {error}; free some disk space or check the network") from None
+  # tfds draws its own progress bars on stdout and stderr.
+  quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+  with foreign(f"could not prepare {what}", "free some disk space or check the network"), quiet[0], quiet[1]:
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
 
 
 def _stdlib_files() -> dict[str, Path]:
@@ -146,25 +144,26 @@ def _local_files(path: str) -> dict[str, Path]:
   require(path != "", "data.name is local_text but data.path is empty; give a file, a folder or a glob")
   given = Path(path).expanduser()
   if given.is_dir():
-    files = [p for p in given.rglob("*") if p.is_file() and _kind(p) in _SUFFIXES]
-  elif given.is_file():
-    files = [given]
+    # As in a glob: what is hidden (.git, .ipynb_checkpoints) has to be asked for.
+    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(given).parts)
+    files = [p for p in given.rglob("*") if _kind(p) in _SUFFIXES and not hidden(p)]
   else:
-    files = [p for p in given.parent.glob(given.name) if p.is_file()] if given.parent.is_dir() else []
+    files = [given] if given.is_file() else map(Path, glob.iglob(str(given), recursive=True))
+  files = sorted({p for p in files if p.is_file()})
   require(bool(files), f"data.path {path} matches no {', '.join(_SUFFIXES)} file (also .xz, .gz)")
   root = Path(os.path.commonpath([p.parent for p in files]))
-  return {str(p.relative_to(root)): p for p in sorted(files)}
+  return {str(p.relative_to(root)): p for p in files}
 
 
 def _kind(file: Path) -> str:
-  return Path(file.stem).suffix if file.suffix in (".xz", ".gz") else file.suffix
+  return (Path(file.stem).suffix if file.suffix.lower() in _COMPRESSED else file.suffix).lower()
 
 
 def _content_hash(files: dict[str, Path]) -> str:
   digest = hashlib.sha256()
   for name, file in files.items():
     digest.update(f"{name}\0".encode())
-    with open(file, "rb") as stream:
+    with foreign(file, "make it readable"), open(file, "rb") as stream:
       while block := stream.read(2**20):
         digest.update(block)
   return digest.hexdigest()[:16]
@@ -180,30 +179,74 @@ def _hashed_split(key: str) -> str:
   return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def _read(name: str, file: Path) -> Iterator[tuple[str, str]]:
-  """(key, text) of every document in a file."""
-  opener = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)
-  kind = _kind(file)
-  try:
-    with opener(file, "rb") as stream:
-      if kind == ".parquet":
-        import pyarrow.parquet
+def read_file(name: str, file: Path) -> Iterator[tuple[str, str]]:
+  """(key, text) of every document in a file of the kinds that `documents` reads; `name` begins the keys.
 
-        table = pyarrow.parquet.read_table(io.BytesIO(stream.read()))
-        require("text" in table.column_names, f"{file} has no column 'text'; it has {', '.join(table.column_names)}")
-        for row, text in enumerate(table["text"].to_pylist()):
-          yield f"{name}:{row}", text
-      elif kind == ".jsonl":
-        for row, line in enumerate(stream):
-          record = json.loads(line)
-          require(
-            isinstance(record, dict) and isinstance(record.get("text"), str),
-            f"{file}, line {row + 1}, has no string field 'text'",
-          )
-          yield f"{name}:{row}", record["text"]
-      else:
-        yield name, stream.read().decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise InputError(f"{file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t utf-8") from None
-  except (json.JSONDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-    raise InputError(f"{file} is damaged or not what its name says ({error}); fetch it again") from None
+  Raises:
+    InputError: as `documents`.
+  """
+  kind = _kind(file)
+  if kind == ".parquet":
+    yield from ((f"{name}:{row}", text) for row, text in enumerate(_parquet(file)))
+  elif kind == ".jsonl":
+    for number, line in lines(file):
+      yield f"{name}:{number - 1}", _record(file, number, line)
+  else:
+    yield name, read_text(file)
+
+
+def _record(file: Path, number: int, line: str) -> str:
+  """The text of one line of a jsonl file."""
+  with foreign(file, "every line is a JSON object; mend or remove it", place=lambda: f"line {number}"):
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError as error:  # whose own words would call this line 1
+      raise ValueError(f"{error.msg} (column {error.colno})") from None
+    require(
+      isinstance(record, dict) and isinstance(record.get("text"), str),
+      f"{file}, line {number}, has no string field 'text' ({_found(record)}); mend or remove it",
+    )
+    return _characters(record["text"])
+
+
+def _found(record) -> str:
+  if not isinstance(record, dict):
+    return f"it is no object but {_TYPES.get(type(record), 'an object')}"
+  if "text" not in record:
+    return f"it has {', '.join(map(repr, list(record)[:5])) or 'no field'}"
+  return f"it is {_TYPES.get(type(record['text']), 'an object')}"
+
+
+def _characters(text: str) -> str:
+  """A lone half of a surrogate pair, as JSON can escape it, is no character: U+FFFD stands for it."""
+  return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parquet(file: Path) -> Iterator[str]:
+  """Column "text", a few rows at a time; what a dictionary repeats counts as often as it stands there."""
+  import pyarrow
+  import pyarrow.parquet
+
+  compressed = file.suffix.lower() in _COMPRESSED
+  row, made = -1, 0
+  with foreign(file, "it is damaged or no parquet file: fetch it again", place=lambda: f"row {row + 1}"):
+    source = pyarrow.BufferReader(read_bytes(file)) if compressed else pyarrow.OSFile(str(file))
+    with source:
+      most = expanded_bytes(source.size())
+      schema = pyarrow.parquet.read_schema(source)
+      require("text" in schema.names, f"{file} has no column 'text'; it has {', '.join(schema.names[:20])}")
+      kind = schema.field("text").type
+      kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+      require(
+        pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
+        f"{file}: column 'text' holds {kind}, not strings; convert it",
+      )
+      table = pyarrow.parquet.ParquetFile(source, read_dictionary=["text"], buffer_size=_BUFFER)
+      for batch in table.iter_batches(batch_size=_ROWS, columns=["text"]):
+        for value in batch.column(0):
+          row += 1
+          require(value.is_valid, f"{file}, row {row} (from 0) of column 'text' is null; remove it")
+          text = value.as_py()
+          made += len(text)
+          require(made <= most, f"{file} expands to more than {most} characters, hardly text; write it as jsonl")
+          yield text

@@ -12,7 +12,7 @@ import math
 import grain
 import numpy as np
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_counts
 from jaxlab.data.tokens import Tokens
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 (batch, time); target -1 is not counted
@@ -26,7 +26,11 @@ def training_rows(
   Args:
     buffer: pieces to choose from while filling a row.
     shard: (index, count) of this host; hosts draw disjoint pieces.
+
+  Raises:
+    InputError: row or buffer < 1, or fewer pieces than hosts.
   """
+  require_counts(row=row, buffer=buffer)
   index, count = shard
   starts, lengths = cut(tokens, row)
   mine = np.arange(index, len(starts), count)
@@ -112,6 +116,7 @@ def split_row(row: np.ndarray) -> Batch:
 
 def batches(rows: grain.IterDataset, batch: int) -> grain.IterDataset:
   """Batches of rows, made ahead of time on a thread; `iter(...)` has get_state / set_state."""
+  require_counts(batch=batch)
   dataset = rows.map(split_row).batch(batch, drop_remainder=True)
   return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
 
@@ -121,6 +126,7 @@ def evaluation_batches(tokens: Tokens, *, row: int, batch: int, limit: int | Non
 
   Targets past a piece's end are -1. `limit` stops after about that many tokens.
   """
+  require_counts(row=row, batch=batch, limit=1 if limit is None else limit)
   starts, lengths = cut(tokens, row)
   if limit is not None:
     count = max(batch, limit // row)
@@ -137,6 +143,7 @@ def evaluation_batches(tokens: Tokens, *, row: int, batch: int, limit: int | Non
 
 def mid_document_batches(tokens: Tokens, *, row: int, batch: int, limit: int) -> list[Batch]:
   """Consecutive slices of the flat stream without BOS at their start, the context of SNLP's first evaluation."""
+  require_counts(row=row, batch=batch)
   count = min(limit, len(tokens.ids) - 1) // row
   require(count > 0, f"the split has {len(tokens.ids)} tokens; slices of {row} need more")
   rows = [tokens.ids[i * row : i * row + row + 1].astype(np.int32) for i in range(count)]

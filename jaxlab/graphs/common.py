@@ -6,8 +6,9 @@
 Node ids are made contiguous; self-loops and repeated edges are removed, so that |E| counts what a simple graph has.
 """
 
+import array
 import dataclasses
-import gzip
+import re
 from pathlib import Path
 
 import networkx
@@ -15,8 +16,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlab.core.checks import require, require_choice
+from jaxlab.core.foreign import foreign, lines
 
 NAMES = ("edge_list", "rmat", "sbm", "barabasi_albert", "karate", "les_miserables", "florentine")
+_INTEGER = re.compile(r"[+-]?[0-9]+")  # int() takes more: 1_000, digits of other scripts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,7 @@ def load(
 
 
 def read_edge_list(path: str | Path, *, directed: bool = False) -> Graph:
-  """A text file (or .gz) with two integers a line, any white space or a comma between; # and % start comments.
+  """A text file (or .gz, .xz) with two integers a line, any white space or a comma between; # and % start comments.
 
   Further columns are ignored. Ids may have gaps.
 
@@ -120,19 +123,20 @@ def read_edge_list(path: str | Path, *, directed: bool = False) -> Graph:
   """
   path = Path(path)
   require(path.is_file(), f"no edge list {str(path)!r}; give the path of a text file with two node ids a line")
-  with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
-    pairs = []
-    for number, line in enumerate(file, 1):
+  pairs, number = array.array("q"), 0
+  with foreign(path, "mend or remove it", place=lambda: f"line {number}"):
+    for number, line in lines(path):
       words = line.replace(",", " ").split()
       if not words or words[0][0] in "#%":
         continue
-      try:
-        pairs.append((int(words[0]), int(words[1])))
-      except (ValueError, IndexError):
-        text = line.strip()[:40]
-        require(False, f"{path}, line {number}: {text!r} does not start with two integer node ids; mend or remove it")
-  require(bool(pairs), f"{path} holds no edges; expected a line 'u v' for each")
-  names, ends = np.unique(np.array(pairs, np.int64), return_inverse=True)
+      integers = len(words) > 1 and all(_INTEGER.fullmatch(word) for word in words[:2])
+      require(
+        integers,
+        f"{path}, line {number}: {line.strip()[:40]!r} does not start with two integer node ids; mend or remove it",
+      )
+      pairs.extend((int(words[0]), int(words[1])))
+  require(len(pairs) > 0, f"{path} holds no edges; expected a line 'u v' for each")
+  names, ends = np.unique(np.frombuffer(pairs, np.int64), return_inverse=True)
   return make(len(names), ends.reshape(-1, 2), directed=directed)
 
 

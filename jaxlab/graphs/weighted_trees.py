@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxlab.core.checks import require
+from jaxlab.core.foreign import foreign, lines
 
 # Smallest weight over the total. Polygons keep relative precision far below it, but their areas must not underflow.
 _SMALLEST_SHARE = 1e-100
@@ -95,18 +96,17 @@ def tree_from_wordnet(path: str | Path) -> tuple[Tree, list[str]]:
   """
   path = Path(path)
   require(path.is_file(), f"no file {str(path)!r}; give the path of WordNet's data.noun (Debian: wordnet-base)")
-  words, below = {}, {}
-  for number, line in enumerate(path.read_text().splitlines(), 1):
-    if line.startswith(" "):
-      continue
-    try:
+  words, below, number = {}, {}, 0
+  with foreign(path, "it is no entry of data.noun: fetch the file again", place=lambda: f"line {number}"):
+    for number, line in lines(path):
+      if line.startswith(" "):
+        continue
       fields = line.split("|")[0].split()
       pointers = fields[5 + 2 * int(fields[3], 16) :]
+      require(fields[0] not in words, f"{path}, line {number}: a second entry {fields[0]!r}; fetch the file again")
       words[fields[0]] = fields[4]
-    except (IndexError, ValueError):
-      require(False, f"{path}, line {number}: {line[:40]!r} is no entry of data.noun")
-    above = (target for symbol, target in zip(pointers[::4], pointers[1::4], strict=False) if symbol in ("@", "@i"))
-    below.setdefault(next(above, ""), []).append(fields[0])
+      above = (target for symbol, target in zip(pointers[::4], pointers[1::4], strict=False) if symbol in ("@", "@i"))
+      below.setdefault(next(above, ""), []).append(fields[0])
   parents, names, queue = [-1], [""], [""]
   for at, offset in enumerate(queue):
     for child in below.get(offset, ()):

@@ -10,6 +10,7 @@ calls on one model are cheaper on `network = take_apart(model)`, which all of th
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.models import inference
 from jaxlab.models.transformer import Transformer
+
+COLDEST = 1e-5  # below it sampling is the argmax: float32 logits over it would overflow
 
 
 class Decoder(NamedTuple):
@@ -52,8 +55,15 @@ def sample(
   top_p: float | None = None,
 ) -> Int[Array, "batch"]:
   """Draws a token a row. Temperature 0 is the argmax; top_k keeps the k largest logits, top_p the smallest set of
-  tokens whose probability reaches p (at least one)."""
-  if temperature == 0:
+  tokens whose probability reaches p (at least one).
+
+  Raises:
+    InputError: top_k < 1, top_p outside 0 < p <= 1, a temperature that is negative, NaN or infinite.
+  """
+  require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (the argmax) or a positive number")
+  require(top_k is None or top_k >= 1, f"top_k is {top_k}; keep at least 1 token, or give None for all")
+  require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in 0 < top_p <= 1")
+  if temperature < COLDEST:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits.astype(jnp.float32) / temperature
   if top_k is not None:

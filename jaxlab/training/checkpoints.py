@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlab.core.checks import InputError
+from jaxlab.core.foreign import foreign, reason
 
 
 class Checkpoints:
@@ -59,27 +60,22 @@ class Checkpoints:
     """
     wanted = _flat(like)
     abstract = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in wanted.items()}
-    try:
+    where = f"checkpoint {step} in {self._manager.directory}"
+    with foreign(f"{where} is damaged or does not fit this config", "use another --workdir"):
       found = self._manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore())
       )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      reason = str(error).splitlines()[0][:200]
-      raise InputError(
-        f"checkpoint {step} in {self._manager.directory} does not fit this config ({reason}); use another --workdir"
-      ) from error
     for name, leaf in wanted.items():
       if found["state"][name].shape != leaf.shape:
         raise InputError(
-          f"checkpoint {step} in {self._manager.directory} holds {name} as {found['state'][name].shape}, this config "
-          f"makes it {leaf.shape}; use another --workdir"
+          f"{where} holds {name} as {found['state'][name].shape}, this config makes it {leaf.shape}; use another "
+          "--workdir"
         )
     state = jax.tree.unflatten(jax.tree.structure(like), [found["state"][name] for name in wanted])
     hosts = found["iterator"]["hosts"]
     if len(hosts) != jax.process_count():
       raise InputError(
-        f"checkpoint {step} in {self._manager.directory} was written by {len(hosts)} hosts, this run has "
-        f"{jax.process_count()}; start it on as many"
+        f"{where} was written by {len(hosts)} hosts, this run has {jax.process_count()}; start it on as many"
       )
     return state, hosts[jax.process_index()]
 
@@ -104,5 +100,5 @@ def _of_every_host(value: dict) -> list[dict]:
 
 def _failed(step, error) -> InputError:
   full = "No space left on device"
-  reason = full if full in str(error) else str(error).splitlines()[0][:200]
-  return InputError(f"could not save checkpoint {step}: {reason}; free some disk space and run the same command again")
+  why = full if full in str(error) else reason(error)
+  return InputError(f"could not save checkpoint {step}: {why}; free some disk space and run the same command again")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core.checks import require
 from jaxlab.models import Transformer
 
 _SLICE_BYTES = 2**29  # float32 logits made at once
@@ -73,11 +74,16 @@ def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
     forward: `forward(model, inputs) -> (final state, backout state or None)`, what `model.logits` reads; jitted, as
       only the losses after it are compiled here, once for all evaluators.
     token_bytes: bytes each token stands for. Special tokens (0 bytes) count neither their loss nor their bytes.
+
+  Raises:
+    InputError: `evaluate` got a model with fewer ids than token_bytes.
   """
 
   def evaluate(model: Transformer, batches) -> dict[str, float]:
     total = [0.0] * 4
     sizes = np.ones(model.config.vocab_size, np.int32) if token_bytes is None else np.asarray(token_bytes)
+    vocabulary = model.config.vocab_size
+    require(len(sizes) <= vocabulary, f"token_bytes has {len(sizes)} ids, the model {vocabulary}; use its tokenizer")
     for batch in batches:
       sums = _sums(model, forward(model, batch["inputs"]), batch["targets"], sizes)
       total = [a + float(b) for a, b in zip(total, sums, strict=True)]

@@ -12,8 +12,9 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     file.write(b"half")
     raise OSError(28, "No space left on device")
 
-  with pytest.raises(OSError, match="No space"):
+  with pytest.raises(OSError, match="No space") as raised:
     write_files(tmp_path, {"a": lambda file: file.write(b"new"), "b": full})
+  assert raised.value.filename == str(tmp_path / "b")
   assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "old"}
   write_files(tmp_path, {"a": lambda file: file.write(b"new"), "b": lambda file: file.write(b"2")})
   assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "new", "b": "2"}

@@ -1,6 +1,9 @@
+import errno
 import gzip
+import io
 import json
 import lzma
+import resource
 
 import numpy as np
 import pyarrow
@@ -13,6 +16,12 @@ from jaxlab.core.checks import InputError
 from jaxlab.data import corpora, packing, recall, tokenizer, tokens
 
 TEXT = "The cat sat on the mat, the dog dug 1234 holes. Und über allem: Ruhe.\n"
+
+
+def parquet(values, name="text"):
+  sink = io.BytesIO()
+  pyarrow.parquet.write_table(pyarrow.table({name: values}), sink)
+  return sink.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +56,7 @@ def test_local_files_of_every_kind_are_read(tmp_path, cache):
   (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(record.encode() * 3))
   pyarrow.parquet.write_table(pyarrow.table({"text": [TEXT, TEXT]}), tmp_path / "d.parquet")
   (tmp_path / "ignored.bin").write_bytes(b"\xff")
-  texts = []
-  for split in corpora.SPLITS:
-    try:
-      texts += list(corpora.documents("local_text", split=split, cache=cache, path=str(tmp_path)))
-    except InputError as error:
-      assert "has no document for the split" in str(error)
-  assert texts == [TEXT] * 7
+  assert documents_of(tmp_path, cache) == [TEXT] * 7
 
 
 def test_files_named_after_splits_are_those_splits(tmp_path, cache):
@@ -69,8 +72,25 @@ def test_files_named_after_splits_are_those_splits(tmp_path, cache):
     ("x.txt", b"\xff\xfe\x00", "is not UTF-8 .byte 0.*iconv"),
     ("x.txt", b"  \n", "every document is empty"),
     ("x.jsonl", b'{"body": "no"}\n', "line 1, has no string field 'text'"),
-    ("x.jsonl", b"{", "is damaged"),
+    ("x.jsonl", b'\n{"text": "a"}\r\n\r\n{', r"line 4: Expecting property name .*\(column 2\); every line"),
+    ("x.jsonl", b'{"text": null}', "line 1, has no string field 'text' .it is null"),
+    ("x.jsonl", b'{"text": ["a"]}', "it is a list"),
+    ("x.jsonl", b'{"text": 3}', "it is a number"),
+    ("x.jsonl", b'"text"', "it is no object but a string"),
+    ("x.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
+    ("x.jsonl", b'{"text": ' + b"9" * 10_000 + b"}", "line 1: Exceeds the limit"),
+    ("x.jsonl", b'{"text": "a"}\n\xff', "is not UTF-8 .line 2, byte 0.*iconv"),
     ("x.txt.xz", b"not xz", "is damaged"),
+    ("x.txt.gz", gzip.compress(b"one") + b"rubbish", "is damaged"),
+    ("x.txt.xz", lzma.compress(b"one") + b"rubbish", "is damaged"),
+    ("x.txt.gz", gzip.compress(b"one")[:-9], "ends inside a compressed stream; it is damaged"),
+    ("x.txt.gz", gzip.compress(bytes(2**27), 9), "expands to more than 67108864 bytes"),
+    ("x.parquet", b"PAR1", "no parquet file"),
+    ("x.parquet", parquet([1, 2]), "column 'text' holds int64, not strings"),
+    ("x.parquet", parquet([{"a": "b"}]), "column 'text' holds struct<a: string>, not strings"),
+    ("x.parquet", parquet(["a", None]), "row 1 .from 0. of column 'text' is null"),
+    ("x.parquet", parquet(["a"], "body"), "has no column 'text'; it has body"),
+    ("x.parquet", parquet(["a" * 10**6] * 100), "expands to more than 67108864 characters"),
     ("x.bin", b"", "matches no"),
   ],
 )
@@ -80,6 +100,41 @@ def test_bad_files_are_named(tmp_path, cache, name, content, message):
     corpora.documents("local_text", split="train", cache=cache, path=str(tmp_path))
   with pytest.raises(InputError, match=message):  # nothing half-prepared is taken for whole
     corpora.documents("local_text", split="train", cache=cache, path=str(tmp_path))
+
+
+def documents_of(path, cache):
+  """All documents of local files, whichever split they fall in."""
+  texts = []
+  for split in corpora.SPLITS:
+    try:
+      texts += list(corpora.documents("local_text", split=split, cache=cache, path=str(path)))
+    except InputError as error:
+      assert "has no document for the split" in str(error)
+  return sorted(texts)
+
+
+def test_what_editors_and_tools_leave_in_files_is_read(tmp_path, cache):
+  """A byte order mark, CRLF, blank lines, NUL, several members and padding, half a surrogate pair, capital names."""
+  record = lambda text: json.dumps({"text": text}).encode()
+  (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + record("a1") + b"\r\n \r\n\r\n" + record("a\x002"))
+  (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb")
+  for name, compress in (("c.TXT.GZ", gzip.compress), ("d.md.xz", lzma.compress)):
+    (tmp_path / name).write_bytes(compress(name.encode()) + bytes(8) + compress(b" twice") + bytes(4))
+  (tmp_path / "e.jsonl").write_bytes(record("e\ud800") + b"\n" + record("\U0001f600"))
+  expected = ["a1", "a\x002", "b", "c.TXT.GZ twice", "d.md.xz twice", "e\ufffd", "\U0001f600"]
+  assert documents_of(tmp_path, cache) == sorted(expected)
+
+
+def test_globs_are_globs_and_hidden_files_have_to_be_named(tmp_path, cache):
+  for name in ("1.txt", "a/2.txt", "a/b/3.txt", "a/.h/4.txt", "a/.5.txt", "x[1]/6.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  read = lambda pattern: [text[-5] for text in documents_of(tmp_path / pattern, cache)]
+  assert read("**/*.txt") == read("") == ["1", "2", "3", "6"]
+  patterns = ("*.txt", "a/*.txt", "*/*/?.txt", "a/.*", "a/.h", "x[1]")
+  assert [read(p) for p in patterns] == [["1"], ["2"], ["3"], ["5"], ["4"], ["6"]]
+  with pytest.raises(InputError, match=r"data\.path ~/no/such/\*\*/\*\.md matches no"):
+    corpora.documents("local_text", split="train", cache=cache, path="~/no/such/**/*.md")
 
 
 def test_unknown_names_are_named(cache):
@@ -161,6 +216,36 @@ def test_mixture_has_the_asked_share(stdlib):
   )
   has = lambda row: any(list(row[i : i + len(question)]) == question for i in range(len(row)))
   assert 20 <= sum(has(next(rows)) for _ in range(100)) <= 40
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda t: packing.training_rows(t, row=0, seed=0), "row is 0"),
+    (lambda t: packing.training_rows(t, row=4, seed=0, buffer=0), "buffer is 0"),
+    (lambda t: packing.batches(packing.training_rows(t, row=4, seed=0), -1), "batch is -1"),
+    (lambda t: packing.evaluation_batches(t, row=-2, batch=1), "row is -2"),
+    (lambda t: packing.evaluation_batches(t, row=2, batch=1, limit=0), "limit is 0"),
+    (lambda t: packing.mid_document_batches(t, row=2, batch=0, limit=9), "batch is 0"),
+    (lambda t: packing.mixture(None, None, float("nan")), "share of a mixture is nan"),
+  ],
+)
+def test_counts_and_shares_out_of_range_are_refused(call, message):
+  with pytest.raises(InputError, match=message):
+    call(fake_tokens([10, 3, 7]))
+
+
+def test_a_full_disk_under_the_tokens_is_told_with_the_file(stdlib, tmp_path):
+  """A limit on the size of files stands for the disk."""
+  documents, bpe, _ = stdlib
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with pytest.raises(OSError, match="File too large") as raised:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+      tokens.tokenize(documents, bpe, bos=0, cache=tmp_path)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert raised.value.errno == errno.EFBIG and raised.value.filename.endswith("ids.npy")
 
 
 def test_evaluation_counts_every_token_once():

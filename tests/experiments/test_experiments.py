@@ -1,11 +1,14 @@
 import json
+import subprocess
+import sys
+import types
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
-from experiments import report, results, timing
+from experiments import report, results, run, text, timing
 from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
 from tests.common import start, wait
@@ -122,6 +125,87 @@ def test_claims_compute_their_verdict():
     make("more", 1.0)
 
 
+@pytest.mark.parametrize(
+  "metrics, claims, message",
+  [
+    ({"text": {"64": {"loss": float("nan")}}}, [], r"metric text\.64\.loss is nan; no result is written"),
+    ({"rates": [1.0, np.float32("inf")]}, [], r"metric rates\.1 is inf"),
+    ({}, [Claim("c", "x", "lower", ours=float("nan"), threshold=2.0)], "claim 'c': ours is nan"),
+    ({}, [Claim("c", "x", "lower", 1.0, 2.0, spread=(0.0, float("inf")))], r"claim 'c': spread\.1 is inf"),
+  ],
+)
+def test_what_is_no_number_fails_the_run(metrics, claims, message, tmp_path):
+  config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
+  with pytest.raises(InputError, match=message):
+    results.write(Report(metrics, claims), config, tmp_path, 1.0, "command")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_may_be_infinite_where_the_experiment_says_so(tmp_path):
+  config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
+  metrics = {"a": {"distortion": {"mds": float("inf")}}, "jax": jnp.float32(1)}
+  results.write(Report(metrics, [], undefined=("a.distortion.*",)), config, tmp_path, 1.0, "command")
+  assert json.loads((tmp_path / "results.json").read_text())["metrics"]["a"] == {"distortion": {"mds": "inf"}}
+  with pytest.raises(InputError, match="distortion"):
+    results.require_finite(Report(metrics, [], undefined=("b.*",)))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+  config = json.loads((report.ROOT / "checkpoints" / "base" / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 8191}))
+  (tmp_path / "tokenizer.json").symlink_to(report.ROOT / "checkpoints" / "base" / "tokenizer.json")
+  with pytest.raises(InputError, match=r"has ids up to 8191, its model 8191 embeddings"):
+    text.load_text(None, tmp_path, given=tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 700 KB, where the machine lets us have one."""
+  done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(tmp_path)], capture_output=True)
+  if done.returncode:
+    pytest.skip("mounting a disk needs root")
+  yield tmp_path
+  subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+FULL_DISK = """
+import sys, types
+import numpy as np
+from experiments import run
+
+def save(config, workdir, cache, console):
+  from jaxlab.training.checkpoints import Checkpoints
+  random = np.random.default_rng(0)
+  state = {f"{i}": random.integers(0, 2**31, 2**15, np.int32) for i in range(40)}
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait(1)
+
+sys.modules["experiments.full"] = types.SimpleNamespace(run=save)
+sys.exit(run.main(sys.argv))
+"""
+
+
+def test_a_full_disk_ends_in_one_line_and_status_2(small_disk, tmp_path_factory, cache):
+  file = tmp_path_factory.mktemp("config") / "full.py"
+  file.write_text(
+    "import ml_collections\n\n\ndef get_config(scale):\n"
+    "  return ml_collections.ConfigDict(dict(paper='full', experiment='full', scale=scale))\n"
+  )
+  done = wait(start(FULL_DISK, f"--config={file}:test", f"--workdir={small_disk / 'run'}", JAXLAB_CACHE=str(cache)))
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  assert "No space left on device" in done.stderr
+
+
+def test_only_the_noise_of_a_failed_save_is_kept_quiet(monkeypatch):
+  shown = []
+  monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+  unraisable = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another")]
+  for one in unraisable:
+    run._quiet_about_closed_loops(one)
+  assert shown == unraisable[1:]
+
+
 def test_json_has_no_nan():
   assert results.finite({"a": [float("nan"), 1.0], "b": np.float32(2)}) == {"a": ["nan", 1.0], "b": 2.0}
 
@@ -194,8 +278,8 @@ def test_the_verdict_follows_the_headline_and_the_papers_figures():
 
 
 def test_the_committed_report_is_what_the_results_say():
-  for file, text in report.generated(report.load()).items():
-    assert file.read_text() == text, f"{file}: run make report"
+  for file, content in report.generated(report.load()).items():
+    assert file.read_text() == content, f"{file}: run make report"
 
 
 def test_a_part_is_measured_once_and_read_as_it_was_measured(tmp_path):
@@ -209,6 +293,9 @@ def test_a_part_is_measured_once_and_read_as_it_was_measured(tmp_path):
     found = results.part(tmp_path, "quality", measure)
     np.testing.assert_equal(found, {"loss": [1.5, np.nan], "best": -np.inf, "name": "nano"})
   assert len(calls) == 1
+  (tmp_path / "quality.part.json").write_text('{"result": [1')
+  with pytest.raises(InputError, match=r"quality\.part\.json: .*; remove it to measure this part again"):
+    results.part(tmp_path, "quality", measure)
 
 
 def test_results_name_every_version_that_measured_a_part(tmp_path):

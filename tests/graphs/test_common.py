@@ -16,16 +16,26 @@ def test_an_edge_list_loses_comments_gaps_loops_and_repetitions(tmp_path):
   directed = common.load("edge_list", path=str(path), directed=True)
   np.testing.assert_array_equal(directed.edges, [[0, 1], [0, 2], [1, 0]])
   packed = tmp_path / "graph.txt.gz"
-  packed.write_bytes(gzip.compress(path.read_bytes()))
+  packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")))
   np.testing.assert_array_equal(common.read_edge_list(packed).edges, graph.edges)
 
 
 @pytest.mark.parametrize(
-  "content, message", [("", "holds no edges"), ("# x\n", "holds no edges"), ("1 2\n1 b\n", "line 2")]
+  "content, message",
+  [
+    (b"", "holds no edges"),
+    (b"# x\n", "holds no edges"),
+    (b"1 2\r\n\r\n1 b\r\n", "line 3: '1 b' does not start"),
+    (b"1 2\n1\n", "line 2"),
+    (b"1 2\n1_000 2\n", "line 2"),
+    (b"1 2\n\x00 2\n", "line 2"),
+    (b"1 2\n9223372036854775808 2\n", "line 2.*too big"),
+    (b"1 2\n\xff", "line 2, byte 0"),
+  ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):
   path = tmp_path / "bad.txt"
-  path.write_text(content)
+  path.write_bytes(content)
   with pytest.raises(InputError, match=message):
     common.load("edge_list", path=str(path))
 

@@ -31,6 +31,8 @@ def frequencies(**options):
   [
     (dict(temperature=1.0), [0.5, 0.25, 0.15, 0.1]),
     (dict(temperature=0.0), [1, 0, 0, 0]),
+    (dict(temperature=1e-40), [1, 0, 0, 0]),  # denormal: logits over it are no numbers
+    (dict(temperature=2e-5), [1, 0, 0, 0]),
     (dict(temperature=0.5), np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
     (dict(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0]),
     (dict(temperature=1.0, top_p=0.7), [2 / 3, 1 / 3, 0, 0]),
@@ -57,6 +59,24 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward(name):
   out = generate(model, prompt, tokens=6)
   logits = jax.jit(lambda m, t: m(t))(model, jnp.concatenate([prompt, out], axis=1))
   np.testing.assert_array_equal(out, jnp.argmax(logits[:, 6:-1], axis=-1))
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(temperature=-0.5), "temperature is -0.5"),
+    (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(temperature=float("inf")), "temperature is inf"),
+    (dict(top_k=0), "top_k is 0"),
+    (dict(temperature=1.0, top_k=-1), "top_k is -1"),
+    (dict(top_p=0.0), "top_p is 0.0"),
+    (dict(temperature=1.0, top_p=1.01), "top_p is 1.01"),
+    (dict(top_p=float("nan")), "top_p is nan"),
+  ],
+)
+def test_sampling_out_of_range_is_refused(options, message):
+  with pytest.raises(InputError, match=message):
+    sample(LOGITS, jax.random.key(0), **options)
 
 
 def test_sampling_depends_on_the_key_alone():

@@ -452,6 +452,10 @@ def city_config(path):
       lambda tmp: (tmp / "c.csv").write_text("1,2\n") and experiment.load_cities(city_config(tmp / "c.csv")),
       "2 columns",
     ),
+    (
+      lambda tmp: (tmp / "c.csv").write_text("1,nan,2\n") and experiment.load_cities(city_config(tmp / "c.csv")),
+      "no finite number in one",
+    ),
     (lambda tmp: (tmp / "c.csv").write_text("a,b,c\n") and experiment.load_cities(city_config(tmp / "c.csv")), "c.csv"),
   ],
 )

@@ -160,6 +160,8 @@ def test_a_uniform_model_has_eight_bits_per_byte():
   assert losses.evaluator(forward, sizes)(model, [batch])["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
   sizes[:100] = 0
   assert losses.evaluator(forward, sizes)(model, [batch])["bits_per_byte"] == pytest.approx(8.0, rel=1e-5)
+  with pytest.raises(InputError, match="token_bytes has 257 ids, the model 256"):
+    losses.evaluator(forward, np.ones(257, np.int32))(model, [batch])
 
 
 KILLED = """
