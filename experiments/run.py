@@ -62,8 +62,9 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     get_config = runpy.run_path(config_flags.get_config_filename(flag).split(":")[0])["get_config"]
     overrides.check(config_flags.get_override_values(flag), [get_config(scale) for scale in SCALES])
     require_choice("config.scale", config.scale, SCALES)
-  except InputError:
-    raise
+  except InputError as error:
+    # One that a config file raises comes back with the whole traceback before it.
+    raise InputError(str(error).split("InputError: ")[-1]) from None
   except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
     raise InputError(_one_line(error)) from None
   require(bool(_WORKDIR.value), "give --workdir=DIR, where the results go")

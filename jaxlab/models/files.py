@@ -54,6 +54,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
       # The cache may hold a part: what another program wanted of the repository.
       if not local or all((folder / name).exists() for name in ("config.json", *saved_files(folder))):
         return folder
+  require(name != "base", "the checkpoint 'base' is not in the installed package: clone the repository, and run there")
   known = ", ".join(map(repr, ["base", *_PACKAGED]))
   raise InputError(f"no checkpoint {name!r}: give a folder with a config.json, a .gguf file, {known}, or owner/name")
 

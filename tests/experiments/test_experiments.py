@@ -117,6 +117,9 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, tmp_path, cac
   assert not (tmp_path / "results.json").exists()
 
 
+GOOD = Claim("good", "x", "lower", ours=1.0, threshold=2.0)
+
+
 def test_claims_compute_their_verdict():
   make = lambda better, ours: Claim("c", "x", better, ours=ours, threshold=2.0)
   assert [make("higher", 2.0).holds, make("higher", 1.9).holds, make("lower", 1.9).holds] == [True, False, True]
@@ -137,17 +140,17 @@ def test_claims_compute_their_verdict():
 def test_what_is_no_number_fails_the_run(metrics, claims, message, tmp_path):
   config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
   with pytest.raises(InputError, match=message):
-    results.write(Report(metrics, claims), config, tmp_path, 1.0, "command")
+    results.write(Report(metrics, [GOOD, *claims], "found"), config, tmp_path, 1.0, "command")
   assert not list(tmp_path.iterdir())
 
 
 def test_a_metric_may_be_infinite_where_the_experiment_says_so(tmp_path):
   config = ml_collections.ConfigDict({"paper": "p", "scale": "test"})
   metrics = {"a": {"distortion": {"mds": float("inf")}}, "jax": jnp.float32(1)}
-  results.write(Report(metrics, [], undefined=("a.distortion.*",)), config, tmp_path, 1.0, "command")
+  results.write(Report(metrics, [GOOD], "found", undefined=("a.distortion.*",)), config, tmp_path, 1.0, "command")
   assert json.loads((tmp_path / "results.json").read_text())["metrics"]["a"] == {"distortion": {"mds": "inf"}}
   with pytest.raises(InputError, match="distortion"):
-    results.require_finite(Report(metrics, [], undefined=("b.*",)))
+    results.require_finite(Report(metrics, [GOOD], "found", undefined=("b.*",)))
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
@@ -181,7 +184,7 @@ def save(config, workdir, cache, console):
     checkpoints.save(1, state, {})
     checkpoints.wait(1)
 
-sys.modules["experiments.full"] = types.SimpleNamespace(run=save)
+sys.modules["experiments.full"] = types.SimpleNamespace(measure=save)
 sys.exit(run.main(sys.argv))
 """
 
