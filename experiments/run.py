@@ -62,9 +62,8 @@ def _parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
     get_config = runpy.run_path(config_flags.get_config_filename(flag).split(":")[0])["get_config"]
     overrides.check(config_flags.get_override_values(flag), [get_config(scale) for scale in SCALES])
     require_choice("config.scale", config.scale, SCALES)
-  except InputError as error:
-    # One that a config file raises comes back with the whole traceback before it.
-    raise InputError(str(error).split("InputError: ")[-1]) from None
+  except InputError:
+    raise
   except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
     raise InputError(_one_line(error)) from None
   require(bool(_WORKDIR.value), "give --workdir=DIR, where the results go")
@@ -78,6 +77,8 @@ def _one_line(error: Exception) -> str:
     near = re.search(r'Did you mean "\w+"', text)
     return f"the config has no field {missing[1]!r}; {near[0] + '?' if near else 'see the fields in the config file'}"
   text = text.replace("FATAL Flags parsing error:", "").strip()
+  if "InputError: " in text:  # a config file's own refusal, which says it all
+    return text.split("InputError: ")[-1]
   cause = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
   where = f"{text.split(': Error')[0]}: " if "Traceback" in text else ""
   return f"{where}{cause[:300]}; see the fields in the config file"

@@ -13,8 +13,8 @@ from experiments.results import Claim, Report
 from jaxlab.core.checks import InputError
 from tests.common import start, wait
 
-# This library's own text: the standard library, the default, takes seconds to tokenize.
-DATA = ("--config.data.name=local_text", f"--config.data.path={report.ROOT / 'jaxlab'}")
+# This project's own text: the standard library, the default, takes seconds to tokenize.
+DATA = ("--config.data.name=local_text", f"--config.data.path={report.ROOT}/[ejt]*/**/*.py")
 
 
 def command(*arguments, cache):
