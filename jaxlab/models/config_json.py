@@ -6,7 +6,6 @@ refused by name. Nothing is ignored that is not listed here as harmless.
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ _MODEL_TYPES = {
 }
 _REQUIRED = object()  # instead of a default
 _TOO_LARGE = 2**31  # no size or count of a model is; XLA's indices end there
+_HUGE = 1e300  # an int past the largest float cannot be made one
 
 
 def read(raw: Mapping, where: str) -> tuple[TransformerConfig, str]:
@@ -128,7 +128,7 @@ def _take(fields: dict, name: str, kind: type, default=_REQUIRED, *, null: bool 
   expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind.__name__)
   require(type(value) in kinds, f"{name} is {value!r:.80}; it must be {expected}")
   if kind in (int, float):
-    fits = least <= value < _TOO_LARGE if kind is int else 0 < value < math.inf
+    fits = least <= value < _TOO_LARGE if kind is int else 0 < value < _HUGE
     expected = f"in {least} .. {_TOO_LARGE - 1}" if kind is int else "positive and finite"
     require(fits, f"{name} is {value!r:.80}; it must be {expected}")
   return float(value) if kind is float else value
@@ -231,7 +231,8 @@ def _typed(value, hint, name: str):
     if typing.get_origin(kind) is tuple and isinstance(value, list):
       return tuple(_typed(item, typing.get_args(kind)[0], name) for item in value)
     if type(value) is kind or (kind is float and type(value) is int):
-      require(kind not in (int, float) or abs(value) < _TOO_LARGE, f"{name} is {value!r:.80}; it is too large")
+      limit = {int: _TOO_LARGE, float: _HUGE}.get(type(value))  # NaN is below none
+      require(limit is None or abs(value) < limit, f"{name} is {value!r:.80}; it must be finite and smaller")
       return value
   raise InputError(f"{name} is {value!r:.80}; it must be {getattr(hint, '__name__', hint)}")
 

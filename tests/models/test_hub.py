@@ -191,7 +191,7 @@ def test_wrong_checkpoints_are_named(folder, spoil, message):
 _DERIVED = ("rope_parameters", "num_attention_heads", "hidden_size", "num_local_experts")
 
 
-@pytest.mark.parametrize("wrong", [None, "8", [1], True, -1, 0, float("nan"), {"a": 1}, ...])
+@pytest.mark.parametrize("wrong", [None, "8", [1], True, -1, 0, float("nan"), 10**400, {"a": 1}, ...])
 @pytest.mark.parametrize("name", ["llama3", "qwen3_moe", "nanochat"])
 def test_a_field_that_is_null_mistyped_or_missing_is_named(name, wrong):
   """Or it has a default, or changes nothing: no other exception, no number half read."""
@@ -258,6 +258,8 @@ def test_configs_come_back_from_their_description(changes, arch):
     (dict(depth="6"), "transformer.depth is '6'; it must be int"),
     (dict(norm_eps=None), "transformer.norm_eps is None; it must be float"),
     (dict(smear=1), "transformer.smear is 1; it must be bool"),
+    (dict(rope_theta=float("nan")), "transformer.rope_theta is nan; it must be finite"),
+    (dict(context=2**40), "transformer.context is 1099511627776; it must be finite and smaller"),
     (dict(flux=1), "transformer has flux, which no model here has"),
     (dict(hyper={"streams": "4"}), "transformer.hyper.streams is '4'"),
     (dict(layer_windows=[None, "3"]), "transformer.layer_windows is '3'"),
