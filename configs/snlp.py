@@ -132,7 +132,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Measured once a workdir, each in a file of its own.
       parts=pick(test=(*PARTS[:3], "convergence"), cpu=("quality", "convergence", "speculation"), gpu=ALL),
       pair=pick(test="", cpu="snlp_pair", gpu=""),  # a pair trained before, evaluated instead of training one
-      model="nanochat",  # or hf:DIR, a Hugging Face checkpoint to run as it is
+      model="nanochat",  # or hf:DIR or smollm2, a checkpoint to run as it is
       shape=dict(
         depth=pick(test=4, cpu=16, gpu=32, paper=32),
         aspect_ratio=pick(test=8, cpu=4, gpu=8, paper=20),

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from experiments import figures, results, timing
 from experiments.results import Claim
 
-_ROW = 50
-
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """{"bandwidth": bytes a second, kernel: {case: {"milliseconds": {rival: ...}, "floor_ms"}}}."""
@@ -29,11 +27,13 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 
 def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
+  """Device time alone: a launch takes longer than these kernels. An interpreter's time is not taken."""
   outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in ("triton", "reference")]
-  apart = max(float(jnp.abs(a.astype("float32") - b.astype("float32")).max()) for a, b in zip(*outputs, strict=True))
-  rivals = {name: _steady(function, bench) for name, function in bench.rivals.items()}
-  times = timing.compare(rivals, repetitions=repetitions, inner=_ROW)
-  return {"difference": apart, "milliseconds": times.summary(), "floor_ms": 1e3 * bench.bytes / bandwidth}
+  wide = [[a.astype(jnp.float32) for a in output] for output in outputs]
+  apart = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(*wide, strict=True))
+  seconds = {name: timing.device_seconds(_steady(f, bench), repetitions) for name, f in bench.rivals.items()}
+  milliseconds = {name: 1e3 * s for name, s in seconds.items() if s is not None}
+  return {"difference": apart, "milliseconds": milliseconds, "floor_ms": 1e3 * bench.bytes / bandwidth}
 
 
 def _steady(function, bench):
@@ -44,9 +44,9 @@ def _steady(function, bench):
 
 def over_rivals(case: dict) -> float:
   """How many times as fast as the best rival the kernel is."""
-  median = {name: row["median"] for name, row in case["milliseconds"].items()}
-  ours = median.pop("triton")
-  return min(median.values()) / ours
+  others = dict(case["milliseconds"])
+  ours = others.pop("triton")
+  return min(others.values()) / ours
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -56,8 +56,8 @@ def claims(config, metrics: dict) -> list[Claim]:
   }
   made = [
     Claim(
-      "Largest difference of a kernel's output from its reference's in bfloat16, worst case", "", "lower",
-      ours=max(apart.values()), threshold=0.05, baseline="the reference, outputs of order 1 to 10",
+      "Largest difference of a kernel's output from its reference's over the largest output, bfloat16, worst case",
+      "", "lower", ours=max(apart.values()), threshold=2**-6, baseline="the reference; a bfloat16 has 8 bits",
       note=f"worst: {max(apart, key=apart.get)}",
     )
   ]  # fmt: skip
@@ -69,7 +69,7 @@ def claims(config, metrics: dict) -> list[Claim]:
         ours=over_rivals(cases[worst]), threshold=1.0, baseline="the faster of XLA's kernels and cuDNN",
         note="; ".join(
           f"{case}: {over_rivals(c):.2f} x, "
-          + ", ".join(f"{rival} {row['median'] * 1e3:.3g} us" for rival, row in c["milliseconds"].items())
+          + ", ".join(f"{rival} {ms * 1e3:.3g} us" for rival, ms in c["milliseconds"].items())
           + f", its bytes {c['floor_ms'] * 1e3:.2g} us"
           for case, c in cases.items()
         ),

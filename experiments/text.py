@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from experiments.console import Console
 from jaxlab.core import mesh as meshes
-from jaxlab.core.checks import InputError, require_choice
+from jaxlab.core.checks import InputError
 from jaxlab.data import corpora, packing, recall, tokenizer, tokens
 from jaxlab.models import Transformer, TransformerConfig, hub
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
@@ -55,9 +55,8 @@ def load_documents(data, split: str, cache: Path) -> corpora.Documents:
 def load_text(config, cache: Path, given: Path | None = None) -> Text:
   """The corpus of config.data with a tokenizer of its own, or with the one in the folder `given`."""
   if given is not None:
-    bpe = tokenizer.load(given)
-    if (given / "config.json").is_file():
-      tokenizer.require_fits(bpe, hub.read_config(given)[0].vocab_size, given)
+    bpe = tokenizer.of_text(hub.load_vocabulary(given).tokenizer)
+    tokenizer.require_fits(bpe, hub.read_config(given)[0].vocab_size, given)
   else:
     documents = load_documents(config.data, "train", cache)
     bpe = tokenizer.trained(documents, key=documents.key, vocab_size=config.data.vocab_size, cache=cache)
@@ -65,11 +64,8 @@ def load_text(config, cache: Path, given: Path | None = None) -> Text:
 
 
 def checkpoint_folder(config) -> Path | None:
-  """The folder of config.model = "hf:DIR" (or the name of a shipped or published checkpoint); None for a preset."""
-  if config.model.startswith("hf:"):
-    return hub.find(config.model.removeprefix("hf:"))
-  require_choice("config.model", config.model, (*PRESETS, "hf:DIR"))
-  return None
+  """Where config.model is: "hf:DIR", or a name that `hub.find` knows, such as "smollm2"; None for a preset."""
+  return None if config.model in PRESETS else hub.find(config.model.removeprefix("hf:"))
 
 
 def model_config(config, vocab_size: int, **changes) -> TransformerConfig:

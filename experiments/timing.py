@@ -101,6 +101,21 @@ def slope(points) -> float:
 
 def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:
   """Kernels and copies a call launches on the GPU, from a profile; None elsewhere."""
+  events = _profiled(run, repetitions)
+  return None if events is None else len(events) / repetitions
+
+
+def device_seconds(run: Callable[[], object], repetitions: int = 20) -> float | None:
+  """Seconds a call's kernels run on the GPU, gaps between them left out, from a profile; None elsewhere.
+
+  For single kernels of microseconds, whose launch takes longer than they do.
+  """
+  events = _profiled(run, repetitions)
+  return None if events is None else sum(event.duration_ns for event in events) * 1e-9 / repetitions
+
+
+def _profiled(run: Callable[[], object], repetitions: int) -> list | None:
+  """The events on the GPU's streams of several calls."""
   if jax.default_backend() != "gpu":
     return None
   jax.block_until_ready(run())
@@ -110,7 +125,7 @@ def kernels(run: Callable[[], object], repetitions: int = 3) -> float | None:
         jax.block_until_ready(run())
     profile = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
   streams = (line for plane in profile.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name)
-  return sum(1 for line in streams for _ in line.events) / repetitions
+  return [event for line in streams for event in line.events]
 
 
 def copy_bandwidth(size: int = 2**30, repetitions: int = 10) -> float:

@@ -5,6 +5,7 @@ where it is compressed, inside. Case `i` of a format is always the same file.
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ import lzma
 import re
 import resource
 import signal
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -23,17 +25,20 @@ import pytest
 from configs import bows as bows_config
 from configs import funbat as funbat_config
 from experiments import bows, funbat
+from experiments.anncur.data import PARTS_OF_SPEECH, wordnet_pairs
 from jaxlab.core.checks import InputError
 from jaxlab.core.foreign import read_npz
 from jaxlab.data import corpora, tokenizer, tokens
 from jaxlab.graphs.common import read_edge_list
 from jaxlab.graphs.weighted_trees import tree_from_wordnet
-from jaxlab.tensors.anncur_data import PARTS_OF_SPEECH, wordnet_pairs
+from jaxlab.models import hub
 from tests.data.test_tokenizer import byte_level, sentencepiece, unigram
+from tests.models import test_gguf
 
 TEXT = "The cat sat on the mat, the dog dug 1234 holes. Und über allem: Ruhe.\n"
 SECONDS = 20  # a hang, not a measurement: a case takes milliseconds
 MEMORY = 2**29  # address space a case may add: bombs may grow to 64 MiB, and are then in memory as bytes and as text
+FIXTURES = Path(__file__).parent / "fixtures"
 COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress}
 
 
@@ -126,6 +131,37 @@ def read_cities(file: Path) -> None:
   bows.load_cities(config)
 
 
+def read_checkpoint(fixture: str):
+  """`file` is one file of a checkpoint whose others are whole."""
+
+  def read(file: Path) -> None:
+    for other in (FIXTURES / fixture).iterdir():
+      if other.suffix in (".json", ".safetensors") and not (file.parent / other.name).exists():
+        (file.parent / other.name).symlink_to(other)
+    hub.load(file.parent)
+
+  return read
+
+
+def read_gguf(file: Path) -> None:
+  hub.load(file)
+  hub.load_vocabulary(file)
+
+
+def read_vocabulary(file: Path) -> None:
+  if not (file.parent / "tokenizer.json").exists():
+    (file.parent / "tokenizer.json").write_text(byte_level("prefix").to_str())
+  hub.load_vocabulary(file.parent).tokenizer.encode(TEXT)
+
+
+def gguf_file() -> bytes:
+  with tempfile.TemporaryDirectory() as folder:
+    return test_gguf.write(Path(folder) / "model.gguf").read_bytes()
+
+
+ROLES = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": [{"name": "default", "template": "x"}]}
+
+
 # File name: (its valid bytes, the reader).
 FORMATS = {
   "a.txt": (lambda: (TEXT * 9).encode(), read_documents),
@@ -143,7 +179,16 @@ FORMATS = {
   "a.npz": (lambda: npz(np.savez), read_folds),
   "compressed.npz": (lambda: npz(np.savez_compressed), read_folds),
   "cities.csv": (cities, read_cities),
+  "model.gguf": (gguf_file, read_gguf),
+  "vocabulary/tokenizer_config.json": (lambda: json.dumps(ROLES).encode(), read_vocabulary),
+  "generation/generation_config.json": (lambda: b'{"bos_token_id": 0, "eos_token_id": [1, 2]}', read_vocabulary),
 }
+for fixture, file in (
+  ("llama", "model.safetensors"), ("qwen3", "model.safetensors.index.json"), ("llama3", "config.json"),
+  ("qwen3", "config.json"), ("qwen3_moe", "config.json"), ("nanochat", "config.json"),
+):  # fmt: skip
+  content = functools.partial((FIXTURES / fixture / file).read_bytes)
+  FORMATS[f"{fixture}.{file.split('.')[0]}/{file}"] = (content, read_checkpoint(fixture))
 for name in ("a.txt", "a.md", "a.jsonl", "a.parquet", "edges.txt"):
   FORMATS |= {name + suffix: FORMATS[name] for suffix in COMPRESSORS}
 

@@ -1,7 +1,7 @@
 """SNLP: train a model with and without the regulariser, run both layer-parallel, report quality and speed.
 
-With config.model = "hf:DIR" nothing is trained: the method is run on that checkpoint as it is. A module here is a part
-of the run; `config.parts` says which are measured.
+With config.model = "hf:DIR" or "smollm2" nothing is trained: the method is run on that checkpoint as it is. A module
+here is a part of the run; `config.parts` says which are measured.
 """
 
 import functools
@@ -21,7 +21,7 @@ from experiments.snlp import (
 )
 from experiments.snlp.settings import PLAIN, REGULARISED, parse, refit_config
 from experiments.snlp.training import check_suffixes, save_pair, train_models
-from experiments.text import checkpoint_folder, load_text, model_config
+from experiments.text import PRESETS, checkpoint_folder, load_text, model_config
 from jaxlab.models import hub
 from jaxlab.training import loop
 
@@ -74,7 +74,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 def fitted(config, depth: int):
   """The config with its settings on the same shares of a given checkpoint's layers."""
-  return refit_config(config, depth) if config.model.startswith("hf:") else config
+  return config if config.model in PRESETS else refit_config(config, depth)
 
 
 def claims(config, metrics: dict) -> list[Claim]:

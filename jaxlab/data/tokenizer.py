@@ -95,16 +95,20 @@ def load(path: str | os.PathLike, *, prompts: bool = False) -> Tokenizer:
   require(file.is_file(), f"no tokenizer at {file}; put the checkpoint's tokenizer.json there")
   with foreign(file, "put the checkpoint's own tokenizer.json there"):
     tokenizer = Tokenizer.from_str(read_text(file))
-    if not prompts:
-      parts = json.loads(tokenizer.to_str())
-      if _prefixes(parts) or parts["model"]["type"] == "Unigram":
-        parts = {name: _without_prefix(part) for name, part in parts.items()}
-        tokenizer = Tokenizer.from_str(json.dumps(_without_special_pieces(parts)))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = not prompts
     largest = largest_id(tokenizer)
     require(0 <= largest < _LARGEST_ID, f"{file} has ids up to {largest}, hardly a vocabulary; fetch it again")
+    return tokenizer if prompts else of_text(tokenizer)
+
+
+def of_text(tokenizer: Tokenizer) -> Tokenizer:
+  """A tokenizer of prompts as one of text; `load` says what that is. The one given may be changed."""
+  parts = json.loads(tokenizer.to_str())
+  if _prefixes(parts) or parts["model"]["type"] == "Unigram":
+    parts = {name: _without_prefix(part) for name, part in parts.items()}
+    tokenizer = Tokenizer.from_str(json.dumps(_without_special_pieces(parts)))
+  tokenizer.encode_special_tokens = True
   return tokenizer
 
 

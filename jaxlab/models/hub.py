@@ -196,7 +196,10 @@ def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
 
 
 def read_config(path: Path) -> tuple[TransformerConfig, Mapping | None]:
-  """(config, tensor table) of a Hugging Face folder."""
+  """(config, tensor table) of a Hugging Face folder or a GGUF file."""
+  if (file := gguf_file(path)) is not None:
+    config, arch = config_json.read(gguf.read_config(file, *gguf.read(file)), str(file))
+    return config, formats.TABLES[arch]
   file = path / "config.json"
   require(file.is_file(), f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
   config, arch = config_json.read(read_json(file), str(file))

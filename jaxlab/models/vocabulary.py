@@ -6,9 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from jaxlab.core.checks import require
 from jaxlab.core.foreign import foreign
-from jaxlab.data.tokenizer import BOS
+from jaxlab.data.tokenizer import BOS, load
 from jaxlab.models import gguf
 from jaxlab.models.files import find, gguf_file, read_json
 
@@ -18,7 +17,7 @@ class Vocabulary:
   """A tokenizer and the roles of its tokens.
 
   Attributes:
-    tokenizer: without truncation or padding.
+    tokenizer: of prompts (`data.tokenizer.load`): special tokens are recognised, nothing is cut or padded.
     bos: id of the token that starts a text (<|bos|> where the checkpoint names none), or None.
     eos: ids of the tokens that end one; may be empty.
     chat_template: Jinja source that turns messages into a prompt, or None.
@@ -42,12 +41,7 @@ def load_vocabulary(path_or_name: str | os.PathLike) -> Vocabulary:
   path = find(path_or_name)
   if (file := gguf_file(path)) is not None:
     return Vocabulary(*gguf.read_vocabulary(file))
-  file = path / "tokenizer.json"
-  require(file.is_file(), f"no tokenizer at {file}; put the checkpoint's tokenizer.json there")
-  with foreign(file, "fetch the tokenizer.json of the checkpoint again"):
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+  tokenizer = load(path, prompts=True)
   names, generation, model = (
     read_json(path / name) if (path / name).exists() else {}
     for name in ("tokenizer_config.json", "generation_config.json", "config.json")

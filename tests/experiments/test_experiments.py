@@ -97,7 +97,7 @@ def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.train.steps=many"], "many"),
     (["--config=configs/snlp.py:test", "--workdir={}", "stray"], "unexpected argument stray"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.data.name=nope"], "unknown dataset 'nope'"),
-    (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=gpt2"], "config.model is 'gpt2'"),
+    (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=gpt2"], "no checkpoint 'gpt2'"),
     (["--config=configs/snlp.py:test", "--workdir={}", "--config.model=hf:/no/where"], "no checkpoint '/no/where'"),
     (
       ["--config=configs/snlp.py:test", "--workdir={}", *DATA, "--config.shape.depth=1"],

@@ -59,8 +59,8 @@ def test_the_shipped_checkpoint_starts_texts_with_its_own_token():
 @pytest.mark.parametrize(
   "name, content, message",
   [
-    ("tokenizer.json", b"{}", "tokenizer.json: .*fetch the tokenizer.json"),
-    ("tokenizer.json", b"\xff\xfe", "tokenizer.json: .*fetch the tokenizer.json"),
+    ("tokenizer.json", b"{}", "tokenizer.json: .*put the checkpoint's own tokenizer.json there"),
+    ("tokenizer.json", b"\xff\xfe", "tokenizer.json is not UTF-8"),
     ("tokenizer.json", None, "no tokenizer at"),
     ("tokenizer_config.json", b"[]", "holds a list, not a JSON object"),
     ("generation_config.json", b"{", "is no JSON"),
