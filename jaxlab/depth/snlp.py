@@ -176,7 +176,7 @@ def stream_transition(side: Side, suffix: Suffix) -> Float[Array, "units s s"]:
 
   A wide layer mixes once, with the means of its layers' matrices.
   """
-  residual = side.mixing[2][suffix.start : suffix.stop]
+  residual = side.mixing.residual[suffix.start : suffix.stop]
   residual = residual.reshape(suffix.units, suffix.chunk, *residual.shape[1:]).mean(axis=1)
   return residual[:, 1] @ residual[:, 0]
 
@@ -246,7 +246,8 @@ def regulariser(
     if surrogate == "identity":
       error = linear_recurrence(1.0, increments)[chosen]
     elif model.config.hyper.dynamic:
-      error = matrix_recurrence(mixing[1][2] @ mixing[0][2], increments)[chosen]
+      attention_maps, mlp_maps = mixing
+      error = matrix_recurrence(mlp_maps.residual @ attention_maps.residual, increments)[chosen]
     else:
       error = transfer(transfer_tensor(stream_transition(side, suffix))[chosen], increments)
     return _relative_error(h + error, trace[start:][chosen], detach_target)
@@ -268,7 +269,7 @@ def _outputs_by_groups(model: Transformer, suffix: Suffix, h, side: Side, attent
   if n % size or windows != windows[:size] * (n // size):
     size = n
   attend = functools.partial(attend_layers, windows=windows[:size], attention=attention, start=side.start)
-  mixing = None if side.mixing is None else tuple(m[suffix.start : suffix.stop] for m in side.mixing)
+  mixing = jax.tree.map(lambda m: m[suffix.start : suffix.stop], side.mixing)
   layers = suffix.blocks, layer_values(c, side, suffix.start, suffix.stop), mixing
 
   @jax.checkpoint

@@ -52,7 +52,7 @@ def hidden(
   x, side, _ = model.embed(tokens)
   x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
   values = layer_values(c, side, suffix.start, suffix.stop)
-  mixing = None if side.mixing is None else tuple(m[suffix.start : suffix.stop] for m in side.mixing)
+  mixing = jax.tree.map(lambda m: m[suffix.start : suffix.stop], side.mixing)
   shared = Side(side.x0, side.cos, side.sin, side.start, None, None)
   split, whole = PartitionSpec(AXIS), PartitionSpec()
 

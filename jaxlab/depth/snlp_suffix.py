@@ -13,12 +13,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
-from jaxlab.models.layers import MLP
+from jaxlab.models.layers import MLP, RMSNorm
 from jaxlab.models.transformer import Block, Side, attend_layers, evaluate_blocks, layer_slice, layer_values
 
 
@@ -80,46 +81,59 @@ def fuse(model: Transformer, layers: int, *, chunk: int, average: bool = False) 
   require(c.experts is None, "experts cannot be fused: their routers choose per layer; use plain layers")
   require(not (c.hyper and c.hyper.dynamic), "dynamic hyper-connections cannot be fused: each layer mixes by itself")
   require(suffix.blocks.qkv is None, "fuse layers before for_inference, not after")
-  units, scale = layers // chunk, 1 / chunk if average else 1.0
-  groups = lambda a: a.reshape(units, chunk, *a.shape[1:])
-  mean = lambda param: param.set_value(groups(param[...]).mean(axis=1).astype(param.dtype))
-
-  def beside(linear, gain=None):
-    """(units, inputs, chunk * outputs): outputs side by side; the norm's gain before it goes into the weight."""
-    w = linear.weight[...]
-    w = w if gain is None else (w * gain[...][:, :, None]).astype(w.dtype)
-    linear.weight.set_value(jnp.concatenate(_list(groups(w)), axis=-1))
-
-  def below(linear):
-    """(units, chunk * inputs, outputs): the product with inputs side by side is the sum of the products."""
-    linear.weight.set_value(jnp.concatenate(_list(groups(linear.weight[...])), axis=-2) * scale)
-
   block = jax.tree.map(lambda a: a, suffix.blocks)
-  mlp: MLP = block.mlp
+  attention_gain = _taken(block.attention_norm)
   for linear in (block.q, block.k, block.v):
-    beside(linear, block.attention_norm.gain)
+    linear.weight = _like(linear.weight, _side_by_side(linear.weight[...], chunk, attention_gain))
+  mlp: MLP = block.mlp
+  mlp_gain = _taken(block.mlp_norm)
   for linear in (mlp.up,) if mlp.gate is None else (mlp.gate, mlp.up):
-    beside(linear, block.mlp_norm.gain)
-  below(block.o), below(mlp.down)
-  for norm in (block.attention_norm, block.mlp_norm):
-    if norm.gain is not None:
-      norm.gain.set_value(jnp.ones((units, c.width), norm.gain.dtype))
+    linear.weight = _like(linear.weight, _side_by_side(linear.weight[...], chunk, mlp_gain))
+  for linear in (block.o, mlp.down):
+    stacked = jnp.concatenate(_members(linear.weight[...], chunk), axis=-2)
+    linear.weight = _like(linear.weight, stacked / chunk if average else stacked)
   for norm, heads in ((block.q_norm, c.q_heads), (block.k_norm, c.kv_heads)):
     if norm is not None and norm.gain is not None:
-      gain = jnp.repeat(groups(norm.gain[...]), heads, axis=1)
-      norm.gain.set_value(gain)
-  if c.residual_lambdas:
-    mean(block.residual_lambda), mean(block.x0_lambda)
-  if c.value_embeddings:
-    mean(block.value_gate)
+      norm.gain = _like(norm.gain, jnp.repeat(_groups(norm.gain[...], chunk), heads, axis=1))
+  # What a layer has one of is the mean over its layers.
+  for name in ("residual_lambda", "x0_lambda") * c.residual_lambdas + ("value_gate",) * c.value_embeddings:
+    own = getattr(block, name)
+    setattr(block, name, _like(own, _groups(own[...], chunk).mean(axis=1).astype(own.dtype)))
   if c.hyper:
-    # Unused: the matrices come averaged through `mixing`; one layer's logits keep the tree's shape.
-    block.attention_mixing, block.mlp_mixing = (
-      jax.tree.map(lambda a: groups(a)[:, 0], m) for m in (block.attention_mixing, block.mlp_mixing)
-    )
-  sizes = dict(q_heads=chunk * c.q_heads, kv_heads=chunk * c.kv_heads, mlp_width=chunk * c.mlp_width, depth=units)
-  block.config = dataclasses.replace(c, **sizes)
+    # Unused: the maps come averaged through `mixing`; one layer's logits keep the tree's shape.
+    first = lambda a: _groups(a, chunk)[:, 0]
+    block.attention_mixing = jax.tree.map(first, block.attention_mixing)
+    block.mlp_mixing = jax.tree.map(first, block.mlp_mixing)
+  sizes = dict(q_heads=chunk * c.q_heads, kv_heads=chunk * c.kv_heads, mlp_width=chunk * c.mlp_width)
+  block.config = dataclasses.replace(c, **sizes, depth=layers // chunk)
   return dataclasses.replace(suffix, blocks=block, chunk=chunk, fused=True)
+
+
+def _groups(a: Array, chunk: int) -> Array:
+  """(units, chunk, ...) of stacked layers."""
+  return a.reshape(-1, chunk, *a.shape[1:])
+
+
+def _members(a: Array, chunk: int) -> list[Array]:
+  """The first, second, ... layer of every unit, (units, ...) each."""
+  return [_groups(a, chunk)[:, i] for i in range(chunk)]
+
+
+def _side_by_side(weight: Array, chunk: int, gain: Array | None) -> Array:
+  """(units, inputs, chunk * outputs): outputs side by side; the norm's gain before it goes into the weight."""
+  weight = weight if gain is None else (weight * gain[:, :, None]).astype(weight.dtype)
+  return jnp.concatenate(_members(weight, chunk), axis=-1)
+
+
+def _taken(norm: RMSNorm) -> Array | None:
+  """The gain of a norm, which a fused layer has in its weights: the norm itself loses it."""
+  gain, norm.gain = norm.gain, None
+  return None if gain is None else gain[...]
+
+
+def _like(parameter: nnx.Param, value: Array) -> nnx.Param:
+  """A parameter with the other's axes."""
+  return nnx.Param(value, axes=parameter.axes)
 
 
 def evaluate(
@@ -141,11 +155,9 @@ def evaluate(
     attend = lambda q, k, v: attend_layers(
       q, k, v, windows=c.windows[start:stop], attention=attention, start=side.start
     )
-  mixing = side.mixing
-  if mixing is not None:
-    mixing = tuple(m[start:stop] for m in mixing)
-    if suffix.fused:
-      mixing = tuple(m.reshape(-1, chunk, *m.shape[1:]).mean(axis=1) for m in mixing)
+  mixing = jax.tree.map(lambda m: m[start:stop], side.mixing)
+  if suffix.fused:
+    mixing = jax.tree.map(lambda m: m.reshape(-1, chunk, *m.shape[1:]).mean(axis=1), mixing)
   values = None if suffix.fused else layer_values(c, side, start, stop)
 
   def by_layer(q, k, v):
@@ -171,11 +183,6 @@ def _join_heads(a, chunk: int):
   layers, batch, time, heads, size = a.shape
   a = a.reshape(layers // chunk, chunk, batch, time, heads, size)
   return jnp.moveaxis(a, 1, 3).reshape(layers // chunk, batch, time, chunk * heads, size)
-
-
-def _list(grouped) -> list:
-  """Members of every unit: (units, chunk, ...) as chunk arrays (units, ...)."""
-  return [grouped[:, i] for i in range(grouped.shape[1])]
 
 
 def _require_transformer(model) -> None:

@@ -167,7 +167,7 @@ def run_layer(model: Transformer, block: Block, layer: int, x, side: Side, atten
   """The output of one layer; `attend(q, k, v, window)` is its attention."""
   c = model.config
   value = side.values[c.value_layers.index(layer)] if layer in c.value_layers else None
-  mixing = None if side.mixing is None else tuple(m[layer] for m in side.mixing)
+  mixing = jax.tree.map(lambda m: m[layer], side.mixing)
   inner, mix, q, k, v = block.project(x, side, value, mixing)
   return block.finish(inner, mix, attend(q, k, v, c.windows[layer]), mixing)[0]
 

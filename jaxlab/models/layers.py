@@ -190,6 +190,17 @@ class MoE(nnx.Module):
     return jnp.zeros_like(tokens).at[order // self.active].add(out).reshape(x.shape)
 
 
+class StreamMaps(NamedTuple):
+  """How a sublayer with hyper-connections meets the s streams: Hpre reads, Hpost writes, Hres mixes them.
+
+  read, write: (..., s); residual: (..., s, s), doubly stochastic. Leading axes: layers, sublayers or tokens.
+  """
+
+  read: Array
+  write: Array
+  residual: Array
+
+
 class Mixing(nnx.Module):
   """The logits of one sublayer's hyper-connection.
 
@@ -211,13 +222,13 @@ class Mixing(nnx.Module):
       self.pre = nnx.Param(jnp.where(jnp.arange(s) == position % s, 0.0, -1.0), axes=(None,))
       self.post = nnx.Param(jnp.zeros((s,)), axes=(None,))
 
-  def matrices(self) -> tuple[Array, Array, Array]:
-    """(Hpre (s,), Hpost (s,), Hres (s, s)) of a static hyper-connection."""
+  def matrices(self) -> StreamMaps:
+    """Of a static hyper-connection: the same for every token."""
     residual = sinkhorn(self.residual[...] / self.hyper.temperature, self.hyper.rounds)
-    return jax.nn.softmax(self.pre[...]), jax.nn.softmax(self.post[...]), residual
+    return StreamMaps(jax.nn.softmax(self.pre[...]), jax.nn.softmax(self.post[...]), residual)
 
-  def dynamic_matrices(self, x: Float[Array, "batch time s width"]) -> tuple[Array, Array, Array]:
-    """Token-wise (Hpre (..., s), Hpost (..., s), Hres (..., s, s)) = (sigma, 2 sigma, Sinkhorn)(alpha x' phi + b)."""
+  def dynamic_matrices(self, x: Float[Array, "batch time s width"]) -> StreamMaps:
+    """Token by token: (Hpre, Hpost, Hres) = (sigma, 2 sigma, Sinkhorn)(alpha x' phi + b)."""
     s = self.hyper.streams
     flat = wide(rms_norm(x.reshape(*x.shape[:-2], -1), self.eps))
     pre, post, residual = jnp.split(flat @ self.projection[...].astype(flat.dtype), [s, 2 * s], axis=-1)
@@ -225,7 +236,7 @@ class Mixing(nnx.Module):
     residual = (scale[2] * residual).reshape(*residual.shape[:-1], s, s) + self.residual[...]
     pre = jax.nn.sigmoid(scale[0] * pre + self.pre[...])
     post = 2 * jax.nn.sigmoid(scale[1] * post + self.post[...])
-    return pre, post, sinkhorn(residual, self.hyper.rounds)
+    return StreamMaps(pre, post, sinkhorn(residual, self.hyper.rounds))
 
 
 def sinkhorn(logits: Float[Array, "*batch s s"], rounds: int) -> Float[Array, "*batch s s"]:

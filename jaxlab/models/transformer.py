@@ -31,6 +31,7 @@ from jaxlab.models.layers import (
   MoE,
   RMSNorm,
   Steps,
+  StreamMaps,
   TransposedLinear,
   rms_norm,
   rope_table,
@@ -50,7 +51,7 @@ class Side:
   x0: (batch, time, width) embeddings; cos, sin: (time, head_dim / 2); start: position of the first token, or one a row
   (then cos and sin have a leading batch axis);
   values: (value layers, batch, time, kv_heads, head_dim) gathered value embeddings or None;
-  mixing: stacked static hyper-connection matrices, ((L, 2, s), (L, 2, s), (L, 2, s, s)), or None.
+  mixing: static hyper-connections of every layer and sublayer, leading axes (L, 2), or None.
   """
 
   x0: Array
@@ -58,7 +59,7 @@ class Side:
   sin: Array
   start: Array | int
   values: Array | None
-  mixing: tuple[Array, Array, Array] | None
+  mixing: StreamMaps | None
 
 
 class Block(nnx.Module):
@@ -145,23 +146,22 @@ class Block(nnx.Module):
   def _mixing(self, mixing: Mixing, x, sublayer: int, static):
     if self.config.hyper.dynamic:
       return mixing.dynamic_matrices(x)
-    return tuple(m[sublayer] for m in static)
+    return jax.tree.map(lambda m: m[sublayer], static)
 
 
 def _read(x, mixing):
   """What a branch reads: the state, or the streams weighted by Hpre."""
   if mixing is None:
     return x
-  return _weighted(mixing[0], x).astype(x.dtype)
+  return _weighted(mixing.read, x).astype(x.dtype)
 
 
 def _write(x, mixing, branch):
   """x + branch, or Hres X + Hpost branch on the streams."""
   if mixing is None:
     return x + branch
-  _, post, residual = mixing
-  mixed = _weighted(residual, x[..., None, :, :])
-  return (mixed + post[..., None] * wide(branch)[..., None, :]).astype(x.dtype)
+  mixed = _weighted(mixing.residual, x[..., None, :, :])
+  return (mixed + mixing.write[..., None] * wide(branch)[..., None, :]).astype(x.dtype)
 
 
 def _weighted(weights, x):
@@ -296,18 +296,21 @@ class Transformer(nnx.Module):
     return self.logits(x, backout), Cache(keys, values, cache.length + tokens.shape[1], previous)
 
 
-def static_mixing(blocks: Block):
-  """(Hpre (L, 2, s), Hpost (L, 2, s), Hres (L, 2, s, s)): sublayer 0 is attention, 1 the MLP."""
-  pairs = [
-    jax.vmap(lambda block: block.attention_mixing.matrices())(blocks),
-    jax.vmap(lambda block: block.mlp_mixing.matrices())(blocks),
-  ]
-  return tuple(jnp.stack(pair, axis=1) for pair in zip(*pairs, strict=True))
+def static_mixing(blocks: Block) -> StreamMaps:
+  """The maps of every layer and sublayer, leading axes (L, 2)."""
+  of = lambda name: jax.vmap(lambda block: getattr(block, name).matrices())(blocks)
+  return jax.tree.map(lambda *pair: jnp.stack(pair, axis=1), of("attention_mixing"), of("mlp_mixing"))
 
 
 def layer_slice(blocks: Block, start: int, stop: int | None = None) -> Block:
   """Layers start..stop of stacked blocks."""
   return jax.tree.map(lambda a: a[start:stop], blocks)
+
+
+def _period(kinds: list) -> int:
+  """The shortest p that divides the length and after which the list repeats itself; 1 of an empty one."""
+  repeats = (p for p in range(1, len(kinds)) if len(kinds) % p == 0 and kinds == kinds[:p] * (len(kinds) // p))
+  return next(repeats, max(len(kinds), 1))
 
 
 def sequential(
@@ -342,15 +345,7 @@ def sequential(
   stop = c.depth if stop is None else stop
   layers = stop - start
   kinds = [(c.windows[i], i in c.value_layers) for i in range(start, stop)]
-  period = (
-    layers
-    if unroll
-    else next(
-      p for p in range(1, layers + 1) if layers % p == 0 and all(kinds[i] == kinds[i % p] for i in range(layers))
-    )
-    if layers
-    else 1
-  )
+  period = layers if unroll else _period(kinds)
 
   def block(carry, parts, window, has_value, layer):
     x, backout, cache = carry
@@ -386,7 +381,7 @@ def sequential(
     lambda a: a.reshape(layers // period, a.shape[0] * period // layers, *a.shape[1:]), tree
   )
   weights = layer_slice(model.blocks, start, stop)
-  mixing = None if side.mixing is None else tuple(m[start:stop] for m in side.mixing)
+  mixing = jax.tree.map(lambda m: m[start:stop], side.mixing)
   before = sum(i < start for i in c.value_layers)
   values = None if side.values is None else side.values[before : before + sum(kind[1] for kind in kinds)]
   carry = (x, jnp.zeros_like(x) if c.backout else None, cache)
@@ -409,8 +404,8 @@ def layer_parallel(
   c = model.config
   stop = start + states.shape[0]
   attend = functools.partial(attend_layers, windows=c.windows[start:stop], attention=attention, start=side.start)
-  blocks, values, mixing = layer_slice(model.blocks, start, stop), layer_values(c, side, start, stop), side.mixing
-  mixing = None if mixing is None else tuple(m[start:stop] for m in mixing)
+  blocks, values = layer_slice(model.blocks, start, stop), layer_values(c, side, start, stop)
+  mixing = jax.tree.map(lambda m: m[start:stop], side.mixing)
   return evaluate_blocks(blocks, states, side, values=values, mixing=mixing, attend=attend)[0]
 
 
