@@ -1,4 +1,4 @@
-"""SNLP-forward fine-tuning (M12): recall tasks learnt through the solver or by the ordinary loss, both run by SNLP."""
+"""SNLP-forward fine-tuning: recall tasks learnt through the solver or by the ordinary loss, both run by SNLP."""
 
 import functools
 from pathlib import Path

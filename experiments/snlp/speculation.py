@@ -1,4 +1,4 @@
-"""Self-speculation (M14) in SNLP's experiment: how fast whole generations are, and whether the tokens are the same."""
+"""Self-speculation in SNLP's experiment: how fast whole generations are, and whether the tokens are the same."""
 
 import functools
 

@@ -46,10 +46,22 @@ INITIAL = ("h0", "batch_fwd")
 _GROUP = 4  # blocks the regulariser evaluates at once where memory counts
 
 
-def forward(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "batch time vocab"]:
-  """Logits of the layer-parallel network; the options are those of `solve`."""
-  states = hidden(model, tokens, **options)
-  return model.logits(*states)
+def forward(
+  model: Transformer,
+  tokens: Int[Array, "batch time"],
+  *,
+  layers: int | Suffix,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str | Float[Array, "units batch time *state"] = "h0",
+  damping: float = 0.0,
+  groups: int = 1,
+  key: jax.Array | None = None,
+  attention: AttentionFn = dot_product_attention,
+) -> Float[Array, "batch time vocab"]:
+  """Logits of the layer-parallel network; `hidden` and `solve` say what the arguments are."""
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, key=key, attention=attention)
+  return model.logits(*hidden(model, tokens, layers=layers, iterations=iterations, **how))
 
 
 def hidden(
@@ -57,9 +69,14 @@ def hidden(
   tokens: Int[Array, "batch time"],
   *,
   layers: int | Suffix,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str | Float[Array, "units batch time *state"] = "h0",
+  damping: float = 0.0,
   groups: int = 1,
+  key: jax.Array | None = None,
   attention: AttentionFn = dot_product_attention,
-  **options,
+  remat: bool = False,
 ):
   """(final state, backout state or None) of the layer-parallel network: what `model.logits` reads.
 
@@ -69,7 +86,8 @@ def hidden(
   Args:
     layers: n, or a suffix that `snlp_suffix.fuse` made of the model.
     groups: C; split the suffix into C consecutive groups, solve the first, hand its last state to the second as its
-      exact input, and so on (block Gauss-Seidel; M9's second reading). C K evaluations in a row instead of K.
+      exact input, and so on (block Gauss-Seidel). C K evaluations in a row instead of K.
+    iterations, surrogate, initial, damping, key, remat: as `solve`.
 
   Raises:
     InputError: as `solve`; groups of a fused suffix, or groups that do not divide the layers.
@@ -81,9 +99,10 @@ def hidden(
   x, side, _ = model.embed(tokens)
   x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
   size = suffix.layers // groups
+  how = dict(iterations=iterations, surrogate=surrogate, initial=initial, damping=damping, key=key, remat=remat)
   for g in range(groups):
     part = suffix if groups == 1 else plain(model, size, stop=suffix.start + (g + 1) * size)
-    trace = solve(model, x, side, layers=part, attention=attention, **options).trace
+    trace = solve(model, x, side, layers=part, attention=attention, **how).trace
     x = trace[-1]
     if model.config.backout and part.start <= model.depth // 2 < part.stop:
       backout = trace[part.unit_of(model.depth // 2) + 1]
@@ -133,7 +152,7 @@ def solve(
 
 
 def initial_trace(blocks, h, initial, units: int) -> Float[Array, "units_plus_1 batch time *state"]:
-  """z_0 = h and the start of z_1 .. z_units that `initial` names or is (M4)."""
+  """z_0 = h and the start of z_1 .. z_units that `initial` names or is."""
   repeated = jnp.broadcast_to(h, (units, *h.shape))
   if isinstance(initial, str):
     require_choice("initial", initial, INITIAL)
@@ -294,23 +313,44 @@ def regulariser_weight(step: Int[Array, ""], *, weight: float, steps: int, warmu
   return weight * jnp.minimum(1.0, step / max(warmup * steps, 1.0))
 
 
-def finetuning_loss(model: Transformer, batch: dict, **options) -> tuple[Array, dict[str, Array]]:
-  """(cross-entropy, {}) of the layer-parallel network itself, gradients through all K iterations (M12).
+def finetuning_loss(
+  model: Transformer,
+  batch: dict,
+  *,
+  layers: int | Suffix,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str = "h0",
+  groups: int = 1,
+) -> tuple[Array, dict[str, Array]]:
+  """(cross-entropy, {}) of the layer-parallel network itself, gradients through all K iterations.
 
   Fine-tuning on this loss trains the network that will be run. Targets of -1 do not count: give only the assistant's
-  tokens others. The options are those of `hidden`; every iteration is evaluated again for the gradient.
+  tokens others. The arguments are those of `hidden`; every iteration is evaluated again for the gradient.
   """
-  states = hidden(model, batch["inputs"], remat=True, **options)
+  how = dict(surrogate=surrogate, initial=initial, groups=groups, remat=True)
+  states = hidden(model, batch["inputs"], layers=layers, iterations=iterations, **how)
   losses = token_losses(model, states, batch["targets"])
   return mean_loss(losses, batch["targets"]), {}
 
 
-def trace_error(model: Transformer, tokens: Int[Array, "batch time"], **options) -> Float[Array, "n"]:
-  """mean over tokens of ||z_{j+1} - h_{S+j+1}|| / ||h_{S+j+1}|| for j = 0..n-1; the options are those of `solve`."""
+def trace_error(
+  model: Transformer,
+  tokens: Int[Array, "batch time"],
+  *,
+  layers: int,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str = "h0",
+  damping: float = 0.0,
+  key: jax.Array | None = None,
+) -> Float[Array, "n"]:
+  """mean over tokens of ||z_{j+1} - h_{S+j+1}|| / ||h_{S+j+1}|| for j = 0..n-1; the arguments are those of `solve`."""
   h0, trace, side = model.trace(tokens)
-  start = plain(model, options["layers"]).start
+  start = plain(model, layers).start
   h = trace[start - 1] if start else h0
-  z = solve(model, h, side, **options).trace[1:]
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, key=key)
+  z = solve(model, h, side, layers=layers, iterations=iterations, **how).trace[1:]
   return jax.vmap(lambda a, b: _relative_error(a[None], b[None], False))(z, trace[start:])
 
 

@@ -1,4 +1,4 @@
-"""SNLP where it is used: the network split once into its exact prefix and its solved suffix, with a cache (M10, M13).
+"""SNLP where it is used: the network split once into its exact prefix and its solved suffix, with a cache.
 
   network = split(model, layers=24)                  # or a suffix from snlp_suffix.fuse; layers=0: the plain network
   logits, _ = step(network, tokens, iterations=2)    # an uncached forward
@@ -13,6 +13,7 @@ forward: it attends to final keys of earlier tokens where the forward attends to
 
 import dataclasses
 import functools
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,16 @@ from jaxlab.models.transformer import Side, for_inference, unstack_layers
 
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
 CACHE_KV = ("recompute", "last_iteration")
+
+
+class StepOptions(TypedDict, total=False):
+  """How a suffix is solved in decoding; `step_from` has the defaults and says what they mean."""
+
+  iterations: int
+  surrogate: str
+  initial: str
+  damping: float
+  cache_kv: str
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +130,7 @@ def step(
   state: State | None = None,
   *,
   attention: AttentionFn = dot_product_attention,
-  **options,
+  **options: Unpack[StepOptions],
 ) -> tuple[Float[Array, "batch time vocab"], State | None]:
   """Logits of the next `time` tokens, and the state with them (None without a state: a whole forward from position 0).
 
@@ -232,7 +243,7 @@ def prefill(
   *,
   capacity: int,
   attention: AttentionFn = dot_product_attention,
-  **options,
+  **options: Unpack[StepOptions],
 ) -> tuple[Float[Array, "batch 1 vocab"], State]:
   """`inference.prefill` by the sequential network; for a fused suffix by its own iterations with `options`."""
   state = empty_state(network, batch=prompts.shape[0], capacity=capacity)
@@ -249,12 +260,20 @@ def prefill(
 
 
 @functools.cache
-def decoder(**options) -> Decoder:
+def decoder(**options: Unpack[StepOptions]) -> Decoder:
   """Generation with the options of `step` (`jaxlab.models.generate`)."""
   return Decoder(functools.partial(prefill, **options), functools.partial(step, **options))
 
 
-def generate(network: Network, prompt: Int[Array, "batch time"], *, tokens: int, key=None, temperature=0.0, **options):
+def generate(
+  network: Network,
+  prompt: Int[Array, "batch time"],
+  *,
+  tokens: int,
+  key: jax.Array | None = None,
+  temperature: float = 0.0,
+  **options: Unpack[StepOptions],
+) -> Int[Array, "batch tokens"]:
   """`jaxlab.models.generate` of a split network; `options` are those of `step`."""
   return generate_by(network, prompt, tokens=tokens, key=key, temperature=temperature, decoder=decoder(**options))
 

@@ -1,4 +1,4 @@
-"""Predicting SNLP's initial trace from the embeddings: the "preheat" start (snlp.md M4).
+"""Predicting SNLP's initial trace from the embeddings: the "preheat" start.
 
   z_j ~ b_j + U_j V^T (x0 - mean),   V: top-r right singular vectors of centred x0, U: ridge least squares,
 

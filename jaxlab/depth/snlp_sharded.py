@@ -100,7 +100,7 @@ def step_seconds(
   bandwidth: float,
   state_bytes: float,
 ) -> float:
-  """Time of one step by the latency model (snlp.md): the prefix, then K times a parallel evaluation and a gather.
+  """Time of one step by the latency model: the prefix, then K times a parallel evaluation and a gather.
 
     t = S (t_lat + b) + K (t_lat + (n / P) b + t_gather),   t_gather = message + P state_bytes / bandwidth  (0 at P = 1)
 

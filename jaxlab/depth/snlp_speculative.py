@@ -1,4 +1,4 @@
-"""Self-speculative decoding: SNLP drafts, the sequential network verifies, the output is the sequential one's (M14).
+"""Self-speculative decoding: SNLP drafts, the sequential network verifies, the output is the sequential one's.
 
 A cycle drafts B tokens by layer-parallel steps and checks them with one sequential pass over their positions. Drafter
 and verifier share the exact prefix: the states h_S that drafting computed are all the verifier needs, so a check runs
@@ -8,14 +8,22 @@ the n suffix layers only, and its exact keys and values replace the drafter's.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.depth.snlp_inference import Network, State, finish_exactly, prefill, prefix_states, step_from
+from jaxlab.depth.snlp_inference import (
+  Network,
+  State,
+  StepOptions,
+  finish_exactly,
+  prefill,
+  prefix_states,
+  step_from,
+)
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.inference import before_smear
 
@@ -36,7 +44,7 @@ def speculate(
   key: jax.Array | None = None,
   temperature: float = 0.0,
   attention=dot_product_attention,
-  **options,
+  **options: Unpack[StepOptions],
 ) -> tuple[Int[Array, "1 tokens"], Statistics]:
   """Continues the prompt as the sequential network would: the same greedy tokens, the same distribution when sampling.
 

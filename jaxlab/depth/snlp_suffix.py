@@ -1,4 +1,4 @@
-"""The suffix SNLP solves: n layers as they are, or fused into wide layers (snlp.md M7 to M9).
+"""The suffix SNLP solves: n layers as they are, or fused into wide layers.
 
 `plain` takes the last layers of a stacked network. `fuse` makes one wide layer of every M consecutive ones: the heads
 of all M side by side, their outputs summed and added once, then one MLP M times as wide,
@@ -63,7 +63,7 @@ def plain(model: Transformer, layers: int, *, stop: int | None = None) -> Suffix
 
 
 def fuse(model: Transformer, layers: int, *, chunk: int, average: bool = False) -> Suffix:
-  """The last `layers` layers as layers / chunk wide ones: `1xFM` with chunk = layers, `CxFM` with C of them (M8, M9).
+  """The last `layers` layers as layers / chunk wide ones: `1xFM` with chunk = layers, `CxFM` with C of them.
 
   An offline transform: do it once, outside the compiled step.
 

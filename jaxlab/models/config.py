@@ -30,7 +30,7 @@ class Experts:
 class HyperConnections:
   """Manifold-constrained hyper-connections (mHC): `streams` residual streams mixed by doubly stochastic matrices.
 
-  static: input-independent mixing (snlp.md M6). dynamic: mixing computed from the token's streams (arXiv 2512.24880).
+  static: input-independent mixing. dynamic: mixing computed from the token's streams (arXiv 2512.24880).
   """
 
   streams: int = 4

@@ -400,7 +400,7 @@ def sequential(
 def layer_parallel(
   model: Transformer, states, side: Side, *, start: int = 0, attention: AttentionFn = dot_product_attention
 ):
-  """Outputs of layers start .. start + n - 1, layer start + j evaluated on `states[j]` (snlp.md M7)."""
+  """Outputs of layers start .. start + n - 1, layer start + j evaluated on `states[j]`."""
   c = model.config
   stop = start + states.shape[0]
   attend = functools.partial(attend_layers, windows=c.windows[start:stop], attention=attention, start=side.start)

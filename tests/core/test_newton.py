@@ -49,7 +49,7 @@ def test_the_first_k_outputs_are_exact_after_k_iterations(chain, name, iteration
 
 
 def test_identity_is_the_cumulative_sum_of_branches_on_the_old_trace(chain):
-  """snlp.md M3: z_{j+1} = z_0 + sum_{i<=j} (f_i(z_i) - z_i)."""
+  """z_{j+1} = z_0 + sum_{i<=j} (f_i(z_i) - z_i)."""
   blocks, trace, tolerance = chain
   start = jnp.concatenate([trace[:1], jax.random.normal(KEYS[3], trace[1:].shape, trace.dtype)])
   expected = start[0] + jnp.cumsum(blocks(start[:-1]) - start[:-1], axis=0)

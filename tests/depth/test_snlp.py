@@ -40,7 +40,7 @@ def run(model, **options):
 
 @pytest.mark.parametrize("name, surrogate", CASES)
 def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
-  """After k iterations the first k layers are exact for any surrogate and start (snlp.md, M5, oracle 1).
+  """After k iterations the first k layers are exact for any surrogate and start.
 
   Every start in float64, where the tolerance is tightest, by one program; float32 names one of them.
   """
@@ -82,7 +82,7 @@ def test_the_first_k_states_of_the_suffix_are_exact(surrogate):
 
 
 def test_one_step_from_h0_adds_the_branches_of_one_input(dtype):
-  """snlp.md oracle 3: z_n = h_S + sum_i (f_{S+i}(h_S) - h_S)."""
+  """z_n = h_S + sum_i (f_{S+i}(h_S) - h_S)."""
   model, attention = random_model(CONFIGS["nanochat"], dtype=dtype), plain_attention
 
   @jax.jit
@@ -97,7 +97,7 @@ def test_one_step_from_h0_adds_the_branches_of_one_input(dtype):
 
 
 def test_the_mixing_matrices_solve_an_mhc_network_without_branches_in_one_step(dtype):
-  """f(X) = A X + b on streams: HCN exact at K = 1, IDN not (snlp.md oracle 4)."""
+  """f(X) = A X + b on streams: HCN exact at K = 1, IDN not."""
   model = random_model(CONFIGS["mhc"], dtype=dtype)
   zero = lambda linear: linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
   zero(model.blocks.o), zero(model.blocks.mlp.down)
@@ -128,7 +128,7 @@ def test_stream_transitions_never_expand():
 
 @pytest.mark.parametrize("stride, count", [(3, 17), (6, 9), (0, 3)])
 def test_the_regulariser_counts_the_published_terms(stride, count):
-  """8x the weight of v2 in v1: 17 terms at stride 3, 9 at stride 6 for n in {8, 16, 24} (snlp.md M11)."""
+  """8x the weight of v2 in v1: 17 terms at stride 3, 9 at stride 6 for n in {8, 16, 24}."""
   assert sum(len(snlp.penalised(n, stride)) for n in (8, 16, 24)) == count
 
 
@@ -149,7 +149,7 @@ def test_the_regulariser_is_the_error_of_one_newton_step(name, surrogate):
 
 
 def test_the_regulariser_vanishes_when_branches_ignore_their_input(dtype):
-  """Layers that add a constant: one step is exact (snlp.md oracle 9). Here: no branch at all."""
+  """Layers that add a constant: one step is exact. Here: no branch at all."""
   model = random_model(CONFIGS["llama"], dtype=dtype)
   for linear in (model.blocks.o, model.blocks.mlp.down):
     linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))

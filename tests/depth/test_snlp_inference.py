@@ -1,4 +1,4 @@
-"""Split networks: uncached steps, cached decoding and generation against the whole network (snlp.md M13, oracle 10)."""
+"""Split networks: uncached steps, cached decoding and generation against the whole network."""
 
 import dataclasses
 import functools

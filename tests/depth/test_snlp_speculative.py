@@ -1,4 +1,4 @@
-"""Speculation changes the time, never the output (snlp.md M14)."""
+"""Speculation changes the time, never the output."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Fused layers and groups of layers against their formulas (snlp.md M8, M9, oracle 7)."""
+"""Fused layers and groups of layers against their formulas."""
 
 import jax
 import jax.numpy as jnp

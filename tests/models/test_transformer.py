@@ -115,7 +115,7 @@ def test_cached_decode_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_at_once_equal_a_loop_over_layers(name, dtype):
-  """snlp.md oracle 8: mixed windows, value embeddings, experts and streams included; from layers 0, 1 and 3 on."""
+  """mixed windows, value embeddings, experts and streams included; from layers 0, 1 and 3 on."""
   model, tokens = random_model(CONFIGS[name], dtype=dtype), random_tokens(2, 140)
   options = dict(attention=plain_attention)
 
@@ -171,7 +171,7 @@ def test_parameter_counts_of_the_published_sizes(depth, aspect, width, blocks, t
 
 
 def test_sinkhorn_is_doubly_stochastic_and_never_expands(dtype):
-  """snlp.md oracle 6."""
+  """"""
   mixing = jax.jit(static_mixing)(random_model(CONFIGS["mhc"], dtype=dtype).blocks)[2]
   initial = jax.jit(lambda: sinkhorn(jnp.where(jnp.eye(4, dtype=bool), 0.0, -0.5) / 0.05, 10))()
   np.testing.assert_allclose(jnp.diagonal(initial), 0.99986, atol=1e-5)
@@ -191,7 +191,7 @@ def test_mhc_reads_the_published_initial_weights():
 
 
 def numpy_mixing(mixing, x):
-  """(Hpre, Hpost, Hres) of one sublayer at streams x (..., s, width), by snlp.md's M6 in NumPy."""
+  """(Hpre, Hpost, Hres) of one sublayer at streams x (..., s, width), by the published formulas in NumPy."""
   h, get = mixing.hyper, lambda name: np.asarray(getattr(mixing, name).get_value(), np.float64)
   pre, post, residual = get("pre"), get("post"), get("residual")
   if h.dynamic:
