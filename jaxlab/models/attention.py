@@ -1,7 +1,7 @@
 """Attention as a function the model is given, and the key-value cache as an explicit pytree."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 _FLASH_FROM = 256  # queries; below, XLA's few fused kernels take less time than cuDNN's call
 
 
+@runtime_checkable
 class AttentionFn(Protocol):
   """Causal attention of `time` new queries at absolute positions start .. start + time - 1 over `keys` positions.
 
