@@ -174,7 +174,7 @@ def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
   assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)
   results.require_finite(report)
   for measure in measures:
-    monkeypatch.setattr(experiment, measure, None)
+    monkeypatch.setattr(f"experiments.{name}.{measure}", None)
   again = results.evaluate(experiment, config, workdir, workdir, Console())
   # Not equal: the note of a claim may hold NaN.
   assert [repr(claim) for claim in again.claims] == [repr(claim) for claim in report.claims]

@@ -402,4 +402,4 @@ def test_impossible_requests_are_named(call, message):
 
 
 def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
-  run_and_continue("powerwalk", tmp_path, monkeypatch, "measure_size", "measure_accuracy", "measure_speed")
+  run_and_continue("powerwalk", tmp_path, monkeypatch, "accuracy.measure", "speed.measure", "speed.measure_size")
