@@ -11,8 +11,9 @@ import scipy.spatial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.polygonal_partitions import embedding, files, trees
+from experiments.polygonal_partitions import embedding, files
 from experiments.polygonal_partitions import polygons as polygon_part
+from experiments.polygonal_partitions import trees as tree_part
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import polygonal_partitions as polygons
 from jaxlab.graphs import slack_boxes as boxes
@@ -217,7 +218,7 @@ def test_greedy_takes_the_best_middle_of_the_gaps_that_are_wide_enough():
   """
   worst = jax.jit(jax.vmap(polygons._worst_aspect, (None, 0, None)))
   narrower, wider = 0, 0
-  for tree in trees.random_trees(8, 30, 3):
+  for tree in tree_part.random_trees(8, 30, 3):
     binary = binarise(tree)
     partition = polygons.partition(binary)
     for depth, (level, parents) in enumerate(zip(binary.levels, partition.levels[:-1], strict=True)):
@@ -242,7 +243,7 @@ def test_every_cut_keeps_half_a_gap_from_all_edges(root):
   A circle has more directions than 2 + d: where no gap is as wide, "greedy" takes the widest too.
   """
   scarce = 0
-  for tree in trees.random_trees(8, 40, 1):
+  for tree in tree_part.random_trees(8, 40, 1):
     binary = binarise(tree)
     for method in ("greedy", "gap"):
       partition = polygons.partition(binary, method=method, root=root)
@@ -259,7 +260,7 @@ def test_every_cut_keeps_half_a_gap_from_all_edges(root):
 def test_the_height_of_the_binary_tree_ignores_weights():
   """H <= depth + log_1.5(leaves), and reweighting changes no cut's place (polygonal_partitions.md, step 0)."""
   random = np.random.default_rng(0)
-  for tree in trees.random_trees(40, 200, 2):
+  for tree in tree_part.random_trees(40, 200, 2):
     binary = binarise(tree)
     leaves = int(is_leaf(tree.parents).sum())
     assert len(binary.levels) <= node_depths(tree.parents).max() + math.log(leaves, 1.5) + 1e-9
@@ -282,7 +283,7 @@ def test_the_order_of_siblings_does_not_change_areas_or_the_order_of_sizes():
   """polygonal_partitions.md oracle (a): permuting siblings leaves every node's area as it is."""
   weights = np.random.default_rng(0).lognormal(0, 4, 12)
   shuffle = np.random.default_rng(1).permutation(12)
-  area = lambda w: polygons.measure(polygons.partition(b := binarise(trees.star(w))).of_nodes(b)).area[1:]
+  area = lambda w: polygons.measure(polygons.partition(b := binarise(tree_part.star(w))).of_nodes(b)).area[1:]
   np.testing.assert_allclose(area(weights)[shuffle], area(weights[shuffle]), rtol=1e-12)
 
 
@@ -298,7 +299,7 @@ def test_nodes_of_one_child_share_its_polygon():
 
 def test_polygons_stay_fat_where_axis_parallel_cuts_do_not():
   """The sheet's caterpillar with sides 1e-3 .. 1e-9: tens for the bounded methods, 1e6 and more for axis cuts."""
-  tree = trees.caterpillar(10 ** -np.random.default_rng(0).uniform(3, 9, 14))
+  tree = tree_part.caterpillar(10 ** -np.random.default_rng(0).uniform(3, 9, 14))
   aspect = polygon_part.worst_aspects(tree)
   assert max(aspect[m] for m in BOUNDED) < 80 and aspect["greedy"] < 30
   assert min(aspect[m] for m in ("axes", "slice-and-dice", "squarified", "exact split")) > 1e6
@@ -308,7 +309,7 @@ def test_angular_grows_linearly_on_caterpillars():
   """Worst aspect in proportion to H, at 1.27 H or less (polygonal_partitions.md, measured table)."""
   worst = {}
   for n in (30, 60, 120):
-    partition = polygons.partition(binarise(trees.caterpillar(np.full(n, 0.3))), method="angular")
+    partition = polygons.partition(binarise(tree_part.caterpillar(np.full(n, 0.3))), method="angular")
     worst[n] = float(polygon_part.level_metrics(partition).aspect.max()) / n
   assert max(worst.values()) <= 1.28 and max(worst.values()) / min(worst.values()) < 1.1
 
@@ -317,7 +318,7 @@ def test_angular_grows_linearly_on_caterpillars():
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_slack_boxes_keep_aspect_volume_and_place(eps, dimensions):
   """The slack theorem: aspect <= max(root, 3, 1/eps), (1 - eps)^depth <= volume / share <= 1, disjoint and inside."""
-  for k, tree in enumerate(trees.random_trees(60, 30, dimensions)):
+  for k, tree in enumerate(tree_part.random_trees(60, 30, dimensions)):
     root = np.random.default_rng(k).uniform(1, 1 / eps, dimensions)
     low, sides = boxes.slack_boxes(tree, eps=eps, root_sides=root)
     limit = max(boxes.box_aspect(root), 3, 1 / eps)
@@ -335,7 +336,7 @@ def test_slack_boxes_keep_aspect_volume_and_place(eps, dimensions):
 
 
 def test_no_slack_is_exact():
-  tree = trees.star(np.random.default_rng(0).lognormal(0, 5, 30))
+  tree = tree_part.star(np.random.default_rng(0).lognormal(0, 5, 30))
   _, sides = boxes.slack_boxes(tree, eps=0.0)
   np.testing.assert_allclose(sides.prod(axis=1), tree.weights / tree.weights[0], rtol=1e-12)
   assert boxes.box_aspect(sides).max() > 10 >= boxes.box_aspect(boxes.slack_boxes(tree, eps=0.1)[1]).max()
@@ -450,7 +451,7 @@ def test_slices_turn_at_every_depth():
 
 @pytest.mark.parametrize("treemap", [treemaps.slice_and_dice, treemaps.squarified])
 def test_rectangular_baselines_have_exact_areas_inside_their_parents(treemap):
-  for tree in trees.random_trees(12, 30, 5):
+  for tree in tree_part.random_trees(12, 30, 5):
     low, sides = treemap(tree)
     np.testing.assert_allclose(sides.prod(axis=1), tree.weights / tree.weights[0], rtol=1e-6)
     up = tree.parents[1:]
@@ -518,11 +519,11 @@ def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
     (lambda: weighted_tree([-1, 2, 0], [0, 1, 1]), "node 1 has parent 2; node 0 is the root"),
     (lambda: weighted_tree([0, 0], [1, 1]), "node 0 has parent 0"),
     (lambda: weighted_tree([-1, 0], [1]), "1 weights for 2 nodes"),
-    (lambda: polygons.partition(binarise(trees.star([1, 2])), method="magic"), "method is 'magic'"),
-    (lambda: polygons.partition(binarise(trees.star([1, 2])), root="cube"), "root is 'cube'"),
+    (lambda: polygons.partition(binarise(tree_part.star([1, 2])), method="magic"), "method is 'magic'"),
+    (lambda: polygons.partition(binarise(tree_part.star([1, 2])), root="cube"), "root is 'cube'"),
     (lambda: polygons.aspect_bound(5, method="random"), "method with a bound is 'random'"),
-    (lambda: boxes.slack_boxes(trees.star([1, 2]), eps=0.7), "eps is 0.7; it must lie in 0..0.5"),
-    (lambda: boxes.slack_boxes(trees.star([1, 2]), root_sides=(1, 0)), "one positive number per dimension"),
+    (lambda: boxes.slack_boxes(tree_part.star([1, 2]), eps=0.7), "eps is 0.7; it must lie in 0..0.5"),
+    (lambda: boxes.slack_boxes(tree_part.star([1, 2]), root_sides=(1, 0)), "one positive number per dimension"),
     (lambda: boxes.embed_ultrametric(equilateral(3), dimensions=0), "dimensions is 0"),
     (
       lambda: boxes.embed_ultrametric(boxes.Ultrametric(np.array([-1, 0, 1, 1]), np.array([1.0, 2, 0, 0]))),
