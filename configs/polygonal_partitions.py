@@ -14,7 +14,7 @@ On two CPU cores (252 s; gpu, the same with larger trees and no GPU code, 273 s)
   distortion / lower bound from spread 2^4 to 2^20       flat: 2.2 in the plane, 3.0 in space
   100,000 leaves, speed over squarified                  slack boxes 5.4x, angular 0.98x, greedy 0.04x
 
---config.data.name=directory --config.data.path=FOLDER shows any folder, --config.data.name=wordnet the nouns of WordNet.
+--config.data.name=directory --config.data.path=FOLDER shows any folder, --config.data.name=wordnet WordNet's nouns.
 """
 
 import ml_collections

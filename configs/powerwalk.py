@@ -1,7 +1,7 @@
 r"""PowerWalk: how few exact steps turn coarse random-walk fingerprints into good personalised PageRank, and how fast?
 
-Liu et al., CIKM 2016, arXiv 1608.06054: tens of thousands of queries on billion-edge graphs in seconds on a cluster, more
-accurate than the stored fingerprints.
+Liu et al., CIKM 2016, arXiv 1608.06054: tens of thousands of queries on billion-edge graphs in seconds on a cluster,
+more accurate than the stored fingerprints.
 
   python -m experiments.run --config=configs/powerwalk.py:gpu --workdir=runs/powerwalk \
       --config.data.name=edge_list --config.data.path=wiki-Vote.txt \

@@ -40,8 +40,8 @@ def finding(config, metrics: dict) -> str:
   aspect = real["aspect"]
   return (
     f"On {bounds['trees']} adversarial trees no polygon exceeds {worst:.2f} of its proven aspect bound; of "
-    f"{real['leaves']} {real['name']} the worst aspect is {aspect['greedy']:.3g} (squarified {aspect['squarified']:.3g}, slice-and-dice "
-    f"{aspect['slice-and-dice']:.2g})."
+    f"{real['leaves']} {real['name']} the worst aspect is {aspect['greedy']:.3g} (squarified "
+    f"{aspect['squarified']:.3g}, slice-and-dice {aspect['slice-and-dice']:.2g})."
   )
 
 

@@ -506,7 +506,7 @@ def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
   assert len(report.claims) > 10 and len(report.figures) == 4
   assert "<polygon" in (tmp_path / "treemap.svg").read_text()
   bounds = [c for c in report.claims if "over its" in c.name and "bound" in c.name]
-  assert len(bounds) == 2 and all(c.holds for c in bounds)
+  assert len(bounds) == 3 and all(c.holds for c in bounds)
 
 
 @pytest.mark.parametrize(
