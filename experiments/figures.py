@@ -28,6 +28,12 @@ def subplots(columns: int = 1, rows: int = 1, *, width: float = 1.0, **options):
   return plt.subplots(rows, columns, figsize=(5.2 * columns * width, 3.8 * rows), layout="constrained", **options)
 
 
+def leave_room(axis, share: float = 0.3) -> None:
+  """Room for a legend above the data."""
+  low, high = axis.get_ylim()
+  axis.set_ylim(low, high + share * (high - low))
+
+
 def save(figure, workdir: Path, name: str) -> str:
   """Saves as PNG and returns the file name."""
   figure.savefig(workdir / f"{name}.png")

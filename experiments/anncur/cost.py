@@ -1,20 +1,22 @@
 """Time of ANNCUR against the number of items, and against its peers in one process."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import timing
+from experiments import figures, timing
 from experiments.anncur import encoders as scorers
+from experiments.results import Claim
 from jaxlab.tensors import anncur
 
 _K = 10
 _ALGEBRA = 20  # repetitions of what takes microseconds, a unit of config.bench.repetitions
 
 
-def measure_cost(config, searched: scorers.Tokens, query, encoders: dict, console) -> dict:
+def measure(config, searched: scorers.Tokens, query, encoders: dict, console) -> dict:
   """{items: seconds of a query by each way, of search and index, and ratios (median, (p10, p90))}.
 
   Items beyond those there are repeat them: what f and a product cost does not depend on the text. R is noise.
@@ -89,3 +91,58 @@ def numpy_search(e, embeddings, retrieve: int):
   best = np.argpartition(-s, retrieve - 1, axis=1)[:, :retrieve]
   order = np.argsort(-np.take_along_axis(s, best, 1), axis=1)
   return np.take_along_axis(best, order, 1)
+
+
+def claims(config, metrics: dict) -> list[Claim]:
+  cost, seconds = metrics["cost"], metrics["seconds"]
+  sizes = [int(n) for n in cost]
+  last = cost[f"{sizes[-1]}"]
+  ratio = lambda ours, peer: dict(ours=last[f"{peer} / {ours}"][0], spread=tuple(last[f"{peer} / {ours}"][1]))
+  matrix = seconds["score matrix"]
+  distil = min(seconds[name] for name in seconds if name.startswith("distil"))
+  budget = config.bench.anchors + config.bench.retrieve
+  made = [
+    Claim(
+      "Seconds to distil a dual encoder over seconds of ANNCUR's index, both with the score matrix", "x", "higher",
+      ours=(matrix + distil) / (matrix + seconds["cur index"]), threshold=1.0,
+      baseline=f"{matrix + distil:.1f} s, the faster of MATCH and TRP",
+      note=f"matrix {matrix:.1f} s, distilling {distil:.1f} s, index {seconds['cur index']:.2f} s, with compilation",
+    ),
+    Claim(
+      "How many times as fast as scoring all items ANNCUR answers a query, most items", "x", "higher",
+      **ratio("ANNCUR", "all items by f"), threshold=10.0, baseline=f"{last['all items by f']:.3g} s",
+      note=f"{sizes[-1]} items, {budget} calls, {last['ANNCUR'] * 1e3:.1f} ms; as fast as reranking a dual encoder's "
+      f"items with as many calls: {last['rerank DE_base / ANNCUR'][0]:.2f} x",
+    ),
+    Claim(
+      "How many times as fast as NumPy the product of scores and embeddings and its largest entries are found", "x",
+      "higher", **ratio("search", "search, NumPy"), threshold=1.0, baseline=f"{last['search, NumPy'] * 1e3:.2f} ms",
+      note=f"{sizes[-1]} items, the {config.bench.retrieve} largest; matmul and argpartition against matmul and top_k",
+    ),
+  ]  # fmt: skip
+  if len(sizes) > 1:
+    power = {name: timing.slope([(n, cost[f"{n}"][name]) for n in sizes]) for name in ("all items by f", "ANNCUR")}
+    made.append(
+      Claim(
+        "Exponent of ANNCUR's time a query against items", "", "lower", ours=power["ANNCUR"], threshold=0.5,
+        baseline=f"all items by f {power['all items by f']:.2f}", note=f"{sizes[0]} to {sizes[-1]} items",
+      )
+    )  # fmt: skip
+  return made
+
+
+def draw(cost: dict, workdir: Path) -> dict[str, str]:
+  figure, axes = figures.subplots(2)
+  sizes = [int(n) for n in cost]
+  groups = (
+    ("A query", {"all items by f": "o-", "rerank DE_base": "s--", "ANNCUR": "^-"}),
+    ("Algebra", {"index": "o-", "index, NumPy": "o--", "search": "^-", "search, NumPy": "^--"}),
+  )
+  for axis, (title, names) in zip(axes, groups, strict=True):
+    for name, style in names.items():
+      points = [(n, cost[f"{n}"][name]) for n in sizes]
+      axis.loglog(*zip(*points, strict=True), style, label=f"{name}, slope {timing.slope(points):.2f}")
+    axis.set(xlabel="items n", ylabel="seconds", title=title)
+    axis.set_ylim(top=axis.get_ylim()[1] * 30)  # room for the legend
+    axis.legend(fontsize=8, loc="upper left")
+  return {figures.save(figure, workdir, "cost"): "Seconds against items: a query, and the algebra of index and search"}

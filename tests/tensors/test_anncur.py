@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from configs import anncur as config_file
 from experiments import anncur as experiment
-from experiments.anncur import baselines
-from experiments.anncur import claims as anncur_claims
+from experiments import results
+from experiments.anncur import baselines, recall
 from experiments.anncur import data as anncur_data
 from experiments.anncur import encoders as anncur_encoders
 from experiments.console import Console
@@ -472,7 +472,7 @@ def test_batches_hold_what_they_say():
 
 
 def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = experiment.run(config_file.get_config("test"), tmp_path, tmp_path, Console(quiet=True))
+  report = results.evaluate(experiment, config_file.get_config("test"), tmp_path, tmp_path, Console(quiet=True))
   assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
   assert len(report.claims) >= 8
   table = report.metrics["recall"]
@@ -489,11 +489,9 @@ def test_a_share_of_an_error_is_claimed_where_there_is_one():
     for name, part in (("ANNCUR", 1), ("ADACUR", 0.25))
   }
   one = 1 / config.domain.test_queries
-  shares = lambda *errors: {
-    c.name.split(", ")[1]: c.ours for c in anncur_claims.adaptive_claims(config, table(*errors))
-  }
-  assert shares(0.1, one) == pytest.approx({"C = 40": 0.75, "C = 100": 0.75})
-  assert shares(0.1, 0.9 * one) == pytest.approx({"C = 40": 0.75})
+  shares = lambda *errors: {c.name[-4:].strip("( )"): c.ours for c in recall.adaptive_claims(config, table(*errors))}
+  assert shares(0.1, one) == pytest.approx({"40": 0.75, "100": 0.75})
+  assert shares(0.1, 0.9 * one) == pytest.approx({"40": 0.75})
   assert shares(0.0, 0.0) == {}
 
 
@@ -502,8 +500,8 @@ def test_the_recall_of_the_experiment_is_that_of_searching():
   m, anchors = low_rank(12, 40, rank=5, noise=0.3).astype(jnp.float32), jnp.array([[1, 6, 30], [2, 8, 9]])
   exact, queries = m[6:], jnp.arange(6)
   options = dict(ks=(4,), retrieve=7, strength=0.01)
-  by_cur = experiment.recall_of_anchors(m[:6], exact, anchors, **options)
-  by_items = experiment.recall_of_anchors(m[:3], exact, anchors[:1], inverse=False, **options)
+  by_cur = recall.recall_of_anchors(m[:6], exact, anchors, **options)
+  by_items = recall.recall_of_anchors(m[:3], exact, anchors[:1], inverse=False, **options)
   best = compiled.top_k(exact, 4)[1]
   for chosen, r in zip(anchors, by_cur, strict=True):
     found = anncur.search(scorer(exact), queries, compiled.cur_index(m[:6], chosen), retrieve=7, k=4)

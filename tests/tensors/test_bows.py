@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from configs.bows import get_config
 from experiments import bows as experiment
-from experiments.bows import value_coding
+from experiments import results
+from experiments.bows import cities, months, synthetic, training, value_coding
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import bows
@@ -27,7 +28,7 @@ def trained(latent, output="relu", seeds=2, decays=(0.0, 1.0, 6.0)):
   """Parameters by (decay, seed): algorithm B on circular data, 60 epochs."""
   bits = jnp.asarray(np.packbits(circular(), axis=1))
   options = dict(features=12, steps=60 * 31, batch=256, rate=1e-2, clip=1.0, every=31, bound=12**-0.5)
-  params, _ = experiment.train_grid(bits, jnp.array(decays), latent=latent, output=output, seeds=seeds, **options)
+  params, _ = training.train_grid(bits, jnp.array(decays), latent=latent, output=output, seeds=seeds, **options)
   return params
 
 
@@ -44,7 +45,7 @@ def random_windows(rows=40, words=20, rate=0.3, seed=0):
 def test_the_linear_autoencoder_finds_pca(latent):
   """bows.md oracle 1: loss within 5 %, W^T W a projector, b = (I - P) mean."""
   x = jnp.asarray(circular(), jnp.float32)
-  params = experiment.pick(trained(latent, "linear", 1, (0.0,)), 0, 0)
+  params = training.pick(trained(latent, "linear", 1, (0.0,)), 0, 0)
   optimum = bows.pca(x)
   loss = bows.loss_function(params, x, output="linear")
   assert float(optimum.loss(latent)) * (1 - 1e-4) <= float(loss) <= 1.05 * float(optimum.loss(latent))
@@ -67,7 +68,7 @@ def test_weight_decay_brings_the_geometry_to_the_covariance():
   covariance = np.cov(circular().T)
   params = trained(8)
   found = [
-    np.mean([bows.offdiagonal_correlation(bows.gram(experiment.pick(params, i, s)), covariance) for s in (0, 1)])
+    np.mean([bows.offdiagonal_correlation(bows.gram(training.pick(params, i, s)), covariance) for s in (0, 1)])
     for i in range(3)
   ]
   assert found[0] < found[1] < found[2]
@@ -77,7 +78,7 @@ def test_weight_decay_brings_the_geometry_to_the_covariance():
 def test_relu_beats_the_linear_bound_in_two_dimensions_on_a_ring():
   """bows.md oracle 2: mse .0461 under the PCA optimum .0506 at m = 2; the twelve columns are in circular order."""
   x = jnp.asarray(circular(), jnp.float32)
-  params = experiment.pick(trained(2), 0, 0)
+  params = training.pick(trained(2), 0, 0)
   loss, bound = float(bows.loss_function(params, x)), float(bows.pca(x).loss(2))
   np.testing.assert_allclose([loss, bound], [0.0461, 0.0506], rtol=0.05)
   assert loss < bound
@@ -91,8 +92,8 @@ def test_without_correlation_there_is_no_ring():
   covariance = np.cov(circular().T)
   for name, samples in x.items():
     bits = jnp.asarray(np.packbits(samples, axis=1))
-    params, _ = experiment.train_grid(bits, jnp.array([0.0, 1.0, 6.0]), latent=2, output="relu", seeds=2, **options)
-    models = [experiment.pick(params, 1, seed) for seed in (0, 1)]
+    params, _ = training.train_grid(bits, jnp.array([0.0, 1.0, 6.0]), latent=2, output="relu", seeds=2, **options)
+    models = [training.pick(params, 1, seed) for seed in (0, 1)]
     correlation = [bows.offdiagonal_correlation(bows.gram(p), covariance) for p in models]
     assert abs(np.mean(correlation)) < 0.3, name
     assert np.mean([bows.ring_score(p["W"]) for p in models]) < 8, name
@@ -371,43 +372,44 @@ def test_the_experiment_reports_claims_and_keeps_its_parts(tmp_path):
   for split, count in (("train", 400), ("validation", 40)):
     rows = []
     for i in range(count):
-      months = [data.MONTHS[(i // 3 + int(k)) % 12] for k in random.integers(0, 3, 2)]
-      rows.append(" ".join([*months, *random.choice(filler, 15)]))
+      named = [data.MONTHS[(i // 3 + int(k)) % 12] for k in random.integers(0, 3, 2)]
+      rows.append(" ".join([*named, *random.choice(filler, 15)]))
     (tmp_path / f"{split}.txt").write_text("\n\n".join(rows))
   config = get_config("test")
   config.data.update(name="local_text", path=str(tmp_path), split="train", vocabulary=38, block=60, cycle_group=2)
   config.train.update(latents=(3, 4), steps=10, cycle_latent=4)
   workdir = tmp_path / "run"
   workdir.mkdir()
-  report = experiment.run(config, workdir, tmp_path / "cache", Console(quiet=True))
-  assert sum("months" in claim.name for claim in report.claims) == 4 and len(report.figures) == 4
-  assert len(report.claims) >= 18
+  report = results.evaluate(experiment, config, workdir, tmp_path / "cache", Console(quiet=True))
+  assert sum("months" in claim.name for claim in report.claims) == 1 and len(report.figures) == 4
+  assert len(report.claims) == 12
   assert all((workdir / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
   assert report.metrics["cycle"]["data_lags"][0] > report.metrics["cycle"]["data_lags"][4]
   assert report.metrics["cycle"]["spectral_ring"] >= 10
-  row = report.metrics["synthetic"]["circular"]["m4"]
+  row = report.metrics["synthetic"]["structures"]["circular"]["m4"]
   assert {"untied wd1", "BCE wd1", "ReLU latent wd1", "random W"} <= set(row)
   parts = {file.name: file.stat().st_mtime_ns for file in workdir.glob("*.json")}
   names = ("text.3", "text.4", "synthetic", "cycle", "value_coding")
   assert {f"{name}.part.json" for name in names} <= set(parts)
-  again = experiment.run(config, workdir, tmp_path / "cache", Console(quiet=True))
+  again = results.evaluate(experiment, config, workdir, tmp_path / "cache", Console(quiet=True))
   assert again.metrics == report.metrics
   assert parts == {file.name: file.stat().st_mtime_ns for file in workdir.glob("*.json")}
 
 
 def test_without_months_there_is_no_cycle(tmp_path):
   config = get_config("test")
-  result, ring = experiment.measure_cycle(config, {"sand": 0}, [[0]] * 9, Console(quiet=True))
-  assert ring is None and "models" not in result and not any(result["rows_with_month"].values())
+  result = months.measure(config, {"sand": 0}, [[0]] * 9, Console(quiet=True))
+  assert "models" not in result and not any(result["rows_with_month"].values())
+  assert months.claims(config, result) == []
 
 
 def test_a_grid_over_data_sets_is_a_grid_of_each():
   """Natural and shuffled windows in one scan give what a scan of each gives."""
   sets = jnp.asarray(np.stack([np.packbits(circular()[i::2][:64], axis=1) for i in (0, 1)]))
   options = dict(features=12, latent=3, steps=5, batch=16, rate=1e-2, seeds=2)
-  both, losses = experiment.train_grid(sets, jnp.array([0.0, 1.0]), jnp.array([0, 1]), **options)
+  both, losses = training.train_grid(sets, jnp.array([0.0, 1.0]), jnp.array([0, 1]), **options)
   for at, decay in enumerate((0.0, 1.0)):
-    one, loss = experiment.train_grid(sets[at], jnp.array([decay]), **options)
+    one, loss = training.train_grid(sets[at], jnp.array([decay]), **options)
     np.testing.assert_allclose(losses[at], loss[0], rtol=1e-5)
     for name in one:
       np.testing.assert_allclose(both[name][at], one[name][0], atol=1e-5)
@@ -416,7 +418,7 @@ def test_a_grid_over_data_sets_is_a_grid_of_each():
 def test_the_random_control_keeps_norms_and_biases():
   """bows.md, baselines: random W with matched norms; its Gram has the model's diagonal and nothing of its pattern."""
   params = bows.init_params(jax.random.key(0), features=300, latent=20)
-  control = experiment.matched_random(params, 1)
+  control = synthetic.matched_random(params, 1)
   np.testing.assert_allclose(jnp.diag(bows.gram(control)), jnp.diag(bows.gram(params)), rtol=1e-5)
   assert abs(bows.offdiagonal_correlation(bows.gram(control), bows.gram(params))) < 0.05
 
@@ -447,16 +449,16 @@ def city_config(path):
     (lambda tmp: data.block_split(1000, group=50, block=100), "too short for windows of 50"),
     (lambda tmp: data.block_split(90, group=2, block=100), "90 rows are too few"),
     (lambda tmp: value_coding.ablate(jnp.eye(3), jnp.eye(3)[:, :2], mode="all"), "ablation is 'all'"),
-    (lambda tmp: experiment.load_cities(city_config(tmp / "none.csv")), "no file"),
+    (lambda tmp: cities.load(city_config(tmp / "none.csv")), "no file"),
     (
-      lambda tmp: (tmp / "c.csv").write_text("1,2\n") and experiment.load_cities(city_config(tmp / "c.csv")),
+      lambda tmp: (tmp / "c.csv").write_text("1,2\n") and cities.load(city_config(tmp / "c.csv")),
       "2 columns",
     ),
     (
-      lambda tmp: (tmp / "c.csv").write_text("1,nan,2\n") and experiment.load_cities(city_config(tmp / "c.csv")),
+      lambda tmp: (tmp / "c.csv").write_text("1,nan,2\n") and cities.load(city_config(tmp / "c.csv")),
       "no finite number in one",
     ),
-    (lambda tmp: (tmp / "c.csv").write_text("a,b,c\n") and experiment.load_cities(city_config(tmp / "c.csv")), "c.csv"),
+    (lambda tmp: (tmp / "c.csv").write_text("a,b,c\n") and cities.load(city_config(tmp / "c.csv")), "c.csv"),
   ],
 )
 def test_mistakes_are_named(make, message, tmp_path):
