@@ -30,11 +30,11 @@ class Console:
     if self.out.is_terminal:
       yield from rich.progress.track(items, title, console=self.out, transient=True)
       return
-    then = -_PLAIN_SECONDS
+    then, of = -_PLAIN_SECONDS, f"/{len(items)}" if hasattr(items, "__len__") else ""
     for i, item in enumerate(items):
       if time.monotonic() - then > _PLAIN_SECONDS:
         then = time.monotonic()
-        self.say(f"{title} {i}/{len(items)}")
+        self.say(f"{title} {i}{of}")
       yield item
 
   def claims(self, results: dict) -> None:
