@@ -14,9 +14,12 @@ from jaxlab.models.config import HyperConnections, RopeScaling, TransformerConfi
 
 
 class Linear(nnx.Module):
-  """y = x W, W: (inputs, outputs), no bias. Weight methods put another module with the same call in its place."""
+  """y = x W, no bias. Weight methods put another module with the same call in its place.
 
-  def __init__(self, weight: Float[Array, "inputs outputs"], axes: tuple[str | None, str | None]):
+  W: (inputs, outputs), with leading axes where maps are stacked; those are taken apart (scan, vmap) before the call.
+  """
+
+  def __init__(self, weight: Float[Array, "*stack inputs outputs"], axes: tuple[str | None, str | None]):
     self.weight = nnx.Param(weight, axes=axes)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
@@ -83,7 +86,7 @@ def apply_rope(x: Float[Array, "*batch time heads head_dim"], cos, sin) -> Float
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def turn(x, cos, sin, normalise: Callable, *, norm: str | None, scale: float):
+def turn(x, cos, sin, normalise: Callable | None, *, norm: str | None, scale: float):
   """Heads (*batch, time, heads, head_dim) rotated, normalised "before_rope" or "after_rope" or not (None), scaled."""
   x = normalise(x) if norm == "before_rope" else x
   x = apply_rope(x, cos, sin)

@@ -47,12 +47,12 @@ class Interrupted(Exception):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that changes: float32 model, optimizer state, steps done, key (raw bits)."""
+  """Everything that changes: float32 model, optimizer state, steps done, key (raw bits); or all their shapes."""
 
   model: Transformer
   optimizer: optax.OptState
-  step: jax.Array
-  key: jax.Array
+  step: jax.Array | jax.ShapeDtypeStruct
+  key: jax.Array | jax.ShapeDtypeStruct
 
 
 def train(
