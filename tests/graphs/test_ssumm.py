@@ -478,4 +478,4 @@ def test_impossible_requests_are_named(call, message):
 
 
 def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
-  run_and_continue("ssumm", tmp_path, monkeypatch, "measure_curves", "measure_host", "measure_size")
+  run_and_continue("ssumm", tmp_path, monkeypatch, "measure_curve", "measure_host", "measure_size")
