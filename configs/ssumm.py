@@ -48,7 +48,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       summary=dict(
         ratios=pick(test=(0.3,), cpu=(0.1, 0.2, 0.3, 0.5), gpu=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
-        # of what no claim rests on: random groups, theta = 0
+        # of the second graph, and of what no claim rests on: random groups, theta = 0
         side_ratios=pick(test=(0.3,), cpu=(0.3, 0.5), gpu=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
         seeds=pick(test=2, cpu=3, gpu=5),
         # of summarise, where not its defaults; `share` is always the default
