@@ -183,7 +183,7 @@ class Progress(NamedTuple):
 def _settle(state, progress, key, theta, budget, share):
   """Runs rounds; once few blocks are in rows that still take part, it goes on with these alone."""
   blocks = len(state.source)
-  floor = blocks // 4 if blocks > _SMALLEST else 0
+  floor = blocks // 4 if blocks >= 2 * _SMALLEST else 0
   while True:
     state, progress, parent, score, met = _merge_rounds(state, progress, key, theta, budget, share, floor)
     if met:
@@ -221,7 +221,7 @@ def _narrow(progress, ids, *, rows):
 def _merge_rounds(state, progress, key, theta, budget, share, floor):
   """(state, progress, parent, score, met): met if merging `parent` into that state would meet the budget.
 
-  Ends as well when at most `floor` blocks are in rows that take part.
+  Ends as well when at most `floor` blocks are in rows that take part; 0: never, supernodes may have no blocks.
   """
   rows = len(progress.group)
 
@@ -240,7 +240,7 @@ def _merge_rounds(state, progress, key, theta, budget, share, floor):
   def runs(carry):
     state, progress, *_, met = carry
     active = jnp.sum((progress.group < rows).at[state.source].get(mode="fill", fill_value=False))
-    return ~met & (progress.group < rows).any() & (active > floor)
+    return ~met & (progress.group < rows).any() & ((active > floor) | (floor == 0))
 
   start = state, progress, jnp.arange(rows, dtype=jnp.int32), jnp.zeros(rows), jnp.bool_(False)
   return jax.lax.while_loop(runs, body, start)

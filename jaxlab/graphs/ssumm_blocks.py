@@ -227,7 +227,7 @@ def _sorted_blocks(source, target, n):
   """Blocks ascending, ends n last, and where they were: in one integer if it fits, which sorts several times faster."""
   span, bits = n + 1, max(len(source) - 1, 1).bit_length()
   key, place = source.astype(jnp.int64) * span + target, jnp.arange(len(source), dtype=jnp.int64)
-  if 2 * span.bit_length() + bits <= 62:
+  if span**2 << bits <= 2**63:
     packed = jnp.sort((key << bits) | place)
     key, place = packed >> bits, (packed & ((1 << bits) - 1)).astype(jnp.int32)
   else:
