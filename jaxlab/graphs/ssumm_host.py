@@ -5,12 +5,13 @@ Equations as in `ssumm`. A supernode holds its neighbours as {neighbour: [E, kee
   summary = ssumm_host.summarise(graph, seed=0, budget=0.2 * graph_bits(graph))
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs import ssumm
+from jaxlab.graphs import ssumm, ssumm_blocks
 from jaxlab.graphs import summary as summaries
 from jaxlab.graphs.common import Graph
 from jaxlab.graphs.summary import Summary
@@ -20,8 +21,8 @@ class Partition:
   """The mutable summary while it is built. `superedges`, `w_max` and the members are kept up to date by `merge`."""
 
   def __init__(self, graph: Graph, *, error: str = "re1"):
-    require_choice("error", error, ssumm.ERRORS)
-    require(not graph.directed, "SSumM summarises undirected graphs; load the graph with directed=False")
+    require_choice("error", error, ssumm_blocks.ERRORS)
+    ssumm_blocks.check_graph(graph)
     self.nodes, self.error = graph.nodes, error
     self.blocks = {v: {} for v in range(graph.nodes)}
     for u, v in graph.edges.tolist():
@@ -145,7 +146,7 @@ def summarise(
     InputError: as `ssumm.summarise`.
   """
   require_choice("fail_rule", fail_rule, ssumm.FAIL_RULES)
-  require(budget > 0, f"the budget is {budget:.0f} bits; it must be positive")
+  ssumm.check_budget(budget)
   rng = np.random.default_rng(seed)
   state = Partition(graph, error=error)
   _merge_until(state, graph, rng, budget, iterations, hashes, max_group, fail_rule)
@@ -155,7 +156,7 @@ def summarise(
   require(
     summary.bits() <= budget, f"the budget of {budget:.0f} bits is infeasible: the supernodes need {summary.bits():.0f}"
   )
-  return summary
+  return dataclasses.replace(summary, names=graph.names)
 
 
 def _merge_until(state, graph, rng, budget, iterations, hashes, max_group, fail_rule):

@@ -8,12 +8,14 @@ Usage:
 
   summary = Summary(nodes, labels, first, second, weight)
   summary.bits(), summary.errors(edges=len(graph.edges))      # bits; (RE1, RE2)
-  nodes, weights = summary.neighbours(v)                      # row v of Ahat without expanding the others
+  names, weights = summary.neighbours("ann")                  # a row of Ahat without expanding the others
+  summary.supernodes()                                        # the names in each
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.graphs.common import Graph
+from jaxlab.graphs.common import Graph, Named
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(Named):
   """Supernodes and kept superedges.
 
   Attributes:
@@ -34,6 +36,7 @@ class Summary:
     first, second: the ends A <= B of every kept superedge, each pair once.
     weight: w(A, B), the edges of the graph in the block; one inside A counts once.
     w_max: largest weight charged for; a method may have to charge more than the largest kept one. None: that one.
+    names: of the graph's vertices, None where they are the positions 0 .. |V| - 1.
   """
 
   nodes: int
@@ -42,6 +45,7 @@ class Summary:
   second: Int[np.ndarray, "superedges"]
   weight: Int[np.ndarray, "superedges"]
   w_max: float | None = None
+  names: np.ndarray | None = None
 
   @functools.cached_property
   def sizes(self) -> Int[np.ndarray, "supernodes"]:
@@ -87,13 +91,18 @@ class Summary:
     """(offsets, nodes) by supernode."""
     return np.concatenate([[0], np.cumsum(self.sizes)]), np.argsort(self.labels, kind="stable")
 
-  def neighbours(self, node: int) -> tuple[Int[np.ndarray, "neighbours"], Float[np.ndarray, "neighbours"]]:
-    """The nodes v with Ahat(node, v) > 0, ascending, and these values; cost O(superedges of A + answer).
+  def supernodes(self) -> list[np.ndarray]:
+    """The names of the vertices in every supernode, by its number in `first` and `second`."""
+    starts, members = self._members
+    return np.split(self.named(members), starts[1:-1])
+
+  def neighbours(self, name: Hashable) -> tuple[np.ndarray, Float[np.ndarray, "neighbours"]]:
+    """The names of the vertices v with Ahat(u, v) > 0, and these values; cost O(superedges of A + answer).
 
     Raises:
-      InputError: no such node.
+      InputError: no vertex u of this name.
     """
-    require(0 <= node < self.nodes, f"node is {node}; the graph has nodes 0..{self.nodes - 1}")
+    node = self.index([name])[0]
     offsets, neighbours, density = self._rows
     starts, members = self._members
     row = slice(offsets[self.labels[node]], offsets[self.labels[node] + 1])
@@ -103,7 +112,7 @@ class Summary:
     other = found != node
     found, values = found[other], values[other]
     order = np.argsort(found)
-    return found[order], values[order]
+    return self.named(found[order]), values[order]
 
   def matvec(self, x: Float[Array, "nodes *columns"]) -> Float[Array, "nodes *columns"]:
     """Ahat @ x in O(|V| + |P|): contract through the partition, multiply by the densities, expand.
@@ -116,7 +125,7 @@ class Summary:
     )  # fmt: skip
 
   def pack(self) -> bytes:
-    """The summary in bits: |V|, |S|, |P| and w_max, then labels and superedges at their least whole widths."""
+    """The summary without names: |V|, |S|, |P| and w_max, then labels and superedges at their least whole widths."""
     label, weight = _width(len(self.sizes)), _width(int(self.weight.max(initial=1)) + 1)
     header = np.array([self.nodes, len(self.sizes), len(self.weight), weight], np.uint64).tobytes()
     fields = ((self.labels, label), (self.first, label), (self.second, label), (self.weight, weight))
@@ -174,7 +183,7 @@ def from_labels(graph: Graph, labels: Int[np.ndarray, "nodes"]) -> Summary:
   supernodes = int(labels.max()) + 1
   ends = np.sort(labels[graph.edges], axis=1).astype(np.int64)
   keys, weight = np.unique(ends[:, 0] * supernodes + ends[:, 1], return_counts=True)
-  return Summary(graph.nodes, labels, keys // supernodes, keys % supernodes, weight)
+  return Summary(graph.nodes, labels, keys // supernodes, keys % supernodes, weight, names=graph.names)
 
 
 def select(summary: Summary, keep: Int[np.ndarray, "superedges"]) -> Summary:
@@ -183,7 +192,7 @@ def select(summary: Summary, keep: Int[np.ndarray, "superedges"]) -> Summary:
   touched = np.zeros(len(summary.sizes), bool)
   touched[first] = touched[second] = True
   new = np.where(touched, np.cumsum(touched) - 1, touched.sum())
-  return Summary(summary.nodes, new[summary.labels], new[first], new[second], weight, summary.w_max)
+  return dataclasses.replace(summary, labels=new[summary.labels], first=new[first], second=new[second], weight=weight)
 
 
 def _width(values: int) -> int:

@@ -1,6 +1,8 @@
 import gzip
 
+import networkx
 import numpy as np
+import pandas
 import pytest
 
 from jaxlab.core.checks import InputError
@@ -13,6 +15,7 @@ def test_an_edge_list_loses_comments_gaps_loops_and_repetitions(tmp_path):
   graph = common.load("edge_list", path=str(path))
   assert graph.nodes == 3 and not graph.directed
   np.testing.assert_array_equal(graph.edges, [[0, 1], [0, 2]])
+  np.testing.assert_array_equal(graph.names, [3, 7, 100])
   directed = common.load("edge_list", path=str(path), directed=True)
   np.testing.assert_array_equal(directed.edges, [[0, 1], [0, 2], [1, 0]])
   packed = tmp_path / "graph.txt.gz"
@@ -31,6 +34,8 @@ def test_an_edge_list_loses_comments_gaps_loops_and_repetitions(tmp_path):
     (b"1 2\n\x00 2\n", "line 2"),
     (b"1 2\n9223372036854775808 2\n", "line 2.*too big"),
     (b"1 2\n\xff", "line 2, byte 0"),
+    (b"1.0 2.0\n", "line 1: '1.0 2.0' does not start"),
+    (b"ann bob\n", "line 1: 'ann bob' does not start.*columns="),
   ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):
@@ -38,6 +43,9 @@ def test_a_bad_file_is_named(tmp_path, content, message):
   path.write_bytes(content)
   with pytest.raises(InputError, match=message):
     common.load("edge_list", path=str(path))
+
+
+FRAME = pandas.DataFrame({"from": ["a", "b"], "to": ["c", None], "weight": [1.0, 2.0]})
 
 
 @pytest.mark.parametrize(
@@ -52,12 +60,80 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     (lambda: common.load("rmat", nodes=1), "nodes >= 2"),
     (lambda: common.make(3, np.array([[0, 3]])), r"0..3; with nodes=3"),
     (lambda: common.make(3, np.array([0, 1])), "expected"),
+    (lambda: common.make(3, np.array([[0.0, 1.5]])), "hold float64, not integers; `from_edges`"),
+    (lambda: common.make(3, [("a", "b")]), "not integers; `from_edges`"),
+    (lambda: common.load("edge_list", path="/"), "no edge list '/'"),
+    (lambda: common.from_edges([]), "no edges"),
+    (lambda: common.from_edges([("a", "b"), "ab"]), "pair 1 is 'ab'; expected two names"),
+    (lambda: common.from_edges([("a", ["b"])]), "pair 0 is"),
+    (lambda: common.from_edges(np.array([[1.0, np.nan]])), "pair 0 is .*a name is missing"),
+    (lambda: common.from_edges([("a", None)]), "a name is missing"),
+    (lambda: common.from_pandas(FRAME, "from", "into"), "no column 'into'; it has from, to"),
+    (lambda: common.from_pandas(FRAME, "from", "to"), "'to' misses 1 names"),
+    (lambda: common.from_edges([("a", "b")]).index(["a", "c"]), "no vertex is named 'c'; the first of 2 names are 'a'"),
+    (lambda: common.from_edges([("a", "b")]).index("a"), "names is 'a'; give a list"),
+    (lambda: common.load("karate").index([34]), "no vertex is named 34"),
     (lambda: common.rmat(8, 10, quadrants=(0.5, 0.5, 0.5, 0.5)), "sum to 1"),
   ],
 )
 def test_impossible_graphs_are_named(call, message):
   with pytest.raises(InputError, match=message):
     call()
+
+
+CITIES = [("Rome", "Oslo"), ("Oslo", "Bern"), ("Bern", "Oslo"), ("Rome", "Rome")]
+
+
+def test_vertices_keep_the_names_they_have_in_pairs_networkx_pandas_and_tables(tmp_path):
+  path = tmp_path / "roads.csv"
+  path.write_text('km;"to";from\n7;Oslo;"Rome"\n9;Bern;Oslo\n1;"Oslo";Bern\n\n2;Rome;Rome\n')
+  frame = pandas.DataFrame(CITIES, columns=["from", "to"])
+  graphs = [
+    common.from_edges(CITIES),
+    common.from_networkx(networkx.Graph(CITIES)),
+    common.from_pandas(frame, "from", "to"),
+    common.load("edge_list", path=str(path), columns=("from", "to")),
+  ]
+  for graph in graphs:
+    assert graph.nodes == 3 and graph.named(graph.edges).tolist() == [["Rome", "Oslo"], ["Oslo", "Bern"]]
+    assert graph.index(["Bern", "Rome"]).tolist() == [2, 0]
+  assert len(common.load("edge_list", path=str(path), columns=("from", "to"), directed=True).edges) == 3
+  assert common.from_networkx(networkx.DiGraph(CITIES)).directed
+  lonely = networkx.Graph([((0, 1), (0, 2))])
+  lonely.add_node((5, 5))
+  graph = common.from_networkx(lonely)
+  assert graph.nodes == 3 and graph.named([2])[0] == (5, 5) and graph.index([(0, 2)]) == [1]
+  assert common.load("les_miserables").index(["Valjean"]).shape == (1,)
+
+
+def test_integer_names_stay_integers_and_positions_need_none():
+  graph = common.from_edges([(30, 7), (7, 1000)])
+  np.testing.assert_array_equal(graph.names, [7, 30, 1000])
+  np.testing.assert_array_equal(common.from_edges(np.array([[30, 7], [7, 1000]])).names, graph.names)
+  assert graph.index(np.array([1000, 7])).tolist() == [2, 0]
+  assert common.from_edges(zip(np.array([3, 5]), [8, 8], strict=True)).names.dtype == np.int64
+  assert common.from_edges([(1, 0), (2, 1)]).names is None and common.load("karate").names is None
+  assert common.load("karate").index([33, 2]).tolist() == [33, 2]
+  mixed = common.from_edges([(1, "1")])
+  assert mixed.nodes == 2 and mixed.named([0, 1]).tolist() == [1, "1"]
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("", "no column 'from'; its first line names none"),
+    ("from,into\na,b\n", "no column 'to'; its first line names from, into"),
+    ("from,to\n", "holds no edges"),
+    ("from,to\na,b\nc,\n", "line 3: 'c,' has an empty end"),
+    ("from,to\na\n", "line 2: 'a' has an empty end"),
+    ('from,to\na,"b\n', "line 2: .*mend or remove"),
+  ],
+)
+def test_a_bad_table_is_named(tmp_path, content, message):
+  path = tmp_path / "bad.csv"
+  path.write_text(content)
+  with pytest.raises(InputError, match=message):
+    common.read_table(path, "from", "to")
 
 
 def test_generated_graphs_are_simple_and_shaped_as_asked():
