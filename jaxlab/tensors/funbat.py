@@ -82,9 +82,14 @@ class Settings:
     require_choice("initial", self.initial, INITIAL)
     require_choice("core_moments", self.core_moments, ("full", "mean"))
     require_choice("scan", self.scan, kalman.SCANS)
-    for name in ("rank", "lengthscale", "variance"):
+    for name in ("rank", "lengthscale", "variance", "damping", "noise"):
       value = getattr(self, name)
-      require(isinstance(value, jax.Array) or np.all(np.asarray(value) > 0), f"{name} is {value}; it must be positive")
+      if isinstance(value, list) or getattr(value, "ndim", 0) == 1:
+        object.__setattr__(self, name, tuple(value))  # tuples are static arguments, lists are not
+    for name in ("rank", "lengthscale", "variance"):
+      values = getattr(self, name)
+      for value in values if isinstance(values, tuple) else (values,):
+        require(isinstance(value, jax.core.Tracer) or value > 0, f"{name} is {values}; it must be positive")
     require(self.model == "tucker" or len(set(np.atleast_1d(self.rank))) == 1, "a CP model has one rank for all modes")
     require(all(0 <= d < 1 for d in self.damping), f"damping is {self.damping}; each must lie in [0, 1)")
 
