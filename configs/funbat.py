@@ -75,18 +75,19 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       methods=pick(test=("FunBaT-CP", "CP-ALS"), cpu=()),  # () is all of them
       surface=dict(epochs=pick(test=20, cpu=100)),
       data=dict(
-        name="field",  # generated; or npz with a path: data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
-        path="",
-        span=10.0,  # the coordinates of every mode are scaled to [0, span]
-        folds=pick(test=2, cpu=3, gpu=5, paper=5),
+        name="field",  # generated; or npz with files of data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
+        paths=(),
+        folds=pick(test=2, cpu=5),
         observations=pick(test=400, cpu=6000, gpu=20000, paper=20000),  # of the generated field
         levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), gpu=(400, 500, 1500), paper=(400, 500, 1500)),
       ),
       funbat=dict(
         ranks=pick(test=(2,), cpu=(2, 3), gpu=(2, 3, 5), paper=(2, 3, 5, 7)),
-        epochs=pick(test=5, cpu=50, gpu=60, paper=100),
+        epochs=pick(test=6, cpu=60, paper=100),
+        rounds=pick(test=2, cpu=5),
+        starts=pick(test=1, cpu=2, gpu=4),
         kernel="matern12",
-        lengthscale=0.1,
+        lengthscale=0.01,  # of the variant with one for all modes: the share of their range that the authors take
         variances=pick(test=(5.0,), cpu=(1.0, 5.0)),
         damping=(0.3, 0.8, 0.5),
         scan=pick(test="seq", cpu="seq", gpu="doubling", paper="doubling"),
@@ -94,12 +95,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # All folds and regularisations as one batch; on a CPU one after another, as its memory and cores are fewer.
       together=pick(test=False, cpu=False, gpu=True, paper=True),
       baselines=dict(
+        rates=pick(test=(1e-3,), cpu=(1e-3, 1e-2), gpu=(1e-3, 3e-3, 1e-2, 3e-2)),
+        lengthscales=pick(test=(0.01,), cpu=(0.01, 0.1, 1.0)),
         ridges=pick(test=(1.0,), cpu=(1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)),
         sweeps=pick(test=3, cpu=20, gpu=30, paper=50),
         basis=pick(test=5, cpu=20, gpu=40, paper=40),
         mlp_steps=pick(test=50, cpu=3000, gpu=10000, paper=50000),
         inducing=pick(test=10, cpu=100, gpu=200, paper=200),
-        gp_steps=pick(test=3, cpu=40, gpu=100, paper=200),
+        gp_steps=pick(test=5, cpu=150, gpu=300),
         gp_points=pick(test=50, cpu=1000, gpu=2000, paper=5000),
         gp_limit=20000,  # no exact GP beyond this many observations: its memory is their square
       ),

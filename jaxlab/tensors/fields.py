@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlab.core.checks import InputError, require
 
-# Over the reals: singular values below this share of the largest are zero. The units of a row or a column do not matter,
+# Over the reals: singular values below this share of the largest are zero. Units of rows and columns do not matter,
 # as every column is first divided by its largest entry and every row by its length.
 TOLERANCE = 1e-11
 LARGE = 2147483647
@@ -268,7 +268,9 @@ def gap(m: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
   s = jnp.linalg.svd(even, compute_uv=False)
   share = s / jnp.maximum(jnp.max(s, initial=0), jnp.finfo(s.dtype).tiny)
   nonzero = share > TOLERANCE
-  return jnp.min(jnp.where(nonzero, share, jnp.inf), initial=jnp.inf), jnp.max(jnp.where(nonzero, 0, share), initial=dust)
+  return jnp.min(jnp.where(nonzero, share, jnp.inf), initial=jnp.inf), jnp.max(
+    jnp.where(nonzero, 0, share), initial=dust
+  )
 
 
 def check_space(m, p: int) -> None:
