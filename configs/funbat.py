@@ -63,6 +63,12 @@ ABOUT = About(
 )
 
 
+CPU_METHODS = (
+  *("mean", "FunBaT-CP", "FunBaT", "discrete CP", "discrete Tucker", "FunBaT-CP, one lengthscale"),
+  *("CP-ALS", "P-Tucker", "exact GP"),
+)
+
+
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, long chains), paper (its ranks and epochs)."""
   pick = scales.picker(scale)
@@ -72,17 +78,18 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="funbat",
       scale=scale,
       seed=0,
-      methods=pick(test=("FunBaT-CP", "CP-ALS"), cpu=()),  # () is all of them
+      methods=pick(test=("FunBaT-CP", "discrete CP"), cpu=CPU_METHODS, gpu=()),  # () is all of them
       surface=dict(epochs=pick(test=20, cpu=100)),
       data=dict(
         name="field",  # generated; or npz with files of data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
         paths=(),
+        few=pick(test=0, cpu=500),  # each file a second time with as few training entries, 0: not
         folds=pick(test=2, cpu=5),
         observations=pick(test=400, cpu=6000, gpu=20000, paper=20000),  # of the generated field
         levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), gpu=(400, 500, 1500), paper=(400, 500, 1500)),
       ),
       funbat=dict(
-        ranks=pick(test=(2,), cpu=(2, 3), gpu=(2, 3, 5), paper=(2, 3, 5, 7)),
+        ranks=pick(test=(2,), cpu=(3,), gpu=(2, 3, 5), paper=(2, 3, 5, 7)),
         epochs=pick(test=6, cpu=60, paper=100),
         rounds=pick(test=2, cpu=5),
         starts=pick(test=1, cpu=2, gpu=4),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments import results
 from experiments.funbat import comparison, speed, surface
-from experiments.funbat.data import load_folds
+from experiments.funbat.data import density, load_folds
 from experiments.results import Claim
 
 UNDEFINED = ("speed.*.slope*",)  # one size has no slope
@@ -14,14 +14,15 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   sets = load_folds(config)
   console.say("the surface")
   metrics = {"surface": results.part(workdir, "surface", lambda: surface.measure(config))}
+  metrics["density"] = {where: density(folds) for where, folds in sets.items()}
   metrics["comparison"] = comparison.compare(config, sets, workdir, console)
   console.say("timing smoothers and epochs")
   return metrics | {"speed": speed.measure(config, workdir)}
 
 
 def claims(config, metrics: dict) -> list[Claim]:
-  made = comparison.claims(config, metrics["comparison"]) + surface.claims(metrics["surface"])
-  return made + speed.claims(config, metrics["speed"])
+  made = comparison.claims(config, metrics["comparison"], metrics["density"])
+  return made + surface.claims(metrics["surface"]) + speed.claims(config, metrics["speed"])
 
 
 def finding(config, metrics: dict) -> str:

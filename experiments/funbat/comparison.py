@@ -19,6 +19,7 @@ from jaxlab.tensors import funbat
 from jaxlab.tensors.funbat import Settings
 
 FUNCTIONAL, DISCRETE, ALS = ("FunBaT-CP", "FunBaT"), ("discrete CP", "discrete Tucker"), ("CP-ALS", "P-Tucker")
+SPARSE = 0.01
 EXACT, ONE_LENGTHSCALE = "exact GP", "FunBaT-CP, one lengthscale"
 
 
@@ -53,9 +54,9 @@ def compare(config, sets: dict, workdir: Path, console) -> dict:
     together = config.together and not methods[name].alone
     return results.part(workdir, f"method.{where}.{name}", lambda: measure(methods[name], sets[where], together))
 
-  table = {where: {} for where in sets}
-  for (where, name), row in zip(jobs, console.track("methods", overlapped(one, jobs)), strict=True):
-    table[where][name] = row
+  table, rows = {where: {} for where in sets}, overlapped(one, jobs)
+  for where, name in console.track("methods", jobs):
+    table[where][name] = next(rows)
   return table
 
 
@@ -225,40 +226,41 @@ def rmse(rows: dict, name: str) -> dict:
   return rows[name]["errors"]["rmse"]
 
 
-def claims(config, comparison: dict) -> list[Claim]:
-  """FunBaT against the best of each kind, every one the worst over the data sets."""
+def claims(config, comparison: dict, density: dict) -> list[Claim]:
+  """FunBaT against the best of each kind, every one the worst over the data sets; sparse and dense tensors apart."""
   made = []
-  of = lambda where: f"worst of {len(where)} data sets" if len(where) > 1 else next(iter(where))
 
-  def margins(names):
+  def margins(names, keep):
     """Standard deviations over folds, of the two the larger, by which FunBaT is below the best of `names`."""
     found = {}
     for where, rows in comparison.items():
       ours, rival = mine(rows), best(rows, names)
-      if ours and rival:
+      if ours and rival and keep(where):
         a, b = rmse(rows, ours), rmse(rows, rival)
         margin = (b["mean"] - a["mean"]) / max(a["std"], b["std"], 1e-12)
-        note = f"{where}: {ours} {a['mean']:.4f}, {rival} {b['mean']:.4f} ({margin:.2g}); {chosen(rows, ours)}; "
-        found[where] = margin, note + chosen(rows, rival)
+        errors = f"{where}: {ours} {a['mean']:.4f}, {rival} {b['mean']:.4f} ({margin:.2g})"
+        found[where] = margin, f"{errors}; {chosen(rows, ours)}; {chosen(rows, rival)}"
     return found
 
-  def add(name, better, threshold, unit, found, **more):
-    if found:
-      at = (min if better == "higher" else max)(found, key=lambda where: found[where][0])
-      note = "; ".join(note for _, note in found.values())
-      made.append(
-        Claim(f"{name}, {of(found)}", unit, better, ours=found[at][0], threshold=threshold, note=note, **more)
-      )
+  def add(name, better, threshold, unit, found, baseline):
+    if not found:
+      return
+    at = (min if better == "higher" else max)(found, key=lambda where: found[where][0])
+    of = f"worst of {len(found)} data sets" if len(found) > 1 else at
+    note = "; ".join(note for _, note in found.values())
+    made.append(Claim(f"{name}, {of}", unit, better, found[at][0], threshold, baseline=baseline, note=note))
 
-  below = "Standard deviations over folds by which FunBaT's error is below that of the best"
-  unit, folds = "std", f"{config.data.folds} folds"
-  add(f"{below} tensor model without functions, same inference", "higher", 2.0, unit, margins(DISCRETE), baseline=folds)
-  add(f"{below} tensor model fitted by least squares", "higher", 2.0, unit, margins(ALS), baseline=folds)
-  above = {where: (-margin, note) for where, (margin, note) in margins((EXACT,)).items()}
-  above_name = (
-    "Standard deviations over folds by which FunBaT's error is above that of a Gaussian process of all points"
-  )
-  add(above_name, "lower", 1.0, unit, above, baseline=folds)
+  sparse, dense = (lambda where: density[where] < SPARSE), (lambda where: density[where] >= SPARSE)
+  folds = f"{config.data.folds} folds"
+  below = "Standard deviations over folds by which FunBaT's error is below the best"
+  discrete = f"{below} with discrete factors and the same inference"
+  add(f"{discrete}, under {SPARSE:.0%} of the entries seen", "higher", 2.0, "std", margins(DISCRETE, sparse), folds)
+  add(f"{discrete}, more seen", "higher", 2.0, "std", margins(DISCRETE, dense), folds)
+  squares = f"{below} by least squares, under {SPARSE:.0%} of the entries seen"
+  add(squares, "higher", 2.0, "std", margins(ALS, sparse), folds)
+  above = {where: (-margin, note) for where, (margin, note) in margins((EXACT,), lambda where: True).items()}
+  name = "Standard deviations over folds by which FunBaT's error is above an exact Gaussian process'"
+  add(name, "lower", 1.0, "std", above, folds)
   ratio, inside = {}, {}
   for where, rows in comparison.items():
     if "FunBaT-CP" in rows and ONE_LENGTHSCALE in rows:
@@ -267,11 +269,9 @@ def claims(config, comparison: dict) -> list[Claim]:
     if ours := mine(rows):
       share = rows[ours]["errors"]["coverage_95"]["mean"]
       inside[where] = share, f"{where}: {share:.3f} by {ours}"
-  add(
-    "Error with a lengthscale a mode by evidence over that with one for all", "lower", 1.0, "ratio", ratio,
-    baseline=f"FunBaT-CP, {config.funbat.lengthscale:g} of every mode's range",
-  )  # fmt: skip
-  add("Share of test observations inside their 95 % intervals", "higher", 0.9, "", inside, baseline=0.95)
+  one = f"FunBaT-CP, {config.funbat.lengthscale:g} of every mode's range"
+  add("Error with a lengthscale a mode by evidence over that with one for all", "lower", 1.0, "ratio", ratio, one)
+  add("Share of test entries inside their 95 % intervals", "higher", 0.9, "", inside, 0.95)
   return made
 
 

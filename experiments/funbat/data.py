@@ -1,5 +1,6 @@
 """Folds of real tensors (.npz) or of a generated one."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,22 @@ def load_folds(config) -> dict[str, list[tuple[funbat.Data, funbat.Data]]]:
   if d.name == "field":
     return {"generated field": field(config)}
   require(len(d.paths) > 0, "config.data.paths is empty; data.name=npz needs .npz files")
-  return {Path(path).stem: read_folds(Path(path), d.folds) for path in d.paths}
+  sets = {Path(path).stem: read_folds(Path(path), d.folds) for path in d.paths}
+  few = {f"{name}, {d.few} entries": [thinned(*fold, d.few) for fold in folds] for name, folds in sets.items()}
+  return sets | (few if d.few else {})
+
+
+def thinned(train: funbat.Data, test: funbat.Data, size: int):
+  """A fold with `size` of its training entries, drawn at random."""
+  at = np.random.default_rng(0).permutation(len(train.y))[:size]
+  require(len(at) == size, f"data.few is {size}; a fold has {len(train.y)} training entries")
+  return funbat.take(train, at), test
+
+
+def density(folds) -> float:
+  """The share of the tensor's entries that are training entries."""
+  train = folds[0][0]
+  return len(train.y) / math.prod(map(len, train.grids))
 
 
 def read_folds(path: Path, count: int) -> list[tuple[funbat.Data, funbat.Data]]:

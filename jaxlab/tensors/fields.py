@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlab.core.checks import InputError, require
 
-# Over the reals: singular values below this share of the largest are zero. Units of rows and columns do not matter,
-# as every column is first divided by its largest entry and every row by its length.
+# Over the reals: singular values below this share of the largest are zero. Units of rows and columns do not matter:
+# both are brought to one size first.
 TOLERANCE = 1e-11
 LARGE = 2147483647
 _SMALL = 32749
+_BALANCINGS = 20
 
 
 @jax.tree_util.register_dataclass
@@ -173,21 +174,30 @@ def _independent_columns(basis, rank):
 
 
 def _equilibrated(m):
-  """Columns of size about 1 and rows of length 1: (m, the columns' units, the largest share of a row taken as zero).
+  """Rows and columns of one size: (m, the columns' units, the largest share of a row that is taken as zero).
 
-  A row shorter than the rounding of the longest is no row: whoever computed it meant zero.
+  The factors are those that bring the nonzero entries closest to 1, by least squares of their logarithms: they, and so
+  every rank, are the same whatever units rows and columns came in. Rows then have length 1. A row shorter than the
+  rounding of the longest is no row: whoever computed it meant zero.
   """
   unit = lambda size: jnp.where(size > 0, size, 1)
-  columns = lambda m: unit(jnp.max(jnp.abs(m), 0, initial=0))
-  scale = columns(m)
-  m = m / scale
-  length = jnp.linalg.norm(m, axis=1)
+  first = unit(jnp.max(jnp.abs(m), 0, initial=0))
+  m = m / first
+  length = jnp.linalg.norm(m, axis=1, keepdims=True)
   share = length / unit(jnp.max(length, initial=0))
   dust = share <= max(m.shape) * jnp.finfo(m.dtype).eps
-  m = jnp.where(dust, 0, 1 / unit(length))[:, None] * m
-  again = columns(m)
-  m = m / again
-  return m / unit(jnp.linalg.norm(m, axis=1, keepdims=True)), scale * again, jnp.max(share * dust, initial=0)
+  m = jnp.where(dust, 0, m / unit(length))
+  used = m != 0
+  logs = jnp.log(jnp.where(used, jnp.abs(m), 1))
+  mean = lambda values, axis: jnp.sum(values * used, axis) / jnp.maximum(jnp.sum(used, axis), 1)
+
+  def balance(_, columns):
+    rows = mean(logs - columns, 1)
+    return mean(logs - rows[:, None], 0)
+
+  columns = jnp.exp(jax.lax.fori_loop(0, _BALANCINGS, balance, jnp.zeros(m.shape[1], m.dtype)))
+  m = m / columns
+  return m / unit(jnp.linalg.norm(m, axis=1, keepdims=True)), first * columns, jnp.max(share * dust, initial=0)
 
 
 def _eliminate_words(m, mask):
