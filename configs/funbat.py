@@ -1,54 +1,19 @@
 r"""FunBaT: do factors that are functions of continuous indices predict better than discrete ones, and at what cost?
 
-Paper (arXiv 2311.04829): lower errors than discrete tensor models on synthetic and real data, at linear cost.
+Paper (https://arxiv.org/abs/2311.04829): lower errors than discrete tensor models on synthetic and real data, at linear
+cost.
 
-  python -m experiments.run --config=configs/funbat.py:cpu --workdir=runs/funbat
+  python -m experiments.run --config=configs/funbat.py:cpu --config.data.name=npz \
+      --config.data.paths="('beijing_pm25.npz','us_temp.npz')" --workdir=runs/funbat
 
-Without a file the tensors are generated. With Beijing PM2.5 (428 x 501 x 1461 bins, 9,563 training entries; an .npz of
-folds: --config.data.name=npz --config.data.path=FILE) it took 197 s on 2 CPU cores, other work beside it, and printed
+Without files the tensors are generated. Beijing PM2.5 has 428 x 501 x 1461 bins and 9,563 training entries a fold, US
+temperatures 15 x 95 x 267 and 44,755; each runs a second time with 500 of them. On two cores, rank 3, five folds, errors
+in standard deviations of y:
 
-  test RMSE on the surface                      0.0031   (paper's notebook 0.004)
-  chosen on a held-out tenth                    FunBaT-CP (0.380 there; FunBaT 0.413), on the test sets 0.443
-  that over discrete Tucker, RMSE               0.443 / 0.421   -1.1 standard deviations over folds: does not hold
-  that over P-Tucker, RMSE                      0.443 / 0.448   0.08: does not hold
-  that over exact GP, RMSE                      0.443 / 0.691   its 40 steps on 1,000 points are too few: 0.301 below
-  parallel scans against the loop               4e-16
-  smoother, 4,096 steps, over a NumPy loop      9.9 x
-  epoch time against observations, slope        1.21: does not hold; 0.85 to 1.60 in earlier runs of that part
+@@FIVE@@
 
-FunBaT itself has the lowest test RMSE of the tensor models, 0.393; the held-out tenth of a training set this sparse
-does not find that out. The epochs it would stop at are 23 to 41.
-
-US temperatures (15 x 95 x 267; y standardised) want --config.data.span=1 --config.funbat.lengthscale=0.5. Beijing PM10
-and SO2, the paper's other sets, were not at hand. Every method and every chain length is a part of the run: the same
-command goes on where one was cut off.
-
-Also at scale cpu: GPTF 0.390 is level with FunBaT; FunBaT-CP 0.443 needs the authors' extra prior (0.402) to beat
-discrete CP (0.428). Polynomial factors choose ridge 0.01 on the held-out tenth, and are then worse than the mean on the
-test sets (1.24). Timings on a machine with other work are uncertain by a factor of two.
-
-  XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION python -m experiments.run --config=configs/funbat.py:gpu \
-      --config.data.name=npz --config.data.path=beijing_pm25.npz --workdir=runs/funbat
-
-The flag keeps products of cuBLAS out of CUDA graphs: several programs run side by side in threads there, get temporary
-buffers at new addresses, and a graph with such products in it refuses to be rewritten. On one H100 (756 s over all
-parts, 2026-11-26) it printed
-
-  test RMSE on the surface                      0.0031
-  chosen on a held-out tenth                    FunBaT-CP (0.371 there; FunBaT 0.381), on the test sets 0.392
-  that over discrete CP, RMSE                   0.392 / 0.395   0.29 standard deviations over folds: does not hold
-  that over P-Tucker, RMSE                      0.392 / 0.413   1.001: holds by a thousandth
-  that over exact GP, RMSE                      0.392 / 0.301   10 above it: does not hold
-  parallel scans against the loop               6e-16
-  smoother, 10,000 steps, over a NumPy loop     184 x [177, 190] by doubling, 108 x by the associative scan
-  the same over lax.scan, from 3,200 steps on   348 x and 164 x at least; a step takes that loop 0.15 ms, NumPy 0.03
-  epoch time against observations, slope        0.087: holds, and says little
-
-With ranks up to 5 and five folds the tensor models draw level: FunBaT 0.389, FunBaT-CP 0.392, discrete CP 0.395,
-discrete Tucker 0.400, and 0.379 with the authors' extra prior. Continuous indices cost no accuracy here and buy none
-that the folds could tell. A GP of the coordinates is far ahead of all of them; its memory is the square of the 9,563
-observations, theirs is linear. An epoch takes 3.4 to 3.5 ms from 1,000 to 100,000 observations and 7.0 ms of 1,000,000:
-below that it is launches, and between the last two sizes the slope is still only 0.32.
+Scale gpu adds ranks 2 and 5, four starts and all other baselines, in parts of under four minutes on one H100; take
+XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION, as programs run side by side in threads there (docs/measuring.md).
 """
 
 import ml_collections
