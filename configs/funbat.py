@@ -1,18 +1,21 @@
 r"""FunBaT: do factors that are functions of continuous indices predict better than discrete ones, and at what cost?
 
-Paper (https://arxiv.org/abs/2311.04829): lower errors than discrete tensor models on synthetic and real data, at linear
-cost.
+Paper (https://arxiv.org/abs/2311.04829): lower errors than discrete tensor models, at linear cost.
 
   python -m experiments.run --config=configs/funbat.py:cpu --config.data.name=npz \
       --config.data.paths="('beijing_pm25.npz','us_temp.npz')" --workdir=runs/funbat
 
 Without files the tensors are generated. Beijing PM2.5 has 428 x 501 x 1461 bins and 9,563 training entries a fold, US
-temperatures 15 x 95 x 267 and 44,755; each runs a second time with 500 of them. On two cores, rank 3, five folds, errors
-in standard deviations of y:
+temperatures 15 x 95 x 267 and 44,755; each runs again with 500 of them. On two cores, rank 3, five folds, it printed
+(errors in standard deviations of y)
 
-@@FIVE@@
+  Beijing PM2.5                                  FunBaT 0.322, FunBaT-CP 0.346, least squares 0.404, discrete 0.428
+  below the best discrete model                  2.6 standard deviations over folds
+  lengthscales chosen, shares of the ranges      3 / 1 / 0.003; one of 0.01 for all gives 0.424
+  95 % intervals hold                            0.936 of the test entries
+  a known surface is learned to                  0.0031 (paper's notebook 0.004)
 
-Scale gpu adds ranks 2 and 5, four starts and all other baselines, in parts of under four minutes on one H100; take
+Scale gpu adds rank 5, four starts and all other baselines, in parts of under four minutes on one H100; take
 XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION, as programs run side by side in threads there (docs/measuring.md).
 """
 
@@ -54,7 +57,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), gpu=(400, 500, 1500), paper=(400, 500, 1500)),
       ),
       funbat=dict(
-        ranks=pick(test=(2,), cpu=(3,), gpu=(2, 3, 5), paper=(2, 3, 5, 7)),
+        ranks=pick(test=(2,), cpu=(3,), gpu=(3, 5), paper=(2, 3, 5, 7)),
         epochs=pick(test=6, cpu=60, paper=100),
         rounds=pick(test=2, cpu=5),
         starts=pick(test=1, cpu=2, gpu=4),

@@ -177,7 +177,8 @@ def _bayes(config, kernel, model, train, test, variance, rank):
   options = dict(epochs=f.epochs, rounds=f.rounds, starts=f.starts, test=test)
   state, lengthscale, history = funbat.learn(train, settings, jax.random.key(config.seed), **options)
   mean, variance = funbat.predict_on_grid(state, test.index, settings)
-  return {"mean": mean, "variance": variance, "lengthscale": lengthscale} | history
+  learned = {} if kernel == "white" else {"lengthscale": lengthscale}
+  return {"mean": mean, "variance": variance} | learned | history
 
 
 def _one_lengthscale(config, train, test, variance, rank):

@@ -458,7 +458,7 @@ def test_blocks_and_spaces_may_be_empty():
       whole = linkage.link(a, b, s, q, t, p)
       small_a, small_b, kept, size = linkage.minimise_overlap(a, b, s, q, t, p)
       again = linkage.link(small_a, small_b, s, q, t, p)
-      rank = lambda *m: int(linkage.rank(jnp.concatenate(m), p))
+      rank = lambda *m, p=p: int(linkage.rank(jnp.concatenate(m), p))
       assert rank(whole) == rank(again) == rank(whole, again) and kept.shape == (q,)
       assert int(size) == int(linkage.connectivity(whole, jnp.arange(s + t) < s, p))
       assert int(linkage.decompose(whole, s, p)[2]) == int(size) == int(linkage.decompose_minor(whole, s, p)[2].sum())
