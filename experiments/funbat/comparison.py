@@ -238,8 +238,9 @@ def claims(config, comparison: dict, density: dict) -> list[Claim]:
       ours, rival = mine(rows), best(rows, names)
       if ours and rival and keep(where):
         a, b = rmse(rows, ours), rmse(rows, rival)
-        margin = (b["mean"] - a["mean"]) / max(a["std"], b["std"], 1e-12)
-        errors = f"{where}: {ours} {a['mean']:.4f}, {rival} {b['mean']:.4f} ({margin:.2g})"
+        # Two digits: a result's metrics are rounded, and the claims must follow from them.
+        margin = round((b["mean"] - a["mean"]) / max(a["std"], b["std"], 1e-12), 2)
+        errors = f"{where}: {ours} {a['mean']:.4f}, {rival} {b['mean']:.4f} ({margin:.2f})"
         found[where] = margin, f"{errors}; {chosen(rows, ours)}; {chosen(rows, rival)}"
     return found
 
@@ -266,7 +267,7 @@ def claims(config, comparison: dict, density: dict) -> list[Claim]:
   for where, rows in comparison.items():
     if "FunBaT-CP" in rows and ONE_LENGTHSCALE in rows:
       a, b = rmse(rows, "FunBaT-CP")["mean"], rmse(rows, ONE_LENGTHSCALE)["mean"]
-      ratio[where] = a / b, f"{where}: {a:.4f} against {b:.4f}"
+      ratio[where] = round(a / b, 3), f"{where}: {a:.4f} against {b:.4f}"
     if ours := mine(rows):
       share = rows[ours]["errors"]["coverage_95"]["mean"]
       inside[where] = share, f"{where}: {share:.3f} by {ours}"
