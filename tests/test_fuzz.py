@@ -120,7 +120,7 @@ def read_wordnet(file: Path) -> None:
 
 def read_folds(file: Path) -> None:
   config = funbat_config.get_config("test")
-  config.data.update(name="npz", path=str(file))
+  config.data.update(name="npz", paths=(str(file),))
   read_npz(file)
   funbat.load_folds(config)
 

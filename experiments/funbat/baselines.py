@@ -127,12 +127,13 @@ def smoothed_factors(
 
 
 def gp(
-  x: Float[Array, "N K"], y: Float[Array, "N"], new: Float[Array, "T K"], key: jax.Array, *, points: int, steps: int
-):
+  x: Float[Array, "N K"], y: Float[Array, "N"], new: Float[Array, "T K"], key: jax.Array, rate=0.1, *, points, steps
+) -> dict:
   """Exact GP regression, ARD Matern-3/2: hyperparameters by Adam on the evidence of `points` observations, then all N.
 
   Returns:
-    (mean, variance) of new observations, each (T,). Memory N^2.
+    {"mean", "variance" of new observations, each (T,), "unsettled": by how much the evidence of an observation still
+    rose in the last fifth of the steps}. Memory N^2.
   """
   chosen = jax.random.permutation(key, len(y))[: min(points, len(y))]
   zero = jnp.zeros((), y.dtype)
@@ -142,11 +143,13 @@ def gp(
     factor, weights = _cholesky(p, x[chosen], y[chosen])
     return (0.5 * y[chosen] @ weights + jnp.sum(jnp.log(jnp.diag(factor)))) / len(chosen)
 
-  p = _adam(loss, start, rate=0.1, steps=steps)
+  early = _adam(loss, start, rate=rate, steps=steps - steps // 5)
+  p = _adam(loss, early, rate=rate, steps=steps // 5)
   factor, weights = _cholesky(p, x, y)
   cross = _matern32(p, new, x)
   half = jax.scipy.linalg.solve_triangular(factor, cross.T, lower=True)
-  return cross @ weights, jnp.exp(p["signal"]) - jnp.sum(half**2, 0) + jnp.exp(2 * p["noise"])
+  variance = jnp.exp(p["signal"]) - jnp.sum(half**2, 0) + jnp.exp(2 * p["noise"])
+  return {"mean": cross @ weights, "gp_variance": variance, "unsettled": loss(early) - loss(p)}
 
 
 def sparse_gp(
@@ -154,13 +157,14 @@ def sparse_gp(
   y: Float[Array, "N"],
   new: Float[Array, "T K"] | Int[Array, "T K"],
   key: jax.Array,
+  rate: float = 0.03,
   *,
   inducing: int,
   steps: int,
   levels: tuple[int, ...] | None = None,
   embedding: int = 3,
-) -> Float[Array, "T"]:
-  """Sparse GP by the collapsed bound (Titsias 2009), Adam on inducing inputs and hyperparameters; predictive mean.
+) -> dict:
+  """Sparse GP by the collapsed bound (Titsias 2009), Adam on inducing inputs and hyperparameters; {"mean" (T,)}.
 
   With `levels` the inputs are indices and the GP sees a learned embedding of each mode's, side by side: GPTF.
   """
@@ -194,14 +198,14 @@ def sparse_gp(
     penalty = 0.0 if levels is None else 0.5 * sum(jnp.sum(table**2) for table in p["tables"])
     return (penalty - bound) / len(y)
 
-  p = _adam(loss, start, rate=0.03, steps=steps)
+  p = _adam(loss, start, rate=rate, steps=steps)
   root, _, b, c, _ = parts(p)
   half = jax.scipy.linalg.solve_triangular(root, _matern32(p, p["inducing"], features(p, new)), lower=True)
-  return jax.scipy.linalg.solve_triangular(b, half, lower=True).T @ c
+  return {"mean": jax.scipy.linalg.solve_triangular(b, half, lower=True).T @ c}
 
 
-def mlp(x, y, new, key: jax.Array, *, steps: int, batch: int = 256, width: int = 64, rate: float = 1e-3):
-  """A network of two tanh layers on the standardised coordinates, Adam; predictions (T,)."""
+def mlp(x, y, new, key: jax.Array, rate: float = 1e-3, *, steps: int, batch: int = 256, width: int = 64) -> dict:
+  """A network of two tanh layers on the standardised coordinates, Adam; {"mean" (T,)}."""
   sizes = (x.shape[1], width, width, 1)
   keys = jax.random.split(key, len(sizes))
   params = [
@@ -220,7 +224,7 @@ def mlp(x, y, new, key: jax.Array, *, steps: int, batch: int = 256, width: int =
     at = jax.random.randint(key, (batch,), 0, len(y))
     return jnp.mean((apply(params, x[at]) - y[at]) ** 2)
 
-  return apply(_adam(loss, params, rate=rate, steps=steps, key=keys[0]), new)
+  return {"mean": apply(_adam(loss, params, rate=rate, steps=steps, key=keys[0]), new)}
 
 
 def _ridge(design, y, ridge):
@@ -245,7 +249,7 @@ def _cholesky(p, x, y):
   return factor, jax.scipy.linalg.cho_solve((factor, True), y)
 
 
-def _adam(loss, params, *, rate: float, steps: int, key: jax.Array | None = None):
+def _adam(loss, params, *, rate, steps: int, key: jax.Array | None = None):
   """Adam for `steps` steps; with a key the loss takes (params, key of the step)."""
   optimizer = optax.adam(rate)
 

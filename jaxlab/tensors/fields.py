@@ -4,9 +4,9 @@ A space is a matrix whose rows span it, padded with zero rows; shapes are static
   p = prime <= 32749   int32 entries in 0..p-1, exact
   p = 2147483647       the same in int64 (needs jax_enable_x64): a random field so large that it stands for Q
   packed GF(2)         p = 2 and dtype uint32: 32 columns a word, elimination by XOR; masks are words too
-  p = 0                float64 reals (need jax_enable_x64); below `TOLERANCE` of its row a number is zero, see `gap`
+  p = 0                float64 reals (need jax_enable_x64): ranks by singular values, see `TOLERANCE` and `gap`
 
-  reduced = fields.eliminate(m, p)                      # the reduced row echelon form, unique for a space
+  reduced = fields.eliminate(m, p)                      # exact fields: the reduced row echelon form, unique for a space
   reduced = fields.eliminate(m, p, mask)                # pivots in these columns alone
 """
 
@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import InputError, require
 
-TOLERANCE = 1e-9
+# Over the reals: singular values below this share of the largest are zero. Units of rows and columns do not matter:
+# both are brought to one size first.
+TOLERANCE = 1e-11
 LARGE = 2147483647
 _SMALL = 32749
+_BALANCINGS = 20
 
 
 @jax.tree_util.register_dataclass
@@ -48,12 +51,19 @@ def space(rows, p: int, *, pack: bool = False) -> Shaped[Array, "m n"]:
       rows are not a matrix.
   """
   check_field(p)
-  rows = np.atleast_2d(np.asarray(rows))
+  try:
+    rows = np.atleast_2d(np.asarray(rows))
+  except ValueError as error:
+    raise InputError(f"rows are no matrix ({error}); give rows of one length") from None
   require(rows.ndim == 2, f"rows have shape {rows.shape}; a space is given by a matrix")
+  require(rows.dtype.kind in "biuf", f"rows hold {rows.dtype}; a space needs numbers")
   require(bool(np.isfinite(rows).all()), "rows hold NaN or infinite entries; a space needs finite numbers")
   if p == 0:
     return jnp.asarray(rows, jnp.asarray(0.0).dtype)
-  require(bool((rows == np.round(rows)).all()), f"rows hold fractions; a space over GF({p}) needs integers")
+  require(
+    rows.dtype.kind != "f" or bool((rows == np.round(rows)).all()),
+    f"rows hold fractions; a space over GF({p}) needs integers",
+  )
   values = np.mod(rows.astype(np.int64), p)
   if pack:
     require(p == 2, f"only GF(2) spaces pack into words, not GF({p})")
@@ -79,7 +89,9 @@ def dtype_of(p: int):
 def pack_bits(bits) -> Int[Array, "m words"]:
   """0/1 columns into uint32 words, the lowest bit first; the last word is padded with zero columns."""
   bits = np.asarray(bits)
-  bits = np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 32)]).reshape(*bits.shape[:-1], -1, 32)
+  columns = bits.shape[-1]
+  bits = np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, -columns % 32)])
+  bits = bits.reshape(*bits.shape[:-1], -(-columns // 32), 32)
   return jnp.asarray((bits.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32))
 
 
@@ -87,66 +99,108 @@ def unpack_bits(words, columns: int | None = None) -> np.ndarray:
   """The inverse of `pack_bits`; `columns` cuts the padding off."""
   words = np.asarray(words)
   bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & 1
-  return bits.reshape(*words.shape[:-1], -1)[..., :columns].astype(np.int32)
+  return bits.reshape(*words.shape[:-1], 32 * words.shape[-1])[..., :columns].astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="p")  # traced once a shape, however often it is called
-def eliminate(m: Shaped[Array, "m n"], p: int, mask: Shaped[Array, "n"] | None = None, *, after=0) -> Reduced:
+def eliminate(m: Shaped[Array, "m n"], p: int, mask: Shaped[Array, "n"] | None = None) -> Reduced:
   """Gauss-Jordan elimination that takes pivots in the columns of `mask` (None: all), left to right.
 
-  Args:
-    after: rows above this index already carry pivots of an earlier call; they are reduced along, not chosen.
-
-  Returns:
-    The reduced rows, this call's pivot columns, and the rank including the earlier one.
+  Over the reals the rows are rotated instead (singular value decomposition of the columns of the mask), and the pivots
+  are columns as independent as can be had, each the one with the largest part outside the span of those before.
 
   Raises:
-    InputError: floats where p is a prime or integers where it is 0, floats of 32 bits, or packed words for p other
-      than 2.
+    InputError: as `check_space`.
   """
-  _check_dtype(m, p)
-  if m.dtype == jnp.uint32:
-    return _eliminate_words(m, mask, after)
+  check_space(m, p)
   rows, columns = m.shape
-  if columns == 0:
-    return Reduced(m, jnp.zeros(0, bool), jnp.asarray(after, jnp.int32))
+  if not rows or not columns:
+    return Reduced(m, jnp.zeros(columns, jnp.uint32 if m.dtype == jnp.uint32 else bool), jnp.int32(0))
+  if m.dtype == jnp.uint32:
+    return _eliminate_words(m, mask)
   mask = jnp.ones(columns, bool) if mask is None else mask
+  return _eliminate_reals(m, mask) if p == 0 else _eliminate_exactly(m, p, mask)
+
+
+def _eliminate_exactly(m, p, mask):
+  rows, columns = m.shape
   inverse = _inverse(p)
   index, place = jnp.arange(rows), jnp.arange(columns)
 
   def step(j, carry):
     a, pivots, rank = carry
     column = jax.lax.dynamic_index_in_dim(a, j, 1, keepdims=False)
-    open_rows = (index >= rank) & mask[j]
-    if p == 0:
-      size = jnp.where(open_rows, jnp.abs(column), -1.0)
-      chosen = jnp.argmax(size)
-      found = size[chosen] > TOLERANCE
-    else:
-      open_rows = open_rows & (column != 0)
-      chosen, found = jnp.argmax(open_rows), open_rows.any()
+    open_rows = (index >= rank) & mask[j] & (column != 0)
+    chosen, found = jnp.argmax(open_rows), open_rows.any()
     at = jnp.minimum(rank, rows - 1)
     row = a[chosen]
-    pivot_row = _mod(row * inverse(row[j]), p)
+    pivot_row = row * inverse(row[j]) % p
     a = jnp.where((index == chosen)[:, None], a[at], a)  # the swap: the pivot row itself goes to `at`
     factor = jnp.where(index == at, 0, jax.lax.dynamic_index_in_dim(a, j, 1, keepdims=False))
     # One remainder, of a nonnegative number: a + (p - f) r stays below 2^31 (2^63) for the fields allowed.
-    new = a + (p - factor)[:, None] * pivot_row
-    if p:
-      new = jax.lax.rem(new, jnp.asarray(p, m.dtype))
-    else:
-      # Rounding must leave no dust where the exact answer is zero: neither in this column nor in a vanished row.
-      new = jnp.where((jnp.abs(new) > TOLERANCE) & (place != j), new, 0)
-      pivot_row = jnp.where(place == j, 1, pivot_row)
-    new = jnp.where((index == at)[:, None], pivot_row, new)
-    a = jnp.where(found, new, carry[0])
+    new = jax.lax.rem(a + (p - factor)[:, None] * pivot_row, jnp.asarray(p, m.dtype))
+    a = jnp.where(found, jnp.where((index == at)[:, None], pivot_row, new), carry[0])
     return a, pivots | (place == j) & found, rank + found
 
-  start = (m, jnp.zeros(columns, bool), jnp.asarray(after, jnp.int32))
-  return Reduced(*jax.lax.fori_loop(0, columns, step, start))
+  return Reduced(*jax.lax.fori_loop(0, columns, step, (m, jnp.zeros(columns, bool), jnp.int32(0))))
 
 
-def _eliminate_words(m, mask, after):
+def _eliminate_reals(m, mask):
+  """Rows rotated by U' of the masked columns' U S V': those past the rank vanish there. Columns keep their units."""
+  m, scale, _ = _equilibrated(m)
+  u, s, vt = jnp.linalg.svd(jnp.where(mask, m, 0), full_matrices=True)
+  significant = s > TOLERANCE * s[0]
+  rank = jnp.sum(significant, dtype=jnp.int32)
+  rows = u.T @ m
+  rest = jnp.arange(len(rows))[:, None] >= rank
+  # Rounding must leave no dust where the exact answer is zero: equilibrated again, it would count.
+  rows = jnp.where((rest & mask) | (jnp.abs(rows) <= TOLERANCE), 0, rows) * scale
+  basis = jnp.where(significant[:, None], vt[: len(s)], 0)
+  return Reduced(rows, _independent_columns(basis, rank), rank)
+
+
+def _independent_columns(basis, rank):
+  """The mask of `rank` columns by Gram-Schmidt with column pivoting; a rank decided before needs no tolerance here."""
+  place = jnp.arange(basis.shape[1])
+
+  def step(i, carry):
+    left, chosen = carry
+    j = jnp.argmax(jnp.where(chosen, -1, jnp.sum(left**2, 0)))
+    direction = left[:, j] / jnp.maximum(jnp.linalg.norm(left[:, j]), jnp.finfo(left.dtype).tiny)
+    take = i < rank
+    return jnp.where(take, left - jnp.outer(direction, direction @ left), left), chosen | (place == j) & take
+
+  return jax.lax.fori_loop(0, min(basis.shape), step, (basis, jnp.zeros(basis.shape[1], bool)))[1]
+
+
+def _equilibrated(m):
+  """Rows and columns of one size: (m, the columns' units, the largest share of a row that is taken as zero).
+
+  The factors are those that bring the nonzero entries closest to 1, by least squares of their logarithms: they, and so
+  every rank, are the same whatever units rows and columns came in. Rows then have length 1. A row shorter than the
+  rounding of the longest is no row: whoever computed it meant zero.
+  """
+  unit = lambda size: jnp.where(size > 0, size, 1)
+  first = unit(jnp.max(jnp.abs(m), 0, initial=0))
+  m = m / first
+  length = jnp.linalg.norm(m, axis=1, keepdims=True)
+  share = length / unit(jnp.max(length, initial=0))
+  dust = share <= max(m.shape) * jnp.finfo(m.dtype).eps
+  m = jnp.where(dust, 0, m / unit(length))
+  used = m != 0
+  logs = jnp.log(jnp.where(used, jnp.abs(m), 1))
+  mean = lambda values, axis: jnp.sum(values * used, axis) / jnp.maximum(jnp.sum(used, axis), 1)
+
+  def balance(_, columns):
+    rows = mean(logs - columns, 1)
+    return mean(logs - rows[:, None], 0)
+
+  columns = jnp.exp(jax.lax.fori_loop(0, _BALANCINGS, balance, jnp.zeros(m.shape[1], m.dtype)))
+  m = m / columns
+  return m / unit(jnp.linalg.norm(m, axis=1, keepdims=True)), first * columns, jnp.max(share * dust, initial=0)
+
+
+def _eliminate_words(m, mask):
   rows, words = m.shape
   mask = jnp.full(words, 0xFFFFFFFF, jnp.uint32) if mask is None else mask
   index = jnp.arange(rows)
@@ -167,16 +221,23 @@ def _eliminate_words(m, mask, after):
     pivots = pivots | jnp.where(jnp.arange(words) == word, found.astype(jnp.uint32) << bit, 0)
     return jnp.where(found, new, a), pivots, rank + found
 
-  start = (m, jnp.zeros(words, jnp.uint32), jnp.asarray(after, jnp.int32))
-  return Reduced(*jax.lax.fori_loop(0, 32 * words, step, start))
+  return Reduced(*jax.lax.fori_loop(0, 32 * words, step, (m, jnp.zeros(words, jnp.uint32), jnp.int32(0))))
 
 
-def normalised(m: Shaped[Array, "m n"], p: int) -> Shaped[Array, "m n"]:
-  """Real rows scaled to length 1, so that one tolerance serves all; exact fields are left alone."""
-  if p:
-    return m
-  length = jnp.linalg.norm(m, axis=1, keepdims=True)
-  return jnp.where(length > TOLERANCE, m / jnp.where(length > TOLERANCE, length, 1), 0)
+def row_basis(m: Float[Array, "m n"]) -> Float[Array, "k n"]:
+  """Over the reals: independent rows of the row space, orthogonal but for the columns' units, then zeros."""
+  m, scale, _ = _equilibrated(m)
+  _, s, vt = jnp.linalg.svd(m, full_matrices=False)
+  kept = (s > TOLERANCE * jnp.max(s, initial=0))[:, None] & (jnp.abs(vt) > TOLERANCE)
+  return jnp.where(kept, vt, 0) * scale
+
+
+def complement(m: Float[Array, "m n"]) -> Float[Array, "n n"]:
+  """Over the reals: rows that span the vectors orthogonal to all rows, the first ones zero."""
+  m, scale, _ = _equilibrated(m)
+  _, s, vt = jnp.linalg.svd(jnp.pad(m, ((0, max(m.shape[1] - m.shape[0], 0)), (0, 0))), full_matrices=False)
+  kept = (s <= TOLERANCE * jnp.max(s, initial=0))[:, None] & (jnp.abs(vt) > TOLERANCE)
+  return jnp.where(kept, vt, 0) / scale
 
 
 def keep(m: Shaped[Array, "m n"], mask: Shaped[Array, "n"]) -> Shaped[Array, "m n"]:
@@ -191,32 +252,50 @@ def count(mask: Shaped[Array, "n"]) -> Int[Array, ""]:
 
 def negate(m: Shaped[Array, "m n"], p: int) -> Shaped[Array, "m n"]:
   """-m in the field."""
-  return m if m.dtype == jnp.uint32 else _mod(-m, p)
+  return m if m.dtype == jnp.uint32 else -m % p if p else -m
+
+
+def reduced(m: Shaped[Array, "m n"], p: int) -> Shaped[Array, "m n"]:
+  """Integers brought to 0..p-1; words and real numbers are left alone."""
+  return m % p if p and m.dtype != jnp.uint32 else m
 
 
 def projector(m: Float[Array, "m n"]) -> Float[Array, "n n"]:
-  """The orthogonal projector on a real row space: unique, and better conditioned than the echelon form."""
-  _, s, vt = jnp.linalg.svd(normalised(m, 0), full_matrices=False)
-  rows = jnp.where((s > TOLERANCE)[:, None], vt, 0)
-  return rows.T @ rows
+  """The orthogonal projector on a real row space, unique for it."""
+  q, r = jnp.linalg.qr(row_basis(m).T)
+  used = jnp.where(jnp.abs(jnp.diag(r)) > 0, q, 0)
+  return used @ used.T
 
 
 def gap(m: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """(smallest singular value taken as nonzero, largest taken as zero) of the normalised rows: how safe a rank is."""
-  s = jnp.linalg.svd(normalised(m, 0), compute_uv=False)
-  return jnp.min(jnp.where(s > TOLERANCE, s, jnp.inf)), jnp.max(jnp.where(s > TOLERANCE, 0, s), initial=0.0)
+  """How safe a rank over the reals is: shares of the largest singular value, rows and columns of one size.
 
-
-def _check_dtype(m, p):
-  packed, real = m.dtype == jnp.uint32, jnp.issubdtype(m.dtype, jnp.floating)
-  require(
-    p == 2 if packed else m.dtype == jnp.float64 if p == 0 else not real,
-    f"a space of {m.dtype} does not go with p={p}; packed words take p=2, float64 takes p=0, integers a prime",
+  Returns:
+    (the least taken as nonzero, infinite for rank 0; the largest taken as zero).
+  """
+  check_space(m, 0)
+  even, _, dust = _equilibrated(m)
+  s = jnp.linalg.svd(even, compute_uv=False)
+  share = s / jnp.maximum(jnp.max(s, initial=0), jnp.finfo(s.dtype).tiny)
+  nonzero = share > TOLERANCE
+  return jnp.min(jnp.where(nonzero, share, jnp.inf), initial=jnp.inf), jnp.max(
+    jnp.where(nonzero, 0, share), initial=dust
   )
 
 
-def _mod(x, p):
-  return x % p if p else x
+def check_space(m, p: int) -> None:
+  """Raises InputError unless m is a matrix of the field's dtype.
+
+  Packed words take p = 2, float64 takes p = 0, int32 and int64 a prime, and only int64 takes `LARGE`.
+  """
+  check_field(p)
+  exact = m.dtype == jnp.int64 or (m.dtype == jnp.int32 and p != LARGE)
+  require(
+    p == 2 if m.dtype == jnp.uint32 else m.dtype == jnp.float64 if p == 0 else exact,
+    f"a space of {m.dtype} does not go with p={p}; packed words take p=2, float64 takes p=0, int32 a prime up to "
+    f"{_SMALL}, int64 also {LARGE}: make it with fields.space(rows, p)",
+  )
+  require(m.ndim == 2, f"a space has shape {m.shape}; expected a matrix (use jax.vmap over several)")
 
 
 @functools.cache
@@ -226,8 +305,6 @@ def _table(p: int) -> np.ndarray:
 
 def _inverse(p: int):
   """a -> a^-1 (0 -> anything): a table for small p, Fermat's power for large."""
-  if p == 0:
-    return lambda a: 1 / jnp.where(a == 0, 1, a)
   if p <= _SMALL:
     return lambda a: jnp.asarray(_table(p))[a]
 

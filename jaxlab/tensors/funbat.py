@@ -14,9 +14,9 @@ likelihood term sends a Gaussian message to u^k(i_n^k), with a = W_(k) (x_{j != 
 and likewise to w and tau; then a Kalman smoother over each mode's coordinates turns the sums of messages into q(u^k).
 Damping is linear, so only the sums over the observations of one coordinate are kept: no array of size N x M x M.
 
-  data = funbat.observe(coordinates, y)                                     # (N, K) floats, (N,)
-  state, history = funbat.fit(data, funbat.Settings(rank=3, lengthscale=0.1), jax.random.key(0), epochs=50)
-  mean, variance = funbat.predict(state, data.grids, new_coordinates, settings)
+  data = funbat.observe(coordinates, y)                                     # (N, K) and (N,), in any units
+  state, lengthscale, _ = funbat.learn(data, settings := funbat.Settings(rank=3), jax.random.key(0), epochs=60)
+  mean, variance = funbat.predict(state, data, new_coordinates, dataclasses.replace(settings, lengthscale=lengthscale))
 
 Kronecker order everywhere: mode 1 slowest, as `W.reshape(R_1, ..., R_K)` has it.
 """
@@ -30,79 +30,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core import kalman
-from jaxlab.core.checks import require, require_choice
+from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
 from jaxlab.tensors import matern
-
-MODELS = ("tucker", "cp")
-INITIAL = ("small", "code")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """Everything that is fixed before the data are seen.
-
-  Attributes:
-    rank: R, or one R_k a mode (Tucker).
-    model: "tucker" learns the core; "cp" fixes it to the superdiagonal of ones.
-    kernel: "matern12", "matern32", or "white" (no smoothing: the discrete Bayesian CP / Tucker model).
-    lengthscale, variance: l_k and s2_k, one number or one a mode. Arrays too, inside a transformation that makes the
-      Settings: one program then fits all values (`jax.vmap`).
-    damping: (d_U, d_tau, d_gamma): weights of the old message to factors, noise and core.
-    inner: refresh each mode's messages just before its smoother; False: all messages first, then all smoothers, which
-      from some starts ends in a cycle (two modes of the wrong relative sign flip each other at every epoch).
-    extra_prior: v of an extra pull N(0, v) on every u^k(t_j), as the authors' code has it (v = 1); None: the model.
-    core_variance: v_w; None gives the core no prior, as the authors' code does.
-    core_moments: "full" uses E[ww'] in every message, "mean" E[w]E[w]' as the authors' code does.
-    update_core: False keeps the initial core of a Tucker model.
-    noise: (a0, b0).
-    initial: "small" (covariances 0.1 I, E[tau] = 10, core near the superdiagonal) or "code" (I, 1, a uniform core:
-      with centred data and s2 = 1 it falls into the fixed point at zero).
-    scan: one of `kalman.SCANS`, see `kalman.smooth`.
-  """
-
-  rank: int | tuple[int, ...] = 3
-  model: str = "tucker"
-  kernel: str = "matern12"
-  lengthscale: float | tuple[float, ...] = 0.1
-  variance: float | tuple[float, ...] = 1.0
-  damping: tuple[float, float, float] = (0.3, 0.8, 0.5)
-  inner: bool = True
-  extra_prior: float | None = None
-  core_variance: float | None = 1.0
-  core_moments: str = "full"
-  update_core: bool = True
-  noise: tuple[float, float] = (1.0, 1.0)
-  initial: str = "small"
-  scan: str = "seq"
-
-  def __post_init__(self):
-    require_choice("model", self.model, MODELS)
-    require_choice("kernel", self.kernel, matern.KERNELS)
-    require_choice("initial", self.initial, INITIAL)
-    require_choice("core_moments", self.core_moments, ("full", "mean"))
-    require_choice("scan", self.scan, kalman.SCANS)
-    for name in ("rank", "lengthscale", "variance"):
-      value = getattr(self, name)
-      require(isinstance(value, jax.Array) or np.all(np.asarray(value) > 0), f"{name} is {value}; it must be positive")
-    require(self.model == "tucker" or len(set(np.atleast_1d(self.rank))) == 1, "a CP model has one rank for all modes")
-    require(all(0 <= d < 1 for d in self.damping), f"damping is {self.damping}; each must lie in [0, 1)")
-
-  def of_mode(self, name: str, k: int, modes: int):
-    """Field `name` of mode k."""
-    value = getattr(self, name)
-    require(not isinstance(value, tuple) or len(value) == modes, f"{name} is {value}; the data have {modes} modes")
-    return value[k] if isinstance(value, tuple) else value
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """`grids[k]` are the coordinates of mode k, increasing; `index[n, k]` says which one observation n has."""
-
-  grids: tuple[Float[Array, "J_k"], ...]
-  index: Int[Array, "N K"]
-  y: Float[Array, "N"]
+from jaxlab.tensors.funbat_data import (  # noqa: F401 - what a user of this module needs beside it
+  MODELS,
+  RAW,
+  Data,
+  Settings,
+  Units,
+  numbers,
+  observe,
+  on_grids,
+  require_same_grids,
+  take,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -130,50 +72,6 @@ class State:
   residual: Float[Array, ""]
   shape: Float[Array, ""]
   rate: Float[Array, ""]
-
-
-def observe(coordinates: Float[Array, "N K"], y: Float[Array, "N"], *, dtype=None) -> Data:
-  """Data from real coordinates: the grid of a mode is its sorted distinct values (repeated ones are merged).
-
-  Raises:
-    InputError: shapes that disagree, no observation, or NaN / infinite values.
-  """
-  dtype = dtype or jnp.asarray(0.0).dtype
-  coordinates, y = np.asarray(coordinates, dtype), np.asarray(y, dtype)
-  require(
-    coordinates.ndim == 2 and y.shape == coordinates.shape[:1] and len(y) > 0,
-    f"coordinates {coordinates.shape} and y {y.shape} do not fit; expected (N, K) and (N,) with N >= 1",
-  )
-  _require_finite("coordinates", coordinates)
-  pairs = [np.unique(column, return_inverse=True) for column in coordinates.T]
-  return on_grids([grid for grid, _ in pairs], np.stack([inverse for _, inverse in pairs], 1), y, dtype=dtype)
-
-
-def on_grids(grids, index: Int[Array, "N K"], y: Float[Array, "N"], *, dtype=None) -> Data:
-  """Data on given grids, which may hold coordinates without an observation: folds then share shapes (`jax.vmap`).
-
-  Raises:
-    InputError: a grid with NaN, unsorted or duplicate coordinates; an index outside it; NaN in y.
-  """
-  dtype = dtype or jnp.asarray(0.0).dtype
-  grids = tuple(np.asarray(grid, dtype) for grid in grids)
-  index, y = np.asarray(index), np.asarray(y, dtype)
-  require(
-    index.shape == (len(y), len(grids)) and len(y) > 0,
-    f"index has shape {index.shape}; expected (N, K) = {(len(y), len(grids))} with N >= 1",
-  )
-  _require_finite("y", y)
-  for k, grid in enumerate(grids):
-    _require_finite(f"grid {k}", grid)
-    step = np.diff(grid)
-    require(
-      bool((step > 0).all()),
-      f"grid {k} is not increasing at position {int(np.argmin(step > 0)) + 1 if len(step) else 0} (a duplicate or "
-      f"unsorted coordinate, in {np.dtype(dtype).name}); merge duplicates with observe(coordinates, y)",
-    )
-    low, high = int(index[:, k].min()), int(index[:, k].max())
-    require(low >= 0 and high < len(grid), f"index of mode {k} spans {low}..{high}; its grid has {len(grid)} entries")
-  return Data(tuple(map(jnp.asarray, grids)), jnp.asarray(index, jnp.int32), jnp.asarray(y))
 
 
 def initial_state(data: Data, settings: Settings, key: jax.Array) -> State:
@@ -238,11 +136,17 @@ def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Da
     test: observations on the same grids; their error is recorded after each epoch.
 
   Returns:
-    (State, {"train_rmse", "noise" = (E[tau])^-1/2, and with `test` "test_rmse", "test_mae"}, each (epochs,)).
+    (State, {"train_rmse", "noise" = (E[tau])^-1/2, and with `test` "test_rmse", "test_mae"}, each (epochs,)), all in
+    the model's units.
 
   Raises:
-    InputError: epochs < 1.
+    InputError: epochs < 1, or a test set on other grids or in other units.
   """
+  require_same_grids(data, test)
+  return _sweeps(initial_state(data, settings, key), data, settings, epochs, test)
+
+
+def _sweeps(state: State, data: Data, settings: Settings, epochs: int, test: Data | None):
   require(epochs >= 1, f"epochs is {epochs}; at least one is needed")
 
   def body(state, _):
@@ -254,7 +158,71 @@ def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Da
       row |= {"test_rmse": jnp.sqrt(jnp.mean(error**2)), "test_mae": jnp.mean(jnp.abs(error))}
     return state, row
 
-  return jax.lax.scan(body, initial_state(data, settings, key), length=epochs)
+  return jax.lax.scan(body, state, length=epochs)
+
+
+def learn(
+  data: Data, settings: Settings, key: jax.Array, *, epochs: int, rounds: int = 5, starts: int = 2, test=None
+) -> tuple[State, Float[Array, "K"], dict]:
+  """`fit` with one lengthscale a mode, chosen among `candidates` by the evidence of the model itself.
+
+  With the messages to u^k fixed, the bound `elbo` depends on l_k through the log normaliser of mode k's chain alone.
+  Every start makes `rounds` of epochs / rounds sweeps, and after each but the last every mode takes the lengthscale
+  with the largest one. Starts differ in their random means and begin at lengthscales of 0.1 and 0.01 of a mode's range
+  in turn; the one that ends with the largest bound is returned.
+
+  Args:
+    settings: its lengthscale is not used.
+
+  Returns:
+    (State, lengthscale of each mode in the units of the grids, history as in `fit`).
+
+  Raises:
+    InputError: as `fit` and `elbo`, or epochs that are no multiple of `rounds`.
+  """
+  require(rounds >= 1 and epochs % rounds == 0, f"{epochs} epochs do not divide into {rounds} rounds; give a multiple")
+  require(starts >= 1, f"starts is {starts}; at least one is needed")
+  require_same_grids(data, test)
+  table = candidates(data)
+
+  def one(start):
+    lengthscale = jnp.where(start % 2, 0.01, 0.1).astype(data.y.dtype) * table[:, -1] / SHARES[-1]
+
+    def body(carry, i):
+      state, old = carry
+      new = jnp.stack([_best_lengthscale(state, data, settings, table[k], k) for k in range(len(table))])
+      lengthscale = jnp.where(i == 0, old, new)
+      state, row = _sweeps(state, data, dataclasses.replace(settings, lengthscale=lengthscale), epochs // rounds, test)
+      return (state, lengthscale), row
+
+    first = initial_state(data, settings, jax.random.fold_in(key, start)), lengthscale
+    (state, lengthscale), rows = jax.lax.scan(body, first, jnp.arange(rounds))
+    bound = elbo(state, data, dataclasses.replace(settings, lengthscale=lengthscale))
+    return bound, (state, lengthscale, jax.tree.map(jnp.ravel, rows))
+
+  bounds, found = jax.lax.map(one, jnp.arange(starts))
+  return jax.tree.map(lambda a: a[jnp.argmax(jnp.nan_to_num(bounds, nan=-jnp.inf))], found)
+
+
+SHARES = tuple(10.0 ** (i / 2) for i in range(-6, 2))  # 0.001 to 3 ranges
+
+
+def candidates(data: Data) -> Float[Array, "K C"]:
+  """The lengthscales `learn` chooses from: SHARES of every mode's range."""
+  ranges = jnp.stack([jnp.where(grid[-1] > grid[0], grid[-1] - grid[0], 1.0) for grid in data.grids])
+  return ranges[:, None] * jnp.asarray(SHARES, data.y.dtype)
+
+
+@exactly
+def _best_lengthscale(state: State, data: Data, settings: Settings, table: Float[Array, "C"], k: int):
+  mode = state.modes[k]
+
+  def evidence(lengthscale):
+    chosen = dataclasses.replace(settings, lengthscale=lengthscale)
+    prior, precision, linear = prior_chain(data.grids, chosen, k), *_in_state_space(mode, chosen)
+    return kalman.log_normaliser(prior, precision, linear, kalman.smooth(prior, precision, linear, scan=settings.scan))
+
+  return table[jnp.argmax(jax.vmap(evidence)(table))]
 
 
 def stopping_epoch(train_rmse: Float[Array, "epochs"], *, tolerance: float = 1e-4, window: int = 5) -> Int[Array, ""]:
@@ -353,9 +321,8 @@ def expected(state: State, index: Int[Array, "N K"], settings: Settings):
   return _output_moments(_gathered(state, index), state, settings)
 
 
-@exactly
-def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Settings, *, rule: str = "markov"):
-  """Mean and variance of a new observation at any coordinates.
+def predict(state: State, data: Data, coordinates: Float[Array, "N K"], settings: Settings, *, rule: str = "markov"):
+  """Mean and variance of a new observation at any coordinates, in the units `data` were given in.
 
   E[y] = E[w]' E[z], Var[y] = tr(E[ww'] E[zz']) - E[y]^2 + b / (a - 1).
 
@@ -365,25 +332,29 @@ def predict(state: State, grids, coordinates: Float[Array, "N K"], settings: Set
   Raises:
     InputError: the coordinates have another number of modes.
   """
+  modes = len(data.grids)
+  coordinates = coordinates if isinstance(coordinates, jax.Array) else numbers("coordinates", coordinates)
   require(
-    coordinates.ndim == 2 and coordinates.shape[1] == len(grids),
-    f"coordinates have shape {coordinates.shape}; expected (N, {len(grids)})",
+    coordinates.ndim == 2 and coordinates.shape[1] == modes,
+    f"coordinates have shape {coordinates.shape}; expected (N, {modes})",
   )
   factors = []
-  for k in range(len(grids)):
-    mean, cov = factor_at(state, grids, coordinates[:, k], settings, k, rule=rule)
+  for k in range(modes):
+    mean, cov = factor_at(state, data, coordinates[:, k], settings, k, rule=rule)
     factors.append((mean, cov + mean[:, :, None] * mean[:, None, :]))
-  return _observed(*_output_moments(factors, state, settings), state)
+  mean, variance = _observed(*exactly(_output_moments)(factors, state, settings), state)
+  return data.units.mean + data.units.spread * mean, data.units.spread**2 * variance
 
 
 def predict_on_grid(state: State, index: Int[Array, "N K"], settings: Settings):
-  """`predict` at coordinates of the grid, by their indices: the smoother has been at all of them, observed or not."""
+  """`predict` at coordinates of the grid, by their indices and in the model's units: the smoother has been there."""
   return _observed(*expected(state, index, settings), state)
 
 
 @exactly
-def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings, k: int, *, rule: str = "markov"):
+def factor_at(state: State, data: Data, points: Float[Array, "T"], settings: Settings, k: int, *, rule: str = "markov"):
   """E (T, R_k) and Cov (T, R_k, R_k) of u^k at any points: between, beyond and on the grid of mode k."""
+  grids = data.grids
   rank = settings.of_mode("rank", k, len(grids))
   options = dict(
     kernel=settings.kernel,
@@ -391,6 +362,7 @@ def factor_at(state: State, grids, points: Float[Array, "T"], settings: Settings
     variance=settings.of_mode("variance", k, len(grids)),
     rank=rank,
   )
+  points = jnp.asarray(data.units.of_mode(k, points), grids[k].dtype)
   mean, cov = matern.interpolate(grids[k], state.modes[k].chain, points, rule=rule, **options)
   return mean[:, :rank], cov[:, :rank, :rank]
 
@@ -413,10 +385,7 @@ def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
   bound = 0.5 * size * (log_tau - math.log(2 * math.pi)) - a / b * half_residual(state, data, settings)
   bound -= (a - a0) * digamma(a) - lgamma(a) + math.lgamma(a0) + a0 * (jnp.log(b) - math.log(b0)) + a * (b0 - b) / b
   for k, mode in enumerate(state.modes):
-    prior, rank = prior_chain(data.grids, settings, k), mode.mean.shape[1]
-    pad = prior.noise.shape[-1] - rank
-    precision = jnp.pad(mode.precision, ((0, 0), (0, pad), (0, pad)))
-    linear = jnp.pad(mode.linear, ((0, 0), (0, pad)))
+    prior, precision, linear = prior_chain(data.grids, settings, k), *_in_state_space(mode, settings)
     second = mode.cov + mode.mean[:, :, None] * mode.mean[:, None, :]
     tilt = jnp.sum(mode.linear * mode.mean) - 0.5 * jnp.sum(mode.precision * second)
     bound -= tilt - kalman.log_normaliser(prior, precision, linear, mode.chain)
@@ -469,8 +438,8 @@ def _replace_mode(state, k, mode):
   return dataclasses.replace(state, modes=(*state.modes[:k], mode, *state.modes[k + 1 :]))
 
 
-def _require_finite(name, values):
-  require(
-    bool(np.isfinite(values).all()),
-    f"{name} has {int((~np.isfinite(values)).sum())} NaN or infinite values; drop those observations",
-  )
+def _in_state_space(mode: Mode, settings: Settings):
+  """The messages to u^k as terms of its chain, whose state also holds derivatives where the kernel has them."""
+  rank = mode.mean.shape[1]
+  pad = rank * (matern.order(settings.kernel) - 1)
+  return jnp.pad(mode.precision, ((0, 0), (0, pad), (0, pad))), jnp.pad(mode.linear, ((0, 0), (0, pad)))

@@ -31,13 +31,19 @@ Mask = Shaped[Array, "n"]
 
 
 def canonical(m: Space, p: int) -> Space:
-  """The reduced row echelon form, on as many rows as columns: equal spaces are equal arrays (exact fields)."""
-  return _square(eliminate(fields.normalised(m, p), p).rows)
+  """The reduced row echelon form, on as many rows as columns: equal spaces are equal arrays.
+
+  Over the reals a well conditioned basis; there `fields.projector` is what equal spaces share.
+  """
+  fields.check_space(m, p)
+  if p or not m.size:
+    return _square(_reduced(m, p).rows)
+  return _square(fields.row_basis(m))
 
 
 def rank(m: Space, p: int) -> Int[Array, ""]:
   """r(V)."""
-  return eliminate(fields.normalised(m, p), p).rank
+  return _reduced(m, p).rank
 
 
 def restrict(m: Space, mask: Mask, p: int) -> Space:
@@ -47,7 +53,7 @@ def restrict(m: Space, mask: Mask, p: int) -> Space:
 
 def contract(m: Space, mask: Mask, p: int) -> Space:
   """V x mask: the vectors of V that are zero outside the mask."""
-  return canonical(eliminate(fields.normalised(m, p), p, ~mask).rest(), p)
+  return canonical(_reduced(m, p, ~mask).rest(), p)
 
 
 def vsum(a: Space, b: Space, p: int) -> Space:
@@ -69,8 +75,11 @@ def perp(m: Space, p: int) -> Space:
   Not for packed spaces.
   """
   require(m.dtype != jnp.uint32, "the complement is not defined on packed words (their padding is part of it); unpack")
-  reduced = eliminate(fields.normalised(m, p), p)
   n = m.shape[1]
+  fields.check_space(m, p)
+  if p == 0:
+    return fields.complement(m) if n else jnp.zeros((0, 0), m.dtype)
+  reduced = _reduced(m, p)
   rows = jnp.concatenate([reduced.rows, jnp.zeros((n, n), m.dtype)])[:n]
   # Row i of the reduced form moves to its pivot column: a square matrix R with identity at the pivots.
   place = jnp.clip(jnp.cumsum(reduced.pivots) - 1, 0)
@@ -94,7 +103,7 @@ def link(a: Space, b: Space, nS: int, nP: int, nQ: int, p: int, *, skewed: bool 
     InputError: the spaces do not have nS + nP and nP + nQ columns.
   """
   _check_columns(a, b, nS, nP, nQ)
-  a, b = fields.normalised(a, p), fields.normalised(b, p)
+  a, b = fields.reduced(a, p), fields.reduced(b, p)
   zeros = lambda x, n: jnp.zeros((x.shape[0], n), x.dtype)
   shared = b[:, :nP] if skewed else fields.negate(b[:, :nP], p)
   stacked = jnp.concatenate(
@@ -128,7 +137,7 @@ def minimise_overlap(
   mask_b = lambda q, mask: jnp.concatenate([mask, _blocks(b, (nQ, q))])
   everything = _blocks(a, (nP, True))
 
-  a, b = fields.normalised(a, p), fields.normalised(b, p)
+  a, b = fields.reduced(a, p), fields.reduced(b, p)
   # Rows that span are enough between the steps: only what is stacked again is brought to few rows by `canonical`.
   contracted_a = on_p(eliminate(a, p, mask_a(True, ~everything)).rest(), True)
   contracted_b = on_p(eliminate(b, p, mask_b(True, ~everything)).rest(), False)
@@ -138,9 +147,8 @@ def minimise_overlap(
   # The rows of V1 that are in I on P: eliminate P from [V1_P V1_P V1_S; I 0 0], as in `intersect`.
   v1, v2 = _into(v1, both, nS, p, first=True), _into(v2, both, nP, p, first=False)
 
-  pivots_c = eliminate(fields.normalised(jnp.concatenate([contracted_a, contracted_b]), p), p).pivots
-  first = eliminate(both, p, pivots_c)
-  pivots_i = pivots_c | eliminate(first.rows, p, ~pivots_c, after=first.rank).pivots
+  pivots_c = eliminate(jnp.concatenate([contracted_a, contracted_b]), p).pivots
+  pivots_i = pivots_c | eliminate(eliminate(both, p, pivots_c).rest(), p, ~pivots_c).pivots
   kept = pivots_i & ~pivots_c
   small_a = contract(fields.keep(v1, mask_a(True, pivots_i)), mask_a(True, kept), p)
   small_b = contract(fields.keep(v2, mask_b(True, pivots_i)), mask_b(True, kept), p)
@@ -180,8 +188,7 @@ def decompose_minor(m: Space, nS: int, p: int) -> tuple[Space, Space, Mask]:
   nQ = m.shape[1] - nS
   s, q = _blocks(m, (nS, True), (nQ, False)), _blocks(m, (nS, False), (nQ, True))
   pivots_b = eliminate(contract(m, q, p), p).pivots
-  first = eliminate(fields.keep(fields.normalised(m, p), q), p, pivots_b)
-  t = eliminate(first.rows, p, q & ~pivots_b, after=first.rank).pivots
+  t = eliminate(_reduced(fields.keep(m, q), p, pivots_b).rest(), p, q & ~pivots_b).pivots
   v_sp = contract(restrict(m, s | pivots_b | t, p), s | t, p)
   swapped = jnp.concatenate([v_sp[:, nS:], v_sp[:, :nS]], 1)
   return v_sp, link(swapped, m, nQ, nS, nQ, p), t[nS:]
@@ -234,6 +241,12 @@ def enumerate_link(a, b, nS: int, nP: int, nQ: int, p: int) -> set[tuple[int, ..
   for v in vectors(b):
     by_p.setdefault(v[:nP], []).append(v[nP:])
   return {tuple(map(int, u[:nS] + w)) for u in vectors(a) for w in by_p.get(u[nS:], [])}
+
+
+def _reduced(m, p, mask=None):
+  """`eliminate` of a space as a caller gives it."""
+  fields.check_space(m, p)
+  return eliminate(fields.reduced(m, p), p, mask)
 
 
 def _into(v, space, cut, p, *, first):

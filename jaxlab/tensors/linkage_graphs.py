@@ -164,6 +164,8 @@ def link_rank_table(a, b, nS: int, nP: int, nQ: int, p: int) -> Int[Array, "subs
 
 def generic_link(a, b, nS: int, nP: int, nQ: int, key: jax.Array, p: int = fields.LARGE):
   """A space whose column matroid is M(A) <-> M(B) with high probability: the link with randomly scaled P columns."""
+  fields.check_space(b, p)
+  require(p > 1, "a generic link scales by random elements of a finite field; choose a prime p")
   scale = jax.random.randint(key, (nP,), 1, p, b.dtype)
   return linkage.link(a, b.at[:, :nP].set(b[:, :nP] * scale % p), nS, nP, nQ, p)
 

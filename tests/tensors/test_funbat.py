@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import funbat as config_file
-from experiments import funbat as experiment
-from experiments.console import Console
 from experiments.funbat import baselines as funbat_baselines
-from experiments.funbat import methods as funbat_methods
+from experiments.funbat import comparison, speed, surface
+from experiments.funbat.data import load_folds
 from jaxlab.core import kalman
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import funbat, matern
 from jaxlab.tensors.funbat import Settings
-from tests.common import Whole
+from tests.common import Whole, run_and_continue
 
 RANK = 2
 # Eager scans and solves compile one by one; whole functions compile once.
 fit = jax.jit(funbat.fit, static_argnames=("settings", "epochs"))
+learn = jax.jit(funbat.learn, static_argnames=("settings", "epochs", "rounds", "starts"))
 predict = jax.jit(funbat.predict, static_argnames=("settings", "rule"))
 epoch = jax.jit(funbat.epoch, static_argnames="settings")
 factor_at = jax.jit(funbat.factor_at, static_argnames=("settings", "k", "rule"))
@@ -49,7 +49,7 @@ def random_problem(seed=0, size=60, levels=(5, 6, 4), cov=None):
   rng = np.random.default_rng(seed)
   grids = [np.sort(rng.uniform(size=n)) for n in levels]
   index = np.stack([rng.integers(0, n, size) for n in levels], 1)
-  return funbat.on_grids(grids, index, rng.normal(size=size))
+  return funbat.on_grids(grids, index, rng.normal(size=size), units=funbat.RAW)
 
 
 def random_state(data, settings, seed=0):
@@ -187,7 +187,7 @@ def test_a_frozen_superdiagonal_core_is_the_cp_model():
     np.testing.assert_allclose(x, y, atol=1e-9)
   np.testing.assert_allclose(ha["train_rmse"], hb["train_rmse"])
   points = jnp.asarray(np.random.default_rng(0).uniform(size=(7, 3)))
-  for x, y in zip(predict(a, data.grids, points, frozen), predict(b, data.grids, points, cp), strict=True):
+  for x, y in zip(predict(a, data, points, frozen), predict(b, data, points, cp), strict=True):
     np.testing.assert_allclose(x, y, atol=1e-9)
 
 
@@ -240,12 +240,12 @@ def test_with_one_mode_the_model_is_regression_whatever_its_form(model, scan):
     variance=1.5,
     scan=scan,
   )
-  data = funbat.observe(t[:, None], y)
+  data = funbat.observe(t[:, None], y, units=funbat.RAW)
   state = initial_state(data, settings, jax.random.key(0))
   state = dataclasses.replace(state, rate=state.shape / tau)
   state = epoch(state, data, settings)
   new = np.concatenate([[-0.2], rng.uniform(size=9), [1.4]])
-  mean, variance = predict(state, data.grids, jnp.asarray(new)[:, None], settings)
+  mean, variance = predict(state, data, jnp.asarray(new)[:, None], settings)
   k, cross = covariance("matern32", 0.3, 1.5, t, t) + np.eye(30) / tau, covariance("matern32", 0.3, 1.5, new, t)
   np.testing.assert_allclose(mean, cross @ np.linalg.solve(k, y), atol=1e-8)
   expected = 1.5 - np.sum(cross.T * np.linalg.solve(k, cross.T), 0) + 1 / tau
@@ -256,7 +256,7 @@ def test_the_published_surface_is_learned():
   """funbat.md oracle 7: 675 of 1,350 points on six random 15 x 15 grids; test RMSE < 0.006 in 100 epochs."""
   config = config_file.get_config("test")
   config.surface.epochs = 100
-  result, _ = experiment.learn_surface(config)
+  result = surface.measure(config)
   assert result["markov"]["rmse"] < 0.006 < 0.1 * result["std"]
   assert result["markov"]["rmse"] <= result["merge"]["rmse"] and result["markov"]["coverage_95"] > 0.9
 
@@ -268,7 +268,7 @@ def test_a_prediction_on_the_grid_is_one_at_its_coordinates():
   index = jnp.asarray(list(np.ndindex(5, 6, 4)))
   assert min(len(set(np.asarray(data.index[:, k]))) - len(g) for k, g in enumerate(data.grids)) < 0
   points = jnp.stack([g[index[:, k]] for k, g in enumerate(data.grids)], 1)
-  ours, theirs = compiled.predict_on_grid(state, index, settings), predict(state, data.grids, points, settings)
+  ours, theirs = compiled.predict_on_grid(state, index, settings), predict(state, data, points, settings)
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-9)
 
@@ -285,7 +285,7 @@ def test_coordinates_without_an_observation_are_interpolated():
     ],
     1,
   )
-  larger = funbat.on_grids(extra, wide, data.y)
+  larger = funbat.on_grids(extra, wide, data.y, units=funbat.RAW)
   first = initial_state(data, settings, jax.random.key(0))
   start = initial_state(larger, settings, jax.random.key(0))
   modes = []
@@ -305,7 +305,7 @@ def test_coordinates_without_an_observation_are_interpolated():
   for _ in range(3):
     first, start = epoch(first, data, settings), epoch(start, larger, settings)
   for k in range(3):
-    mean, cov = factor_at(first, data.grids, jnp.asarray(extra[k]), settings, k)
+    mean, cov = factor_at(first, data, jnp.asarray(extra[k]), settings, k)
     np.testing.assert_allclose(start.modes[k].mean, mean, atol=1e-9)
     np.testing.assert_allclose(start.modes[k].cov, cov, atol=1e-9)
 
@@ -315,9 +315,9 @@ def test_predictive_moments_are_those_of_the_posterior():
   data, settings = random_problem(), Settings(rank=RANK)
   state = fit(data, settings, jax.random.key(0), epochs=3)[0]
   rng, points = np.random.default_rng(0), np.array([[0.31, 0.55, 0.72]])
-  mean, variance = predict(state, data.grids, jnp.asarray(points), settings)
+  mean, variance = predict(state, data, jnp.asarray(points), settings)
   draw = lambda m, c: rng.multivariate_normal(np.asarray(m), np.asarray(c), 200_000)
-  factors = [factor_at(state, data.grids, jnp.asarray(points[:, k]), settings, k) for k in range(3)]
+  factors = [factor_at(state, data, jnp.asarray(points[:, k]), settings, k) for k in range(3)]
   w = draw(state.core_mean, state.core_cov).reshape(-1, RANK, RANK, RANK)
   y = np.einsum("nabc,na,nb,nc->n", w, *(draw(m[0], c[0]) for m, c in factors))
   y = y + rng.normal(size=len(y)) / np.sqrt(rng.gamma(state.shape, 1 / state.rate, len(y)))
@@ -345,6 +345,89 @@ def test_the_defaults_do_not_collapse_and_the_authors_settings_do():
   state, history = learn(lengthscale=0.3, **authors)
   np.testing.assert_allclose(history["train_rmse"][-1], jnp.sqrt(jnp.mean(data.y**2)), rtol=1e-6)
   assert max(float(jnp.abs(mode.mean).max()) for mode in state.modes) < 1e-4
+
+
+def smooth_and_rough(size=300):
+  """y = u(a) v(b): u smooth, v without any relation between its 40 values; noise 0.1."""
+  rng = np.random.default_rng(0)
+  a, b = rng.uniform(size=size), rng.integers(0, 40, size)
+  return np.stack([a, b / 39], 1), (1.5 + np.sin(2 * a)) * rng.normal(size=40)[b] + 0.1 * rng.normal(size=size)
+
+
+def test_the_evidence_tells_the_lengthscales_of_the_modes_apart():
+  """One for both modes is wrong for one of them: learned ones have the larger bound and the smaller error.
+
+  Of several starts the one with the largest bound is kept.
+  """
+  at, y = smooth_and_rough()
+  data = funbat.take(whole := funbat.observe(at, y), slice(200))
+  settings = Settings(rank=1, model="cp", lengthscale=0.1, damping=(0.0, 0.0, 0.0))
+  test = funbat.take(whole, slice(200, None))
+  state, lengthscale, history = learn(data, settings, jax.random.key(0), epochs=30, rounds=3, test=test)
+  assert float(lengthscale[0]) >= 10 * float(lengthscale[1]) and history["train_rmse"].shape == (30,)
+  fixed, other = fit(data, settings, jax.random.key(0), epochs=30, test=test)
+  assert float(history["test_rmse"][-1]) < 0.8 * float(other["test_rmse"][-1])
+  learned = dataclasses.replace(settings, lengthscale=lengthscale)
+  assert learned.lengthscale == tuple(lengthscale.tolist())  # static again
+  bound = float(compiled.elbo(state, data, learned))
+  assert bound > float(compiled.elbo(fixed, data, settings))
+  first, at_first, _ = learn(data, settings, jax.random.key(0), epochs=30, rounds=3, starts=1, test=test)
+  assert bound >= float(compiled.elbo(first, data, dataclasses.replace(settings, lengthscale=at_first)))
+
+
+@pytest.mark.parametrize("model", funbat.MODELS)
+def test_outputs_far_from_zero_and_unix_seconds_are_learned_as_they_come(model):
+  """y around 300 ended at the zero fixed point; an hour's seconds of the year 2026 were a few dozen float32 numbers."""
+  at, y = smooth_and_rough()
+  with jax.enable_x64(False):
+    seconds = 1.79e9 + np.round(3600 * at)
+    data = funbat.observe(seconds[:200], 300 + 5 * y[:200])
+    assert len(data.grids[0]) == len(np.unique(seconds[:200, 0])) and float(data.grids[0].max()) == 1
+    settings = Settings(rank=1, model=model, damping=(0.0, 0.0, 0.0))
+    state, lengthscale, _ = learn(data, settings, jax.random.key(0), epochs=30, rounds=3)
+    settings = dataclasses.replace(settings, lengthscale=lengthscale)
+    # A constant of the program: as its argument the seconds would be float32.
+    mean, variance = jax.jit(lambda state: funbat.predict(state, data, seconds[200:], settings))(state)
+  error = np.asarray(mean) - (300 + 5 * y[200:])
+  assert np.sqrt(np.mean(error**2)) < 0.2 * 5 * y.std()
+  assert np.mean(np.abs(error) < 1.96 * np.sqrt(variance)) > 0.9
+
+
+def test_units_change_nothing_but_the_units():
+  """Predictions of a y + b at c i + d are a times those of y at i, plus b; and points of a factor are in its units."""
+  at, y = smooth_and_rough(80)
+  settings = Settings(rank=1, model="cp", kernel="matern32")
+  results = []
+  for scale, shift, a, b in ((1.0, 0.0, 1.0, 0.0), (7.0, -3.0, 4.0, 50.0)):
+    data = funbat.observe(scale * at + shift, a * y + b)
+    state, _ = fit(data, settings, jax.random.key(0), epochs=3)
+    new = scale * np.array([[0.2, 0.3], [0.9, 1.2]]) + shift
+    mean, variance = predict(state, data, new, settings)
+    factor = factor_at(state, data, new[:, 0], settings, 0)[0]
+    results.append(((mean - b) / a, variance / a**2, factor))
+  for x, z in zip(*results, strict=True):
+    np.testing.assert_allclose(x, z, rtol=1e-6)
+
+
+def test_a_test_set_on_other_grids_is_refused():
+  """Its indices would name other coordinates: `fit` gave errors of nonsense without a word."""
+  at, y = smooth_and_rough(60)
+  whole = funbat.observe(at, y)
+  train, alone = funbat.take(whole, slice(40)), funbat.observe(at[40:], y[40:])
+  for test in (alone, dataclasses.replace(whole, units=funbat.RAW), random_problem()):
+    with pytest.raises(InputError, match="other grids, or in other units"):
+      funbat.fit(train, Settings(rank=1), jax.random.key(0), epochs=1, test=test)
+  moved = dataclasses.replace(whole, grids=(whole.grids[0] + 0.1, whole.grids[1]))
+  with pytest.raises(InputError, match="observe all data once"):
+    funbat.learn(train, Settings(rank=1), jax.random.key(0), epochs=5, test=moved)
+
+
+def test_lists_are_as_good_as_tuples():
+  """One value a mode as a list, an array or a tuple are the same, hashable settings."""
+  by = lambda make: Settings(rank=make((1, 2)), lengthscale=make((0.1, 1.0)), variance=make((1.0, 2.0)))
+  assert by(list) == by(tuple) == by(np.asarray) and hash(by(list)) == hash(by(tuple))
+  with pytest.raises(InputError, match=r"lengthscale is \(0.1, -1.0\); it must be positive"):
+    Settings(lengthscale=[0.1, -1.0])
 
 
 def test_fits_stop_where_the_training_error_does():
@@ -376,7 +459,8 @@ def test_folds_run_under_vmap():
 
 def test_repeated_coordinates_are_merged():
   """Two observations of one coordinate share a grid entry, and replicates act as one of twice the precision."""
-  data = funbat.observe(np.array([[0.3, 1.0], [0.3, 2.0], [0.1, 1.0], [0.1, 1.0]]), np.arange(4.0))
+  at = np.array([[0.3, 1.0], [0.3, 2.0], [0.1, 1.0], [0.1, 1.0]])
+  data = funbat.observe(at, np.arange(4.0), units=funbat.RAW)
   assert [g.tolist() for g in data.grids] == [[0.1, 0.3], [1.0, 2.0]]
   assert data.index.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0]]
 
@@ -388,7 +472,7 @@ def test_least_squares_recovers_a_noiseless_tensor():
   index = np.stack(np.meshgrid(*map(np.arange, (6, 7, 8)), indexing="ij"), -1).reshape(-1, 3)
   y = np.einsum("nr,nr,nr->n", *(f[index[:, k]] for k, f in enumerate(factors)))
   seen = rng.permutation(len(y))[: len(y) * 2 // 3]
-  data = funbat.on_grids([np.linspace(0, 1, n) for n in (6, 7, 8)], index[seen], y[seen])
+  data = funbat.on_grids([np.linspace(0, 1, n) for n in (6, 7, 8)], index[seen], y[seen], units=funbat.RAW)
   for model in funbat.MODELS:
     solve = jax.jit(lambda key, m=model: funbat_baselines.als(data, key, rank=2, ridge=1e-6, sweeps=200, model=m))
     got = baselines.multilinear(*solve(jax.random.key(1)), jnp.asarray(index))
@@ -408,17 +492,21 @@ def test_gaussian_process_baselines_learn_a_smooth_function():
   x, new = rng.uniform(size=(60, 2)), rng.uniform(0.1, 0.9, size=(20, 2))
   f = lambda x: np.sin(4 * x[:, 0]) + x[:, 1] ** 2
   arrays = jnp.asarray(x), jnp.asarray(f(x)), jnp.asarray(new), jax.random.key(0)
-  mean, variance = jax.jit(lambda *a: funbat_baselines.gp(*a, points=60, steps=60))(*arrays)
+  exact = jax.jit(lambda *a: funbat_baselines.gp(*a, points=60, steps=60))(*arrays)
   sparse = jax.jit(lambda *a: funbat_baselines.sparse_gp(*a, inducing=60, steps=60))(*arrays)
-  for got in (mean, sparse):
-    assert np.sqrt(np.mean((got - f(new)) ** 2)) < 0.1 * f(x).std()
-  assert float(variance.min()) > 0
+  for got in (exact, sparse):
+    assert np.sqrt(np.mean((got["mean"] - f(new)) ** 2)) < 0.1 * f(x).std()
+  assert float(exact["gp_variance"].min()) > 0 and -0.01 < float(exact["unsettled"]) < 0.1
 
 
 @pytest.mark.parametrize(
   "make, message",
   [
     (lambda: funbat.observe(np.array([[0.1, np.nan]]), np.ones(1)), "coordinates has 1 NaN"),
+    (lambda: funbat.observe([["monday", 1]], np.ones(1)), "coordinates are no numbers .*dates as seconds"),
+    (lambda: funbat.on_grids([[0.0, 1.0]], np.zeros((1, 1)), np.ones(1)), "index holds float64; expected integers"),
+    (lambda: funbat.on_grids([[]], np.zeros((1, 1), int), np.ones(1)), r"grid 0 has shape \(0,\)"),
+    (lambda: funbat.learn(random_problem(), Settings(), jax.random.key(0), epochs=7), "7 epochs do not divide into 5"),
     (lambda: funbat.observe(np.ones((2, 2)), np.array([1.0, np.inf])), "y has 1 NaN or infinite"),
     (lambda: funbat.observe(np.ones((2, 2)), np.ones(3)), r"\(2, 2\) and y \(3,\) do not fit"),
     (lambda: funbat.on_grids([np.array([0.0, 1.0, 1.0])], np.zeros((1, 1), int), np.ones(1)), "at position 2 .*merge"),
@@ -437,19 +525,11 @@ def test_mistakes_are_named(make, message):
     make()
 
 
-def test_the_experiment_runs_at_test_scale_and_keeps_its_parts(tmp_path):
-  config = config_file.get_config("test")
+def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
   with jax.enable_x64(False):
-    report = experiment.run(config, tmp_path, tmp_path, Console(quiet=True))
-    parts = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
-    again = experiment.run(config, tmp_path, tmp_path, Console(quiet=True))
-  assert {c.name.split(",")[0] for c in report.claims} >= {
-    "test RMSE on the surface",
-    "parallel scans against the loop",
-  }
-  assert report.metrics["comparison"] == again.metrics["comparison"] and "method.FunBaT-CP.part.json" in parts
-  assert parts == {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+    report = run_and_continue("funbat", tmp_path, monkeypatch)
+  assert report.claims[0].name.startswith("Standard deviations over folds") and len(report.figures) == 3
+  assert "generated field" in report.finding and (tmp_path / "method.generated field.FunBaT-CP.part.json").exists()
 
 
 def test_the_choice_is_made_on_the_held_out_tenth_alone():
@@ -457,21 +537,29 @@ def test_the_choice_is_made_on_the_held_out_tenth_alone():
   values, train = (0.0, 1.0, 2.0), random_problem(size=40)
   test = dataclasses.replace(random_problem(1, size=10), grids=train.grids)
   fit = lambda train, test, value, rank: {"mean": jnp.full_like(test.y, (value - 1.0) * 50 + rank)}
-  method = funbat_methods.Method(fit, ranks=(0, 7), values=values, value="offset")
+  method = comparison.Method(fit, ranks=(0, 7), values=values, value="offset")
   for together in (False, True):
-    result = funbat_methods.measure(method, [(train, test)] * 2, together)
+    result = comparison.measure(method, [(train, test)] * 2, together)
     assert result["chosen"] == {"offset": 1.0, "rank": 0} and result["held_out_rmse"] > 0
     np.testing.assert_allclose(result["errors"]["rmse"]["folds"], [np.sqrt(np.mean(test.y**2))] * 2)
 
 
-def test_the_variant_of_the_claims_is_the_better_one_on_held_out_data():
+def test_claims_take_the_variant_chosen_on_held_out_data_and_the_worst_data_set():
   """Not the better one on the test sets; the rival is, in its favour."""
-  row = lambda held, rmse: {
-    "chosen": {"rank": 2}, "held_out_rmse": held, "errors": {"rmse": {"mean": rmse, "std": 0.1}}
-  }  # fmt: skip
-  comparison = {"FunBaT-CP": row(0.4, 0.6), "FunBaT": row(0.5, 0.3), "discrete CP": row(0.1, 0.9)}
-  claim = experiment.accuracy_claims(config_file.get_config("test"), comparison | {"discrete Tucker": row(0.9, 0.7)})[0]
-  assert claim.name.startswith("FunBaT-CP below discrete Tucker") and claim.ours == pytest.approx(1.0)
+
+  def row(held, rmse):
+    spread = {"mean": rmse, "std": 0.1}
+    return {"chosen": {"rank": 2}, "held_out_rmse": held, "errors": {"rmse": spread, "coverage_95": {"mean": 0.9}}}
+
+  rows = {"FunBaT-CP": row(0.4, 0.6), "FunBaT": row(0.5, 0.3), "discrete CP": row(0.1, 0.9)}
+  sets = {"easy": rows | {"discrete Tucker": row(0.9, 2.0)}, "hard": rows | {"discrete Tucker": row(0.9, 0.7)}}
+  claim, dense = comparison.claims(
+    config_file.get_config("test"), sets | {"full": rows}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
+  )[:2]
+  assert dense.name.endswith("more seen, full") and dense.holds
+  assert claim.name.endswith("worst of 2 data sets") and claim.ours == pytest.approx(1.0) and not claim.holds
+  assert "hard: FunBaT-CP 0.6000, discrete Tucker 0.7000" in claim.note
+  assert "0.600 on hard (discrete 0.700)" in comparison.finding(sets)
 
 
 def test_the_claims_follow_from_the_config_and_the_parts():
@@ -482,12 +570,8 @@ def test_the_claims_follow_from_the_config_and_the_parts():
   }
   epoch = {"line": [(10, 3.0), (1000, 4.0)], "slope": 0.06, "slope_at_the_end": 0.06}
   cost = {"scan_gap": 0.0, "smoother": {"rows": [row], "slopes": {"seq": 1.0}}, "epoch": epoch}
-  names = {
-    scale: [c.name for c in experiment.cost_claims(config_file.get_config(scale), cost)] for scale in ("cpu", "gpu")
-  }
-  assert len(names["cpu"]) == 3 and [n for n in names["gpu"] if "scan over the loop" in n] == [
-    f"smoother, {scan} scan over the loop, least over chains of more than 1000 steps" for scan in ("assoc", "doubling")
-  ]
+  names = {scale: [c.name for c in speed.claims(config_file.get_config(scale), cost)] for scale in ("cpu", "gpu")}
+  assert len(names["cpu"]) == 3 and sum("as lax.scan the parallel smoother" in name for name in names["gpu"]) == 1
 
 
 def test_real_tensors_are_read(tmp_path):
@@ -498,14 +582,15 @@ def test_real_tensors_are_read(tmp_path):
     for part, size in (("tr", 30), ("te", 8)):
       arrays[f"data/{fold}/{part}_ind"] = rng.integers(0, (15, 95, 267), (size, 3)).astype(np.int16)
       arrays[f"data/{fold}/{part}_y"] = rng.normal(60, 9, size)
-  config.data.name, config.data.path, config.data.span = "npz", str(tmp_path / "us.npz"), 1.0
-  np.savez(config.data.path, **arrays)
-  (train, test), _ = experiment.load_folds(config)
+  path = tmp_path / "us.npz"
+  config.data.update(name="npz", paths=(str(path),))
+  np.savez(path, **arrays)
+  (train, test), _ = load_folds(config)["us"]
   assert [len(g) for g in train.grids] == [15, 95, 267] and float(train.grids[2][-1]) == 1.0
   np.testing.assert_allclose([train.y.mean(), train.y.std()], [0, 1], atol=1e-6)
-  np.savez(config.data.path, **arrays | {"data/1/te_y": np.zeros(7), "data/1/te_ind": arrays["data/1/te_ind"][:7]})
+  np.savez(path, **arrays | {"data/1/te_y": np.zeros(7), "data/1/te_ind": arrays["data/1/te_ind"][:7]})
   with pytest.raises(InputError, match="folds of several sizes"):
-    experiment.load_folds(config)
+    load_folds(config)
   y = arrays["data/0/tr_y"]
   np.testing.assert_allclose(test.y, (arrays["data/0/te_y"] - y.mean()) / y.std(), rtol=1e-6)
 
@@ -513,9 +598,11 @@ def test_real_tensors_are_read(tmp_path):
 def test_a_wrong_file_is_named(tmp_path):
   config = config_file.get_config("test")
   config.data.name = "npz"
+  with pytest.raises(InputError, match="paths is empty"):
+    load_folds(config)
+  config.data.paths = (str(tmp_path / "x.npz"),)
   with pytest.raises(InputError, match="not a file"):
-    experiment.load_folds(config)
-  config.data.path = str(tmp_path / "x.npz")
-  np.savez(config.data.path, **{"data/0/tr_ind": np.zeros((1, 1)), "data/1/tr_ind": np.zeros((1, 1))})
+    load_folds(config)
+  np.savez(config.data.paths[0], **{"data/0/tr_ind": np.zeros((1, 1)), "data/1/tr_ind": np.zeros((1, 1))})
   with pytest.raises(InputError, match="expected data/<fold>"):
-    experiment.load_folds(config)
+    load_folds(config)

@@ -1,4 +1,4 @@
-"""What FunBaT costs: smoothers by chain length against each other and a NumPy loop, epochs by observations."""
+"""Seconds of a smoother by chain length, against each other and a NumPy loop, and of an epoch by observations."""
 
 import functools
 from pathlib import Path
@@ -6,12 +6,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.ticker import LogLocator
 
-from experiments import results, timing
+from experiments import figures, results, timing
 from experiments.overlap import overlapped
+from experiments.results import Claim, number
 from jaxlab.core import kalman
 from jaxlab.tensors import funbat, matern
 from jaxlab.tensors.funbat import Settings
+
+MANY_STEPS = 1000  # beyond them a parallel scan is to beat the loop where one is chosen, on an accelerator
+
+
+def measure(config, workdir: Path) -> dict:
+  return {
+    "scan_gap": results.part(workdir, "scan_gap", lambda: scan_gap(config.bench.steps[0])),
+    "smoother": time_smoothers(config, workdir),
+    "epoch": results.part(workdir, "epoch", lambda: time_epochs(config)),
+  }
 
 
 def random_chain(steps: int, rank: int, dtype=np.float32):
@@ -100,3 +112,73 @@ def time_epochs(config) -> dict:
     calls = {"epoch": functools.partial(step, *arguments)}
     line.append((size, timing.compare(calls, repetitions=config.bench.repetitions, warmup=1).median("epoch") * 1e3))
   return {"line": line, "slope": timing.slope(line), "slope_at_the_end": timing.slope(line[-2:])}
+
+
+def claims(config, cost: dict) -> list[Claim]:
+  """Both scans are the loop; it beats NumPy, a parallel scan beats it on long chains; an epoch is linear."""
+  rows, scan = cost["smoother"]["rows"], config.funbat.scan
+  made = [
+    Claim(
+      "Largest difference of a parallel Kalman smoother from the loop, double precision", "", "lower",
+      ours=cost["scan_gap"], threshold=1e-8, baseline="lax.scan",
+    )
+  ]  # fmt: skip
+  row = [r for r in rows if "numpy" in r["over"]][-1]
+  ratio, spread = row["over"]["numpy"][scan]
+  made.append(
+    Claim(
+      f"How many times as fast as a NumPy loop the smoother passes over {row['steps']} coordinates", "x", "higher",
+      ours=ratio, threshold=1.0, baseline="NumPy loop", spread=tuple(spread),
+      note=f"scan: {scan}; log-log slopes of time against steps: "
+      + ", ".join(f"{name} {number(value)}" for name, value in cost["smoother"]["slopes"].items()),
+    )
+  )  # fmt: skip
+  long = [r for r in rows if r["steps"] > MANY_STEPS and "seq" in r["over"]]
+  if scan in kalman.PARALLEL and long:
+    least = min(long, key=lambda r: r["over"]["seq"][scan][0])
+    ratio, spread = least["over"]["seq"][scan]
+    made.append(
+      Claim(
+        f"How many times as fast as lax.scan the parallel smoother is, least of chains over {MANY_STEPS} coordinates",
+        "x", "higher", ours=ratio, threshold=1.0, baseline="lax.scan, jitted", spread=tuple(spread),
+        note=f"scan: {scan}; "
+        + ", ".join(f"{r['steps']} steps {r['over']['seq'][scan][0]:.3g}" for r in rows if "seq" in r["over"]),
+      )
+    )  # fmt: skip
+  sizes, milliseconds = zip(*cost["epoch"]["line"], strict=True)
+  if len(sizes) > 1:
+    made.append(
+      Claim(
+        "Exponent of an epoch's time in the number of observations, between the two largest sizes", "", "lower",
+        ours=float(cost["epoch"]["slope_at_the_end"]), threshold=1.1, paper=1.0, baseline="linear",
+        note=f"{sizes[0]} to {sizes[-1]} observations, rank {config.bench.rank}, {milliseconds[0]:.3g} to "
+        f"{milliseconds[-1]:.3g} ms; over all sizes {number(cost['epoch']['slope'])}. Far below 1 it says that few "
+        "observations leave the device waiting for launches",
+      )
+    )  # fmt: skip
+  return made
+
+
+def draw(cost: dict, workdir: Path) -> dict[str, str]:
+  figure, axes = figures.subplots(2)
+  labels = {"numpy": "NumPy loop", "seq": "lax.scan", "assoc": "associative scan", "doubling": "recursive doubling"}
+  rows = cost["smoother"]["rows"]
+  for name, label in labels.items():
+    line = [(r["steps"], r["milliseconds"][name]["median"] / 1e3) for r in rows if name in r["milliseconds"]]
+    axes[0].loglog(*zip(*line, strict=True), "o-", label=label)
+  axes[0].set(xlabel="steps J", ylabel="seconds", title="Kalman filter and RTS smoother")
+  axes[0].legend()
+  size, milliseconds = np.asarray(cost["epoch"]["line"]).T
+  axes[1].loglog(size, milliseconds, "o-", label="measured")
+  axes[1].loglog(size, milliseconds[-1] * size / size[-1], ":", color="black", label="linear")
+  axes[1].set_ylim(milliseconds.min() / 4, milliseconds.max() * 2)
+  axes[1].legend(loc="upper left")
+  for axis, ticks in ((axes[0], [r["steps"] for r in rows]), (axes[1], size)):
+    axis.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
+    axis.minorticks_off()
+  axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes[1].yaxis.set_major_formatter("{x:g}")
+  axes[1].set(
+    xlabel="observations N", ylabel="milliseconds", title=f"One epoch, slope {number(cost['epoch']['slope'])}"
+  )
+  return {figures.save(figure, workdir, "speed"): "Seconds of a smoother by chain length; of an epoch by observations"}
