@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.anncur import cost, domain, errors, recall, training
+from experiments.anncur import domain, errors, recall, speed, training
 from experiments.anncur import encoders as scorers
 from experiments.results import Claim
 from jaxlab.core.checks import require
@@ -26,7 +26,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     **recall.measure(config, d, scores, item_scores, retrievers, console),
     "errors": errors.measure_errors(config, scores),
     "spectrum": {head: errors.measure_spectrum(scores[head]) for head in training.HEADS},
-    "cost": cost.measure(config, d.searched, d.test[:1], encoders, console),
+    "cost": speed.measure(config, d.searched, d.test[:1], encoders, console),
   }
 
 
@@ -53,7 +53,7 @@ def check_config(config) -> None:
 
 
 def claims(config, metrics: dict) -> list[Claim]:
-  return recall.claims(config, metrics) + errors.claims(config, metrics) + cost.claims(config, metrics)
+  return recall.claims(config, metrics) + errors.claims(config, metrics) + speed.claims(config, metrics)
 
 
 def finding(config, metrics: dict) -> str:
@@ -72,4 +72,4 @@ def finding(config, metrics: dict) -> str:
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   drawn = recall.draw(config, metrics["recall"], workdir) | errors.draw(config, metrics, workdir)
-  return drawn | cost.draw(metrics["cost"], workdir)
+  return drawn | speed.draw(metrics["cost"], workdir)
