@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments import figures, results, timing
+from experiments.report import rounded
 from experiments.results import Claim
 from experiments.ssumm import baselines
 from jaxlab.core.checks import InputError, require
@@ -54,7 +55,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   metrics["scaling"] = [
     part(f"scaling.{nodes}", lambda n=nodes: measure_size(config, n, console)) for nodes in config.scaling.nodes
   ]
-  return metrics
+  return rounded(metrics)  # as it is published: claims follow from the same digits
 
 
 def ratios(config, which: str, method: str) -> tuple[float, ...]:
@@ -310,7 +311,7 @@ def draw_curves(curves: dict, workdir: Path, file: str) -> str:
       rows = [r for r in rows if r["size"] <= 1.3]
       bold = name.startswith("SSumM")
       style = {"lw": 2.5, "color": "black", "zorder": 3} if bold else {"lw": 1.2, "color": COLOURS[name]}
-      line = "o--" if name in ABLATIONS else "o-"
+      line = "o--" if name in ABLATIONS else {"merging alone": "^-", "dropping alone": "s-"}.get(name, "o-")
       label = "SSumM" if bold else name
       axis.plot([r["size"] for r in rows], [r[error] for r in rows], line, ms=3.5, label=label, **style)
     axis.set(xlabel="size / size of the graph", ylabel=error.upper(), ylim=(0, None), xlim=(0, 1.3))

@@ -86,7 +86,7 @@ def blocks_of(state):
 
 
 def test_nothing_merged_is_lossless_and_larger_than_the_graph():
-  """Size = |V| log2|V| + 2|E| log2|V| > Size(G), RE = 0 (ssumm.md oracle 1)."""
+  """Size = |V| log2|V| + 2|E| log2|V| > Size(G), RE = 0."""
   state = blocks.initial_state(GRAPH)
   start = from_labels(GRAPH, np.arange(GRAPH.nodes))
   expected = (GRAPH.nodes + 2 * len(GRAPH.edges)) * math.log2(GRAPH.nodes)
@@ -98,7 +98,7 @@ def test_nothing_merged_is_lossless_and_larger_than_the_graph():
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0, 1))
 def test_fast_errors_are_those_of_the_matrices(seed, supernodes, keep):
-  """ssumm.md oracle 2, n = 60, random partitions and random kept blocks."""
+  """n = 60, random partitions and random kept blocks."""
   s = random_summary(seed, supernodes, keep)
   difference = adjacency(GRAPH) - reconstruct(s)
   total = GRAPH.nodes * (GRAPH.nodes - 1)
@@ -108,7 +108,7 @@ def test_fast_errors_are_those_of_the_matrices(seed, supernodes, keep):
 
 @pytest.mark.parametrize("error", blocks.ERRORS)
 def test_bookkeeping_equals_recomputation_after_every_merge(error):
-  """Counts, |P|, w_max, the partition and Cost(A), 2 x 100 merges (ssumm.md oracle 3)."""
+  """Counts, |P|, w_max, the partition and Cost(A), 2 x 100 merges."""
   matrix = adjacency(GRAPH)
   for seed in range(2):
     rng, host = np.random.default_rng(seed), ssumm_host.Partition(GRAPH, error=error)
@@ -135,7 +135,7 @@ def test_bookkeeping_equals_recomputation_after_every_merge(error):
 
 @pytest.mark.parametrize("error", blocks.ERRORS)
 def test_list_of_blocks_agrees_with_the_host_on_the_same_pairs(error):
-  """ssumm.md oracle 8: labels, counts, flags, |P|, |S|, w_max and Size."""
+  """Labels, counts, flags, |P|, |S|, w_max and Size."""
   host, state = merged_state(error)
   expected = {(x, y): tuple(block) for x, row in host.blocks.items() for y, block in row.items()}
   assert blocks_of(state) == expected
@@ -148,7 +148,7 @@ def test_list_of_blocks_agrees_with_the_host_on_the_same_pairs(error):
 
 @pytest.mark.parametrize("error", blocks.ERRORS)
 def test_reduction_is_the_saving_in_cost(error):
-  """ssumm.md oracle 4: against counts in the adjacency matrix, and the two implementations against each other."""
+  """Against counts in the adjacency matrix, and the two implementations against each other."""
   host, state = merged_state(error)
   ids = sorted(host.members)
   rng = np.random.default_rng(3)
@@ -173,7 +173,7 @@ def test_reduction_is_the_saving_in_cost(error):
 
 
 def test_two_supernodes_without_edges_are_never_a_pair():
-  """A zero denominator is skipped (ssumm.md, pitfalls)."""
+  """A zero denominator is skipped."""
   graph = common.make(60, np.array([[0, 1]]))
   host = ssumm_host.Partition(graph)
   assert host.reduction(3, 4) == -math.inf
@@ -185,7 +185,7 @@ def test_two_supernodes_without_edges_are_never_a_pair():
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("error", blocks.ERRORS)
 def test_the_budget_is_met_by_a_partition(error, ratio):
-  """Size <= k; labels cover V; kept counts are at most |E| and are the true counts (ssumm.md oracles 5 and 7)."""
+  """Size <= k; labels cover V; kept counts are at most |E| and are the true counts."""
   budget = ratio * graph_bits(GRAPH)
   sequential = ssumm_host.summarise(GRAPH, 0, budget=budget, error=error)
   parallel = [
@@ -203,7 +203,7 @@ def test_the_budget_is_met_by_a_partition(error, ratio):
 
 
 def test_an_infeasible_budget_is_named():
-  """Without dropping superedges no partition in two supernodes or more fits 3 bits (ssumm.md oracle 5)."""
+  """Without dropping superedges no partition in two supernodes or more fits 3 bits."""
   with pytest.raises(InputError, match="infeasible"):
     ssumm.finish(blocks.initial_state(GRAPH, drop=False), 3.0, sparsify=False)
   assert ssumm.finish(blocks.initial_state(GRAPH), 3.0).bits() == 0
@@ -295,7 +295,7 @@ def test_summaries_made_in_ever_smaller_parts_count_right(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_twins_merge_without_loss(share):
-  """Disjoint complete bipartite blocks: twins share shingles, RE = 0 at small size (ssumm.md oracle 6)."""
+  """Disjoint complete bipartite blocks: twins share shingles, RE = 0 at small size."""
   graph = TWINS
   found = ssumm.summarise(graph, jax.random.key(0), budget=0.2 * graph_bits(graph), share=share)
   assert found.errors(edges=len(graph.edges)) == (0.0, 0.0)
