@@ -12,7 +12,7 @@ from jaxlab.models import Mamba2, Mamba2Config
 from jaxlab.models.mamba2 import run_blocks, segment_sums, ssd, ssd_step
 from jaxlab.training import losses, optimizers
 from jaxlab.training.loop import cast
-from tests.common import random_tokens
+from tests.common import random_model, random_tokens
 
 CONFIG = Mamba2Config(vocab_size=64, depth=2, width=16, head_dim=8, state=6, chunk=4)
 TOKENS = random_tokens(2, 11)
@@ -21,11 +21,7 @@ TIME, HEADS, SIZE, STATE = 13, 3, 4, 5
 
 @pytest.fixture(scope="module")
 def model():
-  """Every parameter off its start, and outputs as large as the residual stream."""
-  leaves, structure = jax.tree.flatten(Mamba2(CONFIG, jax.random.key(0)))
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(structure, noisy)
+  return random_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
