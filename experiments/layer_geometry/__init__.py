@@ -27,7 +27,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     split = lambda seed, name=name, load=load: measure_split(config, *load(), name, seed, console)
     kept = lambda seed: f"{name}.{seed}".replace(" ", "").replace(",", ".")  # noqa: B023 (used at once)
     measured = [results.part(workdir, kept(seed), functools.partial(split, seed)) for seed in range(config.splits)]
-    models[name] = jax.tree.map(lambda *values: float(np.mean(values)), *measured) | {
+    models[name] = jax.tree.map(lambda *values: float(f"{np.mean(values):.4g}"), *measured) | {
       "by_split": {
         "beyond_nulls": [decomposition.share(m, decomposition.beyond_nulls) for m in measured],
         "association": [interventions.median(m) for m in measured],
@@ -122,7 +122,7 @@ def draw_summary(models: dict, workdir: Path) -> str:
     left.plot(model["nulls"]["curve"], model["classes"][MAIN]["cos_ut"], **style | {"ls": "none"})
     right.plot(decomposition.depths(model), interventions.correlations(model), label=name, **style)
   left.axline((0, 0), slope=1, color="black", lw=0.8, ls=":")
-  left.set(xlabel="what R² alone gives", ylabel="cos(update, tokenwise part)", title="A point a layer")
+  left.set(xlabel="what R² alone gives", ylabel="cos(update, tokenwise part)", title="Alignment, a point a layer")
   right.axhline(0.7, color="black", lw=0.8, ls=":")
   right.set(xlabel="layer, as a share of the depth", ylabel="Spearman of ‖r‖ and KL", title="Is the rest what matters?")
   right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)

@@ -135,12 +135,14 @@ def ssd(
 def segment_sums(values: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
   """s[i, j] = values[j + 1] + ... + values[i], 0 on the diagonal, -inf above it.
 
-  A sum of its own for every j: differences of one running sum would lose what small values add to a large sum.
+  A sum of its own for every j, all in one product: differences of one running sum would lose what small values add to a
+  large sum.
   """
   n = values.shape[-1]
-  rows, columns = jnp.arange(n)[:, None], jnp.arange(n)
-  sums = jnp.cumsum(jnp.where(rows > columns, values[..., None], 0.0), axis=-2)
-  return jnp.where(rows >= columns, sums, -jnp.inf)
+  upto = jnp.tril(jnp.ones((n, n), values.dtype))
+  after = jnp.where(upto - jnp.eye(n) > 0, values[..., None], 0.0)  # [k, j]: values[k] where k > j
+  sums = jnp.einsum("ik,...kj->...ij", upto, after, precision="highest")
+  return jnp.where(upto > 0, sums, -jnp.inf)
 
 
 def ssd_step(
