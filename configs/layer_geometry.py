@@ -50,7 +50,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         evaluation=pick(test=4, cpu=6, gpu=8, paper=8),
       ),
       train=dict(
-        steps=pick(test=4, cpu=150, gpu=600, paper=3000),
+        steps=pick(test=4, cpu=150, gpu=500, paper=3000),
         batch=pick(test=8, cpu=16, gpu=64),
         length=pick(test=24, cpu=128, gpu=512),
         accumulate=1,
@@ -60,7 +60,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmup=pick(cpu=20, gpu=40),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat="none",
-        checkpoint_every=pick(cpu=100, gpu=600),
+        checkpoint_every=pick(cpu=100, gpu=500),
       ),
       # A second training of the standard size with SNLP's regulariser on its last layers; 0: none.
       idn=dict(

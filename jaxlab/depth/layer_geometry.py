@@ -159,7 +159,7 @@ def intervene(
   tokens: Int[Array, "batch time"],
   outputs: Float[Array, "batch kept width"],
   *,
-  layer: int,
+  layer: int | Int[Array, ""],
   skip: int = SKIP,
   attention: AttentionFn = dot_product_attention,
 ) -> dict:
@@ -259,9 +259,10 @@ def linearity(x: Vectors, y: Vectors) -> Float[Array, ""]:
   residual stream.
   """
   unit = lambda a: (c := a - a.mean(axis=0)) / jnp.maximum(jnp.linalg.norm(c), 1e-12)
-  left, singular, _ = jnp.linalg.svd(unit(x), full_matrices=False)
+  basis, rest = jnp.linalg.qr(unit(x))  # the singular vectors of x are then those of a small square
+  left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
   inside = singular > singular[0] * max(x.shape) * jnp.finfo(x.dtype).eps
-  return jnp.sum(jnp.where(inside[:, None], left.T @ unit(y), 0.0) ** 2)
+  return jnp.sum(jnp.where(inside[:, None], left.T @ (basis.T @ unit(y)), 0.0) ** 2)
 
 
 def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
@@ -275,7 +276,7 @@ def affine_lens(
   reference: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   evaluation: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   *,
-  layer: int,
+  layer: int | Int[Array, ""],
   ridge: float = 1e-2,
 ) -> Float[Array, "rows time"]:
   """KL(p || p_lens) of an affine map from the inputs of a block to what the head reads, fitted on the reference.
