@@ -96,11 +96,14 @@ def finding(config, metrics: dict) -> str:
   medians = [interventions.median(m) for m in models.values()]
   noise = [float(np.median(interventions.over_noise(m))) for m in models.values()]
   between = lambda values: f"{min(values):.2f}" + (f" to {max(values):.2f}" if len(values) > 1 else "")
+  others = [interventions.median(m) for name, m in metrics["models"].items() if name not in models]
+  untrained = f"; {others[0]:.2f} untrained" if others else ""
   return (
-    f"In {over(decomposition.separated)} of {count} layers the update lies along its tokenwise part and the rest does "
-    f"not, in {over(decomposition.beyond_nulls)} more than R^2 and an isotropic rest explain; the size of the rest and "
-    f"the harm of removing it have a rank correlation of {between(medians)} (paper 0.7 to 0.95), and removing it hurts "
-    f"{between(noise)} times as much as noise of its size."
+    f"In {over(decomposition.separated)} of {count} layers the update follows what a map of each token by itself "
+    f"predicts and what is left does not, in {over(decomposition.beyond_nulls)} by more than R^2 and an isotropic "
+    "remainder explain; the size of what is left has a rank correlation with the harm of removing it of "
+    f"{between(medians)} (paper 0.7 to 0.95{untrained}), and removing it hurts {between(noise)} times as much as noise "
+    "of its size."
   )
 
 
