@@ -12,7 +12,7 @@ from experiments.console import Console
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.data import corpora, packing, recall, tokenizer, tokens
-from jaxlab.models import Transformer, TransformerConfig, hub
+from jaxlab.models import LanguageModel, TransformerConfig, hub
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from jaxlab.training.loop import LossFn, train
 from jaxlab.training.optimizers import muon_adamw
@@ -83,14 +83,14 @@ def model_config(config, vocab_size: int, **changes) -> TransformerConfig:
 def train_model(
   config,
   text: Text,
-  model: Transformer,
+  model: LanguageModel,
   loss_fn: LossFn,
   *,
   workdir: Path,
   console: Console,
   title: str,
   phase: str = "train",
-) -> Transformer:
+) -> LanguageModel:
   """Trains by config[phase]; resumes from `workdir`."""
   t = config[phase]
   rows = text.rows(t.length, seed=config.seed, recall_share=t.recall)

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import results
 from experiments.console import Console
-from jaxlab.models import Transformer, TransformerConfig
+from jaxlab.models import LanguageModel, LanguageModelConfig, Mamba2, Mamba2Config, Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from tests.conftest import QUICK_COMPILATION
 
@@ -83,7 +83,7 @@ def configs() -> dict[str, TransformerConfig]:
   }
 
 
-def random_model(config: TransformerConfig, seed: int = 0, dtype="float32") -> Transformer:
+def random_model(config: LanguageModelConfig, seed: int = 0, dtype="float32") -> LanguageModel:
   """Every parameter random: a zero-initialised projection would make tests pass for any code."""
   # New arrays, as tests may set parameters; float64 ones that float32 does not hold, or a lossy cast would go unseen.
   finer = 1 + 1e-9 if jnp.dtype(dtype) == "float64" else 1
@@ -92,14 +92,15 @@ def random_model(config: TransformerConfig, seed: int = 0, dtype="float32") -> T
 
 
 @functools.cache
-def _random_model(config: TransformerConfig, seed: int) -> Transformer:
+def _random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
   """In float32: a program for every precision would take as long again to compile."""
   with jax.enable_x64(False):
     return jax.jit(functools.partial(_make_random_model, config, seed))()
 
 
-def _make_random_model(config: TransformerConfig, seed: int) -> Transformer:
-  model = Transformer(config, jax.random.key(seed))
+def _make_random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
+  kind = Mamba2 if isinstance(config, Mamba2Config) else Transformer
+  model = kind(config, jax.random.key(seed))
   leaves, structure = jax.tree_util.tree_flatten_with_path(model)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
   largest = max(leaf.size for _, leaf in leaves)

@@ -26,9 +26,10 @@ from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
 from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
 from jaxlab.depth.snlp_suffix import evaluate, plain
-from jaxlab.models import Transformer
+from jaxlab.models import LanguageModel, Mamba2
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
+from jaxlab.models.mamba2 import Recurrence, run_blocks, ssd
 from jaxlab.models.transformer import sequential
 
 SKIP = 4  # first positions of a row left out: attention sinks, whose norms dwarf all others
@@ -40,7 +41,7 @@ Values = Float[Array, "tokens"]
 
 @exactly
 def collect(
-  model: Transformer,
+  model: LanguageModel,
   tokens: Int[Array, "batch time"],
   *,
   skip: int = SKIP,
@@ -52,12 +53,12 @@ def collect(
   contain the rescaling. Hyper-connection streams are flattened into one vector a token.
 
   Raises:
-    InputError: not a stacked Transformer, or rows of at most `skip` tokens.
+    InputError: no stacked Transformer or Mamba2, or rows of at most `skip` tokens.
   """
   _check(model, tokens, skip)
-  h0, trace, side = (model := _widened(model)).trace(tokens, attention=attention)
+  h0, trace, side = _trace(model := _widened(model), tokens, attention)
   x = jnp.concatenate([h0[None], trace[:-1]])
-  if model.config.residual_lambdas:
+  if getattr(model.config, "residual_lambdas", False):
     column = lambda parameter: parameter[...][:, None, None, None]
     x = column(model.blocks.residual_lambda) * x + column(model.blocks.x0_lambda) * side.x0
   return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (x, trace))
@@ -102,7 +103,7 @@ def explained(u: Vectors, t: Vectors) -> Float[Array, ""]:
 
 @exactly
 def frozen_updates(
-  model: Transformer,
+  model: LanguageModel,
   tokens: Int[Array, "batch time"],
   *,
   layers: int,
@@ -121,11 +122,16 @@ def frozen_updates(
   """
   _check(model, tokens, skip)
   model = _widened(model)
-  suffix = plain(model, layers)
-  h0, trace, side = model.trace(tokens, attention=attention)
-  states = jnp.concatenate([h0[None], trace])[suffix.start :]
-  frozen = jnp.broadcast_to(states[0], states[1:].shape)
-  v = evaluate(model, suffix, frozen, side, attention=attention)[0] - frozen
+  require(1 <= layers <= model.depth, f"layers is {layers}; it must lie in 1..{model.depth}, the model's depth")
+  h0, trace, side = _trace(model, tokens, attention)
+  states = jnp.concatenate([h0[None], trace])[model.depth - layers :]
+  if isinstance(model, Mamba2):
+    blocks = jax.tree.map(lambda a: a[model.depth - layers :], model.blocks)
+    frozen = jax.vmap(lambda block: block(states[0]))(blocks)
+  else:
+    stacked = jnp.broadcast_to(states[0], states[1:].shape)
+    frozen = evaluate(model, plain(model, layers), stacked, side, attention=attention)[0]
+  v = frozen - states[0]
   return tuple(a.reshape(*a.shape[:3], -1)[:, :, skip:] for a in (jnp.diff(states, axis=0), v))
 
 
@@ -149,11 +155,11 @@ def effective_dimensions(t: Vectors, *, share: float = 0.95) -> Int[Array, ""]:
 
 @exactly
 def intervene(
-  model: Transformer,
+  model: LanguageModel,
   tokens: Int[Array, "batch time"],
   outputs: Float[Array, "batch kept width"],
   *,
-  layer: int,
+  layer: int | Int[Array, ""],
   skip: int = SKIP,
   attention: AttentionFn = dot_product_attention,
 ) -> dict:
@@ -161,11 +167,12 @@ def intervene(
 
   "all_tokens" replaces every position from `skip` on at once: position i also suffers from what earlier positions pass
   on. "single_token" replaces position i alone and looks at i, for all i in one pass: earlier positions then keep their
-  states, so position i attends to their clean keys and values and to its own changed ones.
+  states, so position i attends to their clean keys and values and to its own changed ones, or reads the clean recurrent
+  state of i - 1 (Mamba-2). One program serves all layers, at the price of running those before `layer` too.
 
   Args:
     outputs: replacements for the block's outputs at positions skip .. time - 1, as `collect` lays them out.
-    layer: 0 .. L - 1.
+    layer: 0 .. L - 1; may be traced, and is then not checked.
     attention: of the clean and the all-tokens run; the single-token run computes dense scores.
 
   Returns:
@@ -176,23 +183,21 @@ def intervene(
     InputError: no such layer, or outputs of another shape.
   """
   _check(model, tokens, skip)
-  require(0 <= layer < model.depth, f"layer is {layer}; it must lie in 0..{model.depth - 1}, the model's blocks")
+  if isinstance(layer, int):
+    require(0 <= layer < model.depth, f"layer is {layer}; it must lie in 0..{model.depth - 1}, the model's blocks")
   model = _widened(model)
-  x, side, _ = model.embed(tokens)
-  y, backout, _, _ = sequential(model, x, side, stop=layer + 1, attention=attention)
-  kept = y[:, skip:]
+  kept, width = tokens.shape[1] - skip, _state_size(model)
   require(
-    outputs.shape == (*kept.shape[:2], kept[0, 0].size),
-    f"outputs have shape {outputs.shape}; layer {layer} writes {(*kept.shape[:2], kept[0, 0].size)}",
+    outputs.shape == (tokens.shape[0], kept, width),
+    f"outputs have shape {outputs.shape}; layer {layer} writes {(tokens.shape[0], kept, width)}",
   )
-  changed = y.at[:, skip:].set(outputs.reshape(kept.shape))
-  state = jnp.concatenate([y, changed, changed])
-  triple = lambda a, axis=0: None if a is None else jnp.concatenate([a] * 3, axis=axis)
-  side = dataclasses.replace(side, x0=triple(side.x0), values=triple(side.values, axis=1))
-  final, later, _, _ = sequential(model, state, side, start=layer + 1, attention=_streams(attention))
-  middle = model.depth // 2
-  backout = later if middle > layer else state if middle == layer else triple(backout)
-  clean, *others = jnp.split(model.logits(final, backout)[:, skip:], 3)
+
+  def rewrite(index, state):
+    clean, *others = jnp.split(state, 3)
+    changed = (a.at[:, skip:].set(outputs.reshape(a[:, skip:].shape).astype(a.dtype)) for a in others)
+    return jnp.where(index == layer, jnp.concatenate([clean, *changed]), state)
+
+  clean, *others = jnp.split(_run_streams(model, tokens, rewrite, attention)[:, skip:], 3)
   result = {mode: _compare(clean, logits) for mode, logits in zip(MODES, others, strict=True)}
   log_p = jax.nn.log_softmax(clean)
   return result | {"entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)}
@@ -254,9 +259,10 @@ def linearity(x: Vectors, y: Vectors) -> Float[Array, ""]:
   residual stream.
   """
   unit = lambda a: (c := a - a.mean(axis=0)) / jnp.maximum(jnp.linalg.norm(c), 1e-12)
-  left, singular, _ = jnp.linalg.svd(unit(x), full_matrices=False)
+  basis, rest = jnp.linalg.qr(unit(x))  # the singular vectors of x are then those of a small square
+  left, singular, _ = jnp.linalg.svd(rest, full_matrices=False)
   inside = singular > singular[0] * max(x.shape) * jnp.finfo(x.dtype).eps
-  return jnp.sum(jnp.where(inside[:, None], left.T @ unit(y), 0.0) ** 2)
+  return jnp.sum(jnp.where(inside[:, None], left.T @ (basis.T @ unit(y)), 0.0) ** 2)
 
 
 def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
@@ -266,11 +272,11 @@ def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
 
 @exactly
 def affine_lens(
-  model: Transformer,
+  model: LanguageModel,
   reference: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   evaluation: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   *,
-  layer: int,
+  layer: int | Int[Array, ""],
   ridge: float = 1e-2,
 ) -> Float[Array, "rows time"]:
   """KL(p || p_lens) of an affine map from the inputs of a block to what the head reads, fitted on the reference.
@@ -279,15 +285,26 @@ def affine_lens(
   (x, y) from `collect`.
   """
   model = _widened(model)
-  layers = (-1, model.depth // 2) if model.config.backout else (-1,)
+  layers = (-1, model.depth // 2) if getattr(model.config, "backout", False) else (-1,)
   flat = lambda a: a.reshape(-1, a.shape[-1])
   (x, y), (x_eval, y_eval) = reference, evaluation
   targets = jnp.concatenate([flat(y[i]) for i in layers], axis=1)
   predicted = apply_affine(fit_affine(flat(x[layer]), targets, ridge=ridge), x_eval[layer])
-  streams = (model.config.hyper.streams, -1) if model.config.hyper else (-1,)
-  logits = lambda states: model.logits(*(a.reshape(*a.shape[:2], *streams) for a in states))
+  shape = y_eval.shape[1:3] + ((-1, model.config.width) if _state_size(model) > model.config.width else (-1,))
+  logits = lambda states: model.logits(*(a.reshape(shape) for a in states))
   clean, lens = logits([y_eval[i] for i in layers]), logits(jnp.split(predicted, len(layers), axis=-1))
   return _compare(clean, lens)["kl"]
+
+
+def _run_streams(model: LanguageModel, tokens, rewrite, attention: AttentionFn):
+  """Logits of three copies of the rows, of which the second keeps the first one's past at every position."""
+  three = lambda a, axis=0: None if a is None else jnp.concatenate([a] * 3, axis=axis)
+  if isinstance(model, Mamba2):
+    return model.logits(run_blocks(model, three(model.embed(tokens)), mix=_streams_of_states, rewrite=rewrite)[0])
+  x, side, _ = model.embed(tokens)
+  side = dataclasses.replace(side, x0=three(side.x0), values=three(side.values, axis=1))
+  x, backout, _, _ = sequential(model, three(x), side, attention=_streams(attention), rewrite=rewrite)
+  return model.logits(x, backout)
 
 
 def _streams(attention: AttentionFn) -> AttentionFn:
@@ -319,6 +336,40 @@ def _one_changed(q, k, v, own_k, own_v, window):
   return others + self_weight * own_v
 
 
+def _streams_of_states(recurrence: Recurrence, u, dt):
+  """A Mamba-2 block's mixing of three stacked batches: clean, one token changed at a time, all tokens changed.
+
+  With own (primed) and clean values, position i of the middle one has
+
+    conv'_i = conv_i + w_last (u'_i - u_i),     y'_i = exp(dt'_i A) S_{i-1} C'_i + dt'_i x'_i (B'_i . C'_i) + D x'_i.
+
+  The clean S_{i-1} read by C'_i is what `ssd` gives for position i - 1 if its C is the one of position i.
+  """
+  clean_u, own_u, _ = jnp.split(u, 3)
+  clean, middle, changed = jnp.split(recurrence.convolve(u), 3)
+  middle = clean + recurrence.conv[...][-1] * (own_u - clean_u)
+  x, dt, b, c = recurrence.split(jnp.concatenate([clean, middle, changed]), dt)
+  x_1, dt_1, b_1, c_1 = (jnp.split(a, 3)[1] for a in (x, dt, b, c))
+  # Four runs in one: the three, of which the middle one's is not used, and the clean tokens read by the next C'.
+  clean_of = lambda a: a[: len(clean)]
+  reads = jnp.concatenate([c_1[:, 1:], jnp.zeros_like(c_1[:, :1])], axis=1)
+  runs = [
+    jnp.concatenate([a, more]) for a, more in ((x, clean_of(x)), (dt, clean_of(dt)), (b, clean_of(b)), (c, reads))
+  ]
+  y, _ = ssd(*runs[:2], recurrence.a, *runs[2:], chunk=recurrence.config.chunk)
+  y_0, _, y_2, before = jnp.split(y, 4)
+  before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before[:, :-1]], axis=1)
+  own = jnp.sum(b_1 * c_1, axis=-1)[..., None, None] * dt_1[..., None] * x_1
+  y_1 = jnp.exp(dt_1 * recurrence.a)[..., None] * before + own
+  return recurrence.output(jnp.concatenate([y_0, y_1, y_2]), x)
+
+
+def _state_size(model: LanguageModel) -> int:
+  """Numbers a token has between two blocks: all its hyper-connection streams."""
+  hyper = getattr(model.config, "hyper", None)
+  return model.config.width * (hyper.streams if hyper else 1)
+
+
 def _compare(clean, changed):
   p, other = jax.nn.log_softmax(clean), jax.nn.log_softmax(changed)
   return {
@@ -342,15 +393,19 @@ def _norm(v):
   return jnp.linalg.norm(v, axis=-1)
 
 
-def _widened(model: Transformer) -> Transformer:
+def _trace(model: LanguageModel, tokens, attention: AttentionFn):
+  return model.trace(tokens) if isinstance(model, Mamba2) else model.trace(tokens, attention=attention)
+
+
+def _widened(model: LanguageModel) -> LanguageModel:
   """In float32: the increments of a bfloat16 trace are mostly rounding where ||u|| << ||h||."""
   return jax.tree.map(wide, model)
 
 
 def _check(model, tokens, skip: int) -> None:
   require(
-    isinstance(model, Transformer),
-    f"layer geometry needs a Transformer with stacked blocks, not {type(model).__name__}; see hub",
+    isinstance(model, LanguageModel),
+    f"layer geometry needs a Transformer or Mamba2 with stacked blocks, not {type(model).__name__}; see hub",
   )
   require(
     0 <= skip < tokens.shape[1], f"rows have {tokens.shape[1]} tokens of which {skip} are skipped; use longer rows"

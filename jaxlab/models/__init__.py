@@ -3,6 +3,19 @@
 from jaxlab.models import hub
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.generate import generate
+from jaxlab.models.mamba2 import Mamba2, Mamba2Config
 from jaxlab.models.transformer import Transformer
 
-__all__ = ["Transformer", "TransformerConfig", "generate", "hub"]
+LanguageModel = Transformer | Mamba2  # what is trained and measured alike
+LanguageModelConfig = TransformerConfig | Mamba2Config
+
+__all__ = [
+  "LanguageModel",
+  "LanguageModelConfig",
+  "Mamba2",
+  "Mamba2Config",
+  "Transformer",
+  "TransformerConfig",
+  "generate",
+  "hub",
+]

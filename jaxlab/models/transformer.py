@@ -8,6 +8,7 @@ where it likes.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +326,7 @@ def sequential(
   keep_trace: bool = False,
   remat: str = "none",
   unroll: bool = False,
+  rewrite: Callable[[Array | int, Array], Array] | None = None,
 ):
   """Runs layers start..stop one after the other.
 
@@ -337,6 +339,7 @@ def sequential(
     keep_trace: also return every layer's output.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix products and flash attention: norms,
       rotations and activations cost less to redo than to keep) or "full" (whole blocks).
+    rewrite: (layer, its output) -> what is passed on in its place.
 
   Returns:
     (output, backout state or None, trace (layers, ...) or None, cache or None).
@@ -356,6 +359,7 @@ def sequential(
       cache = tuple(write_cache(store, new[None], place) for store, new in zip(cache, (k, v), strict=True))
       k, v = (jax.lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in cache)
     x, _ = weights.finish(inner, mix, attention(q, k, v, window=window, start=side.start), mixing)
+    x = x if rewrite is None else rewrite(layer, x)
     if backout is not None:
       here = layer == c.depth // 2
       backout = jax.lax.select(here, x, backout) if not isinstance(here, bool) else (x if here else backout)

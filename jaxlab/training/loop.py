@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError, require_divides
-from jaxlab.models import Transformer
+from jaxlab.models import LanguageModel
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.metrics import MetricsWriter, peak_flops
 
-LossFn = Callable[[Transformer, dict, jax.Array, jax.Array], tuple[jax.Array, dict]]
+LossFn = Callable[[LanguageModel, dict, jax.Array, jax.Array], tuple[jax.Array, dict]]
 
 _SPIKE_WINDOW = 50
 _SPIKE_NATS = 2.0
@@ -49,14 +49,14 @@ class Interrupted(Exception):
 class TrainState:
   """Everything that changes: float32 model, optimizer state, steps done, key (raw bits); or all their shapes."""
 
-  model: Transformer
+  model: LanguageModel
   optimizer: optax.OptState
   step: jax.Array | jax.ShapeDtypeStruct
   key: jax.Array | jax.ShapeDtypeStruct
 
 
 def train(
-  model: Transformer,
+  model: LanguageModel,
   data: Iterable,
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
@@ -69,7 +69,7 @@ def train(
   checkpoint_every: int = 500,
   mesh: Mesh | None = None,
   progress: Callable[[dict], None] = lambda metrics: None,
-) -> Transformer:
+) -> LanguageModel:
   """Trains a model and returns it (float32); resumes from `workdir` if it holds a checkpoint of this run.
 
   Args:
@@ -123,7 +123,7 @@ def train(
   return state.model
 
 
-def initial_state(model: Transformer, optimizer, mesh: Mesh, seed: int) -> TrainState:
+def initial_state(model: LanguageModel, optimizer, mesh: Mesh, seed: int) -> TrainState:
   """The state of step 0, placed on the mesh."""
   model = jax.tree.map(lambda a: a.astype(jnp.float32), model)
   make = lambda m: TrainState(m, optimizer.init(m), jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
@@ -161,11 +161,12 @@ def make_step(loss_fn: LossFn, optimizer, shardings, *, accumulate: int = 1, com
   return step_fn
 
 
-def cast(model: Transformer, dtype) -> Transformer:
-  """A copy for computing: matrices and tables in `dtype`; vectors, scalars and stream mixing stay float32."""
+def cast(model: LanguageModel, dtype) -> LanguageModel:
+  """A copy for computing: matrices and tables in `dtype`; vectors, stream mixing and recurrences stay float32."""
 
   def one(path, leaf):
-    wide = leaf.ndim < 2 or "_mixing" in jax.tree_util.keystr(path)
+    name = jax.tree_util.keystr(path)
+    wide = leaf.ndim < 2 or "_mixing" in name or "recurrence" in name
     return leaf if wide else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, model)

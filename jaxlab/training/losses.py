@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.models import Transformer
+from jaxlab.models import LanguageModel
 
 _SLICE_BYTES = 2**29  # float32 logits made at once
 
 
 def token_losses(
-  model: Transformer,
+  model: LanguageModel,
   hidden: tuple[Array, Array | None],
   targets: Int[Array, "batch time"],
   *,
@@ -56,7 +56,7 @@ def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch tim
 
 
 def language_model_loss(
-  model: Transformer, batch, *, remat: str = "none", unroll: bool = False, keep_logits: bool = False
+  model: LanguageModel, batch, *, remat: str = "none", unroll: bool = False, keep_logits: bool = False
 ) -> tuple[Array, dict[str, Array]]:
   """Cross-entropy of the sequential network: (loss, {}). `batch` has int32 `inputs` and `targets`.
 
@@ -79,7 +79,7 @@ def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
     InputError: `evaluate` got a model with fewer ids than token_bytes.
   """
 
-  def evaluate(model: Transformer, batches) -> dict[str, float]:
+  def evaluate(model: LanguageModel, batches) -> dict[str, float]:
     total = [0.0] * 4
     sizes = np.ones(model.config.vocab_size, np.int32) if token_bytes is None else np.asarray(token_bytes)
     vocabulary = model.config.vocab_size

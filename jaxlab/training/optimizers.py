@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlab.models import Transformer, TransformerConfig
+from jaxlab.models import LanguageModel, LanguageModelConfig
 from jaxlab.training.muon import muon
 
 
@@ -21,8 +21,8 @@ class Group:
   scaled: bool = True
 
 
-def groups(config: TransformerConfig) -> dict[str, Group]:
-  """The AdamW groups. Gains and tied embeddings, which nanochat lacks, take its lambdas' and its head's rates."""
+def groups(config: LanguageModelConfig) -> dict[str, Group]:
+  """The AdamW groups. What nanochat lacks takes its lambdas' rate (gains, recurrences) or its head's (tied tables)."""
   d = (config.width / 768) ** -0.5
   tied = config.tied_embeddings
   return {
@@ -34,6 +34,7 @@ def groups(config: TransformerConfig) -> dict[str, Group]:
     "smear_backout": Group(0.2, (0.8, 0.95), scaled=False),
     "mixing": Group(0.01, (0.9, 0.999), scaled=False),
     "gain": Group(0.005, (0.8, 0.95)),
+    "recurrence": Group(0.005, (0.9, 0.95)),
   }
 
 
@@ -44,20 +45,20 @@ def label(name: str) -> str:
     return "smear_backout"
   if any(part.endswith("_mixing") for part in parts):
     return "mixing"
-  for group in ("head", "embedding", "value_embeddings", "residual_lambda", "x0_lambda", "gain"):
+  for group in ("head", "embedding", "value_embeddings", "residual_lambda", "x0_lambda", "gain", "recurrence"):
     if group in parts:
       return group
   return "muon"
 
 
-def labels(model: Transformer):
+def labels(model: LanguageModel):
   """`label` of every parameter, in the structure of the model."""
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
   return jax.tree_util.tree_map_with_path(lambda path, _: label(name(path)), model)
 
 
 def muon_adamw(
-  config: TransformerConfig,
+  config: LanguageModelConfig,
   *,
   steps: int,
   batch_tokens: int,
@@ -109,7 +110,7 @@ def muon_adamw(
   return optax.partition(transforms, labels)
 
 
-def default_weight_decay(config: TransformerConfig, batch_tokens: int) -> float:
+def default_weight_decay(config: LanguageModelConfig, batch_tokens: int) -> float:
   """0.28 sqrt(batch / 2^19) P12 / P, nanochat's rule.
 
   P counts the matrix parameters of blocks and head, P12 those of the 12-layer model of the same aspect ratio and head

@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 
 from configs import layer_geometry as config_file
 from experiments import layer_geometry as experiment
+from experiments import results
 from experiments.console import Console
-from experiments.layer_geometry import cost as cost
+from experiments.layer_geometry import decomposition, speed, subjects
 from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry, layer_geometry_classes, snlp
+from jaxlab.models import Mamba2, Mamba2Config
 from jaxlab.models.transformer import sequential
 from tests.common import Whole, configs, random_model, random_tokens
 
 geometry, classes = Whole(layer_geometry), Whole(layer_geometry_classes)
-CONFIGS = configs()
+CONFIGS = configs() | {"mamba": Mamba2Config(vocab_size=64, depth=3, width=32, head_dim=16, state=8, chunk=4)}
 ROOT = Path(__file__).parents[2]
 TOKENS = random_tokens(2, 10)
 D, N, K = 16, 512, 40
@@ -199,9 +201,24 @@ def test_the_error_of_one_idn_step_is_the_input_dependence_of_the_updates(name):
   assert float(jnp.abs(v[1:] - u[1:]).max()) > 1e-2
 
 
+def test_frozen_updates_of_a_state_space_network_are_its_blocks_on_the_suffixs_input():
+  model = random_model(CONFIGS["mamba"])
+  u, v = geometry.frozen_updates(model, TOKENS, layers=2, skip=0)
+  x, y = geometry.collect(model, TOKENS, skip=0)
+  np.testing.assert_allclose(u, (y - x)[1:], atol=1e-5)
+  np.testing.assert_allclose(v[0], u[0], atol=1e-5)
+  np.testing.assert_allclose(v[1], jax.tree.map(lambda a: a[2], model.blocks)(x[1]) - x[1], atol=1e-5)
+
+
 @functools.partial(jax.jit, static_argnames="layer")
 def rewritten(model, new, *, layer):
   """The logits with other outputs of one layer from the fifth position on, by a plain forward."""
+  if isinstance(model, Mamba2):
+    state = model.embed(TOKENS)
+    for i in range(model.depth):
+      state = jax.tree.map(lambda a: a[i], model.blocks)(state)  # noqa: B023 (used at once)
+      state = state.at[:, 4:].set(new) if i == layer else state
+    return model.logits(state)
   x, side, _ = model.embed(TOKENS)
   state, backout, _, _ = sequential(model, x, side, stop=layer + 1)
   changed = state.at[:, 4:].set(new.reshape(state[:, 4:].shape))
@@ -211,15 +228,16 @@ def rewritten(model, new, *, layer):
   return model.logits(final, read if model.config.backout else None)
 
 
-@pytest.mark.parametrize("name, layers", [("nanochat", (3, 5)), ("mhc", (1,)), ("qwen3", (1,))])
+@pytest.mark.parametrize("name, layers", [("nanochat", (2, 3, 5)), ("mhc", (1,)), ("qwen3", (1,)), ("mamba", (0, 2))])
 def test_single_token_interventions_in_one_pass_are_one_forward_each(name, layers):
   """Against replacing one position and running the rest of the network, before, at and after the backout layer."""
   model, position = random_model(CONFIGS[name]), 7
   _, y = geometry.collect(model, TOKENS)
+  intervene = jax.jit(layer_geometry.intervene)  # the layer is traced: one program for all
   expected = jax.nn.log_softmax(logits(model, TOKENS))[:, position]
   for layer in layers:
     written = y[layer] + 0.3 * jax.random.normal(jax.random.key(layer), y[layer].shape)
-    out = geometry.intervene(model, TOKENS, written, layer=layer)
+    out = intervene(model, TOKENS, written, layer=layer)
     alone = y[layer].at[:, position - geometry.SKIP].set(written[:, position - geometry.SKIP])
     for mode, new in (("single_token", alone), ("all_tokens", written)):
       actual = jax.nn.log_softmax(rewritten(model, new, layer=layer))[:, position]
@@ -346,7 +364,7 @@ def test_no_document_is_in_both_parts_and_rows_are_its_text():
   tokens = Tokens(np.arange(lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), bos=10**6)
   config = config_file.get_config("test")
   for seed in range(3):
-    rows = experiment.split_rows(tokens, config, seed)
+    rows = subjects.split_rows(tokens, config, seed)
     (reference, used), (evaluation, held) = rows["reference"], rows["evaluation"]
     assert not set(used) & set(held)
     assert reference.shape == (8, 24) and evaluation.shape == (4, 24) and np.all(reference[:, 0] == 10**6)
@@ -354,7 +372,7 @@ def test_no_document_is_in_both_parts_and_rows_are_its_text():
       assert np.all(np.diff(row[1:]) == 1) and np.isin(row[1:], tokens.document(document)).all()
   with pytest.raises(InputError, match="only 0 documents have 999 tokens"):
     config.data.row = 1000
-    experiment.split_rows(tokens, config, 0)
+    subjects.split_rows(tokens, config, 0)
 
 
 def test_documents_are_resampled_whole():
@@ -421,14 +439,14 @@ def test_the_lens_is_exact_where_the_rest_of_the_network_is_affine(name):
 
 def test_numpy_agrees_with_the_low_rank_class():
   bench = config_file.get_config("test").bench
-  assert all(row["difference"] < 1e-3 for row in cost.time_fits(bench).values())
+  assert all(row["difference"] < 1e-3 for row in speed.time_fits(bench).values())
 
 
 @pytest.mark.parametrize(
   "call, message",
   [
     (lambda m: geometry.collect(m, TOKENS, skip=10), "rows have 10 tokens of which 10 are skipped"),
-    (lambda m: geometry.collect("gpt2", TOKENS), "needs a Transformer with stacked blocks, not str"),
+    (lambda m: geometry.collect("gpt2", TOKENS), "needs a Transformer or Mamba2 with stacked blocks, not str"),
     (lambda m: geometry.intervene(m, TOKENS, TOKENS, layer=6), "layer is 6; it must lie in 0..5"),
     (lambda m: geometry.intervene(m, TOKENS, jnp.zeros((2, 6, 3)), layer=0), r"layer 0 writes \(2, 6, 32\)"),
     (lambda m: geometry.dominant_subspace(draw(5, D), dimensions=17), "subspace has 17 dimensions; .* 1..16"),
@@ -449,23 +467,52 @@ def test_impossible_requests_are_named(call, message):
     call(random_model(CONFIGS["llama"]))
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
+def test_a_fit_that_overshoots_exceeds_no_null():
+  """u + 2 noise: R^2 is negative and cos(u, t) - cos(r, t) 1.3, but t says of u what its direction says and no more."""
+  random = np.random.default_rng(0)
+  u, noise = random.normal(size=(2, 3000, D))
+  basis, documents = jnp.eye(D)[:, :4], np.repeat(np.arange(30), 100)
+
+  def nulls(t):
+    cosines = [
+      geometry.geometry(jnp.asarray(v), t, basis) for v in (u, t + geometry.isotropic(jax.random.key(0), u - t))
+    ]
+    return decomposition.compare_nulls(*jax.tree.map(np.asarray, cosines), u, np.asarray(t), documents, resamples=50)
+
+  over = nulls(jnp.asarray(u + 2 * noise))
+  assert over["gap"] - over["curve"] > 0.5 and over["curve"] == pytest.approx(5**-0.5, abs=0.02)
+  assert over["alignment_over_curve"]["low"] < 0
+  # Small updates that follow t and large ones that do not: tokens are more aligned than their R^2.
+  size = np.where(np.arange(3000) % 2 == 0, 0.1, 10)[:, None]
+  u = size * u
+  honest = nulls(jnp.asarray(u + np.where(size < 1, 0.1, 2) * size * noise))
+  assert honest["alignment_over_curve"]["low"] > 0.2
+  assert honest["alignment_over_curve"]["low"] <= honest["alignment_over_curve"]["high"]
+
+
+def test_the_experiment_runs_at_test_scale_and_measures_no_part_twice(tmp_path, monkeypatch):
   config = config_file.get_config("test")
   config.data.update(name="local_text", path=str(ROOT / "jaxlab"), split="train")  # soon tokenized
-  report = experiment.run(config, tmp_path / "run", tmp_path / "cache", Console(quiet=True))
-  claims = {claim.name: claim for claim in report.claims}
-  exact = next(c for name, c in claims.items() if "writing a layer's own output back" in name)
-  assert exact.holds and len(report.figures) == 5
-  layers = report.metrics["models"]["2 layers"]["layers"]
-  assert len(layers) == 2 and set(layers[0]["classes"]) == set(experiment.CLASSES)
-  identity = layers[0]["classes"]["identity"]
-  assert identity["r2"] == 0 and identity["increment"]["energy_r"]["mean"] == pytest.approx(1)
+  run = lambda: results.evaluate(experiment, config, tmp_path / "run", tmp_path / "cache", Console(quiet=True))
+  report = run()
+  exact = next(claim for claim in report.claims if "writing a layer's own output back" in claim.name)
+  assert exact.holds and len(report.figures) == 5 and "of 4 layers" in report.finding
+  models = report.metrics["models"]
+  assert list(models) == ["2 x 32", "Mamba-2 2 x 32", "2 x 32, untrained"]
+  for model in models.values():
+    assert set(model["classes"]) == set(experiment.CLASSES)
+    assert model["classes"]["identity"]["r2"] == [0, 0] and model["classes"]["identity"]["cos_ut"] == [0, 0]
+    assert len(model["interventions"]["mlp"]["single_token"]["spearman"]) == 2
+    assert len(model["nulls"]["alignment_over_curve"]["low"]) == 2 and len(model["doses"]) == 5
+  results.require_finite(report)
   for name in report.figures:
     assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+  monkeypatch.setattr(experiment, "measure_split", None)
+  assert [c.ours for c in run().claims] == [c.ours for c in report.claims]
   for field, value, message in (
     ("classes", ("deep", "mlp"), "config.intervene.classes is 'deep'"),
     ("classes", ("low_rank",), "lacks 'mlp'"),
   ):
     with pytest.raises(InputError, match=message):
       config.intervene[field] = value
-      experiment.run(config, tmp_path, tmp_path, Console(quiet=True))
+      run()

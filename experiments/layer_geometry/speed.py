@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.ticker
 import numpy as np
 
-from experiments import timing
+from experiments import figures, timing
+from experiments.results import Claim
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth import layer_geometry_classes as classes
 from jaxlab.models import Transformer
@@ -120,3 +123,40 @@ def time_interventions(bench) -> dict:
     difference = float(jnp.abs(one - many).max())
     result[f"{length}"] = dict(seconds=seconds, ratio=ratio, spread=spread, difference=difference)
   return result
+
+
+def claims(speed: dict) -> list[Claim]:
+  count, fits = list(speed["fits"].items())[-1]
+  length, passes = list(speed["interventions"].items())[-1]
+  largest = lambda part: max(row["difference"] for row in speed[part].values())
+  return [
+    Claim(
+      f"How many times as fast as NumPy with batched LAPACK {count} low-rank maps are fitted", "x", "higher",
+      ours=fits["ratio"], threshold=1.0, spread=tuple(fits["spread"]),
+      baseline=f"NumPy, {fits['seconds']['numpy']:.3g} s", note=f"largest difference of a value {largest('fits'):.2g}",
+    ),
+    Claim(
+      f"How many times as fast as a forward a position one pass makes {length} single-token interventions", "x",
+      "higher", ours=passes["ratio"], threshold=1.0, spread=tuple(passes["spread"]),
+      baseline=f"batched forwards, {passes['seconds']['a forward a position']:.3g} s",
+      note=f"largest difference of a KL {largest('interventions'):.2g} nats",
+    ),
+  ]  # fmt: skip
+
+
+def draw(speed: dict, workdir: Path) -> dict[str, str]:
+  figure, axes = figures.subplots(2)
+  titles = {"fits": ("tokens fitted", "Low-rank fits"), "interventions": ("tokens T in the row", "T interventions")}
+  for axis, (key, (label, title)) in zip(axes, titles.items(), strict=True):
+    names = list(next(iter(speed[key].values()))["seconds"])
+    for name in names:
+      points = [(int(size), r["seconds"][name]) for size, r in speed[key].items()]
+      shown = {"jax": "here", "numpy": "NumPy"}.get(name, name)
+      axis.loglog(*zip(*points, strict=True), "o-", label=f"{shown}: n^{timing.slope(points[-2:]):.2f}")
+    axis.set(xlabel=label, ylabel="seconds", title=title)
+    axis.set_xticks(sizes := [int(size) for size in speed[key]], [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.legend()
+  return {figures.save(figure, workdir, "speed"): "Seconds against size, with the log-log slopes at the end"}
