@@ -28,7 +28,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 def check_config(config) -> None:
   for m in (*config.train.latents, config.train.cycle_latent):
     require(m >= 1, f"latent is {m}; it must be at least 1")
-  require(1.0 in config.train.weight_decays, "train.weight_decays must hold 1.0, the decay of the mechanism")
+  require(1.0 in config.train.weight_decays, "train.weight_decays must hold 1.0, the decay of the months")
 
 
 def load_text(config, cache: Path) -> tuple[dict[str, int], list[list[int]]]:

@@ -14,7 +14,7 @@ and G = decoder W takes the place of the Gram matrix W^T W. Usage:
 
   params = init_params(jax.random.key(0), features=2000, latent=100)
   params, losses = train(params, bits, features=2000, steps=800, batch=512, rate=5e-4, weight_decay=1.0)
-  print(word_statistics(accumulate(params, unpack(bits, 2000)))["interference_present"])
+  print(evaluate(params, bits, 2000)["interference_present"])
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.precision import exactly
-from jaxlab.tensors.bows_data import unpack
+from jaxlab.tensors.bows_data import check_bits, unpack
 
 OUTPUTS = ("relu", "linear")
 LOSSES = ("mse", "mse_sigmoid", "bce")
@@ -110,11 +110,13 @@ def train(
   run with the same decay is less regularised.
 
   Raises:
-    InputError: unknown output, loss or latent; a batch larger than the data; no steps.
+    InputError: unknown output, loss or latent; a batch larger than the data; no steps; bits that are not packed rows of
+      `features`.
   """
   require_choice("output", output, OUTPUTS)
   require_choice("loss", loss, LOSSES)
   require_choice("latent", latent, LATENTS)
+  bits = check_bits(bits, features)
   require(1 <= batch <= len(bits), f"batch is {batch} with {len(bits)} samples; it must lie in 1..{len(bits)}")
   require(steps >= 1, f"steps is {steps}; it must be at least 1")
   per_epoch = len(bits) // batch
@@ -219,7 +221,12 @@ def accumulate(params: Params, x: Float[Array, "n d"], *, output: str = "relu") 
 def evaluate(
   params: Params, bits: UInt8[np.ndarray, "n bytes"], features: int, *, output: str = "relu", batch: int = 2048
 ) -> dict[str, np.ndarray]:
-  """`word_statistics` over all windows, a batch at a time."""
+  """`word_statistics` over all windows, a batch at a time.
+
+  Raises:
+    InputError: bits that are not packed rows of `features`.
+  """
+  bits = check_bits(bits, features)
   sums = None
   for at in range(0, len(bits), batch):
     part = accumulate(params, unpack(bits[at : at + batch], features), output=output)

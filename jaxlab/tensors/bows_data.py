@@ -110,8 +110,21 @@ def or_rows(packed: UInt8[Array, "rows bytes"], starts: Int[Array, "windows"], g
   return windows
 
 
+def check_bits(bits: UInt8[Array, "*batch bytes"], words: int) -> UInt8[Array, "*batch bytes"]:
+  """The bits as a device array. Raises InputError unless they are rows of `words` bits, packed as by `pack_rows`."""
+  width = -(-words // 8)
+  bits = jnp.asarray(bits)
+  require(
+    bits.dtype == jnp.uint8 and bits.ndim >= 1 and bits.shape[-1] == width,
+    f"bits are {bits.dtype}{list(bits.shape)}; {words} words are uint8 of [..., {width}]: pack them with pack_rows or "
+    "numpy.packbits(x, axis=-1)",
+  )
+  return bits
+
+
 def unpack(bits: UInt8[Array, "*batch bytes"], words: int) -> Float[Array, "*batch words"]:
-  return jnp.unpackbits(jnp.asarray(bits), axis=-1, count=words).astype(jnp.float32)
+  """Rows of 0 and 1. Raises InputError on bits of another width."""
+  return jnp.unpackbits(check_bits(bits, words), axis=-1, count=words).astype(jnp.float32)
 
 
 def block_split(

@@ -443,6 +443,11 @@ def city_config(path):
       ),
       "output is 'tanh'",
     ),
+    (
+      lambda tmp: bows.train(random_model(), jnp.zeros((4, 20)), features=20, steps=1, batch=2, rate=1),
+      r"bits are float32\[4, 20\]; 20 words are uint8 of \[..., 3\]",
+    ),
+    (lambda tmp: bows.evaluate(random_model(), np.zeros((4, 20), np.uint8), 20), r"bits are uint8\[4, 20\]"),
     (lambda tmp: data.synthetic("torus"), "structure is 'torus'"),
     (lambda tmp: data.pack_rows([[0], [7]], 5), "row 1 has a word index outside 0..4"),
     (lambda tmp: data.make_windows([[0]], group=0), "group is 0"),
