@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from experiments import figures
-from experiments.layer_geometry.decomposition import MAIN, depths, style, worst
+from experiments.layer_geometry.decomposition import MAIN, depths, spread, style, worst
 from experiments.layer_geometry.subjects import IDN, MAMBA
 from experiments.results import Claim
 from jaxlab.depth import layer_geometry as geometry
@@ -97,7 +97,7 @@ def claims(models: dict, untrained: dict | None) -> list[Claim]:
   made = [
     Claim(
       "Rank correlation of the rest's size with the harm of removing it from one token, median of layers, worst model",
-      "", "higher", ours=min(medians.values()), threshold=0.5, paper=0.7, spread=(min(splits), max(splits)),
+      "", "higher", ours=min(medians.values()), threshold=0.5, paper=0.7, spread=spread(splits),
       baseline=median(untrained) if untrained else None,
       note=f"medians {worst(medians)}; best layers {worst(of(lambda m: max(correlations(m))))} (paper up to 0.95); all "
       f"tokens at once {middle('all_tokens', 'spearman')}; with ||u|| and entropy fixed "
