@@ -57,7 +57,9 @@ def _association(out, x, y, outputs) -> dict:
 
 
 def _spearman(a, b) -> float:
-  """On the host: resamples differ in size, and each would be compiled anew."""
+  """On the host: resamples differ in size, and each would be compiled anew. NaN where one of the two is constant."""
+  if np.ptp(a) == 0 or np.ptp(b) == 0:
+    return float("nan")
   return float(scipy.stats.spearmanr(a, b).statistic)
 
 
