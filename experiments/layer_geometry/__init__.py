@@ -17,6 +17,9 @@ from experiments.layer_geometry.decomposition import CLASSES, MAIN
 from experiments.results import Claim
 from jaxlab.core.checks import require, require_choice
 
+# The relative errors of a map that learned nothing are all 1, and have no rank correlation.
+UNDEFINED = ("models.*.across_layers.*", "models.*.spearman_relative.*")
+
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   for name in config.intervene.classes:

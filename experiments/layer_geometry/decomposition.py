@@ -219,6 +219,11 @@ def worst(values: dict[str, float]) -> str:
   return ", ".join(f"{name} {values[name]:.2f}" for name in sorted(values, key=values.get))
 
 
+def spread(splits: list[float]) -> tuple[float, float] | None:
+  """The range over splits of the documents, where there are several."""
+  return (min(splits), max(splits)) if len(splits) > 1 else None
+
+
 def claims(models: dict, untrained: dict | None) -> list[Claim]:
   """Shares of layers, of the model that has the least."""
   base = lambda holds: share(untrained, holds) if untrained else None
@@ -232,7 +237,7 @@ def claims(models: dict, untrained: dict | None) -> list[Claim]:
     Claim(
       "Share of layers whose update follows its tokenwise part, and the rest does not, by more than R^2 and an "
       "isotropic rest explain, worst model", "", "higher", ours=min(beyond.values()), threshold=_SHARE,
-      baseline=base(beyond_nulls), spread=(min(splits), max(splits)),
+      baseline=base(beyond_nulls), spread=spread(splits),
       note=f"{worst(beyond)}; of {count} layers {exceed('alignment_over_curve')} exceed the cosine that R^2 gives, "
       f"{exceed('gap_over_isotropic')} the gap of an isotropic rest, {exceed('log_ratio_over_isotropic')} its ratio "
       "of energies, beyond the 95 % interval over documents; baseline: the untrained network",
@@ -259,7 +264,7 @@ def depths(model: dict) -> np.ndarray:
 
 def style(i: int, name: str) -> dict:
   """How a model's line looks in every figure."""
-  return dict(color=f"C{i % 6}", marker="osD^vP*X"[i % 8], ms=4, lw=1.2, ls="--" if "untrained" in name else "-")
+  return dict(color=f"C{i % 6}", marker="osD^vP*X"[i % 8], ms=5, lw=1.8, ls="--" if "untrained" in name else "-")
 
 
 def draw(models: dict, workdir: Path) -> dict[str, str]:

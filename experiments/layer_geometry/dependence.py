@@ -31,7 +31,7 @@ def measure(model, tokens) -> dict[str, list[float]]:
 def claims(models: dict) -> list[Claim]:
   made = []
   for name in models:
-    if not name.endswith(IDN):
+    if not name.endswith(IDN) or len(models[name]["suffix"]["dependence"]) < 2:  # one layer depends on none between
       continue
     plain = name.removesuffix(IDN)
     mean = lambda key, which: float(np.mean(models[which]["suffix"][key][1:]))

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from experiments import figures
-from experiments.layer_geometry.decomposition import MAIN, depths, style, worst
+from experiments.layer_geometry.decomposition import MAIN, depths, spread, style, worst
 from experiments.layer_geometry.subjects import IDN, MAMBA
 from experiments.results import Claim
 from jaxlab.depth import layer_geometry as geometry
@@ -57,7 +57,9 @@ def _association(out, x, y, outputs) -> dict:
 
 
 def _spearman(a, b) -> float:
-  """On the host: resamples differ in size, and each would be compiled anew."""
+  """On the host: resamples differ in size, and each would be compiled anew. NaN where one of the two is constant."""
+  if np.ptp(a) == 0 or np.ptp(b) == 0:
+    return float("nan")
   return float(scipy.stats.spearmanr(a, b).statistic)
 
 
@@ -97,7 +99,7 @@ def claims(models: dict, untrained: dict | None) -> list[Claim]:
   made = [
     Claim(
       "Rank correlation of the rest's size with the harm of removing it from one token, median of layers, worst model",
-      "", "higher", ours=min(medians.values()), threshold=0.5, paper=0.7, spread=(min(splits), max(splits)),
+      "", "higher", ours=min(medians.values()), threshold=0.5, paper=0.7, spread=spread(splits),
       baseline=median(untrained) if untrained else None,
       note=f"medians {worst(medians)}; best layers {worst(of(lambda m: max(correlations(m))))} (paper up to 0.95); all "
       f"tokens at once {middle('all_tokens', 'spearman')}; with ||u|| and entropy fixed "

@@ -277,7 +277,7 @@ def affine_lens(
   evaluation: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   *,
   layer: int | Int[Array, ""],
-  ridge: float = 1e-2,
+  ridge: float | Float[Array, ""] = 1e-2,
 ) -> Float[Array, "rows time"]:
   """KL(p || p_lens) of an affine map from the inputs of a block to what the head reads, fitted on the reference.
 

@@ -14,7 +14,8 @@ from configs import layer_geometry as config_file
 from experiments import layer_geometry as experiment
 from experiments import results
 from experiments.console import Console
-from experiments.layer_geometry import decomposition, speed, subjects
+from experiments.layer_geometry import decomposition, interventions, speed, subjects
+from experiments.results import Claim
 from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry, layer_geometry_classes, snlp
@@ -488,6 +489,16 @@ def test_a_fit_that_overshoots_exceeds_no_null():
   honest = nulls(jnp.asarray(u + np.where(size < 1, 0.1, 2) * size * noise))
   assert honest["alignment_over_curve"]["low"] > 0.2
   assert honest["alignment_over_curve"]["low"] <= honest["alignment_over_curve"]["high"]
+
+
+def test_a_map_that_learned_nothing_has_no_correlation_over_layers_and_stops_no_run():
+  value = interventions.across({"relative_error": [1.0, 1.0], "single_token": {"kl": [0.1, 0.2]}})
+  claim, metrics = (
+    Claim("a", "", "higher", ours=1, threshold=0),
+    {"models": {"base": {"across_layers": {"mlp": value}}}},
+  )
+  assert np.isnan(value)
+  results.require_finite(results.Report(metrics, [claim], "", {}, experiment.UNDEFINED))
 
 
 def test_the_experiment_runs_at_test_scale_and_measures_no_part_twice(tmp_path, monkeypatch):
