@@ -67,13 +67,14 @@ class Partition(NamedTuple):
   def of_nodes(self, binary: BinTree) -> Polygon:
     """One polygon per node of the tree, on the host."""
     size = max(level.vertices.shape[1] for level in self.levels)
-    chosen = [np.flatnonzero(binary.level_of == depth) for depth in range(len(self.levels))]
-    parts = [
-      _widen(Polygon(*(part[binary.slot_of[nodes]] for part in level)), size)
-      for nodes, level in zip(chosen, self.levels, strict=True)
-    ]
-    order = np.argsort(np.concatenate(chosen))
-    return Polygon(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
+    count = len(binary.level_of)
+    every = Polygon(*(np.empty((count, *part.shape[1:]), part.dtype) for part in _widen(self.levels[0], size)))
+    for depth, level in enumerate(self.levels):
+      nodes = np.flatnonzero(binary.level_of == depth)
+      chosen = Polygon(*(part[binary.slot_of[nodes]] for part in level))
+      for whole, part in zip(every, _widen(chosen, size), strict=True):
+        whole[nodes] = part
+    return every
 
 
 def partition(binary: BinTree, *, method: str = "greedy", root: str = "square", seed: int = 0) -> Partition:

@@ -469,4 +469,8 @@ def test_impossible_requests_are_named(call, message):
 
 
 def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
-  run_and_continue("powerwalk", tmp_path, monkeypatch, "accuracy.measure", "speed.measure", "speed.measure_size")
+  measures = "accuracy.measure", "accuracy.caps", "speed.measure", "speed.measure_size"
+  report = run_and_continue("powerwalk", tmp_path, monkeypatch, *measures)
+  for name in ("passes over the edges", "faster power iteration"):
+    (note,) = (claim.note for claim in report.claims if name in claim.name)
+    assert "in L1" in note and "cap" in note
