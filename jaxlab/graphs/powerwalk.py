@@ -18,7 +18,7 @@ A vertex without out-edges gets a self-loop: P does not depend on the source. Ar
 """
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def _query(sources, graph, index, *, steps, reset, eps, prune, hubs, dtype):
 
 
 def top_k(
-  sources: Sequence[Hashable], graph: WalkGraph, index: Index | None, *, k: int, batch: int = 256, **options
+  sources: Iterable[Hashable], graph: WalkGraph, index: Index | None, *, k: int, batch: int = 256, **options
 ) -> tuple[Shaped[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
   """The k vertices of largest estimated PPR of each source, ties by position, in batches of one compiled shape.
 
@@ -210,7 +210,7 @@ def top_k(
 
 
 def exact_top_k(
-  sources: Sequence[Hashable], graph: WalkGraph, *, k: int, iterations: int = 150, batch: int = 256
+  sources: Iterable[Hashable], graph: WalkGraph, *, k: int, iterations: int = 150, batch: int = 256
 ) -> tuple[Shaped[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
   """`top_k` by power iteration.
 
@@ -271,7 +271,12 @@ def backward(
   """p_v(w) of all v for chosen w, by T backward sweeps p_v <- c e_v + ((1 - c)/d_v) sum p_w from the fingerprints.
 
   The dynamic programme of Jeh and Widom; the same estimate as `query` without pruning, all sources at once.
+
+  Raises:
+    InputError: an index of another graph or reset.
   """
+  check_index(index, graph)
+  check_reset(index.built, reset)
   start = one_hot(targets, graph.nodes, index.values.dtype)
   sources = jnp.repeat(jnp.arange(graph.nodes), graph.degree, total_repeat_length=len(graph.targets))
   order = jnp.argsort(index.origins, stable=True)

@@ -315,6 +315,7 @@ def test_an_index_serves_the_graph_and_the_reset_it_was_built_with_alone():
   refused = {
     "graph of other edges": [
       lambda: powerwalk.query([0], other, index, steps=1, reset=0.3),
+      lambda: powerwalk.backward(jnp.array([0]), other, index, steps=1, reset=0.3),
       lambda: powerwalk_sharded.shard(other, index, mesh, axis="data"),
     ],
     "reset is 0.15; .* give reset=0.3": [
