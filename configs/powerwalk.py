@@ -52,6 +52,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         seeds=pick(test=1, cpu=2, gpu=5, paper=5),
         length=64,
         cap=1024,
+        caps=pick(test=(2, 8), cpu=(8, 32, 1024)),
         rag=0.99,
         most_steps=pick(test=12, cpu=40),  # how far online-only steps are followed
         eps=pick(test=(1e-3,), cpu=(1e-6, 1e-5, 1e-4, 1e-3)),

@@ -27,14 +27,15 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     name: part(f"accuracy.{name}", lambda g=graph: accuracy.measure(config, g, console))
     for name, graph in graphs.items()
   }
-  rates = part("speed", lambda: speed.measure(config, graphs["data"], found["data"], console))
-  return {"accuracy": found, "speed": rates, "scaling": scaling}
+  caps = {name: part(f"caps.{name}", lambda g=graph: accuracy.caps(config, g)) for name, graph in graphs.items()}
+  rates = part("speed", lambda: speed.measure(config, graphs["data"], found["data"], caps["data"], console))
+  return {"accuracy": found, "caps": caps, "speed": rates, "scaling": scaling}
 
 
 def claims(config, metrics: dict) -> list[Claim]:
   found = metrics["accuracy"]
-  work = found["data"]["work at equal RAG"]
-  return accuracy.claims(config, found) + speed.claims(config, metrics["speed"], metrics["scaling"], work)
+  made = accuracy.claims(config, found, metrics.get("caps", {}))
+  return made + speed.claims(config, metrics["speed"], metrics["scaling"], found["data"])
 
 
 def finding(config, metrics: dict) -> str:

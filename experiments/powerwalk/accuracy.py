@@ -24,7 +24,7 @@ class Setting:
 
   Attributes:
     a: config.accuracy; keys: one a seed; indexes: {walks: an index a seed}.
-    judge: estimate -> {"rag", "l1", ...}, means over the sources.
+    judge: estimate -> {"rag", "l1", ...}, means over the sources it has, which are the first.
   """
 
   a: object
@@ -45,7 +45,8 @@ class Setting:
     return self.indexes[self.a.main]
 
 
-def measure(config, graph, console) -> dict:
+def setting(config, graph) -> Setting:
+  """Without indexes yet."""
   a = config.accuracy
   rng = np.random.default_rng(config.seed)
   sources = jnp.asarray(rng.choice(graph.nodes, min(a.sources, graph.nodes), replace=False), jnp.int32)
@@ -53,15 +54,19 @@ def measure(config, graph, console) -> dict:
   score = jax.jit(functools.partial(powerwalk.quality, k=a.k))
   means = lambda estimate, truth: {name: float(np.mean(v)) for name, v in score(estimate, truth).items()}
   keys = [jax.random.key(config.seed + 100 * i) for i in range(a.seeds)]
-  s = Setting(a, graph, sources, keys, {}, lambda estimate: means(estimate, truth))
-  for walks in console.track("fingerprints", list(a.walks)):
-    s.indexes[walks] = [s.build(key, walks=walks) for key in keys]
+  return Setting(a, graph, sources, keys, {}, lambda estimate: means(estimate, truth[:, : estimate.shape[1]]))
+
+
+def measure(config, graph, console) -> dict:
+  s = setting(config, graph)
+  for walks in console.track("fingerprints", list(s.a.walks)):
+    s.indexes[walks] = [s.build(key, walks=walks) for key in s.keys]
   result = grid(s) | passes(s)
   result |= end_points(s, result["grid"]) | {"pruning": pruning(s)} | other_walks(s) | {"hubs": hubs(s)}
-  reserve, _, edges = baselines.forward_push(sources, graph, r_max=1e-4)
+  reserve, _, edges = baselines.forward_push(s.sources, graph, r_max=1e-4)
   result["forward push 1e-4"] = s.judge(reserve) | {"edges": float(edges.mean())}
-  estimate = baselines.fora(keys[0], graph, sources[:8], r_max=1e-3, delta=10 / graph.nodes)
-  return result | {"fora": means(estimate, truth[:, :8])}
+  estimate = baselines.fora(s.keys[0], graph, s.sources[:8], r_max=1e-3, delta=10 / graph.nodes)
+  return result | {"fora": s.judge(estimate)}
 
 
 def average(rows: list[dict]) -> dict:
@@ -99,6 +104,39 @@ def passes(s: Setting) -> dict:
     "passes": found | {f"R{r}": reaches(indexes[0]) for r, indexes in s.indexes.items()},
     "work at equal RAG": {"index": touched["edges"] + touched["entries"], "power iteration": swept["edges"]},
   }
+
+
+def caps(config, graph) -> dict:
+  """Steps to the RAG by walks and entries kept a vertex; passes over the edges, reading the index as its part of one.
+
+  With the L1 reached there, and the steps of power iteration that reach the same.
+  """
+  s = setting(config, graph)
+  power = [s.judge(powerwalk.exact(s.sources, s.graph, iterations=t))["l1"] for t in range(s.a.most_steps + 1)]
+  rows = {}
+  for walks in s.a.walks:
+    for cap in s.a.caps:
+      index = s.build(s.keys[0], walks=walks, cap=cap)
+      scores = (s.judge(s.ask(index, steps=t)) | {"steps": t} for t in range(s.a.most_steps + 1))
+      row = next((score for score in scores if score["rag"] >= s.a.rag), None)
+      if row is not None:
+        entries = int(jnp.count_nonzero(index.values))
+        row |= {"entries": entries, "passes": row["steps"] + entries / len(s.graph.targets)}
+        row["power iteration of equal L1"] = first(lambda t, row=row: power[t] <= row["l1"], s.a.most_steps)
+        rows[f"R{walks} cap {cap}"] = row | {"walks": walks, "cap": cap}
+  return rows
+
+
+def fewest_passes(rows: dict) -> tuple[str, dict] | None:
+  """Of `caps`, if there is any."""
+  return min(rows.items(), key=lambda item: item[1]["passes"], default=None)
+
+
+def equal_l1(config, found: dict, steps: int = 2) -> float:
+  """Steps of power iteration worth `steps` with the index in L1, on the line through its steps and log L1."""
+  a = config.accuracy
+  errors = [found["power iteration"][f"T{t}"]["l1"] for t in a.steps]
+  return float(np.interp(-np.log(found["grid"][f"R{a.main} T{steps}"]["l1"]), -np.log(errors), a.steps))
 
 
 def end_points(s: Setting, cells: dict) -> dict:
@@ -156,7 +194,11 @@ def hubs(s: Setting) -> dict:
   return {f"T{t}": s.judge(s.ask(index, steps=2 * t, hubs=mask)) for t in s.a.steps} | {"bytes": index.bytes}
 
 
-def claims(config, found: dict) -> list[Claim]:
+def claims(config, found: dict, caps: dict) -> list[Claim]:
+  """
+  Args:
+    found, caps: what `measure` and `caps` found, by graph; older runs have no `caps`.
+  """
   a = config.accuracy
   cell = lambda name, t: found[name]["grid"][f"R{a.main} T{t}"]["rag"]
   gain = {name: cell(name, 2) - cell(name, 0) for name in found}
@@ -187,9 +229,19 @@ def claims(config, found: dict) -> list[Claim]:
       )
       + "; RAG asks for the right top alone: answers without an index still miss "
       + " and ".join(f"{100 * 0.85 ** f['passes']['online']:.0f} %" for f in found.values())
-      + " of the mass",
+      + f" of the mass; in L1 two steps and {a.main} walks are worth "
+      + " and ".join(f"{equal_l1(config, f):.1f}" for f in found.values())
+      + " steps of power iteration"
+      + "".join(_fewest(name, *fewest_passes(rows)) for name, rows in caps.items() if rows),
     ),
   ]  # fmt: skip
+
+
+def _fewest(name: str, best: str, row: dict) -> str:
+  return (
+    f"; {name}, fewest passes with reading the index: {row['passes']:.1f} ({best}, {row['steps']} steps, L1 "
+    f"{row['l1']:.2g}, for which power iteration needs {row['power iteration of equal L1']})"
+  )
 
 
 def draw(config, found: dict, workdir: Path) -> dict[str, str]:

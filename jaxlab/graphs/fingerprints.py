@@ -9,7 +9,9 @@ to w, E[c X(w) / R] = p_v(w), the personalised PageRank of v (`powerwalk` has th
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.common import Graph, sorted_pairs
+from jaxlab.graphs.common import Graph, Named, sorted_pairs
 
 NORMS = ("self_norm", "unbiased")
 MOVES = ("walkers", "long_path", "rounded")
@@ -27,14 +29,21 @@ RESET = 0.15
 _VISITS = 2**22
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("offsets", "targets", "degree", "in_sources", "in_targets"),
+  meta_fields=("nodes", "digest"),
+  drop_fields=("names",),
+)
 @dataclasses.dataclass(frozen=True)
-class WalkGraph:
+class WalkGraph(Named):
   """Out-edges by source for walks, in-edges by target for steps.
 
   Attributes:
     offsets, targets: out-neighbours of v are targets[offsets[v] : offsets[v + 1]]; degree their number, never 0.
     in_sources, in_targets: the same edges sorted by target.
+    digest: of the vertices and edges, which an index remembers.
+    names: of the vertices (`Named`); None inside a transformation, and where they are the positions.
   """
 
   offsets: Int[Array, "nodes_plus_1"]
@@ -42,7 +51,19 @@ class WalkGraph:
   degree: Int[Array, "nodes"]
   in_sources: Int[Array, "edges"]
   in_targets: Int[Array, "edges"]
-  nodes: int = dataclasses.field(metadata=dict(static=True))
+  nodes: int
+  digest: str
+  names: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+
+class Built(NamedTuple):
+  """What an index was built from: the digest of its graph, the reset probability, and its size."""
+
+  graph: str
+  reset: float
+  walks: int
+  length: int
+  cap: int
 
 
 @jax.tree_util.register_dataclass
@@ -50,22 +71,24 @@ class WalkGraph:
 class Index:
   """Fingerprints as a sparse matrix: values[i] estimates p_{origins[i]}(visited[i]); sorted by visited.
 
-  Zeros at the end fill it up to one of few lengths, so that a query compiles for few shapes.
+  Zeros at the end fill it up to one of few lengths, so that a query compiles for few shapes. Of entries from elsewhere
+  (`make_index`) nobody knows what they were `built` from: None.
   """
 
   origins: Int[Array, "entries"]
   visited: Int[Array, "entries"]
   values: Float[Array, "entries"]
   nodes: int = dataclasses.field(metadata=dict(static=True))
+  built: Built | None = dataclasses.field(default=None, metadata=dict(static=True))
 
   @property
   def bytes(self) -> int:
-    """8 an entry: an id and a float32."""
-    return 8 * int(jnp.count_nonzero(self.values))
+    """What is stored: two ids and a value an entry, those that fill up included."""
+    return self.origins.nbytes + self.visited.nbytes + self.values.nbytes
 
 
 def walk_graph(graph: Graph) -> WalkGraph:
-  """Both directions of undirected edges; a self-loop for every vertex without out-edges."""
+  """Both directions of undirected edges; a self-loop for every vertex without out-edges; the names of the graph."""
   sources, targets = graph.arcs()
   dangling = np.flatnonzero(np.bincount(sources, minlength=graph.nodes) == 0)
   sources, targets = np.concatenate([sources, dangling]), np.concatenate([targets, dangling])
@@ -73,18 +96,44 @@ def walk_graph(graph: Graph) -> WalkGraph:
   in_targets, in_sources = sorted_pairs(targets, sources, graph.nodes)
   degree = np.bincount(out_sources, minlength=graph.nodes)
   arrays = np.concatenate([[0], np.cumsum(degree)]), out_targets, degree, in_sources, in_targets
-  return WalkGraph(*(jnp.asarray(x, jnp.int32) for x in arrays), graph.nodes)
+  digest = hashlib.blake2b(graph.nodes.to_bytes(8, "little"), digest_size=16)
+  for ends in (out_sources, out_targets):
+    digest.update(ends.astype("<i4").tobytes())
+  return WalkGraph(*(jnp.asarray(x, jnp.int32) for x in arrays), graph.nodes, digest.hexdigest(), graph.names)
 
 
-def check_sources(sources, graph: WalkGraph) -> Int[np.ndarray, "queries"]:
-  """The sources as int32, refused unless all are vertices."""
-  sources = np.asarray(sources, np.int32)
+def check_sources(sources, graph: Named) -> Int[np.ndarray, "queries"]:
+  """The sources as int32, refused unless all are positions of vertices."""
+  sources = np.asarray(sources)
   require(
     sources.ndim == 1 and len(sources) > 0, f"sources have shape {sources.shape}; give a non-empty list of vertices"
   )
+  require(
+    sources.dtype.kind in "iu",
+    f"sources hold {sources.dtype}, not integers; they are positions of vertices: graph.index(names) tells them",
+  )
   low, high = int(sources.min()), int(sources.max())
   require(low >= 0 and high < graph.nodes, f"sources lie in {low}..{high}; vertices are 0..{graph.nodes - 1}")
-  return sources
+  return sources.astype(np.int32)
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+  """Refuses what is no integer, or below `least`."""
+  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  require(whole and value >= least, f"{name} is {value!r:.40}; it must be an integer, {least} or more")
+
+
+def check_index(index: Index, graph: WalkGraph) -> None:
+  """Refuses an index of another graph."""
+  require(index.nodes == graph.nodes, f"the index has {index.nodes} vertices, the graph {graph.nodes}; build it anew")
+  same = index.built is None or index.built.graph == graph.digest
+  require(same, "the index was built from a graph of other edges; build it anew")
+
+
+def check_reset(built: Built | None, reset: float) -> None:
+  """Refuses a reset probability that is not the one of the walks."""
+  same = built is None or built.reset == reset
+  require(same, f"reset is {reset}; the index was built with another: give reset={built and built.reset} or build anew")
 
 
 def walks(
@@ -252,10 +301,12 @@ def build_index(
     devices, spread: of `count_visits`, and given by `powerwalk_sharded.build_index`.
 
   Raises:
-    InputError: walks, length or cap below 1, 2^32 walks or more, an unknown norm or move, or long paths that are not
-      self-normalised.
+    InputError: walks, length or cap no integers or below 1, reset outside (0, 1), 2^32 walks or more, an unknown norm
+      or move, or long paths that are not self-normalised.
   """
-  require(walks >= 1 and length >= 1 and cap >= 1, f"walks={walks}, length={length}, cap={cap} must all be at least 1")
+  for name, value in (("walks", walks), ("length", length), ("cap", cap)):
+    check_whole(name, value, 1)
+  require(0 < reset < 1, f"reset is {reset}; it must lie strictly between 0 and 1")
   require_choice("norm", norm, NORMS)
   require_choice("moves", moves, MOVES)
   require(moves != "long_path" or norm == "self_norm", "long paths never end: moves=long_path needs norm=self_norm")
@@ -275,7 +326,8 @@ def build_index(
   kept = _largest(row, count, cap)
   row, vertex, count = row[kept], vertex[kept], count[kept]
   values = count / np.bincount(row, count)[row] if norm == "self_norm" else reset * count / walks
-  return make_index(graph.nodes, origins[row], vertex, values)
+  built = Built(graph.digest, reset, walks, length, cap)
+  return make_index(graph.nodes, origins[row], vertex, values, built=built)
 
 
 def _largest(row, count, cap: int) -> Int[np.ndarray, "kept"]:
@@ -290,7 +342,7 @@ def _largest(row, count, cap: int) -> Int[np.ndarray, "kept"]:
   return np.flatnonzero(keep)
 
 
-def make_index(nodes: int, origins, visited, values, dtype=jnp.float32) -> Index:
+def make_index(nodes: int, origins, visited, values, dtype=jnp.float32, built: Built | None = None) -> Index:
   """An index from any list of entries; those of the same (origin, visited) add."""
   # Sparse formats sort by counting.
   sparse = scipy.sparse.coo_array(
@@ -300,9 +352,8 @@ def make_index(nodes: int, origins, visited, values, dtype=jnp.float32) -> Index
   empty = (0, _round_up(sparse.nnz) - sparse.nnz)
   array = lambda x, dtype, fill: jnp.asarray(np.pad(x, empty, constant_values=fill), dtype)
   visited = np.repeat(np.arange(nodes), np.diff(sparse.indptr))
-  return Index(
-    array(sparse.indices, jnp.int32, 0), array(visited, jnp.int32, nodes - 1), array(sparse.data, dtype, 0), nodes
-  )
+  arrays = array(sparse.indices, jnp.int32, 0), array(visited, jnp.int32, nodes - 1), array(sparse.data, dtype, 0)
+  return Index(*arrays, nodes, built)
 
 
 def _round_up(length: int) -> int:

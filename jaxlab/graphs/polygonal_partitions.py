@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.core.checks import require_choice
+from jaxlab.core.checks import require, require_choice
 from jaxlab.graphs.weighted_trees import BinTree
 
 METHODS = ("greedy", "gap", "angular", "random", "axes")
@@ -67,9 +67,14 @@ class Partition(NamedTuple):
   def of_nodes(self, binary: BinTree) -> Polygon:
     """One polygon per node of the tree, on the host."""
     size = max(level.vertices.shape[1] for level in self.levels)
-    every = Polygon(*(np.concatenate(part) for part in zip(*(_widen(p, size) for p in self.levels), strict=True)))
-    offset = np.cumsum([0, *(len(level.count) for level in self.levels)])
-    return Polygon(*(part[offset[binary.level_of] + binary.slot_of] for part in every))
+    count = len(binary.level_of)
+    every = Polygon(*(np.empty((count, *part.shape[1:]), part.dtype) for part in _widen(self.levels[0], size)))
+    for depth, level in enumerate(self.levels):
+      nodes = np.flatnonzero(binary.level_of == depth)
+      chosen = Polygon(*(part[binary.slot_of[nodes]] for part in level))
+      for whole, part in zip(every, _widen(chosen, size), strict=True):
+        whole[nodes] = part
+    return every
 
 
 def partition(binary: BinTree, *, method: str = "greedy", root: str = "square", seed: int = 0) -> Partition:
@@ -100,7 +105,8 @@ def partition(binary: BinTree, *, method: str = "greedy", root: str = "square", 
       cuts = len(level.slots)
       theta = {"random": randomness.uniform(0, math.pi, cuts)}.get(method, np.full(cuts, palette[depth]))
       chooser = method if method in ("greedy", "gap", "axes") else "given"
-      left, right, separation = _cut_level(polygons, theta, level.shares, depth, chooser)
+      cut_some = functools.partial(_cut_batch, method=chooser, depth=np.float64(depth))
+      left, right, separation = _in_chunks(cut_some, polygons, theta, level.shares)
       woven = [np.stack(pair, 1).reshape(2 * cuts, *pair[0].shape[1:]) for pair in zip(left, right, strict=True)]
       levels.append(Polygon(*woven))
       separations.append(separation)
@@ -200,9 +206,14 @@ def polygon_metrics(polygon: Polygon) -> Metrics:
 
 
 def measure(polygons: Polygon) -> Metrics:
-  """`polygon_metrics` of a batch, in float64, on the host."""
+  """`polygon_metrics` of a batch, in float64, on the host; a few thousand at a time, each has V^2 distances.
+
+  Raises:
+    InputError: no polygons.
+  """
+  require(len(polygons.count) > 0, "there are no polygons to measure; give at least one")
   with jax.enable_x64(True):
-    return Metrics(*(np.asarray(x) for x in _measure(Polygon(*map(jnp.asarray, polygons)))))
+    return _in_chunks(_measure, polygons)
 
 
 def svg(polygons: Polygon, colours: list[str], *, size: int = 800) -> str:
@@ -302,7 +313,7 @@ def _best_direction(polygons, middle, allowed, shares):
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _cut_batch(polygons, theta, shares, depth, *, method):
+def _cut_batch(polygons, theta, shares, *, depth, method):
   """Cuts every polygon, along `theta` if the method is "given"; (left, right, separation)."""
   gaps = lambda p: candidate_thetas(*directions(p))
   if method == "gap":
@@ -325,16 +336,14 @@ def _cut_batch(polygons, theta, shares, depth, *, method):
 _measure = jax.jit(jax.vmap(polygon_metrics))
 
 
-def _cut_level(polygons, theta, shares, depth, method):
-  """`_cut_batch` in chunks whose sizes come from a short list, so that few shapes are compiled."""
+def _in_chunks(call, polygons: Polygon, *others):
+  """call(polygons, *others) in chunks whose sizes come from a short list, so that few shapes are compiled."""
   pieces = []
-  for at in range(0, len(theta), _CHUNK):
-    chunk = slice(at, at + _CHUNK)
-    length = len(theta[chunk])
+  for at in range(0, len(polygons.count), _CHUNK):
+    length = min(_CHUNK, len(polygons.count) - at)
     padded = next(size for size in (8, 64, 256, 1024, _CHUNK) if size >= length)
-    fill = lambda a, extra=padded - length: np.concatenate([a, np.repeat(a[:1], extra, axis=0)])
-    arguments = [Polygon(*(fill(part[chunk]) for part in polygons)), fill(theta[chunk]), fill(shares[chunk])]
-    result = _cut_batch(*arguments, np.float64(depth), method=method)
+    place = np.minimum(np.arange(at, at + padded), at + length - 1)
+    result = call(*jax.tree.map(lambda a, place=place: np.asarray(a)[place], (polygons, *others)))
     # Cut on the host: a slice of every length would be compiled.
     pieces.append(jax.tree.map(lambda a, n=length: np.asarray(a)[:n], result))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)

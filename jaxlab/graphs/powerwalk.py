@@ -14,18 +14,27 @@ A vertex without out-edges gets a self-loop: P does not depend on the source. Ar
 
   graph = fingerprints.walk_graph(common.load("edge_list", path="wiki-Vote.txt", directed=True))
   index = fingerprints.build_index(graph, jax.random.key(0), walks=100)
-  ids, scores = powerwalk.top_k(sources, graph, index, steps=2, k=100)
+  names, scores = powerwalk.top_k([30, 8], graph, index, steps=2, k=100)
 """
 
 import functools
+from collections.abc import Hashable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.fingerprints import RESET, Index, WalkGraph, check_sources
+from jaxlab.graphs.fingerprints import (
+  RESET,
+  Index,
+  WalkGraph,
+  check_index,
+  check_reset,
+  check_sources,
+  check_whole,
+)
 
 PRUNE = ("none", "drop", "hold")
 # Messages (entries x queries) written out at once on a CPU, where they should stay in cache; elsewhere 256 times more,
@@ -97,10 +106,11 @@ def decompose(
     S, F, H (nodes, queries), and the mass dropped by query. S + F + H sums to 1 a query unless flow is dropped.
 
   Raises:
-    InputError: negative steps, reset outside (0, 1), an unknown pruning.
+    InputError: steps no integer or negative, reset outside (0, 1), an unknown pruning.
   """
   # Under jit the number of steps may be an argument: then the caller has checked it.
-  require(not isinstance(steps, int) or steps >= 0, f"steps is {steps}; it must be 0 (fingerprint alone) or more")
+  if not isinstance(steps, jax.Array):
+    check_whole("steps", steps, 0)
   require(0 < reset < 1, f"reset is {reset}; it must lie strictly between 0 and 1")
   require_choice("prune", prune, PRUNE)
   flow = one_hot(sources, graph.nodes, dtype)
@@ -155,12 +165,17 @@ def query(
 ) -> Float[Array, "nodes queries"]:
   """Estimates of p_u for a batch of sources; without an index S alone, short of p_u by exactly (1 - c)^T in L1.
 
-  With `hubs`, flow that has met no hub within the steps stays where it is.
+  Sources and rows of the answer are positions; `top_k` takes names. With `hubs`, flow that has met no hub within the
+  steps stays where it is.
 
   Raises:
-    InputError: as `decompose`.
+    InputError: a source that is no vertex, an index of another graph or reset, or as `decompose`.
   """
-  require(steps >= 0, f"steps is {steps}; it must be 0 (fingerprint alone) or more")
+  sources = check_sources(sources, graph)
+  check_whole("steps", steps, 0)
+  if index is not None:
+    check_index(index, graph)
+    check_reset(index.built, reset)
   options = dict(reset=reset, eps=eps, prune=prune, hubs=hubs, dtype=dtype)
   return _query(sources, graph, index, steps=jnp.int32(steps), **options)
 
@@ -177,35 +192,44 @@ def _query(sources, graph, index, *, steps, reset, eps, prune, hubs, dtype):
 
 
 def top_k(
-  sources: Int[np.ndarray, "queries"], graph: WalkGraph, index: Index | None, *, k: int, batch: int = 256, **options
-) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-  """The k vertices of largest estimated PPR of each source, ties by smaller id, in batches of one compiled shape.
+  sources: Iterable[Hashable], graph: WalkGraph, index: Index | None, *, k: int, batch: int = 256, **options
+) -> tuple[Shaped[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+  """The k vertices of largest estimated PPR of each source, ties by position, in batches of one compiled shape.
+
+  Args:
+    sources: names of vertices, which are positions where the graph has none.
+    options: steps and all others of `query`.
+
+  Returns:
+    Names of vertices and their scores, falling.
 
   Raises:
-    InputError: a source that is no vertex, or k or batch outside their ranges.
+    InputError: a source that is no vertex, k or batch outside their ranges, or as `query`.
   """
   return _in_batches(lambda part: query(part, graph, index, **options), sources, graph, k=k, batch=batch)
 
 
 def exact_top_k(
-  sources: Int[np.ndarray, "queries"], graph: WalkGraph, *, k: int, iterations: int = 150, batch: int = 256
-) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+  sources: Iterable[Hashable], graph: WalkGraph, *, k: int, iterations: int = 150, batch: int = 256
+) -> tuple[Shaped[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
   """`top_k` by power iteration.
 
   Raises:
-    InputError: as `top_k`.
+    InputError: as `top_k`, or iterations no integer or negative.
   """
+  check_whole("iterations", iterations, 0)
   return _in_batches(lambda part: exact(part, graph, iterations=iterations), sources, graph, k=k, batch=batch)
 
 
 def _in_batches(answer, sources, graph, *, k, batch):
-  sources = check_sources(sources, graph)
-  require(1 <= k <= graph.nodes, f"k is {k}; it must lie in 1..{graph.nodes}, the number of vertices")
-  require(batch >= 1, f"batch is {batch}; it must be at least 1")
+  sources = check_sources(sources if graph.names is None else graph.index(sources), graph)
+  check_whole("batch", batch, 1)
+  check_whole("k", k, 1)
+  require(k <= graph.nodes, f"k is {k}; it must lie in 1..{graph.nodes}, the number of vertices")
   padded = np.pad(sources, (0, -len(sources) % batch)).reshape(-1, batch)
-  parts = [largest(answer(jnp.asarray(part)), k=k) for part in padded]
+  parts = [largest(answer(part), k=k) for part in padded]
   scores, ids = (np.concatenate([np.asarray(p[i]) for p in parts])[: len(sources)] for i in (0, 1))
-  return ids, scores
+  return graph.named(ids), scores
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -247,7 +271,12 @@ def backward(
   """p_v(w) of all v for chosen w, by T backward sweeps p_v <- c e_v + ((1 - c)/d_v) sum p_w from the fingerprints.
 
   The dynamic programme of Jeh and Widom; the same estimate as `query` without pruning, all sources at once.
+
+  Raises:
+    InputError: an index of another graph or reset.
   """
+  check_index(index, graph)
+  check_reset(index.built, reset)
   start = one_hot(targets, graph.nodes, index.values.dtype)
   sources = jnp.repeat(jnp.arange(graph.nodes), graph.degree, total_repeat_length=len(graph.targets))
   order = jnp.argsort(index.origins, stable=True)

@@ -19,9 +19,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxlab.core.checks import require, require_choice
+from jaxlab.core.checks import require_choice
 from jaxlab.graphs import fingerprints
-from jaxlab.graphs.fingerprints import RESET, Index, WalkGraph
+from jaxlab.graphs.fingerprints import (
+  RESET,
+  Built,
+  Index,
+  WalkGraph,
+  check_index,
+  check_reset,
+  check_sources,
+  check_whole,
+)
 from jaxlab.graphs.powerwalk import spmm
 
 
@@ -33,6 +42,7 @@ class Parts:
   edges: tuple[Int[Array, "devices edges"], Int[Array, "devices edges"], Float[Array, "devices edges"]]
   index: tuple[Int[Array, "devices entries"], Int[Array, "devices entries"], Float[Array, "devices entries"]]
   nodes: int = dataclasses.field(metadata=dict(static=True))
+  built: Built | None = dataclasses.field(metadata=dict(static=True))
 
 
 def build_index(graph: WalkGraph, key: jax.Array, mesh: Mesh, *, axis: str, **options) -> Index:
@@ -72,7 +82,7 @@ def shard(graph: WalkGraph, index: Index, mesh: Mesh, *, axis: str) -> Parts:
     InputError: an axis the mesh has not, or an index of another graph.
   """
   require_choice("axis", axis, mesh.axis_names)
-  require(index.nodes == graph.nodes, f"the index has {index.nodes} vertices, the graph {graph.nodes}; build it anew")
+  check_index(index, graph)
   devices = mesh.shape[axis]
   local = -(-graph.nodes // devices)
   weights = 1 / np.asarray(graph.degree)[np.asarray(graph.in_sources)]
@@ -91,19 +101,25 @@ def shard(graph: WalkGraph, index: Index, mesh: Mesh, *, axis: str) -> Parts:
     return tuple(place(row) for row in out)
 
   edges = cut(graph.in_sources, graph.in_targets, weights)
-  return Parts(edges, cut(index.origins, index.visited, index.values), graph.nodes)
+  return Parts(edges, cut(index.origins, index.visited, index.values), graph.nodes, index.built)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axis", "steps", "reset"))
 def query(
   sources: Int[Array, "queries"], parts: Parts, mesh: Mesh, *, axis: str, steps: int, reset: float = RESET
 ) -> Float[Array, "nodes queries"]:
   """`powerwalk.query` without pruning, sharded by vertex over `axis`.
 
   Raises:
-    InputError: negative steps.
+    InputError: as `powerwalk.query`.
   """
-  require(steps >= 0, f"steps is {steps}; it must be 0 (fingerprint alone) or more")
+  sources = check_sources(sources, parts)
+  check_whole("steps", steps, 0)
+  check_reset(parts.built, reset)
+  return _query(sources, parts, mesh, axis=axis, steps=steps, reset=reset)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axis", "steps", "reset"))
+def _query(sources, parts, mesh, *, axis, steps, reset):
   devices = mesh.shape[axis]
   local = -(-parts.nodes // devices)
   rows = PartitionSpec(axis)

@@ -5,14 +5,16 @@ children is always the same: sort them, cut the sorted list in two, go on with b
 range of one sorted array, and a whole generation of ranges is handled at once in NumPy.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import InputError, require
 from jaxlab.core.foreign import foreign, lines
 
 # Smallest weight over the total. Polygons keep relative precision far below it, but their areas must not underflow.
@@ -68,21 +70,67 @@ def weighted_tree(parents: Sequence[int], weights: Sequence[float]) -> Tree:
   return Tree(parents, weights)
 
 
-def tree_from_sizes(sizes: Mapping[str, float]) -> tuple[Tree, list[str]]:
-  """The tree of "a/b/c" paths with their sizes, and each node's path ("" is the root). Zero sizes are an error."""
-  require(bool(sizes), "no sizes given; name at least one path")
+def tree_from_sizes(sizes: Mapping, *, drop_empty: bool = False) -> tuple[Tree, list[str]]:
+  """The tree of paths with the sizes of its leaves, and each node's path "a/b/c" ("" is the root).
+
+  Args:
+    sizes: {path: size}, a path being "a/b/c", a pathlib path or a tuple of names; or nested, {"a": {"b": {"c": size}}}.
+      A folder's size is the sum of what is in it: it has none of its own.
+    drop_empty: leave out leaves of size 0, and folders with nothing else in them; without it they are an error.
+
+  Raises:
+    InputError: a size that is no positive, finite number; a path that is empty, comes twice, or is a leaf and a folder;
+      nothing left.
+  """
   index, parents, names, weights = {"": 0}, [-1], [""], [0.0]
-  for path, size in sizes.items():
-    at = 0
-    parts = path.strip("/").split("/")
-    for depth in range(1, len(parts) + 1):
-      name = "/".join(parts[:depth])
+  for parts, size in _leaves(sizes, ()):
+    real = isinstance(size, numbers.Real)
+    if drop_empty and real and size == 0:
+      continue
+    if not (real and 0 < size < math.inf and parts):
+      raise InputError(_unfit("/".join(parts), size, real))
+    at, name = 0, ""
+    for part in parts:
+      name = f"{name}/{part}" if name else part
       if name not in index:
+        # Leaves alone have a weight yet: their folders get the sum.
+        if weights[at] > 0:
+          raise InputError(_both(names[at]))
         index[name] = len(parents)
         parents.append(at), names.append(name), weights.append(0.0)
       at = index[name]
-    weights[at] = size
+    if weights[at] > 0:
+      raise InputError(f"{name!r:.80} has two sizes; add them, or name one of them otherwise")
+    if at < len(parents) - 1:
+      raise InputError(_both(name))
+    weights[at] = float(size)
+  require(len(parents) > 1, "no sizes given, or none above 0; name at least one path and its size")
   return weighted_tree(parents, weights), names
+
+
+def _leaves(sizes: Mapping, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
+  """(names of the way from the root, size) of what lies below; an empty folder has size 0."""
+  for key, size in sizes.items():
+    steps = key if isinstance(key, tuple) else (key.as_posix() if isinstance(key, PurePath) else key,)
+    parts = *above, *(part for part in "/".join(map(str, steps)).split("/") if part not in ("", "."))
+    if isinstance(size, Mapping) and size:
+      yield from _leaves(size, parts)
+    else:
+      yield parts, 0 if isinstance(size, Mapping) else size
+
+
+def _unfit(path: str, size: object, real: bool) -> str:
+  if not real:
+    return f"the size of {path!r:.80} is {size!r:.40}; give a number or a nested dict"
+  if not path:
+    return f"a size {size:g} has an empty path; name what it is the size of"
+  if size == 0:
+    return f"{path!r:.80} has size 0, which has no area; drop_empty=True leaves such leaves out"
+  return f"{path!r:.80} has size {size:g}; sizes must be positive and finite: drop or mend it"
+
+
+def _both(path: str) -> str:
+  return f"{path!r:.80} has a size and paths below it; a folder is the sum of them: name the rest, '{path:.60}/other'"
 
 
 def tree_from_wordnet(path: str | Path) -> tuple[Tree, list[str]]:

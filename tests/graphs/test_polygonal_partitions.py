@@ -1,9 +1,11 @@
 import itertools
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.cluster.hierarchy
 import scipy.optimize
@@ -475,6 +477,46 @@ def test_paths_make_a_tree():
   assert picture.startswith("<svg") and picture.count("<polygon") == 5
 
 
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"a/x/1": 1, "a/y": 2, "b": 4},
+    {"/a/x/1": 1, "a//y/": 2, "./b": 4},
+    {Path("a/x/1"): 1, Path("/a/y"): np.int64(2), Path("b"): np.float32(4)},
+    {("a", "x", 1): 1, ("a", "y"): 2, ("b",): 4},
+    {"a": {"x": {1: 1}, "y": 2}, "b": 4},
+    {"a": {Path("x/1"): 1}, Path("a"): {"y": 2}, "b": 4},
+    pd.Series([1, 2, 4], index=["a/x/1", "a/y", "b"]),
+  ],
+)
+def test_paths_come_in_many_forms(sizes):
+  tree, names = tree_from_sizes(sizes)
+  weights = {"": 7, "a": 3, "a/x": 1, "a/x/1": 1, "a/y": 2, "b": 4}
+  assert dict(zip(names, tree.weights.tolist(), strict=True)) == weights
+
+
+def test_empty_leaves_are_left_out_where_asked_for():
+  """With folders that hold nothing else, and names that are folders as well."""
+  sizes = {"a": 0, "a/x": 3, "b/c/d": 0.0, "e": {}, "f": {"g": {"h": 0}, "i": 1}}
+  tree, names = tree_from_sizes(sizes, drop_empty=True)
+  assert dict(zip(names, tree.weights.tolist(), strict=True)) == {"": 4, "a": 3, "a/x": 3, "f": 1, "f/i": 1}
+
+
+def test_polygons_are_measured_a_few_at_a_time(monkeypatch):
+  """10,000 leaves: no call sees more than a chunk, and the numbers are those of each polygon alone."""
+  seen, measure = [], polygons._measure
+  monkeypatch.setattr(polygons, "_measure", lambda p: (seen.append(len(p.count)), measure(p))[1])
+  tree = weighted_tree([-1, *range(99), *np.repeat(np.arange(100), 100)], np.arange(1, 10_101))
+  binary = binarise(tree)
+  shapes = polygons.partition(binary, method="angular").of_nodes(binary)
+  metrics = polygons.measure(shapes)
+  assert max(seen) == polygons._CHUNK and sum(seen) < 2 * polygons._CHUNK + 10_100
+  np.testing.assert_allclose(metrics.area, tree.weights / tree.weights[0], rtol=1e-9)
+  for at in (0, 99, 4096, 10_099):
+    alone = polygons.measure(polygons.Polygon(*(part[at : at + 1] for part in shapes)))
+    np.testing.assert_allclose([m[at] for m in metrics], np.ravel(alone), rtol=1e-12)
+
+
 def test_nouns_hang_under_their_first_hypernym(tmp_path):
   """Two hypernyms: the first; an instance; two words, the first; a pointer to a verb; the licence's lines."""
   file = tmp_path / "data.noun"
@@ -534,6 +576,18 @@ def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
     (lambda: boxes.from_linkage(np.array([[0, 1, 0.0, 2]])), "coincident points"),
     (lambda: files.file_sizes("package", "no_such_package"), "not an installed package"),
     (lambda: files.file_sizes("directory", "/no/such"), "is not a folder"),
+    (lambda: tree_from_sizes({}), "no sizes given"),
+    (lambda: tree_from_sizes({"a": 0, "b": {}}, drop_empty=True), "none above 0"),
+    (lambda: tree_from_sizes({"a": 5, "a/b": 3}), "'a' has a size and paths below it; .*'a/other'"),
+    (lambda: tree_from_sizes({"a/b/c": 3, "a/b": 5, "d": 1}), "'a/b' has a size and paths below it"),
+    (lambda: tree_from_sizes({"a/b": 3, "/a/b": 5}), "'a/b' has two sizes"),
+    (lambda: tree_from_sizes({"": 3, "a": 5}), "has an empty path"),
+    (lambda: tree_from_sizes({"a": {"b": 0}}), "'a/b' has size 0, which has no area; drop_empty=True"),
+    (lambda: tree_from_sizes({"a": {}}), "'a' has size 0"),
+    (lambda: tree_from_sizes({"a": -1.0}, drop_empty=True), "'a' has size -1; sizes must be positive"),
+    (lambda: tree_from_sizes({"a": math.nan}, drop_empty=True), "'a' has size nan"),
+    (lambda: tree_from_sizes({"a": "12"}), "the size of 'a' is '12'; give a number"),
+    (lambda: polygons.measure(polygons.Polygon(*np.zeros((4, 0)))), "no polygons"),
     (lambda: tree_from_wordnet("/no/such"), "give the path of WordNet's data.noun"),
   ],
 )
