@@ -9,7 +9,7 @@ class About(NamedTuple):
   Attributes:
     method: its name, spelt out where it is an acronym.
     family: the folder of `jaxlab` it lies in.
-    link: where the paper is.
+    link: where the paper is; of the foundation, a path from the root.
     does: what it does, a clause that continues "the method ...".
   """
 

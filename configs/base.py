@@ -25,7 +25,7 @@ from configs import About, scales
 ABOUT = About(
   method="The base model",
   family="foundation",
-  link="../../checkpoints/base",
+  link="checkpoints/base",
   does="is the small language model that ships, with the run that trained it",
 )
 

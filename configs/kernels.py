@@ -13,7 +13,7 @@ from configs import About, scales
 ABOUT = About(
   method="Pallas kernels",
   family="foundation",
-  link="../../docs/kernels.md",
+  link="docs/kernels.md",
   does="is what the project's own kernels gain over XLA's and cuDNN's",
 )
 

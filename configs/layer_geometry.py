@@ -7,16 +7,9 @@ part, the residual is not, and the residual's size has a Spearman correlation of
   python -m experiments.run --config=configs/layer_geometry.py:gpu --workdir=runs/layer_geometry_gpu \
       --config.data.name=local_text --config.data.path=books
 
-Scale cpu: transformers of 4 x 64 and 6 x 96, a Mamba-2 of 6 x 96, base; 17 min on two cores with other work on them and
-OPENBLAS_NUM_THREADS=1. Scale gpu: 6 x 256, 8 x 384 (also with SNLP's regulariser, and untrained), 12 x 512, Mamba-2 of
-8 x 384, base; minutes on one H100 with XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false".
-Printed, worst model, cpu | gpu (of 2026-11-26: 8 x 336, the same with the regulariser, base):
-
-  layers beyond R^2 and an isotropic rest                   0 of 22  |  0 of 22
-  layers with the paper's separation, nulls aside           0        |  25 %
-  rank correlation of the rest's size with its harm         0.65     |  0.56
-  the same of an untrained network, median of layers        0.81     |  0.88
-  harm of removing the rest over that of noise of its size  1.48     |  1.95
+Scale cpu: transformers of 4 x 64 and 6 x 96, a Mamba-2 of 6 x 96, base; set OPENBLAS_NUM_THREADS=1. Scale gpu: 6 x 256,
+8 x 384 (also with SNLP's regulariser, and untrained), 12 x 512, a Mamba-2 of 8 x 384, base; nine minutes on one H100
+with XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false".
 """
 
 import ml_collections

@@ -15,19 +15,19 @@ Scale cpu (a minute) has tiny shapes and asks nothing of training or PyTorch; it
 
 import ml_collections
 
-from configs import About
+from configs import About, scales
 
 ABOUT = About(
   method="Throughput",
   family="foundation",
-  link="../../docs/measuring.md",
+  link="docs/measuring.md",
   does="is how fast training, forward passes and decoding are, beside the strongest public baselines",
 )
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test, cpu (tiny shapes, no peak known), gpu, paper (the same)."""
-  big = scale in ("gpu", "paper")
+  big = scales.picker(scale)(cpu=False, gpu=True)
 
   def training(*, depth, aspect_ratio, batch, accumulate, head_dim=128):
     shape = dict(depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)

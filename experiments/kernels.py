@@ -54,13 +54,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   apart = {
     f"{name}, {case}": c["difference"] for name, cases in metrics["kernels"].items() for case, c in cases.items()
   }
-  made = [
-    Claim(
-      "Largest difference of a kernel's output from its reference's over the largest output, bfloat16, worst case",
-      "", "lower", ours=max(apart.values()), threshold=2**-6, baseline="the reference; a bfloat16 has 8 bits",
-      note=f"worst: {max(apart, key=apart.get)}",
-    )
-  ]  # fmt: skip
+  made = []
   for name, cases in metrics["kernels"].items() if _timed(config) else ():
     worst = min(cases, key=lambda case: over_rivals(cases[case]))
     made.append(
@@ -75,7 +69,12 @@ def claims(config, metrics: dict) -> list[Claim]:
         ),
       )
     )  # fmt: skip
-  return made
+  exact = Claim(
+    "Largest difference of a kernel's output from its reference's over the largest output, bfloat16, worst case",
+    "", "lower", ours=max(apart.values()), threshold=2**-6, baseline="the reference; a bfloat16 has 8 bits",
+    note=f"worst: {max(apart, key=apart.get)}",
+  )  # fmt: skip
+  return [*made, exact]
 
 
 def finding(config, metrics: dict) -> str:

@@ -169,7 +169,8 @@ def fill_readme(readme: str, table: str) -> str:
 def paper_markdown(runs: list[dict]) -> str:
   """results/<paper>/README.md: its runs, the largest first."""
   a = about(runs[0])
-  head = [f"# [{a.method}]({a.link})", "", f"{a.does[0].upper()}{a.does[1:]}.", ""]
+  link = a.link if "://" in a.link else f"../../{a.link}"
+  head = [f"# [{a.method}]({link})", "", f"{a.does[0].upper()}{a.does[1:]}.", ""]
   return "\n".join([*head, *(markdown(run) for run in reversed(runs))])
 
 

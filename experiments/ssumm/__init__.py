@@ -49,6 +49,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
         lambda m=method, g=graph, r=ratios(config, which, method): measure_curve(config, g, m, r, console),
       )["rows"]
       for method in (*VARIANTS, *PUBLISHED_RIVALS, "dropping alone")
+      if which == "data" or method not in ABLATIONS
     }
     if which == "data":
       metrics["host"] = part("host", lambda g=graph: measure_host(config, g, console))

@@ -13,7 +13,7 @@ in rounds, each the best of what the round before predicted.
   found = anncur.search(f, queries, index, retrieve=50, k=10)               # .items (B, 10), .scores, .calls
 
 A scorer takes index arrays that broadcast and returns scores of that shape: `lambda q, i: M[q, i]` for a stored matrix,
-`anncur_encoders.cross_scorer` for a transformer. Nothing here knows which. Items are numbered 0..n-1. A score that is
+a jitted transformer, or a call of another machine. Nothing here knows which. Items are numbered 0..n-1. A score that is
 NaN ranks below all others where it is traced and is an InputError where it is not.
 """
 
@@ -202,32 +202,31 @@ def adacur(
   require(size < n, f"{rounds} rounds of {slots} anchors leave none of {n} items; lower one of the two")
   require(strength > 0, f"strength is {strength}; the rounds solve a singular system unless it is positive")
   _check_budget(n - size, retrieve, k, size + retrieve)
-  queries, rows = jnp.asarray(queries)[:, None], jnp.arange(len(queries))[:, None]
-  predict = jax.vmap(functools.partial(_predict, r_anc, strength=strength), in_axes=(0, 0, None))
-
-  def unseen(chosen, e, filled):
-    s = predict(chosen, e, filled)
-    # Slots that are not filled yet repeat the first anchor, so that masking them changes nothing.
-    return s.at[rows, jnp.where(jnp.arange(size) < filled, chosen, chosen[:, :1])].set(-jnp.inf)
-
-  def one_round(r, state):
-    chosen, e = state
-    s = unseen(chosen, e, r * slots)
-    if key is not None:
-      s += jax.random.gumbel(jax.random.fold_in(key, r), s.shape, s.dtype)
-    new = top_k(s, slots)[1]
-    put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), r * slots, axis=1)
-    return put(chosen, new), put(e, f(queries, new))
-
+  queries = jnp.asarray(queries)[:, None]
   fill = lambda a: jnp.pad(a, ((0, 0), (0, size - slots)))
-  state = fill(first), fill(f(queries, first).astype(r_anc.dtype))
-  chosen, e = jax.lax.fori_loop(1, rounds, one_round, state)
-  last = top_k(unseen(chosen, e, size), retrieve)[1]
-  pool, scores = jnp.concatenate([chosen, last], 1), jnp.concatenate([e, f(queries, last).astype(e.dtype)], 1)
+  put = lambda a, b, at: jax.lax.dynamic_update_slice_in_dim(a, jnp.asarray(b, a.dtype), at, axis=1)
+  chosen, e = fill(jnp.asarray(first)), fill(jnp.asarray(f(queries, first), r_anc.dtype))
+  for filled in range(slots, size, slots):  # in Python, as a scorer may be anything
+    s = _unseen(r_anc, chosen, e, filled, strength)
+    if key is not None:
+      s += jax.random.gumbel(jax.random.fold_in(key, filled // slots), s.shape, s.dtype)
+    new = top_k(s, slots)[1]
+    chosen, e = put(chosen, new, filled), put(e, f(queries, new), filled)
+  last = top_k(_unseen(r_anc, chosen, e, size, strength), retrieve)[1]
+  pool, scores = jnp.concatenate([chosen, last], 1), jnp.concatenate([e, jnp.asarray(f(queries, last), e.dtype)], 1)
   return _best(pool, scores, k, jnp.full(len(queries), size + retrieve))
 
 
-def _predict(r_anc, chosen, e, filled, *, strength):
+@jax.jit
+def _unseen(r_anc, chosen, e, filled, strength):
+  """Predicted scores, -inf where they are known; slots from `filled` on are empty."""
+  s = jax.vmap(functools.partial(_predict, r_anc, filled=filled, strength=strength))(chosen, e)
+  # Empty slots repeat the first anchor, so that masking them changes nothing.
+  known = jnp.where(jnp.arange(chosen.shape[1]) < filled, chosen, chosen[:, :1])
+  return s.at[jnp.arange(len(s))[:, None], known].set(-jnp.inf)
+
+
+def _predict(r_anc, chosen, e, *, filled, strength):
   """s = e' (G'G + lam I)^-1 G' R for one query, G = R[:, I]; slots from `filled` on are zero columns."""
   used = jnp.arange(len(chosen)) < filled
   a = jnp.where(used[:, None], r_anc[:, chosen].T, 0)

@@ -116,6 +116,17 @@ def test_adacur_spends_its_budget_on_different_items():
     assert np.array_equal(np.sort(f.m[query, found.items[row]])[::-1], found.scores[row])
 
 
+def test_a_scorer_may_be_anything_that_returns_numbers():
+  m = np.random.default_rng(0).normal(size=(30, 6)) @ np.random.default_rng(1).normal(size=(6, 40))
+  m = m.astype(np.float32)
+  remote = lambda q, i: m[np.asarray(q), np.asarray(i)]  # NumPy: it cannot be traced
+  first = jnp.tile(jnp.array([3, 9, 17]), (10, 1))
+  options = dict(rounds=3, retrieve=5, k=5)
+  found = anncur.adacur(remote, np.arange(20, 30), jnp.asarray(m[:20]), first, **options)
+  traced = anncur.adacur(scorer(jnp.asarray(m)), jnp.arange(20, 30), jnp.asarray(m[:20]), first, **options)
+  assert (found.items == traced.items).all()
+
+
 def test_one_round_of_adacur_is_anncur():
   """anncur.md 7(a)5: the same anchors, the same regularisation; k_i below and above k_q, and anchors of their own."""
   with jax.enable_x64(True):
