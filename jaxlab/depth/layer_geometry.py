@@ -11,7 +11,7 @@ judged on held-out documents and beside null models. Reference: arXiv 2604.02459
 
   x, y = collect(model, tokens)                                     # (L, batch, time - 4, D) each, float32
   parts = geometry(u, t, dominant_subspace(t_reference))            # cosines, angles, energies, a value a token
-  harm = intervene(model, tokens, t_x, layer=2)["single_token"]["kl"]
+  harm = intervene(model, tokens, t_x, layer=2)["single_token"]  # harm["kl"] in nats
 """
 
 import dataclasses
