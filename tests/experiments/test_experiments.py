@@ -277,7 +277,8 @@ def test_the_verdict_follows_the_headline_and_the_papers_figures():
   run = lambda *claims: {"headline": "a", "claims": claims}
   assert report.verdict(run(claim("a", False), claim("b", True))) == "not"
   assert report.verdict(run(claim("a", True), claim("b", False, paper=1))) == "partly"
-  assert report.verdict(run(claim("a", True, paper=2), claim("b", False))) == "reproduced"
+  assert report.verdict(run(claim("a", True, paper=2), claim("b", False), claim("c", True))) == "reproduced"
+  assert report.verdict(run(claim("a", True, paper=2), claim("b", False))) == "partly"
 
 
 def test_the_committed_report_is_what_the_results_say():
