@@ -82,14 +82,19 @@ def claims(config, metrics: dict) -> list[Claim]:
   if "quality" in metrics:
     made += quality.claims(metrics["quality"])
     made += quality.exactness(metrics["quality"]) if "convergence" in metrics else []
-  if "speed" in metrics:
-    cases = metrics["speed"]["cases"]
-    made += speed.claims(fitted(config, next(iter(cases.values()))["depth"]).bench, cases)
+  made += speed_claims(config, metrics)
   parts = dict(
     speculation=speculation, memory=memory, competitors=competitors, hcn=hyper_connections, finetuning=finetuning,
     convergence=convergence,
   )  # fmt: skip
   return made + [claim for name, part in parts.items() if name in metrics for claim in part.claims(metrics[name])]
+
+
+def speed_claims(config, metrics: dict) -> list[Claim]:
+  if "speed" not in metrics:
+    return []
+  cases = metrics["speed"]["cases"]
+  return speed.claims(fitted(config, next(iter(cases.values()))["depth"]).bench, cases)
 
 
 def finding(config, metrics: dict) -> str:
@@ -103,7 +108,7 @@ def finding(config, metrics: dict) -> str:
     f"{parse(few[k])['layers']} of {measured[main]['depth']} layers in one step: perplexity {lost(main)} (paper +17 %"
   )
   text += f"; {lost(PLAIN)} without its training term)" if main != PLAIN else " when trained for it)"
-  for claim in speed.claims(config.bench, metrics["speed"]["cases"])[:1] if "speed" in metrics else []:
+  for claim in speed_claims(config, metrics)[:1]:
     text += f"; {claim.ours:.2g}x the sequential speed (paper 2.58x)"
   return text + "."
 
