@@ -4,7 +4,7 @@ BIN := .venv/bin
 PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test test-gpu types parity lint format docs report
+.PHONY: demo test test-gpu parity lint format docs report
 demo: .venv/.installed
 	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
@@ -16,11 +16,6 @@ test: .venv/.installed
 # Kernels, models and depth uninterpreted, where there is a GPU.
 test-gpu:
 	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest tests/kernels tests/models tests/depth
-
-# The annotations of core, models, depth and training hold at run time, in their tests.
-types: .venv/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal tests/core tests/models tests/depth tests/training \
-	  --jaxtyping-packages=jaxlab.core,jaxlab.models,jaxlab.depth,jaxlab.training,beartype.beartype
 
 # The live comparison with transformers and the evaluation harness; torch 2.13.0 exists as a CPU-only build. The real
 # model is 93 MB without what its package would run it with.

@@ -7,14 +7,8 @@ similar size, linear time. The authors' code on ego-Facebook at a fifth of its b
       --config.data.name=edge_list --config.data.path=ego_facebook.txt \
       --config.second.name=edge_list --config.second.path=wiki-Vote.txt
 
-Takes some ten minutes on two free cores and printed, on busy ones, of three seeds for every method:
-
-  absolute error of the best of five rivals over SSumM's at 0.3, worst graph  0.978 x (dropping alone, wiki-Vote)  no
-  of the best of k-GraSS, S2L and SAA-Gs, worst graph                         1.60 x (S2L, ego-Facebook)           yes
-  error at a fifth of the bits of ego-Facebook away from the published one    1.6 %, one group at a time 2.5 %     yes
-  error lost by advancing all groups at once                                  -0.9 %                               yes
-  slope of log seconds against log edges, distance from 1                     0.10 (busy cores, to 233,714 edges)   yes
-Without names it summarises generated graphs. Scale `gpu` takes more sizes and seeds; only its `scaling` gains by a GPU.
+Takes some twenty minutes on two cores. Without names it summarises generated graphs. Scale gpu takes more sizes and
+seeds; only its `scaling` gains by a GPU. What was found is in results/ssumm.
 """
 
 import ml_collections

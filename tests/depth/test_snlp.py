@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,6 +276,6 @@ def test_fine_tuning_goes_through_all_iterations():
   loss = lambda m: snlp.finetuning_loss(m, batch, **options)[0]
   (value, gradient), (expected, plain) = (jax.jit(jax.value_and_grad(f))(model) for f in (loss, written_out))
   np.testing.assert_allclose(value, expected, rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), gradient, plain)
+  chex.assert_trees_all_close(gradient, plain, rtol=2e-3, atol=1e-6)
   stepped = jax.tree.map(lambda p, g: p - 0.02 * g, model, gradient)
   assert float(jax.jit(loss)(stepped)) < float(value)

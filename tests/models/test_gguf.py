@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path):
   for path in (file, tmp_path):
     model = hub.load(path)
     assert model.config == expected.config
-    jax.tree.map(np.testing.assert_array_equal, model, expected)
+    chex.assert_trees_all_equal(model, expected)
   scaled = hub.load(write(tmp_path / "b.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0))
   assert scaled.config.rope_factor == 4.0
 
@@ -163,4 +164,4 @@ def test_smollm2_reads_english_and_comes_back_from_a_folder(smollm2, tmp_path):
   hub.save(model, tmp_path)
   loaded = hub.load(tmp_path)
   assert loaded.config == model.config
-  jax.tree.map(np.testing.assert_array_equal, loaded, model)
+  chex.assert_trees_all_equal(loaded, model)

@@ -2,6 +2,7 @@ import json
 import pathlib
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def edit_tensors(folder, file="model.safetensors", **changes):
 
 def assert_same(actual, expected):
   assert actual.config == expected.config
-  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  chex.assert_trees_all_equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 
+import chex
 import grain
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_a_finished_run_is_only_read_again(reference):
   model, curve, workdir = reference
   again = run(workdir)
   assert losses_of(workdir) == curve
-  jax.tree.map(np.testing.assert_array_equal, again, model)
+  chex.assert_trees_all_equal(again, model)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -78,7 +79,7 @@ def test_an_interrupt_saves_and_the_next_run_goes_on_exactly(reference, tmp_path
   assert 3 < len(losses_of(tmp_path)) < 6
   model = run(tmp_path, checkpoint_every=100)
   assert losses_of(tmp_path) == reference[1]
-  jax.tree.map(np.testing.assert_array_equal, model, reference[0])
+  chex.assert_trees_all_equal(model, reference[0])
 
 
 def test_accumulation_changes_nothing_but_rounding(reference, tmp_path):

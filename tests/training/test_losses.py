@@ -1,8 +1,8 @@
 """The loss in slices: the same value and gradient however the logits are made and kept."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxlab.training import losses
@@ -24,4 +24,4 @@ def test_slices_and_kept_logits_change_neither_loss_nor_gradient(monkeypatch, ke
   vocab = model.config.vocab_size
   monkeypatch.setattr(losses, "_SLICE_BYTES", 2 * 2 * vocab * 4)  # two positions of both rows at once
   expected, actual = (jax.jit(jax.value_and_grad(f))(model) for f in (plain, sliced))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
+  chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
