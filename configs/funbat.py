@@ -6,8 +6,8 @@ Paper (https://arxiv.org/abs/2311.04829): lower errors than discrete tensor mode
       --config.data.paths="('beijing_pm25.npz','us_temp.npz')" --workdir=runs/funbat
 
 Without files the tensors are generated. Beijing PM2.5 has 428 x 501 x 1461 bins and 9,563 training entries a fold, US
-temperatures 15 x 95 x 267 and 44,755; each runs again with 500 of them. The exact GP of all entries takes most of a run:
---config.baselines.gp_limit=1000 keeps it to the 500.
+temperatures 15 x 95 x 267 and 44,755; each runs again with 500 of them. The exact GP of all entries takes most of a
+run: --config.baselines.gp_limit=1000 keeps it to the 500.
 
 Scale gpu adds rank 5, four starts and all other baselines, in parts of under four minutes on one H100; take
 XLA_FLAGS=--xla_gpu_enable_command_buffer=FUSION, as programs run side by side in threads there (docs/measuring.md).
