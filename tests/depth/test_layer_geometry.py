@@ -53,7 +53,7 @@ def rotation(size=D, seed=2):
 
 
 def test_every_local_class_recovers_a_layer_of_its_own_kind():
-  """layer_geometry.md 7a, oracle 1: the ridge goes to zero, the evaluation tokens are new."""
+  """The ridge goes to zero, the evaluation tokens are new."""
   with jax.enable_x64(True):
     gains, (a, b) = 1 + draw(D, seed=3), (draw(D, 4, seed=4), draw(4, D, seed=5))
     low = lambda x: x + x @ a @ b
@@ -118,7 +118,7 @@ def test_low_rank_is_the_primal_ridge_solution_truncated():
 
 
 def test_context_is_what_no_tokenwise_class_has():
-  """layer_geometry.md 7a, oracle 2: y_i = x_i + mean_{j <= i} x_j."""
+  """y_i = x_i + mean_{j <= i} x_j."""
   x = draw(34, 24, D)
   mean = classes.prefix_mean(x)
   np.testing.assert_allclose(mean[3, 5], x[3, :6].mean(axis=0), rtol=1e-4, atol=1e-6)
@@ -151,7 +151,7 @@ def silenced(config, part):
 
 
 def test_a_block_without_attention_is_tokenwise():
-  """layer_geometry.md 7a, oracle 3: an MLP explains it and replacing it does little; attention alone it does not."""
+  """An MLP explains it and replacing it does little; attention alone it does not."""
   # A block's MLP that the class, one hidden layer of the model's width, has room for.
   narrow = dataclasses.replace(CONFIGS["llama"], depth=2, mlp_width=8)
   tokens, held = random_tokens(48, 24), random_tokens(4, 24, seed=9)
@@ -171,7 +171,7 @@ def test_a_block_without_attention_is_tokenwise():
 
 
 def test_alignment_of_a_least_squares_fit_is_a_function_of_r2():
-  """layer_geometry.md 7a, oracle 4: cos^2(u, t) + cos^2(u, r) = 1 and cos(r, t) = 0 over flattened tokens, N3."""
+  """cos^2(u, t) + cos^2(u, r) = 1 and cos(r, t) = 0 over flattened tokens, N3."""
   with jax.enable_x64(True):
     x, u = draw(N, D), draw(N, D, seed=1) + draw(N, D) * 0.5
     t = x @ jnp.linalg.lstsq(x, u)[0]
@@ -185,7 +185,7 @@ def test_alignment_of_a_least_squares_fit_is_a_function_of_r2():
 
 @pytest.mark.parametrize("name", ["nanochat", "mhc"])
 def test_the_error_of_one_idn_step_is_the_input_dependence_of_the_updates(name):
-  """layer_geometry.md, link to SNLP: z_{j+1} = h_S + sum v_i, and z_{j+1} - h_{S+j+1} = sum (v_i - u_i), i <= j."""
+  """z_{j+1} = h_S + sum v_i, and z_{j+1} - h_{S+j+1} = sum (v_i - u_i), i <= j."""
   model, n = random_model(CONFIGS[name]), 3
   u, v = jax.jit(lambda m, t: geometry.frozen_updates(m, t, layers=n, skip=2))(model, TOKENS)
 
@@ -249,7 +249,7 @@ def test_single_token_interventions_in_one_pass_are_one_forward_each(name, layer
 
 
 def test_writing_back_the_layers_own_output_changes_nothing_and_larger_doses_change_more():
-  """layer_geometry.md 7a, oracle 5: T = f gives KL 0; mean KL grows with the share removed."""
+  """T = f gives KL 0; mean KL grows with the share removed."""
   model = random_model(CONFIGS["llama"])
   x, y = geometry.collect(model, TOKENS)
   for layer in (2, 5):
@@ -282,7 +282,6 @@ def test_traces_of_bfloat16_models_are_computed_in_float32():
 
 @given(st.lists(st.integers(0, 5), min_size=3, max_size=30), st.integers(0, 1000))
 def test_spearman_is_scipys_with_ties(values, seed):
-  """layer_geometry.md 7a, oracle 6."""
   other = np.random.default_rng(seed).integers(0, 4, len(values))
   np.testing.assert_allclose(geometry.ranks(jnp.array(values)), scipy.stats.rankdata(values))
   if len(set(values)) > 1 and len(set(other)) > 1:
@@ -299,7 +298,7 @@ def test_partial_spearman_removes_a_common_cause():
 
 
 def test_the_dominant_subspace_is_orthonormal_and_holds_most_energy():
-  """layer_geometry.md 7a, oracle 6: E(t) >= E(random) = q / D, and no other q directions hold more."""
+  """E(t) >= E(random) = q / D, and no other q directions hold more."""
   t = draw(N, D) * jnp.linspace(0.2, 3, D) @ rotation()
   basis = geometry.dominant_subspace(t, dimensions=4)
   np.testing.assert_allclose(basis.T @ basis, jnp.eye(4), atol=1e-5)
@@ -345,7 +344,6 @@ def test_noise_has_the_norm_of_r_and_is_orthogonal_to_t():
 
 
 def test_neighbours_are_those_of_brute_force_and_never_the_token_itself():
-  """layer_geometry.md 7a, oracle 7."""
   reference, queries = draw(300, D), draw(20, D, seed=1)
   unit = lambda a: np.asarray(a) / np.sqrt(np.mean(np.square(a), axis=1, keepdims=True))
   distance = np.linalg.norm(unit(queries)[:, None] - unit(reference), axis=2)
@@ -360,7 +358,6 @@ def test_neighbours_are_those_of_brute_force_and_never_the_token_itself():
 
 
 def test_no_document_is_in_both_parts_and_rows_are_its_text():
-  """layer_geometry.md 7a, oracle 7."""
   lengths = np.random.default_rng(0).integers(10, 300, 40)
   tokens = Tokens(np.arange(lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), bos=10**6)
   config = config_file.get_config("test")

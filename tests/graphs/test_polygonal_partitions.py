@@ -58,7 +58,7 @@ def cross(a, b):
 @pytest.mark.parametrize("root", polygons.ROOTS)
 @given(tree=trees())
 def test_polygons_keep_areas_convexity_angles_and_the_aspect_bound(method, root, tree):
-  """polygonal_partitions.md oracle (a): areas to 1e-9, convex, every cut at phi or more, asp <= 10 / tan(phi/2)."""
+  """Areas to 1e-9, convex, every cut at phi or more, asp <= 10 / tan(phi/2)."""
   binary = binarise(tree)
   height = len(binary.levels)
   partition = polygons.partition(binary, method=method, root=root)
@@ -214,7 +214,7 @@ def middles_of_gaps(polygon, i):
 
 
 def test_greedy_takes_the_best_middle_of_the_gaps_that_are_wide_enough():
-  """Gaps >= pi / (2 + level), both orders, least worst aspect (polygonal_partitions.md, method A).
+  """Gaps >= pi / (2 + level), both orders, least worst aspect.
 
   The threshold decides: a narrower gap often looks better, and the widest is often not the best of those allowed.
   """
@@ -260,7 +260,7 @@ def test_every_cut_keeps_half_a_gap_from_all_edges(root):
 
 
 def test_the_height_of_the_binary_tree_ignores_weights():
-  """H <= depth + log_1.5(leaves), and reweighting changes no cut's place (polygonal_partitions.md, step 0)."""
+  """H <= depth + log_1.5(leaves), and reweighting changes no cut's place."""
   random = np.random.default_rng(0)
   for tree in tree_part.random_trees(40, 200, 2):
     binary = binarise(tree)
@@ -282,7 +282,7 @@ def test_the_shorter_prefix_with_a_third(values):
 
 
 def test_the_order_of_siblings_does_not_change_areas_or_the_order_of_sizes():
-  """polygonal_partitions.md oracle (a): permuting siblings leaves every node's area as it is."""
+  """Permuting siblings leaves every node's area as it is."""
   weights = np.random.default_rng(0).lognormal(0, 4, 12)
   shuffle = np.random.default_rng(1).permutation(12)
   area = lambda w: polygons.measure(polygons.partition(b := binarise(tree_part.star(w))).of_nodes(b)).area[1:]
@@ -308,7 +308,7 @@ def test_polygons_stay_fat_where_axis_parallel_cuts_do_not():
 
 
 def test_angular_grows_linearly_on_caterpillars():
-  """Worst aspect in proportion to H, at 1.27 H or less (polygonal_partitions.md, measured table)."""
+  """Worst aspect in proportion to H, at 1.27 H or less."""
   worst = {}
   for n in (30, 60, 120):
     partition = polygons.partition(binarise(tree_part.caterpillar(np.full(n, 0.3))), method="angular")
@@ -354,7 +354,7 @@ def test_the_cubical_size_solves_its_equation():
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("spread", [2, 9, 16])
 def test_no_embedding_beats_the_lower_bound(dimensions, spread):
-  """polygonal_partitions.md oracle (a): LB <= distortion, of boxes and of any other placement."""
+  """LB <= distortion, of boxes and of any other placement."""
   tree = embedding.random_ultrametric(60, spread, np.random.default_rng(dimensions))
   points, bound = boxes.embed_ultrametric(tree, dimensions=dimensions)
   found = boxes.distortion(points, tree)
@@ -409,7 +409,7 @@ def test_small_ultrametrics_against_brute_force():
 
 
 def test_slack_helps_a_star_with_outliers():
-  """Outliers of volume 1/N: exact rectangles push them into slivers (polygonal_partitions.md, measured)."""
+  """Outliers of volume 1/N: exact rectangles push them into slivers."""
   tree = embedding.star_with_outliers(200)
   slack, bound = boxes.embed_ultrametric(tree, dimensions=2, eps=0.1)
   exact, _ = boxes.embed_ultrametric(tree, dimensions=2, eps=0.0)

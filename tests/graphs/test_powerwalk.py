@@ -54,7 +54,7 @@ def test_dangling_vertices_loop_and_rows_sum_to_one():
 
 
 def test_power_iteration_is_the_dense_solve():
-  """c (I - (1 - c) P)^-1 on n = 50 (powerwalk.md oracle 4); and scipy's products."""
+  """c (I - (1 - c) P)^-1 on n = 50; and scipy's products."""
   actual = powerwalk.exact(jnp.arange(50), GRAPH, dtype=jnp.float64)
   np.testing.assert_allclose(actual, PPR.T, atol=1e-10)
   transposed = powerwalk_baselines.transition(GRAPH).T.tocsr()
@@ -76,7 +76,7 @@ def test_networkx_agrees_where_no_vertex_dangles():
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
 def test_with_exact_fingerprints_the_answer_is_exact_for_every_number_of_steps(steps):
-  """The decomposition theorem, to 1e-10 (powerwalk.md oracle 1); without an index L1 is (1 - c)^T (oracle 2)."""
+  """The decomposition theorem, to 1e-10; without an index L1 is (1 - c)^T."""
   answer = powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), steps=steps, dtype=jnp.float64)
   np.testing.assert_allclose(answer, PPR[SOURCES].T, atol=1e-10)
   short = powerwalk.query(jnp.asarray(SOURCES), GRAPH, None, steps=steps, dtype=jnp.float64)
@@ -86,7 +86,7 @@ def test_with_exact_fingerprints_the_answer_is_exact_for_every_number_of_steps(s
 @pytest.mark.parametrize("prune", powerwalk.PRUNE)
 @pytest.mark.parametrize("steps", [3, 5])
 def test_mass_is_conserved_or_accounted_for(prune, steps):
-  """|S| + |F| + |H| = 1, less what "drop" reports (powerwalk.md oracle 3)."""
+  """|S| + |F| + |H| = 1, less what "drop" reports."""
   s, f, h, dropped = powerwalk.decompose(
     jnp.asarray(SOURCES), GRAPH, steps=steps, eps=0.02, prune=prune, dtype=jnp.float64
   )
@@ -110,7 +110,7 @@ def test_dropping_is_that_of_the_published_code():
 
 @given(st.floats(1e-4, 0.2), st.integers(0, 5))
 def test_dropping_never_exceeds_the_truth_and_holding_stays_exact(eps, steps):
-  """With exact fingerprints: drop <= p_u, its error is the missing mass; hold is exact (powerwalk.md oracle 8)."""
+  """With exact fingerprints: drop <= p_u, its error is the missing mass; hold is exact."""
   options = dict(steps=steps, eps=eps, dtype=jnp.float64)
   less = np.asarray(powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), prune="drop", **options))
   held = powerwalk.query(jnp.asarray(SOURCES), GRAPH, exact_index(), prune="hold", **options)
@@ -122,7 +122,7 @@ def test_dropping_never_exceeds_the_truth_and_holding_stays_exact(eps, steps):
 
 @pytest.mark.parametrize("prune", powerwalk.PRUNE)
 def test_the_error_is_at_most_dropped_mass_plus_that_of_the_fingerprints(prune):
-  """powerwalk.md oracle 8, with a real index."""
+  """With a real index."""
   index = fingerprints.build_index(GRAPH, jax.random.key(0), walks=20)
   rows = np.zeros((50, 50))
   np.add.at(rows, (np.asarray(index.origins), np.asarray(index.visited)), np.asarray(index.values))
@@ -164,7 +164,7 @@ def occupation(length, restart=False):
 
 @pytest.mark.parametrize("moves", fingerprints.MOVES)
 def test_visits_are_unbiased(moves):
-  """z-test over 200 groups of 20 walkers, every entry, Bonferroni (powerwalk.md oracle 5), in all three ways to move.
+  """z-test over 200 groups of 20 walkers, every entry, Bonferroni, in all three ways to move.
 
   Expectations are those of walks cut at 100 visits, 30 on long paths: c / R times them is p to 1e-7 for the first.
   """
@@ -183,7 +183,7 @@ def test_visits_are_unbiased(moves):
 
 
 def test_only_rounding_loses_the_number_of_walkers():
-  """Long paths make every visit they may; rounding keeps the number right on average alone (powerwalk.md, pitfalls)."""
+  """Long paths make every visit they may; rounding keeps the number right on average alone."""
   options = dict(per_origin=10, length=6)
   long = visits(jax.random.key(0), GRAPH, SOURCES, moves="long_path", **options)
   np.testing.assert_array_equal(long.sum(1), 60)
@@ -197,7 +197,7 @@ def test_only_rounding_loses_the_number_of_walkers():
 
 
 def test_the_variance_of_full_paths_is_that_of_returns_on_a_cycle():
-  """p c (1 + r)/(1 - r) - p^2 with r = (1 - c)^3 on a 3-cycle; ends have p (1 - p) (powerwalk.md oracle 5)."""
+  """p c (1 + r)/(1 - r) - p^2 with r = (1 - c)^3 on a 3-cycle; ends have p (1 - p)."""
   graph = fingerprints.walk_graph(common.make(3, np.array([[0, 1], [1, 2], [2, 0]]), directed=True))
   p = C * (1 - C) ** np.arange(3) / (1 - (1 - C) ** 3)
   walkers = jnp.zeros(40_000, jnp.int32)
@@ -212,7 +212,7 @@ def test_the_variance_of_full_paths_is_that_of_returns_on_a_cycle():
 
 
 def test_walkers_are_conserved_follow_edges_and_stop_for_good():
-  """powerwalk.md oracle 7: every walk has one start, lives on a share 1 - c a step, and its visits are counted once."""
+  """Every walk has one start, lives on a share 1 - c a step, and its visits are counted once."""
   origins = jnp.repeat(jnp.arange(50), 400)
   position, alive = (np.asarray(x) for x in fingerprints.walks(jax.random.key(0), GRAPH, origins, length=12))
   assert alive[0].all() and (np.diff(alive.astype(int), axis=0) <= 0).all()
@@ -260,7 +260,7 @@ def test_an_index_keeps_the_largest_entries():
 
 
 def test_a_batch_answers_as_one_by_one_and_in_chunks(monkeypatch):
-  """powerwalk.md oracle 6; ties go to the smaller id."""
+  """Ties go to the smaller id."""
   index = fingerprints.build_index(GRAPH, jax.random.key(0), walks=10)
   batch = powerwalk.query(jnp.asarray(SOURCES), GRAPH, index, steps=2)
   one = [powerwalk.query(jnp.asarray([u]), GRAPH, index, steps=2)[:, 0] for u in SOURCES]

@@ -171,7 +171,6 @@ def test_parameter_counts_of_the_published_sizes(depth, aspect, width, blocks, t
 
 
 def test_sinkhorn_is_doubly_stochastic_and_never_expands(dtype):
-  """"""
   mixing = jax.jit(static_mixing)(random_model(CONFIGS["mhc"], dtype=dtype).blocks)[2]
   initial = jax.jit(lambda: sinkhorn(jnp.where(jnp.eye(4, dtype=bool), 0.0, -0.5) / 0.05, 10))()
   np.testing.assert_allclose(jnp.diagonal(initial), 0.99986, atol=1e-5)

@@ -190,7 +190,7 @@ def test_one_pass_gives_the_recall_of_every_search():
 
 
 def test_the_square_block_needs_regularisation():
-  """anncur.md, pitfalls: at k_i = k_q a bare inverse fails, ridge and rcond do not, elsewhere all are alike."""
+  """At k_i = k_q a bare inverse fails, ridge and rcond do not, elsewhere all are alike."""
   with jax.enable_x64(True):
     m = low_rank(80, 250, rank=15, noise=0.05)
     r, new = m[:40], m[40:]
@@ -365,7 +365,7 @@ def test_rows_have_their_marks_and_share_the_room(bpe):
 
 
 def test_items_do_not_hold_what_their_queries_quote(tmp_path):
-  """anncur.md, pitfalls: docstrings leave functions, sentences their paragraphs, examples their glosses."""
+  """Docstrings leave functions, sentences their paragraphs, examples their glosses."""
   code = 'def add(a, b):\n  """Returns the sum of both.\n\n  Not a product."""\n  return a + b\n\ndef bare(): pass\n'
   pairs = anncur_data.function_pairs(["?", code, code])
   assert pairs.queries == [("", "Returns the sum of both.", "")] and pairs.items == [("add", "(a, b) return a + b")]

@@ -43,7 +43,7 @@ def random_windows(rows=40, words=20, rate=0.3, seed=0):
 
 @pytest.mark.parametrize("latent", [2, 6, 8])
 def test_the_linear_autoencoder_finds_pca(latent):
-  """bows.md oracle 1: loss within 5 %, W^T W a projector, b = (I - P) mean."""
+  """loss within 5 %, W^T W a projector, b = (I - P) mean."""
   x = jnp.asarray(circular(), jnp.float32)
   params = training.pick(trained(latent, "linear", 1, (0.0,)), 0, 0)
   optimum = bows.pca(x)
@@ -64,7 +64,7 @@ def test_the_pca_parameters_reach_the_pca_loss(latent):
 
 
 def test_weight_decay_brings_the_geometry_to_the_covariance():
-  """bows.md oracle 2: corr(G, C) rises with decay at m = 8, within 0.1 of .345, .440, .998."""
+  """corr(G, C) rises with decay at m = 8, within 0.1 of .345, .440, .998."""
   covariance = np.cov(circular().T)
   params = trained(8)
   found = [
@@ -76,7 +76,7 @@ def test_weight_decay_brings_the_geometry_to_the_covariance():
 
 
 def test_relu_beats_the_linear_bound_in_two_dimensions_on_a_ring():
-  """bows.md oracle 2: mse .0461 under the PCA optimum .0506 at m = 2; the twelve columns are in circular order."""
+  """mse .0461 under the PCA optimum .0506 at m = 2; the twelve columns are in circular order."""
   x = jnp.asarray(circular(), jnp.float32)
   params = training.pick(trained(2), 0, 0)
   loss, bound = float(bows.loss_function(params, x)), float(bows.pca(x).loss(2))
@@ -86,7 +86,7 @@ def test_relu_beats_the_linear_bound_in_two_dimensions_on_a_ring():
 
 
 def test_without_correlation_there_is_no_ring():
-  """bows.md oracle 3: iid and column-shuffled circular data, mean over seeds."""
+  """iid and column-shuffled circular data, mean over seeds."""
   x = {"iid": data.synthetic("iid")[:8000], "shuffled": np.random.default_rng(0).permuted(circular(), axis=0)}
   options = dict(features=12, steps=60 * 31, batch=256, rate=1e-2, clip=1.0, every=31, bound=12**-0.5)
   covariance = np.cov(circular().T)
@@ -101,7 +101,7 @@ def test_without_correlation_there_is_no_ring():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bias_self_and_interference_add_up(tied):
-  """bows.md oracle 4: p_v(S) == b_v + ||w_v||^2 [v in S] + the sum of Gram entries, to 1e-5."""
+  """p_v(S) == b_v + ||w_v||^2 [v in S] + the sum of Gram entries, to 1e-5."""
   params, x = random_model(tied), random_windows()
   parts = bows.decompose(params, x)
   np.testing.assert_allclose(sum(parts.values()), bows.preactivation(params, x), atol=1e-5)
@@ -122,7 +122,6 @@ def test_bias_self_and_interference_add_up(tied):
 @pytest.mark.parametrize("output", bows.OUTPUTS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_hot_r2_is_the_streamed_r2_of_one_word_inputs(output, tied):
-  """bows.md oracle 4, second half."""
   params = random_model(tied)
   streamed = bows.word_statistics(bows.accumulate(params, jnp.eye(20), output=output))["r2"]
   np.testing.assert_allclose(bows.one_hot_r2(params, output=output), streamed, rtol=1e-4, atol=1e-4)
@@ -153,7 +152,7 @@ def test_streamed_statistics_are_the_direct_ones():
 
 
 def test_the_optimizer_is_torch_adamw():
-  """bows.md oracle 5: eps outside the root, decay times the scheduled rate, b decayed too; against the formula."""
+  """eps outside the root, decay times the scheduled rate, b decayed too; against the formula."""
   rate, decay, steps = 0.01, 4.0, 6
   params = {"W": jnp.array([[0.5, -2.0]]), "b": jnp.array([1.0, 3.0])}
   optimizer = bows.adamw(rate, steps, decay)
@@ -229,7 +228,7 @@ def test_every_member_of_the_family_learns(output, loss, latent, tied):
   st.lists(st.lists(st.integers(0, 29), max_size=6), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 4)
 )
 def test_windows_are_unions_of_rows(rows, group, stride):
-  """bows.md oracle 6: the bit-OR path and the offsets path against Python sets; every index below d."""
+  """The bit-OR path and the offsets path against Python sets; every index below d."""
   if group > len(rows):
     with pytest.raises(InputError, match="lower group or give more text"):
       data.make_windows(rows, group=group, stride=stride)
@@ -278,7 +277,7 @@ def test_shuffled_columns_keep_marginals_and_lose_correlation():
 
 @pytest.mark.parametrize("structure", data.STRUCTURES)
 def test_synthetic_features_follow_their_latent(structure):
-  """Mean rate 0.5 on the circle and iid (bows.md); neighbours on the circle correlate most."""
+  """Mean rate 0.5 on the circle and iid; neighbours on the circle correlate most."""
   x = data.synthetic(structure)
   assert x.shape == (10_000, 12) and set(np.unique(x)) == {0, 1}
   if structure in ("circular", "iid"):
@@ -318,7 +317,7 @@ def test_clusters_find_planted_topics():
 
 
 def test_compass_octants():
-  """bows.md oracle 7: due north, east, south, west are 0, 2, 4, 6; the way back is the opposite octant nearby."""
+  """due north, east, south, west are 0, 2, 4, 6; the way back is the opposite octant nearby."""
   zero = jnp.zeros(4)
   lat, lon = jnp.array([1.0, 0, -1, 0]), jnp.array([0.0, 1, 0, -1])
   np.testing.assert_array_equal(value_coding.octant(value_coding.bearing(zero, zero, lat, lon)), [0, 2, 4, 6])
@@ -416,7 +415,7 @@ def test_a_grid_over_data_sets_is_a_grid_of_each():
 
 
 def test_the_random_control_keeps_norms_and_biases():
-  """bows.md, baselines: random W with matched norms; its Gram has the model's diagonal and nothing of its pattern."""
+  """Random W with matched norms; its Gram has the model's diagonal and nothing of its pattern."""
   params = bows.init_params(jax.random.key(0), features=300, latent=20)
   control = synthetic.matched_random(params, 1)
   np.testing.assert_allclose(jnp.diag(bows.gram(control)), jnp.diag(bows.gram(params)), rtol=1e-5)

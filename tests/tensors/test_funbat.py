@@ -64,7 +64,7 @@ def random_state(data, settings, seed=0):
 @pytest.mark.parametrize("scan", kalman.SCANS)
 @pytest.mark.parametrize("kernel", ["matern12", "matern32"])
 def test_one_mode_of_rank_one_is_gaussian_process_regression(kernel, scan):
-  """funbat.md oracle 1: mean and covariance at training and new points, between, on and beyond the grid; and log Z."""
+  """mean and covariance at training and new points, between, on and beyond the grid; and log Z."""
   rng = np.random.default_rng(0)
   t, y, tau, ls, s2 = np.sort(rng.uniform(0, 1, 25)), rng.normal(size=25), 3.0, 0.2, 1.3
   new = np.concatenate([[-0.5, -0.01], rng.uniform(0, 1, 12), t[[0, 7, 24]], [1.02, 2.0]])
@@ -113,7 +113,7 @@ def test_process_noise_of_a_short_step_keeps_its_digits(log_x, lengthscale):
 
 
 def test_the_scan_and_the_loop_fit_the_same_model():
-  """funbat.md oracle 2; `test_kalman` has the other parallel scan."""
+  """`test_kalman` has the other parallel scan."""
   data = random_problem()
   run = lambda scan: fit(data, Settings(rank=RANK, kernel="matern32", scan=scan), jax.random.key(0), epochs=5)[0]
   for a, b in zip(jax.tree.leaves(run("doubling")), jax.tree.leaves(run("seq")), strict=True):
@@ -122,7 +122,7 @@ def test_the_scan_and_the_loop_fit_the_same_model():
 
 @pytest.mark.parametrize("model", funbat.MODELS)
 def test_summed_messages_are_messages_per_observation(model):
-  """funbat.md oracles 3 and 5: every observation keeps its own damped message, moments by brute-force sums over w."""
+  """Every observation keeps its own damped message, moments by brute-force sums over w."""
   settings, data = Settings(rank=RANK, model=model, kernel="matern12", scan="seq"), random_problem(size=12)
   state = random_state(data, settings)
   d_u, d_tau, d_core = settings.damping
@@ -177,7 +177,6 @@ def test_summed_messages_are_messages_per_observation(model):
 
 
 def test_a_frozen_superdiagonal_core_is_the_cp_model():
-  """funbat.md oracle 4."""
   data = random_problem()
   start = jax.random.key(3)
   frozen = Settings(rank=RANK, update_core=False, kernel="matern32")
@@ -199,7 +198,7 @@ def test_a_frozen_superdiagonal_core_is_the_cp_model():
   ],
 )
 def test_no_undamped_update_lowers_the_evidence_bound(settings):
-  """funbat.md oracle 6, after every single block update."""
+  """after every single block update."""
   data, seed = random_problem(1), 1
   state = epoch(initial_state(data, settings, jax.random.key(seed)), data, settings)
   bound = jax.jit(lambda s: funbat.elbo(s, data, settings))
@@ -226,7 +225,7 @@ def test_no_undamped_update_lowers_the_evidence_bound(settings):
 
 @pytest.mark.parametrize("model, scan", [("tucker", "seq"), ("cp", "assoc")])
 def test_with_one_mode_the_model_is_regression_whatever_its_form(model, scan):
-  """funbat.md oracle 1 through the whole model: K = 1, R = 1, tau fixed by a sharp prior, and w fixed to 1."""
+  """through the whole model: K = 1, R = 1, tau fixed by a sharp prior, and w fixed to 1."""
   rng = np.random.default_rng(0)
   t, y, tau = np.sort(rng.uniform(size=30)), rng.normal(size=30), 2.0
   settings = Settings(
@@ -253,7 +252,7 @@ def test_with_one_mode_the_model_is_regression_whatever_its_form(model, scan):
 
 
 def test_the_published_surface_is_learned():
-  """funbat.md oracle 7: 675 of 1,350 points on six random 15 x 15 grids; test RMSE < 0.006 in 100 epochs."""
+  """675 of 1,350 points on six random 15 x 15 grids; test RMSE < 0.006 in 100 epochs."""
   config = config_file.get_config("test")
   config.surface.epochs = 100
   result = surface.measure(config)
@@ -336,7 +335,7 @@ def sines(size=500):
 
 
 def test_the_defaults_do_not_collapse_and_the_authors_settings_do():
-  """Zero is a stable fixed point (funbat.md, pitfalls): RMSE must be < 0.9 std; from the authors' start it is std."""
+  """Zero is a stable fixed point: RMSE must be < 0.9 std; from the authors' start it is std."""
   data = sines()
   learn = lambda **o: fit(data, Settings(rank=2, **o), jax.random.key(0), epochs=20)
   std = float(jnp.std(data.y))
@@ -431,7 +430,7 @@ def test_lists_are_as_good_as_tuples():
 
 
 def test_fits_stop_where_the_training_error_does():
-  """funbat.md, stop: the first epoch whose error is within 1e-4 of that five epochs before; else the last."""
+  """The first epoch whose error is within 1e-4 of that five epochs before; else the last."""
   errors = jnp.array([9.0, 5.0, 3.0, 2.0, 1.0, 1.5, 1.00005, 1.00004, 1.00003, 1.0, 1.00002, 1.0])
   assert int(funbat.stopping_epoch(errors)) == 10
   assert int(funbat.stopping_epoch(errors[:9])) == 9

@@ -38,7 +38,7 @@ def vectors(m, p):
 
 
 def test_the_worked_example():
-  """linkage.md: lambda = 1 < |P| = 2, and P' = {b}."""
+  """lambda = 1 < |P| = 2, and P' = {b}."""
   a, b = fields.space([[1, 0, 1, 1], [0, 1, 0, 1]], 2), fields.space([[1, 0, 1], [0, 1, 1]], 2)
   whole = link(a, b, 2, 2, 1, 2)
   assert whole.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
@@ -48,7 +48,7 @@ def test_the_worked_example():
 
 
 def test_identities_on_random_instances():
-  """linkage.md F1, F2, F5, same link, |P'| = lambda over GF(101): 400 instances of 1..6 columns a block, ranks 0..6.
+  """F1, F2, F5, same link, |P'| = lambda over GF(101): 400 instances of 1..6 columns a block, ranks 0..6.
 
   GF(2) is in the run of the experiment below.
   """
@@ -78,7 +78,7 @@ def subspaces(n):
 
 
 def test_what_one_shared_coordinate_can_do_by_exhaustion():
-  """linkage.md F3 (solvability), F4 and F5 on all 16 spaces over S+P and P+Q and all 67 over S+Q; |S| = |Q| = 2."""
+  """F3 (solvability), F4 and F5 on all 16 spaces over S+P and P+Q and all 67 over S+Q; |S| = |Q| = 2."""
   wholes = subspaces(4)
   parts = wholes[~np.any(np.asarray(wholes)[:, :, 3], 1), :3, :3]
   assert len(parts) == 16 and len(wholes) == 67
@@ -110,7 +110,7 @@ def test_what_one_shared_coordinate_can_do_by_exhaustion():
 
 
 def test_implicit_inversion_holds_exactly_when_its_conditions_do():
-  """linkage.md F3: V_PQ = V_SP <-> V_SQ iff V_SP o P contains V_PQ o P and V_SP x P lies in V_PQ x P; both occur."""
+  """F3: V_PQ = V_SP <-> V_SQ iff V_SP o P contains V_PQ o P and V_SP x P lies in V_PQ x P; both occur."""
 
   def check(a, b):
     whole = linkage.link(a, b, N, N, N, 3)
@@ -127,7 +127,7 @@ def test_implicit_inversion_holds_exactly_when_its_conditions_do():
 
 
 def test_decompositions_link_back_with_the_least_overlap(p=101):
-  """linkage.md: decompose o link = identity, |P| = lambda, minimising changes nothing; the minor form; three parts."""
+  """Decompose o link = identity, |P| = lambda, minimising changes nothing; the minor form; three parts."""
 
   def check(m):
     m, n = linkage.canonical(m, p), 2 * N
@@ -153,7 +153,7 @@ def test_decompositions_link_back_with_the_least_overlap(p=101):
 
 
 def test_every_space_over_two_elements_decomposes():
-  """linkage.md: decompose o link = identity with |P| = lambda, and the minor form, for all 67 spaces over GF(2)^4."""
+  """Decompose o link = identity with |P| = lambda, and the minor form, for all 67 spaces over GF(2)^4."""
   on_s = jnp.arange(4) < 2
 
   def check(m):
@@ -167,7 +167,7 @@ def test_every_space_over_two_elements_decomposes():
 
 
 def test_linking_is_associative_over_disjoint_sets():
-  """linkage.md: (V_SP <-> V_PQ) <-> V_QT = V_SP <-> (V_PQ <-> V_QT)."""
+  """(V_SP <-> V_PQ) <-> V_QT = V_SP <-> (V_PQ <-> V_QT)."""
   go = lambda a, b: linkage.link(a, b, N, N, N, 3)
   (a, b), (c, _) = spaces(3, 200), spaces(3, 200, seed=1)
   assert np.array_equal(
@@ -212,7 +212,7 @@ def test_packed_words_and_the_host_loops_find_the_same_overlap_and_spaces():
 
 @pytest.mark.parametrize("p", [2, 101])
 def test_galois_finds_the_same_overlap_and_spaces(p):
-  """An independent implementation of the fields, where it is installed (linkage.md, libraries)."""
+  """An independent implementation of the fields, where it is installed."""
   field = pytest.importorskip("galois").GF(p)
   reduced = lambda m: (lambda rows, pivots: rows[: len(pivots)])(*baselines.numpy_eliminate(m, p, range(m.shape[1])))
   for x, y in zip(*(np.asarray(s, np.int64) for s in spaces(p, 20)), strict=True):
@@ -224,7 +224,7 @@ def test_galois_finds_the_same_overlap_and_spaces(p):
 
 
 def test_ranks_of_nearly_dependent_rows_differ_between_floats_and_exact_fields():
-  """linkage.md pitfall: rows (1, 1), (1, 1 + 10^-k): at k = 4 both say 2, at 12 floats say 1, and the gap tells."""
+  """Rows (1, 1), (1, 1 + 10^-k): at k = 4 both say 2, at 12 floats say 1, and the gap tells."""
   with jax.enable_x64(True):
     for (
       k,
@@ -294,7 +294,7 @@ def shared_graphs(seed, tree):
 
 
 def test_cut_spaces_link_to_the_cut_space_of_the_composition():
-  """linkage.md, graph fact: equality with a spanning tree as P, for both kinds; one dimension more without."""
+  """Equality with a spanning tree as P, for both kinds; one dimension more without."""
   tree = np.arange(32) % 2 == 0
   triples = []
   for seed, spans in enumerate(tree):
@@ -331,7 +331,7 @@ def test_cut_and_cycle_spaces_of_a_triangle():
 @pytest.mark.parametrize("seed", [0, 1, 3, 5])
 @pytest.mark.parametrize("count", [14, 7])
 def test_connectivity_of_a_cut_graph_counts_components(seed, count):
-  """linkage.md: lambda = |W| + c - c_S - c_Q, by rank; the tree is in excess by c_S + c_Q - 1 - c.
+  """lambda = |W| + c - c_S - c_Q, by rank; the tree is in excess by c_S + c_Q - 1 - c.
 
   With 7 edges these graphs are in two pieces or more, one of them cut where no vertex is shared.
   """
@@ -422,7 +422,7 @@ def bit_mask(chosen):
 
 
 def test_matroid_union_by_tables_augmentation_and_enumeration():
-  """linkage.md, rank formula of the union and of the link against both other ways to compute them."""
+  """Rank formula of the union and of the link against both other ways to compute them."""
   rng = np.random.default_rng(0)
   table = jax.jit(graphs.rank_table, static_argnums=1)
   for _ in range(3):
@@ -438,7 +438,7 @@ def test_matroid_union_by_tables_augmentation_and_enumeration():
 
 
 def test_the_rank_of_a_matroid_link_by_augmentation():
-  """linkage.md: r(X u P) - r(P) by augmenting paths and by the table of all subsets."""
+  """r(X u P) - r(P) by augmenting paths and by the table of all subsets."""
   rng = np.random.default_rng(1)
   a, b = (jnp.asarray(rng.integers(0, 2, (2, 4)), jnp.int32) for _ in range(2))
   table = graphs.link_rank_table(a, b, 2, 2, 2, 3)
