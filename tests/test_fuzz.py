@@ -24,8 +24,9 @@ import pytest
 
 from configs import bows as bows_config
 from configs import funbat as funbat_config
-from experiments import bows, funbat
+from experiments import funbat
 from experiments.anncur.data import PARTS_OF_SPEECH, wordnet_pairs
+from experiments.bows import cities as bows_cities
 from jaxlab.core.checks import InputError
 from jaxlab.core.foreign import read_npz
 from jaxlab.data import corpora, tokenizer, tokens
@@ -128,7 +129,7 @@ def read_folds(file: Path) -> None:
 def read_cities(file: Path) -> None:
   config = bows_config.get_config("test")
   config.cities.update(name="csv", path=str(file))
-  bows.load_cities(config)
+  bows_cities.load(config)
 
 
 def read_checkpoint(fixture: str):

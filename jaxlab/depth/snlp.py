@@ -61,7 +61,8 @@ def forward(
 ) -> Float[Array, "batch time vocab"]:
   """Logits of the layer-parallel network; `hidden` and `solve` say what the arguments are."""
   how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, key=key, attention=attention)
-  return model.logits(*hidden(model, tokens, layers=layers, iterations=iterations, **how))
+  last = hidden(model, tokens, layers=layers, iterations=iterations, **how)  # first, as it refuses what is no model
+  return model.logits(*last)
 
 
 def hidden(
