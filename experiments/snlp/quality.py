@@ -111,42 +111,6 @@ def _decoded_loss(network, inputs, targets, setting: str, cache_kv: str):
   return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
 
 
-@functools.partial(jax.jit, static_argnames=("setting", "cache_kv"))
-def _decoded_loss(network, inputs, targets, setting: str, cache_kv: str):
-  options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
-
-  def one(state, pair):
-    token, target = pair
-    logits, state = snlp_inference.step(network, token[:, None], state, cache_kv=cache_kv, **options)
-    chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
-    loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
-    return state, jnp.where(target >= 0, loss, 0.0).sum()
-
-  state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
-  return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
-
-
-@functools.partial(jax.jit, static_argnames="setting")
-def _forward_losses(model, inputs, targets, setting: str):
-  total = lambda states: losses.token_losses(model, states, targets).sum()
-  return {"uncached": total(forward(setting)(model, inputs)), "sequential": total(model.hidden(inputs))}
-
-
-@functools.partial(jax.jit, static_argnames=("setting", "cache_kv"))
-def _decoded_loss(network, inputs, targets, setting: str, cache_kv: str):
-  options = {key: parse(setting)[key] for key in ("iterations", "surrogate", "initial")}
-
-  def one(state, pair):
-    token, target = pair
-    logits, state = snlp_inference.step(network, token[:, None], state, cache_kv=cache_kv, **options)
-    chosen = jnp.take_along_axis(logits[:, 0], jnp.maximum(target, 0)[:, None], axis=-1)[:, 0]
-    loss = jax.nn.logsumexp(logits[:, 0], axis=-1) - chosen
-    return state, jnp.where(target >= 0, loss, 0.0).sum()
-
-  state = snlp_inference.empty_state(network, batch=inputs.shape[0], capacity=inputs.shape[1])
-  return jax.lax.scan(one, state, (inputs.T, targets.T))[1].sum()
-
-
 @functools.partial(jax.jit, static_argnames="setting")
 def _forward_losses(model, inputs, targets, setting: str):
   total = lambda states: losses.token_losses(model, states, targets).sum()

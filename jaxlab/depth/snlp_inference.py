@@ -254,8 +254,7 @@ def prefill(
     logits = last_of(logits, lengths)
   else:
     x, backout, state = _suffix_exactly(network, x, backout, side, state, lengths, attention)
-    x, backout = (None if a is None else last_of(a, lengths) for a in (x, backout))
-    logits = network.model.logits(x, backout)
+    logits = inference.last_logits(network, x, backout, lengths)
   return logits, dataclasses.replace(state, prefix=filled(state.prefix))
 
 

@@ -117,8 +117,12 @@ def prefill(
   """
   state = unfilled(empty_state(network, batch=prompts.shape[0], capacity=capacity))
   x, backout, _, state = hidden(network, prompts, state, lengths, attention=attention)
-  x, backout = (None if a is None else last_of(a, lengths) for a in (x, backout))
-  return network.model.logits(x, backout), filled(state)
+  return last_logits(network, x, backout, lengths), filled(state)
+
+
+def last_logits(network, x, backout, lengths) -> Float[Array, "batch 1 vocab"]:
+  """Logits of every row's last token alone."""
+  return network.model.logits(*(None if a is None else last_of(a, lengths) for a in (x, backout)))
 
 
 def unfilled(state: State) -> State:
