@@ -5,7 +5,6 @@ r"""How fast the foundation is: training MFU at two published shapes, and one fo
 Takes 5 min on one H100 and printed (2026-11-26, the training a day before):
   training MFU, d20 x 1280 / d32 x 640                  41.4 % / 29.1 %   (dots kept, layers and logits written out)
   forward over torch.compile, 64 / 512 / 2048 tokens    1.10 / 1.09 / 1.04 x in a row, 0.91 / 0.91 / 0.99 x one by one
-  cached decode step, context 128 / 2048                2.6 / 3.1 times the bytes it must read
 From 512 tokens on XLA's own Triton products are slower than cuBLAS (1.76 against 1.62 ms), which its choice by timing
 single products does not see. One by one, a call waits for the host: passing 250 arrays takes it 0.2 ms, launching a
 graph of 250 kernels 0.1 ms. Stacked weights, read slice by slice, would be few arrays, but a step of 2048 tokens then
@@ -43,6 +42,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       keep_logits=True,
     )
 
+  def step(*, context, threshold, model=None, shape=None, layers=0, chunk=1, iterations=1):
+    how = dict(model=model, shape=shape or {}, dtype="bfloat16" if big else "float32", context=context)
+    return how | dict(threshold=threshold, layers=layers, chunk=chunk, iterations=iterations)
+
+  plain = dict(depth=32, aspect_ratio=20, x0=False, value_embeddings=False)
+  tiny = dict(depth=4, aspect_ratio=8, head_dim=16, vocab_size=512, context=128, window_pattern="L")
   return ml_collections.ConfigDict(
     dict(
       paper="throughput",
@@ -57,16 +62,21 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       if big
       else {"tiny": training(depth=4, aspect_ratio=8, head_dim=16, batch=4, accumulate=2)},
       step=dict(
-        shape=dict(depth=20, window_pattern="L")
-        if big
-        else dict(depth=4, aspect_ratio=8, head_dim=16, vocab_size=512, context=128, window_pattern="L"),
+        shape=dict(depth=20, window_pattern="L") if big else tiny,
         dtype="bfloat16" if big else "float32",
         lengths=(64, 512, 2048) if big else (16, 64),
-        context=(128, 2048) if big else (32,),
         compilers={"unrolled": {}} | ({"unrolled, cuBLAS alone": {"xla_gpu_enable_triton_gemm": False}} if big else {}),
         repetitions=100 if big else 5,
         torch=big,
       ),
+      decode={
+        "smollm2": step(model="smollm2", context=384, threshold=3.0),
+        "d20_width1280": step(shape=dict(depth=20, window_pattern="L"), context=2048, threshold=4.0),
+        "d32_width640": step(shape=plain, context=2048, threshold=3.0),
+        "d32_width640, n24 K1 F2": step(shape=plain, context=2048, threshold=1.7, layers=24, chunk=2, iterations=1),
+      }
+      if big
+      else {"tiny": step(shape=tiny, context=32, threshold=100.0, layers=2, chunk=2, iterations=1)},
       decoding=dict(
         model="smollm2" if big else "base",
         dtype="bfloat16" if big else "float32",

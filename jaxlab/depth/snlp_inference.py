@@ -34,7 +34,7 @@ from jaxlab.models.attention import (
 )
 from jaxlab.models.generate import Decoder
 from jaxlab.models.generate import generate as generate_by
-from jaxlab.models.inference import Pair, filled, hidden, last_of, run_layer, take_apart, unfilled
+from jaxlab.models.inference import Pair, filled, hidden, last_of, run_layer, take_apart, takes_whole, unfilled
 from jaxlab.models.transformer import Side, for_inference, unstack_layers
 
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
@@ -93,7 +93,8 @@ def split(model: Transformer, layers: int | Suffix = 0) -> Network:
   suffix = plain(model, layers) if isinstance(layers, int) and layers else layers or None
   prefix = take_apart(model, model.depth if suffix is None else suffix.start)
   if suffix is not None:
-    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, inference.kernel_steps()))
+    steps = inference.kernel_steps(suffix.blocks.config, model.dtype)
+    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, steps))
   return Network(prefix, suffix)
 
 
@@ -184,7 +185,8 @@ def step_from(
     stores = _Stores(network, state.suffix, side.start, attention)
     attend = stores.attend
   evaluated = lambda z: evaluate(model, suffix, z, side, attention=attention, attend=attend)
-  blocks = lambda z: evaluated(z)[0]
+  whole = stores is not None and len(stores.pairs) == 1 and takes_whole(suffix.blocks, x, attention)
+  blocks = (lambda z: stores.whole(suffix.blocks, z, side)) if whole else lambda z: evaluated(z)[0]
   trace = snlp.initial_trace(blocks, x, start, suffix.units)
   chosen = snlp.make_surrogate(model, suffix, side, surrogate, evaluated, damping=damping)
   trace = newton.solve(blocks, trace, iterations=iterations, surrogate=chosen).trace
@@ -300,6 +302,13 @@ class _Stores:
     write = lambda store, new, index: write_tokens(store, take_layers(new, index), 0, self._start)
     kinds = zip(self.pairs, window_kinds(self._windows).values(), strict=True)
     self.pairs = tuple((write(keys, k, index), write(values, v, index)) for (keys, values), index in kinds)
+
+  def whole(self, blocks, z, side: Side):
+    """Outputs of all units by the kernels for one token."""
+    how = dict(cos=side.cos, sin=side.sin, start=self._start, windows=self._windows)
+    out, pair = blocks.steps.whole(blocks, z, self.pairs[0], chunk=len(self._windows) // z.shape[0], **how)
+    self.pairs = (pair,)
+    return out
 
   def attend(self, q, k, v):
     attended, self.pairs = self._attend_cached(q, k, v, self.pairs, windows=self._windows, start=self._start)

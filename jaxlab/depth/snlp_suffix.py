@@ -20,7 +20,16 @@ from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import MLP, RMSNorm
-from jaxlab.models.transformer import Block, Side, attend_layers, evaluate_blocks, layer_slice, layer_values
+from jaxlab.models.transformer import (
+  Block,
+  Side,
+  attend_layers,
+  evaluate_blocks,
+  join_heads,
+  layer_slice,
+  layer_values,
+  split_heads,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -162,27 +171,10 @@ def evaluate(
 
   def by_layer(q, k, v):
     q, k, v = (split_heads(a, chunk) for a in (q, k, v))
-    return _join_heads(attend(q, k, v), chunk)
+    return join_heads(attend(q, k, v), chunk)
 
   outputs, (k, v), mixes = evaluate_blocks(suffix.blocks, states, side, values=values, mixing=mixing, attend=by_layer)
   return outputs, (split_heads(k, chunk), split_heads(v, chunk)), mixes
-
-
-def split_heads(a: Float[Array, "units batch time chunk_heads head_dim"], chunk: int):
-  """(layers, batch, time, heads, head_dim): the heads of every layer apart."""
-  if chunk == 1:
-    return a
-  units, batch, time, heads, size = a.shape
-  a = a.reshape(units, batch, time, chunk, heads // chunk, size)
-  return jnp.moveaxis(a, 3, 1).reshape(units * chunk, batch, time, heads // chunk, size)
-
-
-def _join_heads(a, chunk: int):
-  if chunk == 1:
-    return a
-  layers, batch, time, heads, size = a.shape
-  a = a.reshape(layers // chunk, chunk, batch, time, heads, size)
-  return jnp.moveaxis(a, 1, 3).reshape(layers // chunk, batch, time, chunk * heads, size)
 
 
 def _require_transformer(model) -> None:

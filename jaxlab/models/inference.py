@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Steps
 from jaxlab.models.transformer import (
   Block,
@@ -54,14 +55,16 @@ class State:
   previous: Float[Array, "batch 1 width"] | None
 
 
-def kernel_steps() -> Steps:
-  """What stands between a block's products, as the kernels of this library."""
+def kernel_steps(config: TransformerConfig, dtype) -> Steps:
+  """What stands between the products of such blocks, as the kernels of this library."""
   # Imported late: the kernels import their reference functions from this package.
+  from jaxlab.kernels import decode_block
   from jaxlab.kernels.decode_attention import decode_attention
   from jaxlab.kernels.residual_norm import residual_norm
   from jaxlab.kernels.rotary_qkv import rotary_qkv
 
-  return Steps(rotary_qkv, residual_norm, decode_attention)
+  whole = decode_block.decode_block if decode_block.usable(config, dtype) else None
+  return Steps(rotary_qkv, residual_norm, decode_attention, whole)
 
 
 def take_apart(model: Transformer, layers: int | None = None) -> Network:
@@ -69,7 +72,8 @@ def take_apart(model: Transformer, layers: int | None = None) -> Network:
   layers = model.depth if layers is None else layers
   blocks = ()
   if layers:
-    blocks = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), kernel_steps()), layers))
+    steps = kernel_steps(model.config, model.dtype)
+    blocks = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), steps), layers))
   rest = jax.tree.map(lambda a: a, model)
   if model.config.hyper and not model.config.hyper.dynamic:
     rest.mixing = static_mixing(model.blocks)
@@ -146,7 +150,14 @@ def hidden(
   model = network.model
   x, side, last = model.embed(tokens, state)
   backout, written = None, []
+  one = lambda tree: jax.tree.map(lambda a: a[None], tree)
   for layer, block in enumerate(network.blocks):
+    if state is not None and takes_whole(block, x, attention):
+      where = dict(cos=side.cos, sin=side.sin, start=side.start, windows=model.config.windows[layer : layer + 1])
+      (x,), pair = block.steps.whole(one(block), x[None], one(state.pairs[layer]), **where)
+      written.append(tuple(a[0] for a in pair))
+      backout = x if model.config.backout and layer == model.depth // 2 else backout
+      continue
 
     def attend(q, k, v, window, layer=layer, steps=block.steps):
       if state is None:
@@ -165,6 +176,11 @@ def hidden(
     length = state.length + (tokens.shape[1] if lengths is None else lengths)
     state = State(tuple(written), length, last if model.config.smear else None)
   return x, backout, side, state
+
+
+def takes_whole(block: Block, x, attention: AttentionFn) -> bool:
+  """Whether the kernels for one token of one row take this input (..., batch, time, width) of a block or of several."""
+  return block.steps.whole is not None and x.shape[-3:-1] == (1, 1) and attention is dot_product_attention
 
 
 def run_layer(model: Transformer, block: Block, layer: int, x, side: Side, attend):

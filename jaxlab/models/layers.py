@@ -132,11 +132,15 @@ def residual_norm(x, x0, scale, x0_scale, gain, *, eps: float):
 
 
 class Steps(NamedTuple):
-  """What a block does between its products, as functions that a faster kernel can replace."""
+  """What a block does between its products, as functions that a faster kernel can replace.
+
+  `whole` is one token through whole blocks side by side (`kernels.decode_block`), or None where no kernel does that.
+  """
 
   rotary_qkv: Callable = rotary_qkv
   residual_norm: Callable = residual_norm
   attend_cached: Callable = attend_cached
+  whole: Callable | None = None
 
 
 class MLP(nnx.Module):

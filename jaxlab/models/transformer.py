@@ -442,6 +442,24 @@ def attend_layers(q, k, v, *, windows, attention: AttentionFn, start):
   return jnp.stack(attended)
 
 
+def split_heads(a: Float[Array, "units batch time chunk_heads head_dim"], chunk: int):
+  """(layers, batch, time, heads, head_dim) of units that are layers side by side: the heads of every layer apart."""
+  if chunk == 1:
+    return a
+  units, batch, time, heads, size = a.shape
+  a = a.reshape(units, batch, time, chunk, heads // chunk, size)
+  return jnp.moveaxis(a, 3, 1).reshape(units * chunk, batch, time, heads // chunk, size)
+
+
+def join_heads(a, chunk: int):
+  """The inverse of `split_heads`."""
+  if chunk == 1:
+    return a
+  layers, batch, time, heads, size = a.shape
+  a = a.reshape(layers // chunk, chunk, batch, time, heads, size)
+  return jnp.moveaxis(a, 1, 3).reshape(layers // chunk, batch, time, chunk * heads, size)
+
+
 def layer_values(config: TransformerConfig, side: Side, start: int, stop: int):
   """Value embeddings of layers start..stop (n, batch, time, kv_heads, head_dim), zeros where a layer has none; None
   for models without."""

@@ -13,6 +13,7 @@ from jaxlab.depth import snlp
 from jaxlab.depth.snlp_inference import decoder, empty_state, exact_step, from_cache, generate, prefill, split, step
 from jaxlab.depth.snlp_suffix import fuse
 from jaxlab.kernels.decode_attention import decode_attention
+from jaxlab.kernels.decode_block import decode_block
 from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import inference
@@ -176,10 +177,21 @@ def test_through_the_kernels_n_iterations_are_the_sequential_network(name, monke
   """
   kernel = dict(implementation="triton", interpret=INTERPRET)
   steps = Steps(*(functools.partial(f, **kernel) for f in (rotary_qkv, residual_norm, decode_attention)))
-  monkeypatch.setattr(inference, "kernel_steps", lambda: steps)
+  monkeypatch.setattr(inference, "kernel_steps", lambda *_: steps)
   model = random_model(dataclasses.replace(CONFIGS[name], width=64, depth=4))
   network, tokens = split(model, 2), TOKENS[:1, :8]
   expected = jax.jit(lambda m: m(tokens))(model)
   actual, _ = jax.jit(lambda n: step(n, tokens, iterations=2))(network)
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
   np.testing.assert_allclose(decode(network, tokens, 6, iterations=2), expected[:, 5:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_one_token_through_the_kernels_of_whole_blocks(chunk, monkeypatch):
+  """Of a plain and of a fused suffix, which are what XLA makes of them."""
+  model = random_model(dataclasses.replace(CONFIGS["qwen3"], head_dim=32, depth=4))
+  suffix, tokens = fuse(model, 2, chunk=2) if chunk == 2 else 2, TOKENS[:1, :8]
+  expected = decode(split(model, suffix), tokens, 6, iterations=1)
+  steps = Steps(whole=functools.partial(decode_block, implementation="triton", interpret=INTERPRET))
+  monkeypatch.setattr(inference, "kernel_steps", lambda *_: steps)
+  np.testing.assert_allclose(decode(split(model, suffix), tokens, 6, iterations=1), expected, rtol=1e-4, atol=1e-4)

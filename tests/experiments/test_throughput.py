@@ -20,7 +20,7 @@ def test_every_figure_is_measured_and_claims_follow_from_them(tmp_path):
   for kinds in m["forward"].values():
     for kind in ("scan", "unrolled"):
       assert all(kinds[kind][way]["median"] > 0 for way in experiment.WAYS)
-  decode = m["decode"]["context 32"]
+  decode = m["decode"]["tiny"]
   assert decode["finite"] and decode["floor_ms"] > 0
   decoding = m["decoding"]
   assert decoding["equal"] == {"generate": 12, "stream": 12} and all(rate > 0 for rate in decoding["rates"].values())

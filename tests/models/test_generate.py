@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.decode_attention import decode_attention
+from jaxlab.kernels.decode_block import decode_block
 from jaxlab.kernels.residual_norm import residual_norm
 from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import generate, inference
@@ -147,8 +148,18 @@ def test_rows_of_any_lengths_through_the_kernels(name, monkeypatch):
   model = random_model(dataclasses.replace(configs()[name], width=64, depth=4))
   prompt, lengths = random_tokens(2, 6), jnp.array([6, 3])
   expected = generate(model, prompt, lengths, tokens=3)
-  monkeypatch.setattr(inference, "kernel_steps", lambda: steps)
+  monkeypatch.setattr(inference, "kernel_steps", lambda *_: steps)
   found = generate(jax.jit(inference.take_apart)(model), prompt, lengths, tokens=3)
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_one_row_through_the_kernels_of_whole_blocks(monkeypatch):
+  steps = Steps(whole=functools.partial(decode_block, implementation="triton", interpret=True))
+  model = random_model(dataclasses.replace(configs()["qwen3"], head_dim=32, depth=2))
+  prompt, lengths = random_tokens(1, 6), jnp.array([4])
+  expected = generate(model, prompt, lengths, tokens=4)
+  monkeypatch.setattr(inference, "kernel_steps", lambda *_: steps)
+  found = generate(jax.jit(inference.take_apart)(model), prompt, lengths, tokens=4)
   np.testing.assert_array_equal(found, expected)
 
 
