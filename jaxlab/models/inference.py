@@ -11,6 +11,7 @@ within the prompt looks backwards, and later no further than the row is filled.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -149,33 +150,51 @@ def hidden(
   """
   model = network.model
   x, side, last = model.embed(tokens, state)
-  backout, written = None, []
-  one = lambda tree: jax.tree.map(lambda a: a[None], tree)
-  for layer, block in enumerate(network.blocks):
-    if state is not None and takes_whole(block, x, attention):
-      where = dict(cos=side.cos, sin=side.sin, start=side.start, windows=model.config.windows[layer : layer + 1])
-      (x,), pair = block.steps.whole(one(block), x[None], one(state.pairs[layer]), **where)
-      written.append(tuple(a[0] for a in pair))
-      backout = x if model.config.backout and layer == model.depth // 2 else backout
-      continue
+  written = []
 
-    def attend(q, k, v, window, layer=layer, steps=block.steps):
-      if state is None:
-        return attention(q, k, v, window=window, start=side.start)
-      how = dict(windows=(window,), start=side.start, attention=attention)
-      stored = tuple(a[None] for a in state.pairs[layer])
-      attended, (pair,) = steps.attend_cached(q[None], k[None], v[None], (stored,), **how)
-      written.append(tuple(a[0] for a in pair))
-      return attended[0]
+  def whole(layer, block, x):
+    if state is None or not takes_whole(block, x, attention):
+      return None
+    one = lambda tree: jax.tree.map(lambda a: a[None], tree)
+    where = dict(cos=side.cos, sin=side.sin, start=side.start, windows=model.config.windows[layer : layer + 1])
+    (x,), pair = block.steps.whole(one(block), x[None], one(state.pairs[layer]), **where)
+    written.append(tuple(a[0] for a in pair))
+    return x
 
-    x = run_layer(model, block, layer, x, side, attend)
-    backout = x if model.config.backout and layer == model.depth // 2 else backout
+  def attend(layer, block, x, q, k, v, window):
+    if state is None:
+      return attention(q, k, v, window=window, start=side.start)
+    how = dict(windows=(window,), start=side.start, attention=attention)
+    stored = tuple(a[None] for a in state.pairs[layer])
+    attended, (pair,) = block.steps.attend_cached(q[None], k[None], v[None], (stored,), **how)
+    written.append(tuple(a[0] for a in pair))
+    return attended[0]
+
+  x, backout = run_layers(network, x, side, attend, whole)
   if state is not None:
     if lengths is not None:
       last = before_smear(model, last_of(tokens, lengths))
     length = state.length + (tokens.shape[1] if lengths is None else lengths)
     state = State(tuple(written), length, last if model.config.smear else None)
   return x, backout, side, state
+
+
+def run_layers(network: Network, x, side: Side, attend, whole=lambda layer, block, x: None):
+  """(output of the last layer, backout or None).
+
+  Args:
+    attend: (layer, block, the layer's input, q, k, v, window) -> attention.
+    whole: (layer, block, the layer's input) -> its output, or None where it is to be worked out step by step.
+  """
+  model, backout = network.model, None
+  for layer, block in enumerate(network.blocks):
+    given = x
+    x = whole(layer, block, given)
+    if x is None:
+      mine = functools.partial(attend, layer, block, given)
+      x = run_layer(model, block, layer, given, side, mine)
+    backout = x if model.config.backout and layer == model.depth // 2 else backout
+  return x, backout
 
 
 def takes_whole(block: Block, x, attention: AttentionFn) -> bool:

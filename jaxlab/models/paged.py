@@ -1,0 +1,262 @@
+"""A key-value cache in pages, filled chunk by chunk: for long prompts, and for methods that read or keep less of it.
+
+  tokens = generate(network, prompts, lengths, tokens=64, decoder=paged.decoder(chunk=512))           # dense attention
+  tokens = generate(network, prompts, lengths, tokens=64, decoder=paged.decoder(method, chunk=512))
+
+A prompt is read `chunk` tokens at a time, which bounds the memory its reading takes; one program serves prompts of any
+length up to the capacity. Pages are head-major: those of one head are contiguous rows, so that a kernel that is given a
+table of pages reads them where they lie.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require, require_divides
+from jaxlab.models.generate import Decoder
+from jaxlab.models.inference import Network, Pair, before_smear, last_of, run_layers
+
+_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that the difference of two is no NaN
+_KEYS = 512  # positions that `attend_pages` reads at once, at least
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """The cache of `batch` rows.
+
+  Attributes:
+    pools: keys (after RoPE and norm) and values of every layer, (kv_heads, pages, page, head_dim) each.
+    table: the pages of every row in the order of their positions.
+    length: positions filled, of all rows or of each; what lies past them is never read.
+    memory: what a method keeps of its own.
+    previous: as in `inference.State`.
+  """
+
+  pools: tuple[Pair, ...]
+  table: Int[Array, "batch pages_per_row"]
+  length: Int[Array, "*batch"]
+  memory: object
+  previous: Float[Array, "batch 1 width"] | None
+
+  @property
+  def page(self) -> int:
+    """Positions of a page."""
+    return self.pools[0][0].shape[2]
+
+
+class View(NamedTuple):
+  """What a layer's attention sees: its cache with the new tokens in it, and where they stand.
+
+  Attributes:
+    layer: its number; window: as in `AttentionFn`.
+    keys, values: (kv_heads, pages, page, head_dim); table: (batch, pages_per_row).
+    start: position of the first new token, of all rows or of each.
+    lengths: (batch,), the positions of every row that count, new tokens included; later ones are padding.
+    x: the layer's input, (batch, time, width).
+  """
+
+  layer: int
+  window: int | None
+  keys: Array
+  values: Array
+  table: Array
+  start: Array
+  lengths: Array
+  x: Array
+
+
+def attend_densely(q, k, v, view: View, memory):
+  """Dense softmax attention over the pages: what `Method` is by default."""
+  out, _ = attend_pages(q, view.keys, view.values, view.table, start=view.start, window=view.window)
+  return out, memory
+
+
+class Method(NamedTuple):
+  """How new tokens meet the cache; hashable, as it is compiled into a program.
+
+  Attributes:
+    attend: (q, k, v, view, memory) -> (attention like q, memory); q, k, v are of the new tokens,
+      (batch, time, heads, head_dim) after RoPE.
+    empty: (config, batch=, capacity=, dtype=) -> memory before the first token.
+    ready: (network, state) -> state, once the prompt is read.
+  """
+
+  attend: Callable = attend_densely
+  empty: Callable = lambda config, **sizes: ()
+  ready: Callable = lambda network, state: state
+
+
+DENSE = Method()
+
+
+def decoder(method: Method = DENSE, *, decode: Method | None = None, chunk: int = 512, page: int = 64) -> Decoder:
+  """Generation over a paged cache (`jaxlab.models.generate`).
+
+  Args:
+    method: for the prompt and, without `decode`, for the tokens after it.
+    decode: another method for the tokens after the prompt; it takes over with its `empty` and `ready`.
+    chunk: tokens of a prompt that are read at once, a multiple of page.
+    page: positions of a page.
+
+  Raises:
+    InputError: sizes below 1, or a page that does not divide the chunk.
+  """
+  require(chunk >= 1 and page >= 1, f"chunk is {chunk} and page {page}; both must be at least 1")
+  require_divides("page", page, "chunk", chunk)
+  return _decoder(method, decode or method, chunk, page)
+
+
+@functools.cache
+def _decoder(method: Method, after: Method, chunk: int, page: int) -> Decoder:
+  how = dict(chunk=chunk, page=page, method=method, after=after)
+  return Decoder(functools.partial(prefill, **how), functools.partial(step, method=after))
+
+
+def empty_state(network: Network, *, batch: int, capacity: int, page: int = 64, method: Method = DENSE) -> State:
+  """A cache with room for `capacity` tokens a row, whose pages lie row after row."""
+  c, dtype = network.model.config, network.model.dtype
+  each = -(-capacity // page)
+  store = lambda: jnp.zeros((c.kv_heads, batch * each, page, c.head_dim), dtype)
+  table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
+  previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
+  memory = method.empty(c, batch=batch, capacity=each * page, dtype=dtype)
+  return State(tuple((store(), store()) for _ in network.blocks), table, jnp.int32(0), memory, previous)
+
+
+def prefill(
+  network: Network,
+  prompts: Int[Array, "batch time"],
+  lengths: Int[Array, "batch"] | None = None,
+  *,
+  capacity: int,
+  chunk: int = 512,
+  page: int = 64,
+  method: Method = DENSE,
+  after: Method | None = None,
+) -> tuple[Float[Array, "batch 1 vocab"], State]:
+  """`inference.prefill`, the prompt read chunk by chunk; chunks past the longest of `lengths` are not read.
+
+  Args:
+    after: the method that goes on from the returned state, by default the same.
+
+  Raises:
+    InputError: a prompt longer than the capacity.
+  """
+  batch, time = prompts.shape
+  require(time <= capacity, f"the prompt has {time} tokens, the cache room for {capacity}; raise the capacity")
+  lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+  chunk = min(chunk, -(-time // page) * page)
+  read = -(-time // chunk) * chunk
+  prompts = jnp.pad(prompts, ((0, 0), (0, read - time)))
+  state = empty_state(network, batch=batch, capacity=max(capacity, read), page=page, method=method)
+  blank = jnp.zeros_like(network.model.embed(prompts[:, :1])[0])
+  ends = (blank, blank if network.model.config.backout else None)
+
+  def one(i, carry):
+    state, ends = carry
+    tokens = jax.lax.dynamic_slice_in_dim(prompts, i * chunk, chunk, axis=1)
+    *found, state = hidden(network, tokens, dataclasses.replace(state, length=i * chunk), lengths, method)
+    at = lengths - i * chunk
+    inside = (at >= 1) & (at <= chunk)
+    column = inside.reshape(-1, *[1] * (blank.ndim - 1))
+    choose = lambda new, old: jnp.where(column, last_of(new, jnp.clip(at, 1, chunk)), old)
+    return state, jax.tree.map(choose, tuple(found), ends)
+
+  state, ends = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, one, (state, ends))
+  previous = before_smear(network.model, last_of(prompts, lengths))
+  state = dataclasses.replace(state, length=lengths, previous=previous)
+  if after is not None and after is not method:
+    sizes = dict(batch=batch, capacity=state.table.shape[1] * page, dtype=network.model.dtype)
+    state = dataclasses.replace(state, memory=after.empty(network.model.config, **sizes))
+  return network.model.logits(*ends), (after or method).ready(network, state)
+
+
+def step(
+  network: Network, tokens: Int[Array, "batch time"], state: State, *, method: Method = DENSE
+) -> tuple[Float[Array, "batch time vocab"], State]:
+  """Logits of the next tokens and the state with them; the caller sees to it that they fit the pages."""
+  after = state.length + tokens.shape[1]
+  *found, state = hidden(network, tokens, state, jnp.broadcast_to(after, tokens.shape[:1]), method)
+  return network.model.logits(*found), dataclasses.replace(state, length=after)
+
+
+def hidden(network: Network, tokens, state: State, lengths, method: Method):
+  """(output of the last layer, backout or None, state with the new tokens in its pages)."""
+  model = network.model
+  x, side, last = model.embed(tokens, state)
+  pools, memory = list(state.pools), state.memory
+
+  def attend(layer, block, x, q, k, v, window):
+    nonlocal memory
+    pools[layer] = tuple(
+      write(pool, new, state.table, side.start) for pool, new in zip(pools[layer], (k, v), strict=True)
+    )
+    view = View(layer, window, *pools[layer], state.table, side.start, lengths, x)
+    out, memory = method.attend(q, k, v, view, memory)
+    return out
+
+  x, backout = run_layers(network, x, side, attend)
+  previous = last if model.config.smear else None
+  return x, backout, dataclasses.replace(state, pools=tuple(pools), memory=memory, previous=previous)
+
+
+def write(pool: Float[Array, "kv_heads pages page head_dim"], new, table, start):
+  """The pool with `new` keys or values (batch, time, kv_heads, head_dim) at positions start, start + 1, ... of rows."""
+  page = pool.shape[2]
+  place = jnp.broadcast_to(jnp.asarray(start)[..., None] + jnp.arange(new.shape[1]), new.shape[:2])
+  pages = jnp.take_along_axis(table, place // page, axis=1)
+  return pool.at[:, pages, place % page].set(jnp.moveaxis(new, 2, 0).astype(pool.dtype))
+
+
+def attend_pages(q, keys, values, table, *, start, window: int | None = None):
+  """Causal attention of new tokens over paged keys, some pages at a time: no score matrix of the whole context.
+
+  Args:
+    q: (batch, time, q_heads, head_dim), at positions start, start + 1, ... of their rows.
+    keys, values: (kv_heads, pages, page, head_dim); table: int32[batch, pages_per_row].
+    start: int32[] or int32[batch]; window: as in `AttentionFn`.
+
+  Returns:
+    (attention like q; its log-sum-exp, float32[batch, time, q_heads]). Pages past the last position are not read.
+  """
+  batch, time, q_heads, size = q.shape
+  kv_heads, _, page, _ = keys.shape
+  each = min(max(1, _KEYS // page), table.shape[1])
+  groups = -(-table.shape[1] // each)
+  table = jnp.pad(table, ((0, 0), (0, groups * each - table.shape[1])))
+  start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
+  query = (start[:, None] + jnp.arange(time))[:, None, None, :, None]
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  grouped = q.reshape(batch, time, kv_heads, -1, size)
+
+  def one(i, carry):
+    o, m, l = carry  # noqa: E741 (the field's name)
+    here = jax.lax.dynamic_slice_in_dim(table, i * each, each, axis=1)
+    read = lambda pool: pool[:, here].reshape(kv_heads, batch, each * page, size)
+    key, value = read(keys), read(values)
+    place = i * each * page + jnp.arange(each * page)
+    see = place <= query
+    if window is not None:
+      see &= place >= query - window
+    # Pages may hold anything past a row's length, also what is not a number.
+    value = jnp.where((place < start[:, None] + time)[None, :, :, None], value, 0)
+    score = jnp.einsum("btkgd,kbsd->bkgts", grouped, key, preferred_element_type=wide) / size**0.5
+    score = jnp.where(see, score, _LOWEST)
+    top = jnp.maximum(m, score.max(axis=-1))
+    weight = jnp.where(see, jnp.exp(score - top[..., None]), 0)
+    fade = jnp.exp(m - top)
+    sums = jnp.einsum("bkgts,kbsd->bkgtd", weight.astype(value.dtype), value, preferred_element_type=wide)
+    return fade[..., None] * o + sums, top, fade * l + weight.sum(axis=-1)
+
+  shape = (batch, kv_heads, q_heads // kv_heads, time)
+  carry = jnp.zeros((*shape, size), wide), jnp.full(shape, _LOWEST, wide), jnp.zeros(shape, wide)
+  used = (jnp.max(start) + time + each * page - 1) // (each * page)
+  o, m, l = jax.lax.fori_loop(0, jnp.minimum(used, groups), one, carry)  # noqa: E741
+  out = jnp.moveaxis(o / l[..., None], 3, 1).reshape(q.shape).astype(q.dtype)
+  return out, jnp.moveaxis(m + jnp.log(l), 3, 1).reshape(batch, time, q_heads)
