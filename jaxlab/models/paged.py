@@ -83,7 +83,7 @@ class Method(NamedTuple):
   Attributes:
     attend: (q, k, v, view, memory) -> (attention like q, memory); q, k, v are of the new tokens,
       (batch, time, heads, head_dim) after RoPE.
-    empty: (config, batch=, capacity=, dtype=) -> memory before the first token.
+    empty: (config, batch=, capacity=, page=, dtype=) -> memory before the first token.
     ready: (network, state) -> state, once the prompt is read.
   """
 
@@ -125,7 +125,7 @@ def empty_state(network: Network, *, batch: int, capacity: int, page: int = 64, 
   store = lambda: jnp.zeros((c.kv_heads, batch * each, page, c.head_dim), dtype)
   table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
   previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
-  memory = method.empty(c, batch=batch, capacity=each * page, dtype=dtype)
+  memory = method.empty(c, batch=batch, capacity=each * page, page=page, dtype=dtype)
   return State(tuple((store(), store()) for _ in network.blocks), table, jnp.int32(0), memory, previous)
 
 
@@ -172,7 +172,7 @@ def prefill(
   previous = before_smear(network.model, last_of(prompts, lengths))
   state = dataclasses.replace(state, length=lengths, previous=previous)
   if after is not None and after is not method:
-    sizes = dict(batch=batch, capacity=state.table.shape[1] * page, dtype=network.model.dtype)
+    sizes = dict(batch=batch, capacity=state.table.shape[1] * page, page=page, dtype=network.model.dtype)
     state = dataclasses.replace(state, memory=after.empty(network.model.config, **sizes))
   return network.model.logits(*ends), (after or method).ready(network, state)
 
@@ -212,6 +212,12 @@ def write(pool: Float[Array, "kv_heads pages page head_dim"], new, table, start)
   place = jnp.broadcast_to(jnp.asarray(start)[..., None] + jnp.arange(new.shape[1]), new.shape[:2])
   pages = jnp.take_along_axis(table, place // page, axis=1)
   return pool.at[:, pages, place % page].set(jnp.moveaxis(new, 2, 0).astype(pool.dtype))
+
+
+def rows(pool: Float[Array, "kv_heads pages page head_dim"], table) -> Float[Array, "batch kv_heads capacity head_dim"]:
+  """A copy of every row's keys or values in the order of their positions."""
+  kv_heads, _, _, size = pool.shape
+  return jnp.moveaxis(pool[:, table], 0, 1).reshape(table.shape[0], kv_heads, -1, size)
 
 
 def attend_pages(q, keys, values, table, *, start, window: int | None = None):

@@ -1,0 +1,201 @@
+"""CompactAttention: dense attention over the union of the blocks that a sparse selector wants (arXiv 2605.16839).
+
+  method = compact(functools.partial(flash_prefill, alpha=0.06))
+  tokens = generate(network, prompts, lengths, tokens=64, decoder=paged.decoder(method, chunk=1024, page=128))
+
+A prompt is read chunk by chunk. A selector says which blocks of the past every block of queries needs; the blocks that
+any query block of the chunk and any head of a group needs are one table of pages, over which the kernel runs dense
+attention where the pages lie: few long rows instead of many short ones, and nothing copied. Softmax is over the union.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.attention.selection import Selection, block_means, flash_prefill
+from jaxlab.core.checks import require, require_divides
+from jaxlab.kernels.paged_attention import paged_attention
+from jaxlab.models import paged
+
+
+def block_union(
+  chosen: Selection, *, kv_heads: int, past: Int[Array, ""] | int, share: int | None = None
+) -> Bool[Array, "batch groups key_blocks"]:
+  """What any query block and any head of a group needs, and the whole chunk.
+
+  Args:
+    past: blocks before the chunk.
+    share: heads of a group, a divisor of those that share a key head; None: all of these.
+
+  Raises:
+    InputError: a share that does not divide.
+  """
+  batch, heads, _, blocks = chosen.shape
+  share = share or heads // kv_heads
+  require_divides("share", share, "query heads a key head", heads // kv_heads)
+  wanted = chosen.any(axis=2).reshape(batch, heads // share, share, blocks).any(axis=2)
+  return wanted | (jnp.arange(blocks) >= past)
+
+
+def page_table(
+  wanted: Bool[Array, "rows key_blocks"], past: Int[Array, ""] | int, end: Int[Array, ""] | int
+) -> tuple[Int[Array, "rows key_blocks"], Int[Array, "rows 2"]]:
+  """(blocks of every row in order, those wanted first; counts (before `past`, before `end`)).
+
+  Entries past the count repeat the last one that counts.
+  """
+  blocks = wanted.shape[1]
+  index = jnp.arange(blocks)
+  wanted &= index < end
+  order = jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32)
+  count = jnp.stack([(wanted & (index < past)).sum(axis=1), wanted.sum(axis=1)], axis=1).astype(jnp.int32)
+  last = jnp.take_along_axis(order, jnp.maximum(count[:, 1:] - 1, 0), axis=1)
+  return jnp.where(index < count[:, 1:], order, last), count
+
+
+def attend_union(q, view: paged.View, wanted, *, implementation: str | None = None):
+  """Dense causal attention of a chunk over the wanted blocks of each group, in place.
+
+  Args:
+    q: (batch, time, q_heads, head_dim) at positions from view.start on, a multiple of the page.
+    wanted: bool[batch, groups, key_blocks], the chunk's own blocks among them (`block_union`).
+
+  Returns:
+    (attention like q, log-sum-exp float32[batch, time, q_heads]).
+  """
+  batch, time, heads, size = q.shape
+  kv_heads, pages, page, _ = view.keys.shape
+  groups = wanted.shape[1]
+  share = heads // groups
+  past = view.start // page
+  table, count = page_table(wanted.reshape(batch * groups, -1), past, past + -(-time // page))
+  mine = jnp.repeat(view.table, groups, axis=0)
+  head = jnp.tile(jnp.arange(groups) // (groups // kv_heads), batch)[:, None]
+  physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
+  rows = jnp.moveaxis(q.reshape(batch, time, groups, share, size), 2, 1).reshape(batch * groups, time * share, size)
+  flat = lambda pool: pool.reshape(kv_heads * pages, page, size)
+  start = jnp.broadcast_to(jnp.asarray(view.start, jnp.int32), (batch * groups,))
+  how = dict(heads=share, implementation=implementation)
+  out, total = paged_attention(rows, flat(view.keys), flat(view.values), physical, count, start, **how)
+  back = lambda a: jnp.moveaxis(a.reshape(batch, groups, time, share, *a.shape[2:]), 1, 2).reshape(
+    batch, time, heads, *a.shape[2:]
+  )
+  return back(out), back(total)
+
+
+def attend_blocks(q, view: paged.View, chosen: Selection, *, implementation: str | None = None):
+  """Block-sparse attention: every head and query block over its own blocks, with the same kernel.
+
+  What CompactAttention is compared with: softmax is over `chosen` alone, which must hold the diagonal.
+
+  Returns:
+    (attention like q, log-sum-exp float32[batch, time, q_heads]).
+  """
+  batch, time, heads, size = q.shape
+  kv_heads, pages, page, _ = view.keys.shape
+  tiles = chosen.shape[2]
+  own = view.start // page + jnp.tile(jnp.arange(tiles), batch * heads)
+  table, count = page_table(chosen.reshape(batch * heads * tiles, -1), own[:, None], own[:, None] + 1)
+  mine = jnp.repeat(view.table, heads * tiles, axis=0)
+  head = jnp.tile(jnp.repeat(jnp.arange(heads) // (heads // kv_heads), tiles), batch)[:, None]
+  physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
+  rows = jnp.moveaxis(q, 2, 1).reshape(batch * heads * tiles, time // tiles, size)
+  flat = lambda pool: pool.reshape(kv_heads * pages, page, size)
+  out, total = paged_attention(
+    rows, flat(view.keys), flat(view.values), physical, count, own * page, implementation=implementation
+  )
+  back = lambda a: jnp.moveaxis(a.reshape(batch, heads, time, *a.shape[2:]), 1, 2)
+  return back(out), back(total)
+
+
+def density(taken: Bool[Array, "*rows query_blocks key_blocks"], past: Int[Array, ""] | int) -> Float[Array, ""]:
+  """The share of all causal (query block, key block) pairs that is taken; a union counts for every query block."""
+  behind = past + jnp.arange(taken.shape[-2])[:, None] - jnp.arange(taken.shape[-1])
+  causal = jnp.broadcast_to(behind >= 0, taken.shape)
+  return (taken & causal).sum() / causal.sum()
+
+
+def compact(
+  select: Callable = flash_prefill, *, share: int | None = None, union: bool = True, implementation: str | None = None
+) -> paged.Method:
+  """The method for a paged cache; decoding, and the first chunk, are dense.
+
+  Args:
+    select: one of `selection`, its options bound; it is given q, the keys (`flash_prefill`: their block means, which
+      are kept from chunk to chunk), past= and block=, the page.
+    union: False runs every query block on its own blocks instead (`attend_blocks`).
+  """
+  by_means = _function(select) is flash_prefill
+
+  def empty(config, *, batch, capacity, page, dtype):
+    means = lambda: jnp.zeros((batch, config.kv_heads, capacity // page, config.head_dim), jnp.float32)
+    return tuple(means() for _ in range(config.depth if by_means else 0))
+
+  def attend(q, k, v, view: paged.View, memory):
+    time, page = q.shape[1], view.keys.shape[2]
+    if time == 1:
+      return paged.attend_densely(q, k, v, view, memory)
+    require_divides("the page", page, "the chunk", time)
+    require(jnp.ndim(view.start) == 0, "chunks of rows that start at positions of their own cannot be selected for")
+    rows = jnp.moveaxis(q, 2, 1)
+    if by_means:
+      keys = memory[view.layer]
+      new = block_means(jnp.moveaxis(k, 2, 1), page)
+      keys = jax.lax.dynamic_update_slice(keys, new.astype(keys.dtype), (0, 0, view.start // page, 0))
+      memory = (*memory[: view.layer], keys, *memory[view.layer + 1 :])
+    else:
+      keys = paged.rows(view.keys, view.table)
+    chosen = select(rows, keys, past=view.start, block=page)
+    if not union:
+      return attend_blocks(q, view, chosen, implementation=implementation)[0], memory
+    wanted = block_union(chosen, kv_heads=k.shape[2], past=view.start // page, share=share)
+    return attend_union(q, view, wanted, implementation=implementation)[0], memory
+
+  return paged.Method(attend, empty)
+
+
+def _function(select: Callable) -> Callable:
+  return _function(select.func) if isinstance(select, functools.partial) else select
+
+
+def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
+  """QUOKA (arXiv 2602.08722): single past tokens, chosen by the queries that are least like their mean, and copied.
+
+  c[h, t] = cos(q[h, t], mean_t q[h]);  the share `queries` with the lowest c stays
+  S[g, t] = max over those of mean over the group of q / |q| . k[g, t] / |k[g, t]|;  the best `budget` of the past stays
+  """
+
+  def attend(q, k, v, view: paged.View, memory):
+    time = q.shape[1]
+    if time == 1:
+      return paged.attend_densely(q, k, v, view, memory)
+    keys, values = (paged.rows(pool, view.table) for pool in (view.keys, view.values))
+    capacity = keys.shape[2]
+    score = quoka_scores(jnp.moveaxis(q, 2, 1), keys, max(1, round(queries * time)))
+    position = jnp.arange(capacity)
+    past = position < view.start
+    # The chunk itself always, then the best of the past; as many as `budget` of the past are.
+    rank = jnp.argsort(jnp.argsort(jnp.where(past, -score, jnp.inf), axis=-1, stable=True), axis=-1)
+    kept = past & (rank < jnp.ceil(budget * view.start))
+    see = kept[:, :, None] | ((position >= view.start) & (position <= view.start + jnp.arange(time)[:, None]))
+    group = q.shape[2] // k.shape[2]
+    mask = jnp.repeat(see, group, axis=1)
+    back = lambda a: jnp.moveaxis(a, 1, 2)
+    out = jax.nn.dot_product_attention(q, back(keys), back(values), mask=mask, implementation="xla")
+    return out, memory
+
+  return paged.Method(attend)
+
+
+def quoka_scores(q, k, count: int) -> Float[Array, "batch kv_heads positions"]:
+  """S[g, t] of `quoka`, from the `count` queries of every head that are least like its mean."""
+  q, k = (a.astype(jnp.float32) for a in (q, k))
+  unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
+  alike = (unit(q) * unit(q.mean(axis=2, keepdims=True))).sum(axis=-1)
+  _, index = jax.lax.top_k(-alike, count)
+  picked = jnp.take_along_axis(unit(q), jnp.sort(index, axis=-1)[..., None], axis=2)
+  picked = picked.reshape(q.shape[0], k.shape[1], -1, count, q.shape[3]).mean(axis=2)
+  return jnp.einsum("bgnd,bgtd->bgnt", picked, unit(k), precision=jax.lax.Precision.HIGHEST).max(axis=2)

@@ -1,0 +1,191 @@
+"""Which blocks of keys a chunk of queries needs: published selectors, as one kind of function.
+
+  chosen = flash_prefill(q, means, past=past, block=128)      # bool[batch, q_heads, query blocks, key blocks]
+
+`chosen[..., i, j]`: some query of block i is to see keys of block j. Queries are those of the chunk at positions past,
+past + 1, ...; keys are given for a whole cache, and those past the chunk may hold anything. past is a multiple of the
+block. Layout: queries (batch, q_heads, queries, head_dim), keys (batch, kv_heads, positions, head_dim), after RoPE;
+query head h reads key head h // (q_heads / kv_heads). Scores are float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.core.checks import require
+
+Selection = Bool[Array, "batch q_heads query_blocks key_blocks"]
+
+
+def block_means(k: Float[Array, "batch kv_heads positions head_dim"], block: int):
+  """Mean key of every block, float32[batch, kv_heads, positions / block, head_dim]."""
+  return k.astype(jnp.float32).reshape(*k.shape[:2], -1, block, k.shape[3]).mean(axis=3)
+
+
+def flash_prefill(
+  q: Float[Array, "batch q_heads queries head_dim"],
+  means: Float[Array, "batch kv_heads key_blocks head_dim"],
+  *,
+  past: Int[Array, ""] | int,
+  block: int,
+  alpha: float = 0.06,
+  sink: int = 2,
+  window: int = 4,
+) -> Selection:
+  """FlashPrefill's rule (as published with CompactAttention, arXiv 2605.16839): blocks near the best one of the row.
+
+    s[i, j] = sum_t exp(z[t, j]) / sum_j' sum_t exp(z[t, j']),  z[t, j] = q[t] . means[j] / sqrt(d),
+
+  over queries t of block i that stand at or past the last key of block j. Kept: s[i, j] >= alpha max_j s[i, j], the
+  first `sink` blocks, and the `window` blocks that end with the query's own.
+  """
+  z, query = _scores(q, means, past)
+  blocks = means.shape[2]
+  valid = query[:, None] >= (jnp.arange(blocks) + 1) * block - 1
+  z = _by_block(jnp.where(valid, z, -jnp.inf), block)  # (batch, heads, query blocks, block, key blocks)
+  top = z.max(axis=(3, 4), keepdims=True)
+  mass = jnp.exp(z - jnp.where(jnp.isfinite(top), top, 0)).sum(axis=3)
+  score = mass / (mass.sum(axis=-1, keepdims=True) + 1e-9)
+  behind = _behind(past, score.shape[2], blocks, block)
+  near = (behind < window) | (jnp.arange(blocks) < sink)
+  return ((score >= alpha * score.max(axis=-1, keepdims=True)) | near) & (behind >= 0)
+
+
+def x_attention(q, k, *, past, block: int, stride: int = 8, threshold: float = 0.9) -> Selection:
+  """XAttention (arXiv 2503.16428): the mass of a block is the sum over its antidiagonals, `stride` apart.
+
+  Kept in every row: block 0 and the diagonal, then the heaviest blocks until they hold `threshold` of the row's mass.
+  """
+  require(block % stride == 0, f"stride is {stride}; it must divide block={block}")
+  folded = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], -1, stride, x.shape[3])
+  rows, columns = folded(q)[..., ::-1, :], folded(k)
+  flat = lambda x: x.reshape(*x.shape[:3], -1)
+  z = _grouped(flat(rows), flat(columns)) / (math.sqrt(q.shape[3]) * stride)
+  row = past // stride + jnp.arange(z.shape[2])
+  z = jnp.where(row[:, None] >= jnp.arange(z.shape[3]), z, -jnp.inf)
+  weight = jax.nn.softmax(z, axis=-1)
+  each = block // stride
+  mass = weight.reshape(*z.shape[:2], z.shape[2] // each, each, z.shape[3] // each, each).sum(axis=(3, 5))
+  behind = _behind(past, mass.shape[2], mass.shape[3], block)
+  forced = (behind == 0) | ((jnp.arange(mass.shape[3]) == 0) & (behind >= 0))
+  return _cover(mass, threshold * mass.sum(axis=-1, keepdims=True), forced) & (behind >= 0)
+
+
+def minference(
+  q, k, *, past, block: int, vertical: int = 1000, slash: int = 6096, last: int = 64, sink: int = 30
+) -> Selection:
+  """MInference's vertical-slash pattern (arXiv 2407.02490) for every head, judged by the chunk's last queries.
+
+  Kept: the `vertical` columns and `slash` diagonals of the largest attention of the `last` queries, the first `sink`
+  columns and the main diagonal, each in the blocks that it crosses.
+  """
+  columns, diagonals = _vertical_slash(q[:, :, -last:], k, past + q.shape[2] - min(last, q.shape[2]))
+  position = jnp.arange(k.shape[2])
+  columns = _largest(columns, vertical) | (position < sink)
+  diagonals = _largest(diagonals, slash) | (position == 0)
+  grouped = lambda a: a.reshape(*a.shape[:2], -1, block)
+  any_column = grouped(columns).any(axis=-1)
+  # Diagonal offsets d block - (block - 1) .. d block + block - 1 cross the block d blocks behind the query's.
+  inside = grouped(diagonals)
+  before = jnp.pad(inside[..., 1:].any(axis=-1), ((0, 0), (0, 0), (1, 0)))[..., :-1]
+  crossed = inside.any(axis=-1) | before
+  behind = _behind(past, q.shape[2] // block, crossed.shape[2], block)
+  return (any_column[:, :, None] | crossed[:, :, jnp.maximum(behind, 0)]) & (behind >= 0)
+
+
+def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1, budget: int = 1024) -> Selection:
+  """FlexPrefill (arXiv 2502.20766): heads whose block means predict attention choose blocks by them, others by
+  columns and diagonals; either until `gamma` of the attention is covered, with at least `budget` tokens.
+
+  A head is of the first kind where sqrt(JSD) of the last query block's attention, true and from means, is under `tau`.
+  """
+  tail = q[:, :, -block:]
+  columns, diagonals, weight = _vertical_slash(tail, k, past + q.shape[2] - block, weights=True)
+  blocks, filled = k.shape[2] // block, (past + q.shape[2]) // block
+  per_block = lambda a: a.reshape(*a.shape[:-1], blocks, block).sum(axis=-1)
+  true = per_block(weight).mean(axis=2)
+  means = block_means(k, block)
+  known = jnp.arange(blocks) < filled
+  guess = _grouped(block_means(tail, tail.shape[2]), means)[:, :, 0] / math.sqrt(q.shape[3])
+  guess = jax.nn.softmax(jnp.where(known, guess, -jnp.inf), axis=-1)
+  aware = jnp.sqrt(_divergence(true, guess)) < tau
+  behind = _behind(past, q.shape[2] // block, blocks, block)
+  least = max(1, budget // block)
+
+  def kept(mass, at_least: int | None):
+    """The heaviest blocks of columns or diagonals, as many as the tokens that cover gamma fill; or `at_least`."""
+    ordered = jnp.sort(mass, axis=-1, descending=True)
+    tokens = (jnp.cumsum(ordered, axis=-1) < gamma * mass.sum(axis=-1, keepdims=True)).sum(axis=-1) + 1
+    count = jnp.maximum(tokens // block + 1, least) if at_least is None else at_least
+    heavy = per_block(mass)
+    rank = jnp.argsort(jnp.argsort(-heavy, axis=-1), axis=-1)
+    return rank < jnp.broadcast_to(count, rank.shape[:2])[..., None]
+
+  def vertical_slash(at_least=None):
+    across, along = kept(columns, at_least), kept(diagonals, at_least)
+    forced = (jnp.arange(blocks) == 0) | (behind == 0)
+    return across[:, :, None] | along[:, :, jnp.maximum(behind, 0)] | forced
+
+  pooled = block_means(q, block)
+  score = _grouped(pooled, means) / math.sqrt(q.shape[3])
+  weight = jax.nn.softmax(jnp.where(behind >= 0, score, -jnp.inf), axis=-1) / score.shape[2]
+  flat = weight.reshape(*weight.shape[:2], 1, -1)
+  by_mass = _cover(flat, gamma, jnp.zeros(flat.shape[2:], bool)).reshape(weight.shape) | vertical_slash(least)
+  return jnp.where(aware[..., None, None], by_mass, vertical_slash()) & (behind >= 0)
+
+
+def _grouped(q, k):
+  """q . k of every query head with its key head, float32[batch, q_heads, queries, keys]."""
+  batch, heads, queries, size = q.shape
+  grouped = q.astype(jnp.float32).reshape(batch, k.shape[1], -1, queries, size)
+  score = jnp.einsum("bgrqd,bgkd->bgrqk", grouped, k.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  return score.reshape(batch, heads, queries, k.shape[2])
+
+
+def _scores(q, k, past):
+  """(scaled products, positions of the queries)."""
+  return _grouped(q, k) / math.sqrt(q.shape[3]), past + jnp.arange(q.shape[2])
+
+
+def _by_block(a, block: int):
+  """(..., queries, keys) as (..., query blocks, block, keys)."""
+  return a.reshape(*a.shape[:-2], -1, block, a.shape[-1])
+
+
+def _behind(past, query_blocks: int, key_blocks: int, block: int):
+  """How many blocks a key block lies behind the query's own; negative where it lies ahead."""
+  return past // block + jnp.arange(query_blocks)[:, None] - jnp.arange(key_blocks)
+
+
+def _vertical_slash(q, k, start, weights: bool = False):
+  """(mass of every column, mass of every diagonal by its distance from the main one[, attention]) of these queries."""
+  z, query = _scores(q, k, start)
+  weight = jax.nn.softmax(jnp.where(query[:, None] >= jnp.arange(k.shape[2]), z, -jnp.inf), axis=-1)
+  place = query[:, None] - jnp.arange(k.shape[2])
+  along = jnp.take_along_axis(weight, jnp.broadcast_to(jnp.maximum(place, 0), weight.shape), axis=-1)
+  found = weight.sum(axis=2), jnp.where(place >= 0, along, 0).sum(axis=2)
+  return (*found, weight) if weights else found
+
+
+def _largest(mass, count: int):
+  """The `count` largest entries of the last axis; of equal ones the first."""
+  _, index = jax.lax.top_k(mass, min(count, mass.shape[-1]))
+  return jnp.zeros(mass.shape, bool).at[(*jnp.indices(index.shape)[:-1], index)].set(True)
+
+
+def _cover(mass, enough, forced):
+  """Forced entries, then the largest ones, until their sum is `enough`."""
+  order = jnp.argsort(jnp.where(forced, -jnp.inf, -mass), axis=-1)
+  ordered = jnp.take_along_axis(mass, order, axis=-1)
+  before = jnp.cumsum(ordered, axis=-1) - ordered
+  kept = jnp.take_along_axis(before < enough, jnp.argsort(order, axis=-1), axis=-1)
+  return kept | forced
+
+
+def _divergence(p, q):
+  """Jensen-Shannon divergence of distributions over the last axis, in nats."""
+  middle = (p + q) / 2
+  relative = lambda a: jnp.where(a > 0, a * (jnp.log(jnp.where(a > 0, a, 1)) - jnp.log(middle)), 0).sum(axis=-1)
+  return jnp.maximum((relative(p) + relative(q)) / 2, 0)

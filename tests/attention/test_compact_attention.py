@@ -1,0 +1,239 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlab.attention.compact_attention import (
+  attend_blocks,
+  attend_union,
+  block_union,
+  compact,
+  density,
+  page_table,
+  quoka,
+)
+from jaxlab.attention.selection import block_means, flash_prefill, flex_prefill, minference, x_attention
+from jaxlab.core.checks import InputError
+from jaxlab.models import generate, inference, paged
+from tests.common import configs, random_model, random_tokens
+
+B, HEADS, KV, SIZE, CHUNK, BLOCK, CAPACITY = 2, 4, 2, 16, 16, 4, 48
+TILES, BLOCKS, GROUP = CHUNK // BLOCK, CAPACITY // BLOCK, HEADS // KV
+SELECTORS = {
+  "flash_prefill": functools.partial(flash_prefill, alpha=0.3, sink=1, window=1),
+  "x_attention": functools.partial(x_attention, stride=2, threshold=0.5),
+  "minference": functools.partial(minference, vertical=2, slash=2, last=8, sink=1),
+  "flex_prefill": functools.partial(flex_prefill, gamma=0.4, budget=BLOCK),
+}
+ALL = {
+  "flash_prefill": functools.partial(flash_prefill, alpha=0.0),
+  "x_attention": functools.partial(x_attention, stride=2, threshold=2.0),
+  "minference": functools.partial(minference, vertical=CAPACITY),
+  "flex_prefill": functools.partial(flex_prefill, budget=CAPACITY),
+}
+
+
+def problem(seed=0, past=16):
+  """Queries of a chunk and a cache in permuted pages, poisoned past the chunk; keys by row for the selectors."""
+  keys = jax.random.split(jax.random.key(seed), 4)
+  q = jax.random.normal(keys[0], (B, CHUNK, HEADS, SIZE))
+  k, v = (jax.random.normal(key, (B, KV, CAPACITY, SIZE)) for key in keys[1:3])
+  k = k + 2 * jax.random.normal(keys[3], (B, KV, CAPACITY, 1))  # so that blocks differ
+  table = jax.random.permutation(keys[3], B * BLOCKS).reshape(B, BLOCKS)
+  stale = jnp.arange(CAPACITY)[:, None] >= past + CHUNK
+
+  def pool(a):
+    pages = jnp.moveaxis(jnp.where(stale, jnp.nan, a).reshape(B, KV, BLOCKS, BLOCK, SIZE), 1, 0)
+    return jnp.zeros((KV, B * BLOCKS, BLOCK, SIZE)).at[:, table].set(pages)
+
+  view = paged.View(0, None, pool(k), pool(v), table, jnp.int32(past), jnp.full(B, past + CHUNK), q)
+  return q, jnp.where(stale, jnp.nan, k), k, v, view
+
+
+def select(name, q, k, past, options=SELECTORS):
+  keys = block_means(k, BLOCK) if name == "flash_prefill" else k
+  return options[name](jnp.moveaxis(q, 2, 1), keys, past=past, block=BLOCK)
+
+
+def masked_softmax(q, k, v, see):
+  """Attention and its log-sum-exp from the definition, see: (batch, heads, queries, keys)."""
+  k, v = (jnp.repeat(jnp.nan_to_num(a), GROUP, axis=1) for a in (k, v))
+  score = jnp.where(see, jnp.einsum("bqhd,bhkd->bhqk", q, k) / SIZE**0.5, -jnp.inf)
+  out = jnp.einsum("bhqk,bhkd->bqhd", jax.nn.softmax(score, axis=-1), v)
+  return out, jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), 1, 2)
+
+
+def causal(past):
+  return jnp.arange(CAPACITY) <= past + jnp.arange(CHUNK)[:, None]
+
+
+def random_choice(seed, past):
+  behind = past // BLOCK + np.arange(TILES)[:, None] - np.arange(BLOCKS)
+  drawn = np.random.default_rng(seed).random((B, HEADS, TILES, BLOCKS)) < 0.2
+  return jnp.asarray((drawn & (behind >= 0)) | (behind == 0))
+
+
+@given(st.integers(0, 999), st.sampled_from((0, 4, 16, 32)), st.sampled_from((1, 2)))
+def test_tables_cover_what_is_chosen_and_nothing_less_would(seed, past, share):
+  chosen = np.asarray(random_choice(seed, past))
+  wanted = block_union(chosen, kv_heads=KV, past=past // BLOCK, share=share)
+  end = (past + CHUNK) // BLOCK
+  table, count = page_table(wanted.reshape(-1, BLOCKS), past // BLOCK, end)
+  for row, (b, g) in enumerate(itertools.product(range(B), range(HEADS // share))):
+    of_group = chosen[b, g * share : (g + 1) * share].any(axis=(0, 1))
+    needed = sorted({*np.flatnonzero(of_group[:end]), *range(past // BLOCK, end)})
+    assert table[row, : count[row, 1]].tolist() == needed
+    assert count[row, 0] == sum(j < past // BLOCK for j in needed)
+    assert set(table[row, count[row, 1] :].tolist()) <= {needed[-1]}
+
+
+def test_smaller_groups_want_less_and_single_heads_their_own():
+  chosen = random_choice(3, 16)
+  by_head = block_union(chosen, kv_heads=KV, past=4, share=1)
+  of_group = block_union(chosen, kv_heads=KV, past=4)
+  np.testing.assert_array_equal(by_head[..., :4], chosen.any(axis=2)[..., :4])
+  assert (by_head <= jnp.repeat(of_group, GROUP, axis=1)).all() and (by_head.sum() < GROUP * of_group.sum())
+  with pytest.raises(InputError, match="share"):
+    block_union(chosen, kv_heads=KV, past=4, share=3)
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_the_union_is_attended_to_in_place(share):
+  q, k, _, v, view = problem()
+  wanted = block_union(random_choice(1, 16), kv_heads=KV, past=4, share=share)
+  see = jnp.repeat(jnp.repeat(wanted, share, axis=1), BLOCK, axis=-1)[:, :, None] & causal(16)
+  for found, expected in zip(attend_union(q, view, wanted), masked_softmax(q, k, v, see), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_block_sparse_attention_is_softmax_over_the_choice_which_the_union_contains():
+  """The mass that a row captures never falls from the choice to its union."""
+  q, k, _, v, view = problem()
+  chosen = random_choice(2, 16)
+  see = jnp.repeat(jnp.repeat(chosen, BLOCK, axis=-1), BLOCK, axis=-2) & causal(16)
+  expected, mass = masked_softmax(q, k, v, see)
+  found, captured = attend_blocks(q, view, chosen)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(captured, mass, rtol=1e-5, atol=1e-5)
+  _, of_union = attend_union(q, view, block_union(chosen, kv_heads=KV, past=4))
+  assert (of_union >= captured - 1e-5).all() and (of_union > captured + 1e-3).any()
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("past", [0, 16, 32])
+def test_selectors_look_backwards_alone_and_always_at_the_own_block(name, past):
+  q, k, clean, _, _ = problem(past=past)
+  chosen = np.asarray(select(name, q, k, past))
+  behind = past // BLOCK + np.arange(TILES)[:, None] - np.arange(BLOCKS)
+  assert not (chosen & (behind < 0)).any() and chosen[..., behind == 0].all()
+  np.testing.assert_array_equal(chosen, select(name, q, clean, past))  # what comes after the chunk changes nothing
+  everything = select(name, q, k, past, ALL)
+  np.testing.assert_array_equal(everything, np.broadcast_to(behind >= 0, chosen.shape))
+  assert past == 0 or chosen.mean() < everything.mean()
+
+
+def test_flash_prefill_is_its_formula():
+  q, _, k, _, _ = problem()
+  means = np.asarray(block_means(k, BLOCK))
+  chosen = select("flash_prefill", q, k, 16)
+  for b, h, i in np.ndindex(B, HEADS, TILES):
+    mass = np.zeros(BLOCKS)
+    for j in range(BLOCKS):
+      for t in range(i * BLOCK, (i + 1) * BLOCK):
+        if 16 + t >= (j + 1) * BLOCK - 1:
+          mass[j] += np.exp(np.asarray(q[b, t, h]) @ means[b, h // GROUP, j] / 4)
+    score = mass / mass.sum()
+    kept = [j <= 4 + i and (score[j] >= 0.3 * score.max() or j < 1 or 4 + i - j < 1) for j in range(BLOCKS)]
+    assert chosen[b, h, i].tolist() == kept
+
+
+def test_x_attention_is_its_formula():
+  q, _, k, _, _ = problem()
+  chosen = select("x_attention", q, k, 16)
+  for b, h in np.ndindex(B, HEADS):
+    rows, columns = np.asarray(q[b, :, h]), np.asarray(k[b, h // GROUP])
+    score = np.full((CHUNK // 2, CAPACITY // 2), -np.inf)
+    for r, c in np.ndindex(score.shape):
+      if 8 + r >= c:
+        score[r, c] = sum(rows[2 * r + 1 - s] @ columns[2 * c + s] for s in range(2)) / 8
+    weight = np.exp(score - score.max(axis=1, keepdims=True))
+    weight /= weight.sum(axis=1, keepdims=True)
+    mass = weight.reshape(TILES, 2, BLOCKS, 2).sum(axis=(1, 3))
+    for i in range(TILES):
+      forced = [0, 4 + i]
+      kept, held = set(forced), mass[i, forced].sum()
+      for j in np.argsort(-mass[i]):
+        if held < 0.5 * mass[i].sum() and j not in kept:
+          kept.add(int(j))
+          held += mass[i, j]
+      assert set(np.flatnonzero(chosen[b, h, i]).tolist()) == kept
+
+
+def test_minference_keeps_the_blocks_its_columns_and_diagonals_cross():
+  q, _, k, _, _ = problem()
+  chosen = select("minference", q, k, 16)
+  for b, h in np.ndindex(B, HEADS):
+    score = np.asarray(q[b, 8:, h]) @ np.asarray(k[b, h // GROUP]).T / 4
+    score = np.where(np.arange(CAPACITY) <= 24 + np.arange(8)[:, None], score, -np.inf)
+    weight = np.exp(score) / np.exp(score).sum(axis=1, keepdims=True)
+    along = np.array([sum(weight[t, 24 + t - o] for t in range(8) if 24 + t >= o) for o in range(CAPACITY)])
+    columns = {0, *np.argsort(-weight.sum(axis=0))[:2]}
+    offsets = {0, *np.argsort(-along)[:2]}
+    for i, j in np.ndindex(TILES, BLOCKS):
+      pairs = itertools.product(range(16 + i * BLOCK, 16 + (i + 1) * BLOCK), range(j * BLOCK, (j + 1) * BLOCK))
+      crossed = any(at - key in offsets for at, key in pairs) or any(c // BLOCK == j for c in columns)
+      assert bool(chosen[b, h, i, j]) == (crossed and j <= 4 + i)
+
+
+def test_flex_prefill_tells_heads_by_how_well_means_predict_them():
+  """Keys that are equal within a block are predicted exactly; then the mass that is kept reaches gamma."""
+  q, _, k, _, _ = problem(past=32)
+  flat = jnp.repeat(block_means(k, BLOCK), BLOCK, axis=2)
+  rows = jnp.repeat(jnp.moveaxis(q, 2, 1)[:, :, :1], CHUNK, axis=2)
+  how = dict(past=32, block=BLOCK, gamma=0.6, budget=BLOCK)
+  aware, not_aware = (flex_prefill(rows, flat, tau=tau, **how) for tau in (0.5, 0.0))
+  score = jnp.einsum("bhd,bhjd->bhj", rows[:, :, 0], jnp.repeat(block_means(flat, BLOCK), GROUP, axis=1)) / 4
+  behind = 8 + jnp.arange(TILES)[:, None] - jnp.arange(BLOCKS)
+  weight = jax.nn.softmax(jnp.where(behind >= 0, score[:, :, None], -jnp.inf), axis=-1) / TILES
+  assert (jnp.where(aware, weight, 0).sum(axis=(2, 3)) >= 0.6 - 1e-5).all()
+  assert (aware != not_aware).any()
+
+
+@pytest.mark.parametrize("method", [*ALL, "quoka"])
+def test_at_full_budget_generation_is_the_dense_one(method):
+  """Rows of different lengths; chunks that the prompts do not fill."""
+  model = random_model(configs()["qwen3"])
+  net, prompts, lengths = jax.jit(inference.take_apart)(model), random_tokens(2, 21), np.array([21, 10])
+  chosen = quoka(queries=1.0, budget=1.0) if method == "quoka" else compact(ALL[method])
+  found = generate(net, prompts, lengths, tokens=3, decoder=paged.decoder(chosen, chunk=8, page=4))
+  np.testing.assert_array_equal(found, generate(net, prompts, lengths, tokens=3))
+
+
+def test_less_than_all_changes_the_answer_and_block_means_are_kept_between_chunks():
+  net, prompts = jax.jit(inference.take_apart)(random_model(configs()["qwen3"])), random_tokens(2, 32)
+  read = lambda method, chunk: paged.prefill(net, prompts, capacity=32, chunk=chunk, page=4, method=method)
+  dense, state = read(paged.DENSE, 8)
+  nearest = functools.partial(flash_prefill, alpha=2.0, sink=0, window=1)
+  for method in compact(nearest), compact(SELECTORS["x_attention"], union=False), quoka():
+    assert 1e-4 < jnp.abs(read(method, 8)[0] - dense).max() < 10
+  _, compacted = read(compact(ALL["flash_prefill"]), 8)
+  for kept, (keys, _) in zip(compacted.memory, state.pools, strict=True):
+    np.testing.assert_allclose(kept, block_means(paged.rows(keys, state.table), 4), rtol=1e-4, atol=1e-4)
+
+
+def test_density_counts_causal_pairs():
+  chosen = random_choice(5, 16)
+  causal_blocks = np.arange(BLOCKS) <= 4 + np.arange(TILES)[:, None]
+  np.testing.assert_allclose(density(chosen, 4), np.asarray(chosen).sum() / (B * HEADS * causal_blocks.sum()))
+  np.testing.assert_allclose(density(jnp.ones((B, HEADS, TILES, BLOCKS), bool), 4), 1.0)
+
+
+def test_wrong_sizes_are_named():
+  q, k, *_ = problem()
+  with pytest.raises(InputError, match="stride is 3"):
+    x_attention(jnp.moveaxis(q, 2, 1), k, past=16, block=4, stride=3)

@@ -1,0 +1,118 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlab.core.checks import InputError
+from jaxlab.kernels.paged_attention import paged_attention
+from jaxlab.models.attention import dot_product_attention
+from tests.common import INTERPRET
+
+ROWS, PAGES, CAPACITY = 3, 14, 6
+
+
+def problem(seed, *, dtype=jnp.float32, heads=2, tokens=20, page=16, size=128):
+  """Rows at different positions, each with its own share of the pages before; what it must not read is poison."""
+  rng = np.random.default_rng(seed)
+  start = rng.integers(0, 3 * page, ROWS)
+  mine = -(-(start % page + tokens) // page)
+  opened = np.array([rng.integers(0, min(s // page, CAPACITY - m) + 1) for s, m in zip(start, mine, strict=True)])
+  count = np.stack([opened, opened + mine], axis=1).astype(np.int32)
+  table = np.stack([rng.permutation(PAGES)[:CAPACITY] for _ in range(ROWS)]).astype(np.int32)
+  q = rng.normal(size=(ROWS, tokens * heads, size))
+  pools = rng.normal(size=(2, PAGES, page, size))
+  return *(jnp.asarray(a, dtype) for a in (q, *pools)), jnp.asarray(table), jnp.asarray(count), jnp.asarray(start)
+
+
+def by_hand(q, keys, values, table, count, start, heads):
+  """Row by row and query by query, from the definition, in float64."""
+  q, keys, values = (np.asarray(a, np.float64) for a in (q, keys, values))
+  page = keys.shape[1]
+  out, total = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+  for r, i in np.ndindex(q.shape[:2]):
+    at, (opened, pages) = start[r] + i // heads, count[r]
+    seen = []
+    for j in range(pages):
+      place = (start[r] // page + j - opened) * page + np.arange(page)
+      seen += [(table[r, j], k) for k in range(page) if j < opened or place[k] <= at]
+    score = np.array([q[r, i] @ keys[p] for p in seen]) / np.sqrt(q.shape[2])
+    total[r, i] = np.logaddexp.reduce(score)
+    out[r, i] = np.exp(score - total[r, i]) @ np.array([values[p] for p in seen])
+  return out, total
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "implementation"))
+def run(arrays, heads, implementation):
+  interpret = implementation != "reference" and INTERPRET
+  return paged_attention(*arrays, heads=heads, implementation=implementation, interpret=interpret)
+
+
+@given(st.integers(0, 10_000))
+def test_the_reference_is_the_definition(seed):
+  arrays = problem(seed, tokens=5, page=4, size=8)
+  for found, expected in zip(run(arrays, 2, "reference"), by_hand(*map(np.asarray, arrays), 2), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("heads, tokens, page", [(1, 20, 16), (4, 33, 32), (8, 1, 16)])
+def test_kernels_equal_the_reference(implementation, dtype, tolerance, heads, tokens, page):
+  """Groups of heads, sizes that no block divides, one token; rows end within a page, whose rest is poison."""
+  for seed in range(2):
+    q, keys, values, table, count, start = arrays = problem(seed, dtype=dtype, heads=heads, tokens=tokens, page=page)
+    expected = run(arrays, heads, "reference")
+    last = np.full((PAGES, page), True)
+    for r in range(ROWS):
+      for j in range(count[r, 1]):
+        place = (start[r] // page + j - count[r, 0]) * page + np.arange(page)
+        last[table[r, j]] &= (place >= start[r] + tokens) & (j >= count[r, 0])
+    poison = lambda a, last=last: jnp.where(last[..., None], jnp.nan, a)
+    found = run((q, poison(keys), poison(values), table, count, start), heads, implementation)
+    for a, b in zip(found, expected, strict=True):
+      assert a.dtype == b.dtype
+      np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tolerance, atol=tolerance)
+
+
+def test_all_pages_are_dense_attention():
+  tokens, page, pages = 8, 4, 6
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (1, n, 1, 16)) for key, n in zip(keys, (tokens, 24, 24), strict=True))
+  start = jnp.array([16])
+  expected = dot_product_attention(q, k, v, start=start)
+  table, count = jnp.arange(pages)[None], jnp.array([[4, 6]])
+  pool = lambda a: a.reshape(pages, page, 16)
+  out, _ = paged_attention(q[:, :, 0], pool(k), pool(v), table, count, start)
+  np.testing.assert_allclose(out, expected[:, :, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_pages_is_zero():
+  q, keys, values, table, count, start = problem(0)
+  for implementation in "reference", "triton", "mosaic_tpu":
+    out, total = run((q, keys, values, table, count.at[1].set(0), start), 2, implementation)
+    assert not np.asarray(out[1]).any() and np.isneginf(total[1]).all() and np.isfinite(out).all()
+
+
+def test_it_lowers_for_tpus_and_for_cuda():
+  for dtype in jnp.float32, jnp.bfloat16:
+    arrays = problem(0, dtype=dtype)
+    for name, platform, call in ("mosaic_tpu", "tpu", "tpu_custom_call"), ("triton", "cuda", "triton"):
+      kernel = jax.jit(functools.partial(paged_attention, heads=2, implementation=name))
+      assert call in kernel.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_what_it_cannot_do_is_named():
+  q, keys, values, table, count, start = problem(0, size=24)
+  with pytest.raises(InputError, match="the triton kernel takes pages and head_dim that are powers of two"):
+    paged_attention(q, keys, values, table, count, start, implementation="triton")
+  with pytest.raises(InputError, match="do not fit"):
+    paged_attention(q, keys[..., :8], values, table, count, start)
+  with pytest.raises(InputError, match="41 heads"):
+    paged_attention(q, keys, values, table, count, start, heads=41)
+  arrays = problem(0)
+  with pytest.raises(InputError, match="has no derivative"):
+    jax.grad(lambda q: run((q, *arrays[1:]), 2, "triton")[0].sum())(arrays[0])
