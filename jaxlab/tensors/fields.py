@@ -176,7 +176,7 @@ def _echelon(vt, significant):
   kept = jnp.arange(len(s)) < rank
   rows = jnp.matmul(wt.T * jnp.where(kept, 1 / jnp.where(kept, s, 1), 0), u.T @ basis)  # row j belongs to column j
   rows = jnp.where(pivots[:, None] & (jnp.abs(rows) > TOLERANCE), rows, 0)
-  # Rows with a pivot move to the front by a product: batched sorts have been seen to hang XLA on a CPU.
+  # Rows with a pivot move to the front.
   first = (jnp.cumsum(pivots) - 1 == jnp.arange(len(vt))[:, None]) & pivots
   return jnp.matmul(first.astype(rows.dtype), rows)
 
