@@ -57,8 +57,7 @@ def smooth(
     linear: eta_j.
     scan: "assoc" has depth O(log steps) and about six times the work, for accelerators; "doubling" has half its
       depth, log(steps) / 2 times its work, and compiles in a fraction of the time (`recurrence.doubling_scan`); "seq"
-      is the plain loop. In float32 the parallel ones can lose a positive covariance once Lam is about 1e6 times the
-      prior precision; "seq" does not.
+      is the plain loop. In float32 all keep positive covariances with Lam up to 1e6 times the prior precision.
 
   Raises:
     InputError: another scan, or shapes that disagree.
@@ -136,10 +135,13 @@ def _filter_scan(scan, chain, precision, linear):
   eye = jnp.eye(state, dtype=linear.dtype)
   solved = jnp.linalg.solve(eye + precision @ q, jnp.concatenate([precision, linear[..., None]], -1))
   inverse, s = symmetric(solved[..., :state]), solved[..., state]
+  # Joseph's form of Q - Q S Q: of that difference float32 keeps no digit with Lam 1e6 times the prior's precision.
+  left = symmetric(jnp.linalg.solve(eye + q @ precision, q))
+  keep = eye - left @ precision
   element = (
-    a - q @ inverse @ a,
+    keep @ a,
     _apply(q, s),
-    symmetric(q - q @ inverse @ q),
+    symmetric(keep @ q @ _t(keep) + left @ precision @ left),
     _apply(_t(a), s),
     symmetric(_t(a) @ inverse @ a),
   )
@@ -167,7 +169,11 @@ def _smooth_scan(scan, chain, mean, cov):
   gain = _t(_solve_positive(symmetric(a @ cov[:-1] @ _t(a) + q), a @ cov[:-1]))
   gain = jnp.concatenate([gain, jnp.zeros_like(cov[:1])])
   step = jnp.concatenate([a, jnp.zeros_like(cov[:1])])
-  element = (gain, mean - _apply(gain, _apply(step, mean)), symmetric(cov - gain @ step @ cov))
+  # Joseph's form of cov - gain @ step @ cov: a sum of positive terms.
+  keep = jnp.eye(mean.shape[-1], dtype=mean.dtype) - gain @ step
+  noise = jnp.concatenate([q, jnp.zeros_like(cov[:1])])
+  rest = symmetric(keep @ cov @ _t(keep) + gain @ noise @ _t(gain))
+  element = (gain, mean - _apply(gain, _apply(step, mean)), rest)
 
   def combine(later, earlier):
     (e2, g2, l2), (e1, g1, l1) = later, earlier

@@ -146,17 +146,39 @@ def _eliminate_exactly(m, p, mask):
 
 
 def _eliminate_reals(m, mask):
-  """Rows rotated by U' of the masked columns' U S V': those past the rank vanish there. Columns keep their units."""
+  """Rows rotated by U' of the masked columns' U S V': those past the rank vanish there. Columns keep their units.
+
+  Rotations of equal singular values are arbitrary and may leave a row tiny. Its entries are then true to the rounding
+  of a row of length 1 only, so the rows past the rank are brought to `_echelon` before anyone sizes them anew.
+  """
   m, scale, _ = _equilibrated(m)
   u, s, vt = jnp.linalg.svd(jnp.where(mask, m, 0), full_matrices=True)
   significant = s > TOLERANCE * s[0]
   rank = jnp.sum(significant, dtype=jnp.int32)
   rows = u.T @ m
-  rest = jnp.arange(len(rows))[:, None] >= rank
-  # Rounding must leave no dust where the exact answer is zero: equilibrated again, it would count.
-  rows = jnp.where((rest & mask) | (jnp.abs(rows) <= TOLERANCE), 0, rows) * scale
+  past = jnp.arange(len(rows))[:, None] >= rank
+  _, t, wt = jnp.linalg.svd(jnp.where(past & ~mask, rows, 0), full_matrices=False)
+  rest = _echelon(wt, t > TOLERANCE)
+  rest = jnp.roll(jnp.pad(rest, ((0, max(len(rows) - len(rest), 0)), (0, 0)))[: len(rows)], rank, axis=0)
   basis = jnp.where(significant[:, None], vt[: len(s)], 0)
-  return Reduced(rows, _independent_columns(basis, rank), rank)
+  return Reduced(jnp.where(past, rest, rows) * scale, _independent_columns(basis, rank), rank)
+
+
+def _echelon(vt, significant):
+  """Of the orthonormal rows that are significant the combinations with unit vectors in their pivot columns, first.
+
+  Which rows span a space is arbitrary, and rounding decides; these depend on the choice of columns alone. An entry that
+  is zero in exact arithmetic is then rounding, and is set to zero: sized again, it would count.
+  """
+  basis, rank = jnp.where(significant[:, None], vt, 0), jnp.sum(significant)
+  pivots = _independent_columns(basis, rank)
+  u, s, wt = jnp.linalg.svd(jnp.where(pivots, basis, 0), full_matrices=False)
+  kept = jnp.arange(len(s)) < rank
+  rows = jnp.matmul(wt.T * jnp.where(kept, 1 / jnp.where(kept, s, 1), 0), u.T @ basis)  # row j belongs to column j
+  rows = jnp.where(pivots[:, None] & (jnp.abs(rows) > TOLERANCE), rows, 0)
+  # Rows with a pivot move to the front.
+  first = (jnp.cumsum(pivots) - 1 == jnp.arange(len(vt))[:, None]) & pivots
+  return jnp.matmul(first.astype(rows.dtype), rows)
 
 
 def _independent_columns(basis, rank):
@@ -224,20 +246,22 @@ def _eliminate_words(m, mask):
   return Reduced(*jax.lax.fori_loop(0, 32 * words, step, (m, jnp.zeros(words, jnp.uint32), jnp.int32(0))))
 
 
-def row_basis(m: Float[Array, "m n"]) -> Float[Array, "k n"]:
-  """Over the reals: independent rows of the row space, orthogonal but for the columns' units, then zeros."""
+def row_basis(m: Float[Array, "m n"], mask: Shaped[Array, "n"] | None = None) -> Float[Array, "k n"]:
+  """Over the reals: independent rows that span the row space, then zeros; with a mask, of m's columns there.
+
+  They are those of a reduced echelon form whose pivots are columns as independent as can be had. A rank in the columns
+  of a mask is judged against the whole length of the rows: entries far below it are rounding of the others.
+  """
   m, scale, _ = _equilibrated(m)
-  _, s, vt = jnp.linalg.svd(m, full_matrices=False)
-  kept = (s > TOLERANCE * jnp.max(s, initial=0))[:, None] & (jnp.abs(vt) > TOLERANCE)
-  return jnp.where(kept, vt, 0) * scale
+  _, s, vt = jnp.linalg.svd(m if mask is None else jnp.where(mask, m, 0), full_matrices=False)
+  return _echelon(vt, s > TOLERANCE * jnp.max(s, initial=0)) * scale
 
 
 def complement(m: Float[Array, "m n"]) -> Float[Array, "n n"]:
-  """Over the reals: rows that span the vectors orthogonal to all rows, the first ones zero."""
+  """Over the reals: rows that span the vectors orthogonal to all rows, then zeros."""
   m, scale, _ = _equilibrated(m)
   _, s, vt = jnp.linalg.svd(jnp.pad(m, ((0, max(m.shape[1] - m.shape[0], 0)), (0, 0))), full_matrices=False)
-  kept = (s <= TOLERANCE * jnp.max(s, initial=0))[:, None] & (jnp.abs(vt) > TOLERANCE)
-  return jnp.where(kept, vt, 0) / scale
+  return _echelon(vt, s <= TOLERANCE * jnp.max(s, initial=0)) / scale
 
 
 def keep(m: Shaped[Array, "m n"], mask: Shaped[Array, "n"]) -> Shaped[Array, "m n"]:
@@ -267,15 +291,18 @@ def projector(m: Float[Array, "m n"]) -> Float[Array, "n n"]:
   return used @ used.T
 
 
-def gap(m: Float[Array, "m n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def gap(m: Float[Array, "m n"], mask: Shaped[Array, "n"] | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """How safe a rank over the reals is: shares of the largest singular value, rows and columns of one size.
+
+  Args:
+    mask: of the rank in these columns.
 
   Returns:
     (the least taken as nonzero, infinite for rank 0; the largest taken as zero).
   """
   check_space(m, 0)
   even, _, dust = _equilibrated(m)
-  s = jnp.linalg.svd(even, compute_uv=False)
+  s = jnp.linalg.svd(even if mask is None else jnp.where(mask, even, 0), compute_uv=False)
   share = s / jnp.maximum(jnp.max(s, initial=0), jnp.finfo(s.dtype).tiny)
   nonzero = share > TOLERANCE
   return jnp.min(jnp.where(nonzero, share, jnp.inf), initial=jnp.inf), jnp.max(

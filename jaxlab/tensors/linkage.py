@@ -48,7 +48,8 @@ def rank(m: Space, p: int) -> Int[Array, ""]:
 
 def restrict(m: Space, mask: Mask, p: int) -> Space:
   """V o mask, with zeros in the other columns."""
-  return canonical(fields.keep(m, mask), p)
+  fields.check_space(m, p)
+  return canonical(fields.keep(m, mask), p) if p or not m.size else _square(fields.row_basis(m, mask))
 
 
 def contract(m: Space, mask: Mask, p: int) -> Space:
@@ -90,7 +91,7 @@ def perp(m: Space, p: int) -> Space:
 
 def connectivity(m: Space, mask: Mask, p: int) -> Int[Array, ""]:
   """lambda = r(V o S) + r(V o Q) - r(V), S the mask and Q the rest: the least |P| of any decomposition."""
-  part = lambda mask: rank(fields.keep(m, mask), p)
+  part = lambda mask: _reduced(m, p, mask).rank
   return part(mask) + part(~mask) - rank(m, p)
 
 
@@ -188,7 +189,7 @@ def decompose_minor(m: Space, nS: int, p: int) -> tuple[Space, Space, Mask]:
   nQ = m.shape[1] - nS
   s, q = _blocks(m, (nS, True), (nQ, False)), _blocks(m, (nS, False), (nQ, True))
   pivots_b = eliminate(contract(m, q, p), p).pivots
-  t = eliminate(_reduced(fields.keep(m, q), p, pivots_b).rest(), p, q & ~pivots_b).pivots
+  t = eliminate(eliminate(restrict(m, q, p), p, pivots_b).rest(), p, q & ~pivots_b).pivots
   v_sp = contract(restrict(m, s | pivots_b | t, p), s | t, p)
   swapped = jnp.concatenate([v_sp[:, nS:], v_sp[:, :nS]], 1)
   return v_sp, link(swapped, m, nQ, nS, nQ, p), t[nS:]
@@ -261,9 +262,11 @@ def _into(v, space, cut, p, *, first):
 def _complete(some, spanning, width, p):
   """Rows of the basis `spanning` that complete `some` to its row space, a unit vector (of `width`) each, their number.
 
-  Rows that are independent of those before them are the pivot columns of the transpose; rows of `some` come first.
+  Rows that are independent of those before them are the pivot columns of the transpose, once `some` is eliminated.
   """
-  chosen = eliminate(jnp.concatenate([some, spanning]).T, p).pivots[len(some) :]
+  stacked = jnp.concatenate([some, spanning]).T
+  first = jnp.arange(stacked.shape[1]) < len(some)
+  chosen = eliminate(eliminate(stacked, p, first).rest(), p, ~first).pivots[len(some) :]
   names = (jnp.cumsum(chosen)[:, None] - 1 == jnp.arange(width)) & chosen[:, None]
   return jnp.where(chosen[:, None], spanning, 0), names.astype(spanning.dtype), jnp.sum(chosen)
 

@@ -499,6 +499,37 @@ def test_a_gap_that_is_none_is_shown():
     assert float(dust) > 0  # a row shorter than rounding is taken as zero, and said so
 
 
+def test_rows_that_are_rounding_in_some_columns_have_no_rank_there():
+  """Orthonormal rows of a space, turned by 1e-8: in S the first row is rounding, yet its length there is 1e-8.
+
+  Singular vectors of equal singular values come out like that; sized anew in S, the row counted as a second direction.
+  """
+  with jax.enable_x64(True):
+    rows = np.array([[0, 0, 0, 1, 1], [1, 1 / 3, 2 / 3, 0, 0.0]])
+    turned = np.array([[1, 1e-8], [-1e-8, 1]]) @ rows
+    space = fields.space(turned + 1e-16 * np.random.default_rng(0).normal(size=(2, 5)), 0)
+    on_s = jnp.arange(5) < 3
+    assert int(linkage.connectivity(space, on_s, 0)) == 0
+    assert int(linkage.rank(linkage.restrict(space, on_s, 0), 0)) == 1
+    nonzero, zero = map(float, fields.gap(space, on_s))
+    assert nonzero == 1 and zero < 1e-14
+    plain = np.asarray(linkage.canonical(space, 0))  # unit vectors in the pivot columns, nothing in between
+    assert np.abs(plain[plain != 0]).min() > 0.1
+
+
+def test_spaces_decompose_over_the_reals_as_over_a_large_prime():
+  """lambda coordinates, and the link of the parts is the space."""
+  m = jnp.asarray(np.random.default_rng(5).integers(0, 3, (30, 3, 2 * N)) * [[[1], [1], [0]]], jnp.int32)
+  with jax.enable_x64(True):
+    v_sp, v_pq, size = batched(lambda m: linkage.decompose(m, N, 0))(m.astype(float))
+    np.testing.assert_array_equal(size, batched(lambda m: linkage.connectivity(m, FIRST, 32749))(m))
+    again = batched(lambda a, b: linkage.link(a, b, N, N, N, 0))(v_sp, v_pq)
+    same = jnp.concatenate([again, m.astype(float)], 1)
+    np.testing.assert_array_equal(
+      batched(lambda m: linkage.rank(m, 0))(same), batched(lambda m: linkage.rank(m, 32749))(m)
+    )
+
+
 def test_integers_beyond_the_field_are_brought_into_it():
   """An incidence matrix has entries -1; packed words, `space` and the bare array are one space."""
   bare = jnp.asarray(graphs.incidence([[0, 1], [1, 2], [0, 2]], 3))
