@@ -62,7 +62,7 @@ def training_rows(tokens: Tokens, tokenizer: Tokenizer, *, row: int, seed: int) 
     while left > 0:
       if left < SHORTEST:
         length = left
-        ids = np.concatenate([[tokens.bos], _hay(tokens, length - 1, rng)])
+        ids = np.concatenate([[tokens.bos], hay(tokens, length - 1, rng)])
       else:
         length = int(np.exp(rng.uniform(np.log(SHORTEST), np.log(row + 1))))
         length = left if left - length < SHORTEST // 4 or length > left else length
@@ -86,30 +86,20 @@ def _room(length: int) -> int:
 def _document(task, tokens, tokenizer, *, length, facts, questions, rng):
   """(ids of exactly `length`, [(start, stop) of each answer])."""
   encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-  names = [
-    f"{_ADJECTIVES[i // len(_NOUNS)]} {_NOUNS[i % len(_NOUNS)]}"
-    for i in rng.choice(len(_ADJECTIVES) * len(_NOUNS), size=facts, replace=False)
-  ]
+  things = names(facts, rng)
   values = [str(v) for v in rng.integers(10_000, 100_000, size=facts)]
   if task == "variable_tracking":
-    says = [f" The value of the {names[0]} is {values[0]}."]
-    says += [f" The value of the {b} is that of the {a}." for a, b in itertools.pairwise(names)]
+    says = [f" The value of the {things[0]} is {values[0]}."]
+    says += [f" The value of the {b} is that of the {a}." for a, b in itertools.pairwise(things)]
     values, phrase = [values[0]] * facts, " The value of the {} is"
   else:
-    says = [f" The pass key of the {n} is {v}." for n, v in zip(names, values, strict=True)]
+    says = [f" The pass key of the {n} is {v}." for n, v in zip(things, values, strict=True)]
     phrase = " The pass key of the {} is"
   statements = [encode(text) for text in says]
   asked = rng.choice(facts, size=questions, replace=False)
-  tail = [(encode(f"\n\nQuestion:{phrase.format(names[i])}"), encode(f" {values[i]}")) for i in asked]
+  tail = [(encode(f"\n\nQuestion:{phrase.format(things[i])}"), encode(f" {values[i]}")) for i in asked]
   used = sum(map(len, statements)) + sum(len(q) + len(a) for q, a in tail)
-  hay = _hay(tokens, length - 1 - used, rng)
-  # Chains of variables are told in order, so that each is known when it is copied.
-  places = np.sort(rng.integers(0, len(hay) + 1, size=facts))
-  ids, previous = [tokens.bos], 0
-  for place, statement in zip(places, statements, strict=True):
-    ids += [*hay[previous:place], *statement]
-    previous = place
-  ids += [*hay[previous:]]
+  ids = [tokens.bos, *hide(statements, hay(tokens, length - 1 - used, rng), rng)]
   answers = []
   for question, answer in tail:
     ids += question
@@ -118,6 +108,30 @@ def _document(task, tokens, tokenizer, *, length, facts, questions, rng):
   return np.array(ids, np.int32), answers
 
 
-def _hay(tokens: Tokens, size: int, rng: np.random.Generator) -> np.ndarray:
+def names(count: int, rng: np.random.Generator) -> list[str]:
+  """Different things of two words, at most 1,024."""
+  every = len(_ADJECTIVES) * len(_NOUNS)
+  require(count <= every, f"{count} names are asked for; there are {every}")
+  chosen = rng.choice(every, size=count, replace=False)
+  return [f"{_ADJECTIVES[i // len(_NOUNS)]} {_NOUNS[i % len(_NOUNS)]}" for i in chosen]
+
+
+def words(count: int, rng: np.random.Generator) -> list[str]:
+  """Different nouns, at most 32."""
+  return [_NOUNS[i] for i in rng.choice(len(_NOUNS), size=count, replace=False)]
+
+
+def hide(statements: list[list[int]], text: np.ndarray, rng: np.random.Generator) -> list[int]:
+  """The ids of the text with the statements, in their order, at random places between them."""
+  # Chains of variables are told in order, so that each is known when it is copied.
+  places = np.sort(rng.integers(0, len(text) + 1, size=len(statements)))
+  ids, previous = [], 0
+  for place, statement in zip(places, statements, strict=True):
+    ids += [*text[previous:place], *statement]
+    previous = place
+  return [*ids, *text[previous:]]
+
+
+def hay(tokens: Tokens, size: int, rng: np.random.Generator) -> np.ndarray:
   """Consecutive text from a random place, repeated from the start where the corpus is shorter."""
   return np.take(tokens.ids, np.arange(size) + rng.integers(len(tokens.ids)), mode="wrap")

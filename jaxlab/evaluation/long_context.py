@@ -1,0 +1,128 @@
+"""What a model under a cache or attention method still does with a long context: one harness for all of them.
+
+  rows = [question("multi_key", tokens, tokenizer, length=4096, seed=i) for i in range(200)]
+  found = answered(network, decoder, tokenizer, rows, batch=8)     # share of every question's answers that were given
+  share, (low, high) = found.mean(), interval(found)
+
+Tasks after RULER (Hsieh et al. 2024, arXiv 2404.06654), in real text: needle, multi_key, variable_tracking (those of
+`jaxlab.data.recall`), multi_value (several numbers of one thing) and common_words (the most frequent words of a list).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tokenizers import Tokenizer
+
+from jaxlab.core.checks import require, require_choice
+from jaxlab.data import recall
+from jaxlab.data.tokens import Tokens
+from jaxlab.models.generate import Decoder, generate, pad
+from jaxlab.models.inference import Network
+
+TASKS = (*recall.TASKS, "multi_value", "common_words")
+_VALUES = 3  # that are asked for
+_OFTENER = 4  # how much more often a common word stands in the list
+
+
+class Question(NamedTuple):
+  """A prompt of int32 ids that begins with BOS, the answers due after it, and the tokens to give them in."""
+
+  prompt: np.ndarray
+  answers: tuple[str, ...]
+  tokens: int
+
+
+def question(task: str, tokens: Tokens, tokenizer: Tokenizer, *, length: int, seed: int) -> Question:
+  """One question about a document, which together with its answer is at most `length` tokens long.
+
+  Args:
+    tokens: text to hide the facts in.
+
+  Raises:
+    InputError: an unknown task, or a length under 160 tokens.
+  """
+  require_choice("task", task, TASKS)
+  rng = np.random.default_rng([seed, length, TASKS.index(task)])
+  if task in recall.TASKS:
+    made = recall.example(task, tokens, tokenizer, length=length, rng=rng)
+    return Question(made.prompt, (tokenizer.decode(made.answer.tolist()).strip(),), len(made.answer))
+  require(length >= recall.SHORTEST, f"a document of {length} tokens is too short; use at least {recall.SHORTEST}")
+  encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+  if task == "multi_value":
+    name, *others = recall.names(1 + (length - recall.SHORTEST) // 256, rng)
+    numbers = [str(v) for v in rng.choice(np.arange(10_000, 100_000), _VALUES + len(others), replace=False)]
+    says = [f" One of the numbers of the {name} is {v}." for v in numbers[:_VALUES]]
+    says += [f" One of the numbers of the {o} is {v}." for o, v in zip(others, numbers[_VALUES:], strict=True)]
+    asked, answers = f"\n\nQuestion: The {_VALUES} numbers of the {name} are", tuple(numbers[:_VALUES])
+    facts = [encode(says[i]) for i in rng.permutation(len(says))]
+  else:
+    words = recall.words(4 * _VALUES, rng)
+    answers = tuple(words[:_VALUES])
+    asked, facts = f"\n\nQuestion: The {_VALUES} most common words of the list are", []
+  tail = encode(asked)
+  room = len(encode(" " + ", ".join(answers))) + _VALUES
+  size = length - 1 - len(tail) - room
+  if task == "common_words":
+    # As many rounds as fit, each every rare word once and every common one `_OFTENER` times.
+    round_ = [encode(f" {word}") for word in [*answers * _OFTENER, *words[_VALUES:]]]
+    rounds = size // sum(map(len, round_))
+    require(rounds >= 1, f"a list of words does not fit in {length} tokens; use a longer document")
+    body = [i for k in rng.permutation(rounds * len(round_)) for i in round_[k % len(round_)]]
+  else:
+    body = recall.hide(facts, recall.hay(tokens, size - sum(map(len, facts)), rng), rng)
+  return Question(np.array([tokens.bos, *body, *tail], np.int32), answers, room)
+
+
+def answered(
+  network: Network, decoder: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int
+) -> Float[np.ndarray, "questions"]:
+  """The share of every question's answers that greedy generation gives, as text."""
+  shares = []
+  for i in range(0, len(questions), batch):
+    rows = [*questions[i : i + batch]]
+    rows += [rows[-1]] * (batch - len(rows))  # one shape, one program
+    prompts, lengths = pad([row.prompt for row in rows])
+    made = generate(network, prompts, lengths, tokens=max(row.tokens for row in rows), decoder=decoder)
+    for row, ids in zip(rows, np.asarray(made), strict=True):
+      text = tokenizer.decode(ids[: row.tokens].tolist())
+      shares.append(np.mean([answer in text for answer in row.answers]))
+  return np.array(shares[: len(questions)])
+
+
+def interval(shares: Sequence[float]) -> tuple[float, float]:
+  """95 % interval of a mean of shares between 0 and 1: Wilson's, which holds at 0 and 1 too."""
+  n, mean, z = len(shares), float(np.mean(shares)), 1.959964
+  require(n > 0, "no question was asked; give at least one")
+  middle, half = mean + z**2 / (2 * n), z * (mean * (1 - mean) / n + z**2 / (4 * n**2)) ** 0.5
+  return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
+def continuation_losses(
+  network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
+) -> Float[Array, "batch rest"]:
+  """Cross-entropy in nats of the tokens from `prompt` on, read one by one behind a prompt of that many.
+
+  What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
+  """
+  logits, state = decoder.prefill(network, tokens[:, :prompt], None, capacity=tokens.shape[1])
+  loss = lambda logits, token: -jnp.take_along_axis(jax.nn.log_softmax(logits[:, 0]), token[:, None], axis=1)[:, 0]
+
+  def one(state, pair):
+    token, following = pair
+    logits, state = decoder.step(network, token[:, None], state)
+    return state, loss(logits, following)
+
+  rest = tokens[:, prompt:]
+  _, losses = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
+  return jnp.concatenate([loss(logits, rest[:, 0])[:, None], losses.T], axis=1)
+
+
+def cache_bytes(state) -> int:
+  """Bytes of everything a decoder's state holds, or would hold if it is a tree of shapes."""
+  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
