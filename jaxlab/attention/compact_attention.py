@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.attention.seer_gate import pooled_keys, seer
 from jaxlab.attention.selection import Selection, block_means, flash_prefill
 from jaxlab.core.checks import require, require_divides
 from jaxlab.kernels.paged_attention import paged_attention
@@ -118,21 +119,34 @@ def density(taken: Bool[Array, "*rows query_blocks key_blocks"], past: Int[Array
   return (taken & causal).sum() / causal.sum()
 
 
+# What a selector reads of a block of keys where that is not the keys: kept from chunk to chunk, as if a page.
+SUMMARIES = {flash_prefill: block_means, seer: pooled_keys}
+
+
 def compact(
-  select: Callable = flash_prefill, *, share: int | None = None, union: bool = True, implementation: str | None = None
+  select: Callable | tuple[Callable, ...] = flash_prefill,
+  *,
+  share: int | None = None,
+  union: bool = True,
+  implementation: str | None = None,
 ) -> paged.Method:
   """The method for a paged cache; decoding, and the first chunk, are dense.
 
   Args:
-    select: one of `selection`, its options bound; it is given q, the keys (`flash_prefill`: their block means, which
-      are kept from chunk to chunk), past= and block=, the page.
+    select: one of `selection` or `seer_gate.seer`, its options bound, for all layers or one for each; it is given q,
+      the keys or their `SUMMARIES`, past= and block=, the page.
+    share: heads that share a table (`block_union`).
     union: False runs every query block on its own blocks instead (`attend_blocks`).
   """
-  by_means = _function(select) is flash_prefill
+  of_layer = lambda layer: select[layer] if isinstance(select, tuple) else select
+  summary = SUMMARIES.get(_function(of_layer(0)))
 
   def empty(config, *, batch, capacity, page, dtype):
-    means = lambda: jnp.zeros((batch, config.kv_heads, capacity // page, config.head_dim), jnp.float32)
-    return tuple(means() for _ in range(config.depth if by_means else 0))
+    if summary is None:
+      return ()
+    keys = jax.ShapeDtypeStruct((batch, config.kv_heads, capacity, config.head_dim), dtype)
+    shape = jax.eval_shape(lambda k: summary(k, page), keys)
+    return tuple(jnp.zeros(shape.shape, shape.dtype) for _ in range(config.depth))
 
   def attend(q, k, v, view: paged.View, memory):
     time, page = q.shape[1], view.keys.shape[2]
@@ -141,14 +155,14 @@ def compact(
     require_divides("the page", page, "the chunk", time)
     require(jnp.ndim(view.start) == 0, "chunks of rows that start at positions of their own cannot be selected for")
     rows = jnp.moveaxis(q, 2, 1)
-    if by_means:
+    if summary:
       keys = memory[view.layer]
-      new = block_means(jnp.moveaxis(k, 2, 1), page)
+      new = summary(jnp.moveaxis(k, 2, 1), page)
       keys = jax.lax.dynamic_update_slice(keys, new.astype(keys.dtype), (0, 0, view.start // page, 0))
       memory = (*memory[: view.layer], keys, *memory[view.layer + 1 :])
     else:
       keys = paged.rows(view.keys, view.table)
-    chosen = select(rows, keys, past=view.start, block=page)
+    chosen = of_layer(view.layer)(rows, keys, past=view.start, block=page)
     if not union:
       return attend_blocks(q, view, chosen, implementation=implementation)[0], memory
     wanted = block_union(chosen, kv_heads=k.shape[2], past=view.start // page, share=share)

@@ -48,7 +48,7 @@ def flash_prefill(
   top = z.max(axis=(3, 4), keepdims=True)
   mass = jnp.exp(z - jnp.where(jnp.isfinite(top), top, 0)).sum(axis=3)
   score = mass / (mass.sum(axis=-1, keepdims=True) + 1e-9)
-  behind = _behind(past, score.shape[2], blocks, block)
+  behind = blocks_behind(past, score.shape[2], blocks, block)
   near = (behind < window) | (jnp.arange(blocks) < sink)
   return ((score >= alpha * score.max(axis=-1, keepdims=True)) | near) & (behind >= 0)
 
@@ -62,13 +62,13 @@ def x_attention(q, k, *, past, block: int, stride: int = 8, threshold: float = 0
   folded = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], -1, stride, x.shape[3])
   rows, columns = folded(q)[..., ::-1, :], folded(k)
   flat = lambda x: x.reshape(*x.shape[:3], -1)
-  z = _grouped(flat(rows), flat(columns)) / (math.sqrt(q.shape[3]) * stride)
+  z = grouped_products(flat(rows), flat(columns)) / (math.sqrt(q.shape[3]) * stride)
   row = past // stride + jnp.arange(z.shape[2])
   z = jnp.where(row[:, None] >= jnp.arange(z.shape[3]), z, -jnp.inf)
   weight = jax.nn.softmax(z, axis=-1)
   each = block // stride
   mass = weight.reshape(*z.shape[:2], z.shape[2] // each, each, z.shape[3] // each, each).sum(axis=(3, 5))
-  behind = _behind(past, mass.shape[2], mass.shape[3], block)
+  behind = blocks_behind(past, mass.shape[2], mass.shape[3], block)
   forced = (behind == 0) | ((jnp.arange(mass.shape[3]) == 0) & (behind >= 0))
   return _cover(mass, threshold * mass.sum(axis=-1, keepdims=True), forced) & (behind >= 0)
 
@@ -91,7 +91,7 @@ def minference(
   inside = grouped(diagonals)
   before = jnp.pad(inside[..., 1:].any(axis=-1), ((0, 0), (0, 0), (1, 0)))[..., :-1]
   crossed = inside.any(axis=-1) | before
-  behind = _behind(past, q.shape[2] // block, crossed.shape[2], block)
+  behind = blocks_behind(past, q.shape[2] // block, crossed.shape[2], block)
   return (any_column[:, :, None] | crossed[:, :, jnp.maximum(behind, 0)]) & (behind >= 0)
 
 
@@ -108,10 +108,10 @@ def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1
   true = per_block(weight).mean(axis=2)
   means = block_means(k, block)
   known = jnp.arange(blocks) < filled
-  guess = _grouped(block_means(tail, tail.shape[2]), means)[:, :, 0] / math.sqrt(q.shape[3])
+  guess = grouped_products(block_means(tail, tail.shape[2]), means)[:, :, 0] / math.sqrt(q.shape[3])
   guess = jax.nn.softmax(jnp.where(known, guess, -jnp.inf), axis=-1)
   aware = jnp.sqrt(_divergence(true, guess)) < tau
-  behind = _behind(past, q.shape[2] // block, blocks, block)
+  behind = blocks_behind(past, q.shape[2] // block, blocks, block)
   least = max(1, budget // block)
 
   def kept(mass, at_least: int | None):
@@ -129,14 +129,14 @@ def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1
     return across[:, :, None] | along[:, :, jnp.maximum(behind, 0)] | forced
 
   pooled = block_means(q, block)
-  score = _grouped(pooled, means) / math.sqrt(q.shape[3])
+  score = grouped_products(pooled, means) / math.sqrt(q.shape[3])
   weight = jax.nn.softmax(jnp.where(behind >= 0, score, -jnp.inf), axis=-1) / score.shape[2]
   flat = weight.reshape(*weight.shape[:2], 1, -1)
   by_mass = _cover(flat, gamma, jnp.zeros(flat.shape[2:], bool)).reshape(weight.shape) | vertical_slash(least)
   return jnp.where(aware[..., None, None], by_mass, vertical_slash()) & (behind >= 0)
 
 
-def _grouped(q, k):
+def grouped_products(q, k):
   """q . k of every query head with its key head, float32[batch, q_heads, queries, keys]."""
   batch, heads, queries, size = q.shape
   grouped = q.astype(jnp.float32).reshape(batch, k.shape[1], -1, queries, size)
@@ -146,7 +146,7 @@ def _grouped(q, k):
 
 def _scores(q, k, past):
   """(scaled products, positions of the queries)."""
-  return _grouped(q, k) / math.sqrt(q.shape[3]), past + jnp.arange(q.shape[2])
+  return grouped_products(q, k) / math.sqrt(q.shape[3]), past + jnp.arange(q.shape[2])
 
 
 def _by_block(a, block: int):
@@ -154,7 +154,7 @@ def _by_block(a, block: int):
   return a.reshape(*a.shape[:-2], -1, block, a.shape[-1])
 
 
-def _behind(past, query_blocks: int, key_blocks: int, block: int):
+def blocks_behind(past, query_blocks: int, key_blocks: int, block: int):
   """How many blocks a key block lies behind the query's own; negative where it lies ahead."""
   return past // block + jnp.arange(query_blocks)[:, None] - jnp.arange(key_blocks)
 
