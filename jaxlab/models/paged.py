@@ -55,7 +55,8 @@ class View(NamedTuple):
 
   Attributes:
     layer: its number; window: as in `AttentionFn`.
-    keys, values: (kv_heads, pages, page, head_dim); table: (batch, pages_per_row).
+    keys, values: (kv_heads, pages, page, head_dim), or None where the pools were dropped; table: (batch,
+      pages_per_row).
     start: position of the first new token, of all rows or of each.
     lengths: (batch,), the positions of every row that count, new tokens included; later ones are padding.
     x: the layer's input, (batch, time, width).
@@ -84,12 +85,12 @@ class Method(NamedTuple):
     attend: (q, k, v, view, memory) -> (attention like q, memory); q, k, v are of the new tokens,
       (batch, time, heads, head_dim) after RoPE.
     empty: (config, batch=, capacity=, page=, dtype=) -> memory before the first token.
-    ready: (network, state) -> state, once the prompt is read.
+    ready: (network, state, time) -> state, once prompts of up to `time` tokens are read; it may drop the pools.
   """
 
   attend: Callable = attend_densely
   empty: Callable = lambda config, **sizes: ()
-  ready: Callable = lambda network, state: state
+  ready: Callable = lambda network, state, time: state
 
 
 DENSE = Method()
@@ -174,7 +175,7 @@ def prefill(
   if after is not None and after is not method:
     sizes = dict(batch=batch, capacity=state.table.shape[1] * page, page=page, dtype=network.model.dtype)
     state = dataclasses.replace(state, memory=after.empty(network.model.config, **sizes))
-  return network.model.logits(*ends), (after or method).ready(network, state)
+  return network.model.logits(*ends), (after or method).ready(network, state, time)
 
 
 def step(
@@ -194,10 +195,10 @@ def hidden(network: Network, tokens, state: State, lengths, method: Method):
 
   def attend(layer, block, x, q, k, v, window):
     nonlocal memory
-    pools[layer] = tuple(
-      write(pool, new, state.table, side.start) for pool, new in zip(pools[layer], (k, v), strict=True)
-    )
-    view = View(layer, window, *pools[layer], state.table, side.start, lengths, x)
+    if pools:
+      new = zip(pools[layer], (k, v), strict=True)
+      pools[layer] = tuple(write(pool, a, state.table, side.start) for pool, a in new)
+    view = View(layer, window, *(pools[layer] if pools else (None, None)), state.table, side.start, lengths, x)
     out, memory = method.attend(q, k, v, view, memory)
     return out
 

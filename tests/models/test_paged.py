@@ -102,7 +102,7 @@ def test_a_method_sees_every_layer_and_hands_over_to_another_for_decoding():
 
   empty = lambda config, **sizes: jnp.zeros(config.depth, jnp.int32)
   first = paged.Method(attend, empty)
-  ready = lambda network, state: dataclasses.replace(state, memory=state.memory + 100 * state.length[0])
+  ready = lambda network, state, time: dataclasses.replace(state, memory=state.memory + 100 * time)
   second = paged.Method(attend, empty, ready)
   net, prompts = network("qwen3"), random_tokens(2, 10)
   alone = paged.prefill(net, prompts, capacity=16, chunk=4, page=4, method=first)[1]

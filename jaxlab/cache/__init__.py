@@ -1,0 +1,1 @@
+"""Methods that split caches: fewer entries for the same context."""

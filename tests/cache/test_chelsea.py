@@ -1,0 +1,220 @@
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlab.attention.compact_attention import compact
+from jaxlab.cache.chelsea import Entries, attend_entries, chelsea, compress, kept, merge, schedule, soft_match
+from jaxlab.core.checks import InputError
+from jaxlab.models import generate, inference, paged
+from tests.common import configs, random_model, random_tokens
+
+D = 8
+SMALL = dict(chunk=4, sink=2, recent=3)
+
+
+def entries(seed, n, lead=()):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  k, v = (jax.random.normal(key, (*lead, n, D)) for key in keys)
+  return Entries(k, v, jnp.ones((*lead, n)))
+
+
+def attend(q, e, **options):
+  """One query of one head."""
+  lift = jax.tree.map(lambda a: a[None, None], e)
+  return attend_entries(q[None, None, None], lift, **options)[0, 0, 0]
+
+
+def by_loop(k, v, s, removed):
+  """One round on one chunk, from the definition."""
+  unit = k / np.linalg.norm(k, axis=1, keepdims=True)
+  proposals = []
+  for a in range(0, len(k), 2):
+    alike = [unit[a] @ unit[b] for b in range(1, len(k), 2)]
+    proposals.append((-max(alike), a, 2 * int(np.argmax(alike)) + 1))
+  accepted = {a: b for _, a, b in sorted(proposals)[:removed]}
+  out = []
+  for i in range(len(k)):
+    if i not in accepted:
+      cluster = [i, *(a for a, b in accepted.items() if b == i)]
+      weight = s[cluster] / s[cluster].sum()
+      out.append((weight @ k[cluster], weight @ v[cluster], s[cluster].sum()))
+  return [np.array(a) for a in zip(*out, strict=True)]
+
+
+@given(st.integers(0, 999), st.sampled_from(((2, 1), (6, 0), (16, 5))))
+def test_a_round_is_the_published_loop(seed, sizes):
+  """One chunk of all entries is bipartite soft matching as token merging has it."""
+  (n, removed), e = sizes, entries(seed, sizes[0])
+  e = e._replace(size=1.0 + jax.random.randint(jax.random.key(seed), (n,), 0, 4))
+  found = merge(e, soft_match(e.keys, e.size, removed), n - removed)
+  for a, b in zip(found, by_loop(*map(np.asarray, e), removed), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_ties_go_to_the_first():
+  keys = jnp.eye(D)[jnp.array([0, 0, 1, 0, 0, 1])]  # 0 likes 1 and 3, 2 likes 5, 4 likes 1 and 3
+  assert soft_match(keys, jnp.ones(6), 1).tolist() == [0, 0, 1, 2, 3, 4]
+  assert soft_match(keys, jnp.ones(6), 2).tolist() == [0, 0, 3, 1, 2, 3]
+  assert soft_match(keys, jnp.ones(6), 3).tolist() == [0, 0, 2, 1, 0, 2]
+
+
+@pytest.mark.parametrize("n, keep, chunk", [(1, 0.25, 8), (70, 0.2, 8), (61, 0.25, 32), (40, 0.5, 2), (9, 1.0, 4)])
+def test_counts_are_exact_and_nothing_is_lost(n, keep, chunk):
+  e = entries(n, n)
+  out = compress(e, keep=keep, chunk=chunk)
+  assert len(out.size) == kept(n, keep, chunk)
+  np.testing.assert_allclose(out.size.sum(), n, rtol=1e-5)
+  for before, after in zip(e[:2], out[:2], strict=True):
+    np.testing.assert_allclose((out.size[:, None] * after).sum(0), before.sum(0), rtol=1e-3, atol=1e-3)
+  if keep == 1:
+    np.testing.assert_array_equal(out.keys, e.keys)
+
+
+def test_the_schedule_removes_what_is_asked():
+  assert schedule(512, 0.25, 128) == [(128, 64), (128, 64)] and kept(512, 0.25, 128) == 128
+  assert schedule(128, 0.25, 128) == [(128, 64), (64, 32)] and kept(128, 0.25, 128) == 32
+  # 10 chunks of 128 to 75, then 5 and 110 entries beside them, then 3 and 101.
+  assert schedule(1280, 0.2, 128) == [(128, 53)] * 3 and kept(1280, 0.2, 128) == 3 * 75 + 101
+  assert kept(100, 1.0, 8) == 100 and kept(1, 0.25, 8) == 1
+
+
+def test_clusters_do_not_cross_chunks_and_chunks_are_independent():
+  e = entries(0, 24)
+  whole = compress(e, keep=0.5, chunk=8)
+  for i in range(3):
+    alone = compress(jax.tree.map(lambda a, i=i: a[8 * i : 8 * i + 8], e), keep=0.5, chunk=8)
+    for a, b in zip(whole, alone, strict=True):
+      np.testing.assert_allclose(a[4 * i : 4 * i + 4], b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_equal_keys_nothing_is_lost_if_centroids_weigh_what_they_stand_for(seed):
+  """Runs of one to four equal keys with any values; as many merges as there are such pairs."""
+  rng = np.random.default_rng(seed)
+  runs = np.repeat(np.arange(16), rng.integers(1, 5, 16))[:24]
+  e = entries(seed, 24)._replace(keys=jnp.asarray(rng.normal(size=(16, D)), jnp.float32)[runs])
+  alike = [any(runs[a] == runs[b] for b in range(1, 24, 2)) for a in range(0, 24, 2)]
+  removed, q = sum(alike), jax.random.normal(jax.random.key(seed + 1), (D,)) * 3
+  out = merge(e, soft_match(e.keys, e.size, removed), 24 - removed)
+  np.testing.assert_allclose(attend(q, out), attend(q, e), rtol=1e-4, atol=1e-5)
+  if removed > 3:
+    assert np.abs(attend(q, out, size_bias=False) - attend(q, e)).max() > 1e-4
+
+
+@given(st.integers(0, 10_000))
+def test_the_error_stays_under_its_bound(seed):
+  """|o' - o| <= (e^(2 eps) - 1) max |v|, eps the largest change of a logit."""
+  e = entries(seed, 16)
+  row = soft_match(e.keys, e.size, 6)
+  out, q = merge(e, row, 10), jax.random.normal(jax.random.key(seed + 1), (D,))
+  eps = np.abs((e.keys - out.keys[row]) @ q).max() / D**0.5
+  error = np.linalg.norm(attend(q, out) - attend(q, e))
+  assert error <= np.expm1(2 * eps) * np.linalg.norm(e.values, axis=1).max() + 1e-6
+
+
+def test_alternating_offsets_find_the_neighbours():
+  """Of all 70 balanced splits of 8 entries none has likelier partners for those who propose, if likeness falls with
+  distance."""
+  gain = lambda a, f: sum(max(f(abs(i - j)) for j in range(8) if j not in a) for i in a)
+  for f in (lambda d: 1 / d), (lambda d: np.exp(-d)), (lambda d: -d):
+    best = max(gain(a, f) for a in itertools.combinations(range(8), 4))
+    np.testing.assert_allclose(gain((0, 2, 4, 6), f), best)
+    np.testing.assert_allclose(best, 4 * f(1))
+    assert gain((0, 1, 2, 3), f) < best
+  near = jnp.cumsum(jax.random.normal(jax.random.key(0), (64, D)), axis=0)  # keys that drift
+  e = Entries(near, near, jnp.ones(64))
+
+  def loss(partition):
+    row = soft_match(near, e.size, 16, partition=partition)
+    return float(jnp.square(near - merge(e, row, 48).keys[row]).sum())
+
+  assert loss("alternating") < loss("halves")
+
+
+def test_heads_are_independent():
+  e = entries(3, 12, lead=(2, 3))
+  both = jax.vmap(jax.vmap(functools.partial(compress, keep=0.5, chunk=4)))
+  order = jnp.array([2, 0, 1])
+  for a, b in zip(both(jax.tree.map(lambda a: a[:, order], e)), both(e), strict=True):
+    np.testing.assert_array_equal(a, b[:, order])
+
+
+def test_empty_places_weigh_nothing_and_merge_with_nothing():
+  e = entries(4, 8)
+  holed = Entries(*(a.at[4:].set(jnp.nan) for a in e[:2]), e.size.at[4:].set(0))
+  q = jax.random.normal(jax.random.key(9), (D,))
+  expected = attend(q, jax.tree.map(lambda a: a[:4], e))
+  np.testing.assert_allclose(attend(q, holed), expected, rtol=1e-6)
+  out = compress(holed, keep=0.75, chunk=8)
+  assert out.size.sum() == 4 and np.isfinite(np.asarray(out.keys)[np.asarray(out.size) > 0]).all()
+  np.testing.assert_allclose(attend(q, out), expected, rtol=1e-5)
+
+
+@functools.cache
+def network():
+  return jax.jit(inference.take_apart)(random_model(dataclasses.replace(configs()["qwen3"], depth=2)))
+
+
+def decoder(**options):
+  return paged.decoder(paged.DENSE, decode=chelsea(**SMALL | options), chunk=8, page=4)
+
+
+@pytest.mark.parametrize("options", [dict(keep=1.0), dict(keep=0.25, skip_layers=(0, 1))])
+def test_with_everything_kept_generation_is_the_plain_one(options):
+  """Rows of different lengths, one shorter than the first tokens; chunks move on while tokens are made."""
+  prompts, lengths = random_tokens(3, 21), np.array([21, 1, 12])
+  found = generate(network(), prompts, lengths, tokens=12, decoder=decoder(**options))
+  np.testing.assert_array_equal(found, generate(network(), prompts, lengths, tokens=12))
+
+
+def test_entries_grow_by_the_rule_and_first_and_recent_tokens_stay():
+  prompts, lengths = random_tokens(2, 21), np.array([21, 10])
+  chosen = decoder(keep=0.5)
+  dense = paged.prefill(network(), prompts, lengths, capacity=40, chunk=8, page=4)[1]
+  _, state = jax.jit(functools.partial(chosen.prefill, capacity=40))(network(), prompts, lengths)
+  step = jax.jit(chosen.step)
+  for made in range(15):
+    for layer, (keys, _) in zip(state.memory, dense.pools, strict=True):
+      for row, length in enumerate(lengths):
+        merged = (length + made - 2 - 3) // 4 * 4
+        sizes = [np.asarray(e.size[row]) for e in (layer.sink, layer.body, layer.recent)]
+        assert [s.sum(axis=1).tolist() for s in sizes] == [[2, 2], [merged] * 2, [length + made - 2 - merged] * 2]
+        assert ((sizes[1] > 0).sum(axis=1) == merged // 2).all()
+        if made == 0:
+          whole = np.asarray(paged.rows(keys, dense.table))[row]
+          np.testing.assert_array_equal(layer.sink.keys[row], whole[:, :2])
+          left = length - 2 - merged
+          np.testing.assert_array_equal(layer.recent.keys[row][:, :left], whole[:, 2 + merged : length])
+    _, state = step(network(), prompts[:, made : made + 1], state)
+  assert state.pools == ()
+
+
+def test_it_takes_over_from_a_sparse_prefill_by_config_alone():
+  """Both methods at full budget are the plain model; at less they still run together."""
+  prompts = random_tokens(2, 21)
+  every = functools.partial(paged.decoder, compact(), chunk=8, page=4)  # two first and four last blocks: all of them
+  found = generate(network(), prompts, tokens=8, decoder=every(decode=chelsea(keep=1.0, **SMALL)))
+  np.testing.assert_array_equal(found, generate(network(), prompts, tokens=8))
+  less = generate(network(), prompts, tokens=8, decoder=every(decode=chelsea(keep=0.25, **SMALL)))
+  assert less.shape == found.shape
+
+
+def test_what_it_cannot_do_is_named():
+  for options, message in (
+    (dict(keep=0.0), "keep is 0"),
+    (dict(chunk=1), "chunk is 1"),
+    (dict(sink=-1), "sink is -1"),
+    (dict(partition="odd"), "partition"),
+  ):
+    with pytest.raises(InputError, match=message):
+      chelsea(**options)
+  _, state = decoder().prefill(network(), random_tokens(1, 8), None, capacity=12)
+  with pytest.raises(InputError, match="2 tokens at once"):
+    decoder().step(network(), random_tokens(1, 2), state)
