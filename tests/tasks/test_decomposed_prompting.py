@@ -337,6 +337,18 @@ def test_answers_stay_in_their_level():
   assert solve(["?"], "outer", library)[0].answer == 'got "inside"'
 
 
+def test_paragraphs_come_along_into_every_level():
+  """#C stands for them, and a question about one of them reads that one alone."""
+  read = handlers.prompted(lambda prompts: [[(prompt.splitlines()[0], 0.0)] for prompt in prompts])
+  library = {
+    "outer": handlers.policy(lambda level: ["[inner] go", END][len(level.steps)]),
+    "inner": handlers.policy(lambda level: ["(project_values) [read] #C what?", END][len(level.steps)]),
+    "read": read,
+  }
+  (outcome,) = solve([Question("?", ("first", "second"))], "outer", library)
+  assert outcome.answer == ["first", "second"]
+
+
 def test_a_batch_asks_every_handler_once_a_round_for_all_questions():
   sizes = []
 
