@@ -498,6 +498,13 @@ def test_gaussian_process_baselines_learn_a_smooth_function():
   assert float(exact["gp_variance"].min()) > 0 and -0.01 < float(exact["unsettled"]) < 0.1
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+def test_a_fit_that_loses_its_loss_keeps_the_last_parameters_that_had_one(steps):
+  """Steps of 0.1 from 0.25; below 0 there is no loss, as with a kernel that float32 cannot factorise."""
+  found = funbat_baselines._adam(lambda p: jnp.where(p > 0, p, jnp.nan), jnp.asarray(0.25), rate=0.1, steps=steps)
+  assert float(found) == pytest.approx(0.05, abs=1e-6)
+
+
 @pytest.mark.parametrize(
   "make, message",
   [
