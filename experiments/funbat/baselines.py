@@ -250,13 +250,23 @@ def _cholesky(p, x, y):
 
 
 def _adam(loss, params, *, rate, steps: int, key: jax.Array | None = None):
-  """Adam for `steps` steps; with a key the loss takes (params, key of the step)."""
+  """Adam for `steps` steps; with a key the loss takes (params, key of the step).
+
+  Where a step ends at a loss that is no number (a kernel that float32 cannot factorise), the last parameters before it
+  are kept, and returned if no other step leads on.
+  """
   optimizer = optax.adam(rate)
 
   def step(carry, i):
-    params, state = carry
+    params, state, good = carry
     arguments = () if key is None else (jax.random.fold_in(key, i),)
-    updates, state = optimizer.update(jax.grad(loss)(params, *arguments), state)
-    return (optax.apply_updates(params, updates), state), None
+    value, grads = jax.value_and_grad(loss)(params, *arguments)
+    finite = jnp.isfinite(value) & jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
+    updates, moved = optimizer.update(grads, state)
+    pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return (pick(optax.apply_updates(params, updates), good), pick(moved, state), pick(params, good)), None
 
-  return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0]
+  start = params, optimizer.init(params), params
+  last, _, good = jax.lax.scan(step, start, jnp.arange(steps))[0]
+  arguments = () if key is None else (jax.random.fold_in(key, steps),)
+  return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(loss(last, *arguments)), a, b), last, good)

@@ -106,13 +106,14 @@ def measure(method: Method, folds, together: bool) -> dict:
 
 
 def scores(fitted: dict, test: funbat.Data) -> dict:
-  """Errors at the last epoch, coverage, and what early stopping by the training error gives."""
+  """Errors at the last epoch, also on the training entries, coverage, and what early stopping by the latter gives."""
   gap = fitted["mean"] - test.y
   row = {"rmse": jnp.sqrt(jnp.mean(gap**2)), "mae": jnp.mean(jnp.abs(gap))}
   if "variance" in fitted:
     row["coverage_95"] = jnp.mean(jnp.abs(gap) < 1.96 * jnp.sqrt(fitted["variance"]))
     stop = funbat.stopping_epoch(fitted["train_rmse"])
     row |= {"stopping_epoch": stop, "rmse_at_stopping_epoch": fitted["test_rmse"][stop - 1]}
+    row["rmse_of_training"] = fitted["train_rmse"][-1]
   return row | {name: fitted[name] for name in ("test_rmse", "lengthscale", "unsettled") if name in fitted}
 
 
@@ -241,6 +242,9 @@ def claims(config, comparison: dict, density: dict) -> list[Claim]:
         # Two digits: a result's metrics are rounded, and the claims must follow from them.
         margin = round((b["mean"] - a["mean"]) / max(a["std"], b["std"], 1e-12), 2)
         errors = f"{where}: {ours} {a['mean']:.4f}, {rival} {b['mean']:.4f} ({margin:.2f})"
+        # What lies between a rival's errors on training and test entries is all that a prior could take off it.
+        if seen := rows[rival]["errors"].get("rmse_of_training"):
+          errors += f", on its training entries {seen['mean']:.4f}"
         found[where] = margin, f"{errors}; {chosen(rows, ours)}; {chosen(rows, rival)}"
     return found
 

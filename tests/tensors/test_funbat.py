@@ -498,6 +498,13 @@ def test_gaussian_process_baselines_learn_a_smooth_function():
   assert float(exact["gp_variance"].min()) > 0 and -0.01 < float(exact["unsettled"]) < 0.1
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+def test_a_fit_that_loses_its_loss_keeps_the_last_parameters_that_had_one(steps):
+  """Steps of 0.1 from 0.25; below 0 there is no loss, as with a kernel that float32 cannot factorise."""
+  found = funbat_baselines._adam(lambda p: jnp.where(p > 0, p, jnp.nan), jnp.asarray(0.25), rate=0.1, steps=steps)
+  assert float(found) == pytest.approx(0.05, abs=1e-6)
+
+
 @pytest.mark.parametrize(
   "make, message",
   [
@@ -551,11 +558,13 @@ def test_claims_take_the_variant_chosen_on_held_out_data_and_the_worst_data_set(
     return {"chosen": {"rank": 2}, "held_out_rmse": held, "errors": {"rmse": spread, "coverage_95": {"mean": 0.9}}}
 
   rows = {"FunBaT-CP": row(0.4, 0.6), "FunBaT": row(0.5, 0.3), "discrete CP": row(0.1, 0.9)}
+  rows["discrete CP"]["errors"]["rmse_of_training"] = {"mean": 0.85, "std": 0.1}
   sets = {"easy": rows | {"discrete Tucker": row(0.9, 2.0)}, "hard": rows | {"discrete Tucker": row(0.9, 0.7)}}
   claim, dense = comparison.claims(
     config_file.get_config("test"), sets | {"full": rows}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
   )[:2]
   assert dense.name.endswith("more seen, full") and dense.holds
+  assert "discrete CP 0.9000 (3.00), on its training entries 0.8500" in dense.note
   assert claim.name.endswith("worst of 2 data sets") and claim.ours == pytest.approx(1.0) and not claim.holds
   assert "hard: FunBaT-CP 0.6000, discrete Tucker 0.7000" in claim.note
   assert "0.600 on hard (discrete 0.700)" in comparison.finding(sets)
