@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models.attention import (
   AttentionFn,
@@ -77,9 +78,10 @@ class Block(nnx.Module):
     uniform = lambda k, shape: jax.random.uniform(k, shape, minval=-bound, maxval=bound)
     self.config = config
     self.attention_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
-    self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", "heads"))
-    self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
-    self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
+    queries, keys_values = ("heads", h // g * n), ("heads", n)  # queries stay with the keys they read
+    self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", queries))
+    self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", keys_values))
+    self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", keys_values))
     self.qkv = nnx.data(None)  # `for_inference` puts q, k and v side by side here
     self.steps = Steps()
     zero_out = config.mlp == "relu2"
@@ -88,7 +90,7 @@ class Block(nnx.Module):
       if zero_out
       else jax.random.normal(keys[3], (h * n, d)) / math.sqrt(h * n * 2 * config.depth)
     )
-    self.o = Linear(out, ("heads", "embed"))
+    self.o = Linear(out, (queries, "embed"))
     self.q_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
     self.k_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
     self.mlp_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
@@ -116,6 +118,7 @@ class Block(nnx.Module):
         x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
       mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
       a = self.attention_norm(_read(x, mixing))
+    a = _enter(a) if self._heads_divide else a
     split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
     gate = None
     if value is not None:
@@ -138,16 +141,37 @@ class Block(nnx.Module):
   def finish(self, x, mixing, attended, all_mixing):
     """(the block's output, the MLP's mixing) from its input and (batch, time, q_heads, head_dim) attention."""
     read = x
-    x = _write(x, mixing, self.o(attended.reshape(*attended.shape[:-2], -1)))
+    attended = attended.reshape(*attended.shape[:-2], -1)
+    branch = self.o(attended)
+    x = _write(x, mixing, _leave(branch) if self._heads_divide else branch)
     if self.config.parallel_sublayers:
-      return x + self.mlp(self.mlp_norm(read)), None
+      return x + self._mlp(self.mlp_norm(read)), None
     mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
-    return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing)))), mixing
+    return _write(x, mixing, self._mlp(self.mlp_norm(_read(x, mixing)))), mixing
+
+  def _mlp(self, a):
+    """Between rows of its own each device meets the rows of its `tensor` group, for its share of the hidden units."""
+    return _leave(self.mlp(_enter(a)))
+
+  @property
+  def _heads_divide(self) -> bool:
+    """Heads that divide over `tensor` read the rows of the whole group, others those of their device alone."""
+    return meshes.split_over("heads", self.config.kv_heads) > 1
 
   def _mixing(self, mixing: Mixing, x, sublayer: int, static):
     if self.config.hyper.dynamic:
       return mixing.dynamic_matrices(x)
     return jax.tree.map(lambda m: m[sublayer], static)
+
+
+def _enter(a):
+  """Rows of a device's own -> those of its whole `tensor` group, for products whose weights that group splits."""
+  return meshes.constrain(a, "batch", "sequence", gradient=("rows", "sequence"))
+
+
+def _leave(y):
+  """The group's sum of such products -> rows of the device's own."""
+  return meshes.constrain(y, "rows", "sequence", gradient=("batch", "sequence"))
 
 
 def _read(x, mixing):
@@ -240,7 +264,7 @@ class Transformer(nnx.Module):
     c = self.config
     batch, time = tokens.shape
     start = 0 if cache is None else cache.length
-    x = jnp.take(self.embedding[...], tokens, axis=0)
+    x = _leave(jnp.take(self.embedding[...], tokens, axis=0))
     if c.embed_norm:
       x = rms_norm(x, c.norm_eps)
     last = x[:, -1:]
@@ -267,7 +291,7 @@ class Transformer(nnx.Module):
     x, backout = (y.sum(axis=-2) if c.hyper and y is not None else y for y in (x, backout))
     if c.backout:
       x = (x - self.backout_lambda[...] * backout).astype(x.dtype)
-    x = self.norm(x)
+    x = _enter(self.norm(x))
     logits = x @ self.embedding[...].T.astype(x.dtype) if c.tied_embeddings else self.head(x)
     logits = wide(logits)
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -353,6 +377,7 @@ def sequential(
   def block(carry, parts, window, has_value, layer):
     x, backout, cache = carry
     weights, value, mixing = parts
+    weights = meshes.gathered(weights)
     inner, mix, q, k, v = weights.project(x, side, value if has_value else None, mixing)
     if cache is not None:
       place = (layer, 0, side.start)
