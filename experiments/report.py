@@ -2,6 +2,8 @@
 
 python -m experiments.report                 RESULTS.md, README's table, results/*/README.md, build/results.html
 python -m experiments.report --publish DIR   first copies DIR's results.json and figures into results/<paper>
+
+A run is named after its scale, or, where its config says `per_machine`, after the machine's number of devices: x2, x4.
 """
 
 import argparse
@@ -33,7 +35,7 @@ _BEGIN, _END = "<!-- methods: made by experiments.report -->", "<!-- end of meth
 
 
 def publish(workdir: Path, results: Path = RESULTS) -> Path:
-  """Copies one finished run to results/<paper>/<scale>.json and <scale>.<figure>.png. Returns the JSON file.
+  """Copies one finished run to results/<paper>/<name>.json and <name>.<figure>.png. Returns the JSON file.
 
   Raises:
     InputError: no finished run, or more bytes than a paper may have.
@@ -41,24 +43,24 @@ def publish(workdir: Path, results: Path = RESULTS) -> Path:
   file = workdir / "results.json"
   require(file.is_file(), f"{workdir} has no results.json; run the experiment to its end first")
   run = json.loads(file.read_text())
-  folder, scale = results / run["paper"], run["scale"]
-  figures = {f"{scale}.{name}": caption for name, caption in run["figures"].items()}
+  folder, name = results / run["paper"], name_of(run)
+  figures = {f"{name}.{figure}": caption for figure, caption in run["figures"].items()}
   text = compact(rounded(run | {"figures": figures}))
   require(
     len(text) <= JSON_BYTES,
     f"{file} has {len(text)} bytes when published, {JSON_BYTES} at most; put summaries into the metrics, not arrays",
   )
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob(f"{scale}.*.png"):
+  for old in folder.glob(f"{name}.*.png"):
     old.unlink()
-  for name in run["figures"]:
-    copy_figure(workdir / name, folder / f"{scale}.{name}")
+  for figure in run["figures"]:
+    copy_figure(workdir / figure, folder / f"{name}.{figure}")
   size = sum(figure.stat().st_size for figure in folder.glob("*.png"))
   require(
     size <= FIGURE_BYTES, f"the figures in {folder} have {size} bytes, {FIGURE_BYTES} at most; draw fewer or less"
   )
-  write_text(folder / f"{scale}.json", text)
-  return folder / f"{scale}.json"
+  write_text(folder / f"{name}.json", text)
+  return folder / f"{name}.json"
 
 
 def copy_figure(source: Path, target: Path) -> None:
@@ -95,8 +97,13 @@ def load(results: Path = RESULTS) -> list[dict]:
       runs.append(json.loads(file.read_text()))
     except ValueError:
       raise InputError(f"{file} is not JSON; publish that run again") from None
-  order = lambda run: (FAMILIES.index(about(run).family), run["paper"], SCALES.index(run["scale"]))
+  order = lambda run: (FAMILIES.index(about(run).family), run["paper"], SCALES.index(run["scale"]), name_of(run))
   return sorted(runs, key=order)
+
+
+def name_of(run: dict) -> str:
+  """What its files are called."""
+  return run.get("name", run["scale"])
 
 
 def about(run: dict) -> About:
@@ -136,7 +143,7 @@ def results_markdown(runs: list[dict]) -> str:
   ]
   for run in largest(runs):
     scales = ", ".join(
-      f"{other['scale']} {sum(c['holds'] for c in other['claims'])} of {len(other['claims'])}"
+      f"{name_of(other)} {sum(c['holds'] for c in other['claims'])} of {len(other['claims'])}"
       for other in runs
       if other["paper"] == run["paper"]
     )
@@ -206,7 +213,7 @@ def _section(run: dict, results: Path) -> str:
     image = f"<img alt='{text(caption)}' src='data:image/png;base64,{data}'>"
     images.append(f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>")
   header = "".join(f"<th>{name}</th>" for name in ("claim", "paper", "baseline", "ours", "holds"))
-  title = f"<h2>{text(about(run).method)} <small>{text(run['scale'])}, {text(run['device'])}</small></h2>"
+  title = f"<h2>{text(about(run).method)} <small>{text(name_of(run))}, {text(run['device'])}</small></h2>"
   table = f"<table><tr>{header}</tr>{''.join(rows)}</table>"
   return (
     f"<section>{title}<p>{text(run['finding'])}</p><pre>{text(run['command'])}</pre>{table}{''.join(images)}</section>"

@@ -6,23 +6,18 @@ from collections import defaultdict
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_BITS = {
-  "pred": 8,
-  "bf16": 16,
-  "f16": 16,
-  "f32": 32,
-  "f64": 64,
-  **{f"{s}{n}": n for s in "su" for n in (8, 16, 32, 64)},
-}
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_BITS |= {f"{sign}{bits}": bits for sign in "su" for bits in (8, 16, 32, 64)}
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_CALL = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_CALL = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=(?:\{([^}]*)\}|(%?[\w.-]+))")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_NOISE = re.compile(r"\{[^}]*\}|/\*.*?\*/|\s")  # layouts and comments inside a type
 
 
 class Collective(NamedTuple):
-  """One instruction: its kind, bytes of its result on one device (of all arrays it combines), runs a call, loop depth."""
+  """One instruction: its kind, bytes of its result on a device (all arrays it combines), runs a call, loop depth."""
 
   kind: str
   bytes: int
@@ -31,7 +26,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """The collectives of `compiled.as_text()`, those that run most bytes first.
+  """The collectives of `compiled.as_text()`, those that move most bytes first.
 
   A loop whose number of trips the compiler does not know counts as one.
   """
@@ -41,9 +36,9 @@ def collectives(text: str) -> list[Collective]:
   def visit(name: str, runs: int, depth: int):
     for line in bodies.get(name, ()):
       if match := _CALL.search(line):
-        found.append(Collective(match[2], _bytes(match[1], "-start(" in line), runs, depth))
+        found.append(Collective(match[2], _bytes(match[1], match[2], bool(match[3])), runs, depth))
       loop = " while(" in line
-      trips = int(t[1]) if loop and (t := _TRIPS.search(line)) else 1
+      trips = int(known[1]) if loop and (known := _TRIPS.search(line)) else 1
       for several, one in _CALLED.findall(line):
         for called in (several or one).replace("%", "").split(","):
           visit(called.strip(), runs * trips, depth + loop)
@@ -64,6 +59,7 @@ def summary(text: str) -> dict[str, dict[str, int]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """(lines of every computation by its name, the entry's name)."""
   bodies, name, entry = {}, "", ""
   for line in text.splitlines():
     if match := _HEAD.match(line):
@@ -75,9 +71,21 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _bytes(shapes: str, start: bool) -> int:
-  """Of the arrays in an instruction's type; an asynchronous start has (operands, results), of which the latter count."""
-  sizes = [
-    math.prod(map(int, filter(None, dims.split(",")))) * _BITS[kind] // 8 for kind, dims in _ARRAY.findall(shapes)
-  ]
-  return sum(sizes[len(sizes) // 2 :] if start and len(sizes) > 1 and shapes.startswith("((") else sizes)
+def _bytes(type_: str, kind: str, start: bool) -> int:
+  """Of the results: the start of an asynchronous one has (operands, results, ..), but for an all-reduce's own form."""
+  type_ = _NOISE.sub("", type_)
+  if start and (kind != "all-reduce" or type_.startswith("((")):
+    type_ = _elements(type_)[1]
+  return sum(math.prod(map(int, filter(None, sizes.split(",")))) * _BITS[t] // 8 for t, sizes in _ARRAY.findall(type_))
+
+
+def _elements(type_: str) -> list[str]:
+  """The elements of a tuple's type, which may be tuples themselves."""
+  parts, depth = [""], 0
+  for letter in type_[1:-1]:
+    depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(letter, 0)
+    if letter == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts

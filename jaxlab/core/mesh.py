@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from jaxlab.core.checks import require, require_divides
 

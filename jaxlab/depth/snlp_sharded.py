@@ -5,7 +5,7 @@ surrogate a step needs of the other devices only the sums of their increments g_
 
   z_{j+1} = h_S + sum over earlier devices of their sums + sum over this device's layers up to j,
 
-one all-gather of P states an iteration. `step_seconds` says when that pays. The prefix and the head run on every device.
+one all-gather of P states an iteration. Prefix and head run on every device. `step_seconds` says when that pays.
 """
 
 import dataclasses
