@@ -136,6 +136,16 @@ def share_out(function: Callable[[Array], Array], stack: Float[Array, "stack row
   return stack
 
 
+def to_batch(x: Float[Array, "batch time *rest"]) -> Array:
+  """Rows of each device's own -> those of its whole `tensor` group, for products whose weights that group splits."""
+  return constrain(x, "batch", "sequence", gradient=("rows", "sequence"))
+
+
+def to_rows(x: Float[Array, "batch time *rest"]) -> Array:
+  """The group's sum of such products -> each device's own rows of it."""
+  return constrain(x, "rows", "sequence", gradient=("batch", "sequence"))
+
+
 def stored(tree) -> list[NamedSharding | None]:
   """Where the leaves of a tree of parameters are kept, in the order of `jax.tree.leaves`; None without a mesh."""
   mesh = _mesh()

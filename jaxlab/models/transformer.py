@@ -118,7 +118,7 @@ class Block(nnx.Module):
         x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
       mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
       a = self.attention_norm(_read(x, mixing))
-    a = _enter(a) if self._heads_divide else a
+    a = meshes.to_batch(a) if _heads_divide(c) else a
     split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
     gate = None
     if value is not None:
@@ -143,20 +143,14 @@ class Block(nnx.Module):
     read = x
     attended = attended.reshape(*attended.shape[:-2], -1)
     branch = self.o(attended)
-    x = _write(x, mixing, _leave(branch) if self._heads_divide else branch)
+    x = _write(x, mixing, meshes.to_rows(branch) if _heads_divide(self.config) else branch)
     if self.config.parallel_sublayers:
       return x + self._mlp(self.mlp_norm(read)), None
     mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
     return _write(x, mixing, self._mlp(self.mlp_norm(_read(x, mixing)))), mixing
 
   def _mlp(self, a):
-    """Between rows of its own each device meets the rows of its `tensor` group, for its share of the hidden units."""
-    return _leave(self.mlp(_enter(a)))
-
-  @property
-  def _heads_divide(self) -> bool:
-    """Heads that divide over `tensor` read the rows of the whole group, others those of their device alone."""
-    return meshes.split_over("heads", self.config.kv_heads) > 1
+    return meshes.to_rows(self.mlp(meshes.to_batch(a)))
 
   def _mixing(self, mixing: Mixing, x, sublayer: int, static):
     if self.config.hyper.dynamic:
@@ -164,14 +158,9 @@ class Block(nnx.Module):
     return jax.tree.map(lambda m: m[sublayer], static)
 
 
-def _enter(a):
-  """Rows of a device's own -> those of its whole `tensor` group, for products whose weights that group splits."""
-  return meshes.constrain(a, "batch", "sequence", gradient=("rows", "sequence"))
-
-
-def _leave(y):
-  """The group's sum of such products -> rows of the device's own."""
-  return meshes.constrain(y, "rows", "sequence", gradient=("batch", "sequence"))
+def _heads_divide(config: TransformerConfig) -> bool:
+  """Heads that divide over `tensor` read the rows of the whole group, others those of their device alone."""
+  return meshes.split_over("heads", config.kv_heads) > 1
 
 
 def _read(x, mixing):
@@ -218,7 +207,7 @@ class Transformer(nnx.Module):
       bound = math.sqrt(3 / c.width)
       shape = (len(c.value_layers), c.vocab_size, c.kv_heads * c.head_dim)
       table = jax.random.uniform(keys[3], shape, minval=-bound, maxval=bound)
-      self.value_embeddings = nnx.Param(table, axes=(None, "vocab", None))
+      self.value_embeddings = nnx.Param(table, axes=(None, "vocab", "embed"))
     if c.smear:
       require(c.width >= _SMEAR_CHANNELS, f"smear reads {_SMEAR_CHANNELS} channels; model.width is {c.width}")
       self.smear_gate = nnx.Param(jax.random.uniform(keys[4], (_SMEAR_CHANNELS, 1), maxval=0.02), axes=(None, None))
@@ -264,7 +253,7 @@ class Transformer(nnx.Module):
     c = self.config
     batch, time = tokens.shape
     start = 0 if cache is None else cache.length
-    x = _leave(jnp.take(self.embedding[...], tokens, axis=0))
+    x = meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0))
     if c.embed_norm:
       x = rms_norm(x, c.norm_eps)
     last = x[:, -1:]
@@ -276,6 +265,8 @@ class Transformer(nnx.Module):
     values = None
     if c.value_embeddings:
       values = jnp.take(self.value_embeddings[...], tokens, axis=1).astype(x.dtype)
+      rows = "batch" if _heads_divide(c) else "rows"
+      values = meshes.constrain(values, None, rows, "sequence", gradient=(None, "batch", "sequence"))
       values = values.reshape(-1, batch, time, c.kv_heads, c.head_dim)
     mixing = self.mixing
     if mixing is None and c.hyper and not c.hyper.dynamic:
@@ -291,7 +282,7 @@ class Transformer(nnx.Module):
     x, backout = (y.sum(axis=-2) if c.hyper and y is not None else y for y in (x, backout))
     if c.backout:
       x = (x - self.backout_lambda[...] * backout).astype(x.dtype)
-    x = _enter(self.norm(x))
+    x = meshes.to_batch(self.norm(x))
     logits = x @ self.embedding[...].T.astype(x.dtype) if c.tied_embeddings else self.head(x)
     logits = wide(logits)
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)

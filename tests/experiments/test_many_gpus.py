@@ -49,7 +49,14 @@ def test_collectives_are_counted_in_nested_loops_and_asynchronous_forms():
 
 CASE = dict(
   shape=dict(
-    depth=4, aspect_ratio=16, head_dim=16, vocab_size=96, context=64, window_pattern="L", x0=False, value_embeddings=False
+    depth=4,
+    aspect_ratio=16,
+    head_dim=16,
+    vocab_size=96,
+    context=64,
+    window_pattern="L",
+    x0=False,
+    value_embeddings=False,
   ),
   batch=64,
   rows=4,
