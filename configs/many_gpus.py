@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         shape=dict(depth=32, aspect_ratio=32, window_pattern="L", **plain) if big else tiny,
         dtype=pick(cpu="float32", gpu="bfloat16"),
         layers=pick(test=2, cpu=4, gpu=24),
-        iterations=(1, 2),
+        iterations=pick(test=(1,), cpu=(1, 2)),
         context=pick(test=16, cpu=32, gpu=2048),
         room=pick(test=100, cpu=200, gpu=600),
         tokens=pick(test=8, cpu=32, gpu=512),

@@ -76,10 +76,11 @@ def muon(
     return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), jax.tree.map(variance, params))
 
   def one(g, m, v, p, stored, beta, lr, decay):
+    place = lambda a: a if stored is None else jax.lax.with_sharding_constraint(a, stored)
     g = g.astype(jnp.float32)
     m = beta * m + (1 - beta) * g
-    u = polar_factor((1 - beta) * g + beta * m, dtype)
-    u = (u if stored is None else jax.lax.with_sharding_constraint(u, stored)).astype(jnp.float32)
+    # Before and after: the momentum would otherwise be split like the stack, and gathered too.
+    u = place(polar_factor(place((1 - beta) * g + beta * m), dtype)).astype(jnp.float32)
     reduced = axis(u.shape)
     square = jnp.mean(u * u, axis=reduced, keepdims=True)
     v = variance_decay * v + (1 - variance_decay) * square
