@@ -112,12 +112,13 @@ def _run(config, workdir: Path, command: str) -> None:
   except Interrupted as interrupted:
     console.say(str(interrupted))
     raise KeyboardInterrupt from None
-  if not first:
-    return
-  written = results.write(report, config, workdir, time.perf_counter() - start, command)
-  console.claims(written)
-  for file in ("results.json", "report.md", *report.figures):
-    console.say(f"  {workdir / file}")
+  if first:
+    written = results.write(report, config, workdir, time.perf_counter() - start, command)
+    console.claims(written)
+    for file in ("results.json", "report.md", *report.figures):
+      console.say(f"  {workdir / file}")
+  if _DISTRIBUTED.value:
+    jax.distributed.shutdown()  # waits for the others: one whose coordinator is gone aborts
 
 
 def _quiet_about_closed_loops(unraisable) -> None:
