@@ -98,7 +98,13 @@ def step(
 
 
 def place(tree: Network | State, mesh: Mesh) -> Network | State:
-  """The tree where `step` wants it: each device has its layers of the suffix, and a copy of everything else."""
+  """The tree where `step` wants it: each device has its layers of the suffix, and a copy of everything else.
+
+  Raises:
+    InputError: a suffix that the mesh does not divide.
+  """
+  layers = tree.suffix.layers if isinstance(tree, Network) else len(tree.trace)
+  require_divides(f"devices on {AXIS!r}", mesh.shape[AXIS], "layers (n_par)", layers)
   return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, _specs(tree))
 
 

@@ -75,3 +75,10 @@ def test_windows_must_repeat_from_device_to_device():
   network = snlp_inference.split(random_model(nanochat(**CHAT | dict(window_pattern="SSSL"))), 8)
   with pytest.raises(InputError, match="window patterns differ"):
     snlp_sharded.step(network, random_tokens(1, 140), mesh=mesh())  # longer than the window: it is felt
+
+
+def test_a_suffix_that_does_not_divide_cannot_be_placed():
+  network = snlp_inference.split(random_model(nanochat(**CHAT)), 6)
+  for tree in (network, snlp_inference.empty_state(network, batch=1, capacity=4)):
+    with pytest.raises(InputError, match="devices on 'layer'=4 must divide layers"):
+      snlp_sharded.place(tree, mesh(4))
