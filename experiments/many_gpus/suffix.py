@@ -72,8 +72,8 @@ def contestants(model, layers: int, iterations, devices: list[int], tokens, cach
         continue
       mesh = jax.make_mesh((n,), (snlp_sharded.AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
       many = functools.partial(snlp_sharded.step, mesh=mesh, iterations=k)
-      placed = (snlp_sharded.place(tree, mesh) for tree in (split, state_of(split)))
-      made[layered(n, k)] = steady(many, *placed)
+      state = None if cache is None else snlp_sharded.place(state_of(split), mesh)
+      made[layered(n, k)] = steady(many, snlp_sharded.place(split, mesh), state)
   return made
 
 
