@@ -9,7 +9,11 @@ measures the machine it runs on and takes 4 minutes on 4 H100s; results are name
 
   JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
 
-has simulated devices and tiny shapes (a minute): it shows what is sent and that results agree, and claims no speed.
+has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes a minute
+on two cores and printed (2026-11-28):
+
+  bytes that fsdp sends for a microbatch, over the parameters'   2.1   (data 1.4, tensor 7.5)
+  largest difference of a loss from one device's                 2e-6 nats
 """
 
 import ml_collections

@@ -118,17 +118,52 @@ def finding(config, metrics: dict) -> str:
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
-  return {_draw_training(metrics["training"], workdir): "Bytes sent in a step, and tokens a second"}
+  """What is sent; and speeds where they mean something."""
+  drawn = {_draw_sent(metrics["training"], workdir): "Megabytes of all collectives of a training step"}
+  if config.timed:
+    drawn[_draw_speed(metrics["training"], workdir)] = "Training speed for each device, over one device's"
+    drawn[_draw_latency(metrics["suffix"], metrics["fit"], workdir)] = "Latency by devices; dotted: the cost model"
+  return drawn
 
 
-def _draw_training(shapes: dict, workdir: Path) -> str:
-  figure, axes = figures.subplots(2, len(shapes), squeeze=False)
-  for (left, right), (name, runs) in zip(axes, shapes.items(), strict=True):
-    labels = list(runs)
-    left.bar(labels, [run["tokens_per_second"] for run in runs.values()])
-    left.set(title=name, ylabel="tokens/s")
-    right.bar(labels, [sum(row["bytes"] for row in run["collectives"].values()) / 1e9 for run in runs.values()])
-    right.set(title=name, ylabel="GB sent in a step")
-    for axis in (left, right):
-      axis.tick_params(axis="x", rotation=45)
+def _draw_sent(shapes: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(shapes), squeeze=False)
+  for axis, (name, runs) in zip(axes[0], shapes.items(), strict=True):
+    several = {label: run for label, run in runs.items() if label != training.ONE}
+    axis.bar(several, [sum(row["bytes"] for row in run["collectives"].values()) / 1e6 for run in several.values()])
+    axis.set(title=name, ylabel="MB a step")
+    axis.tick_params(axis="x", rotation=45)
+  return figures.save(figure, workdir, "sent")
+
+
+def _draw_speed(shapes: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(shapes), squeeze=False)
+  for axis, (name, runs) in zip(axes[0], shapes.items(), strict=True):
+    for kind, floor in _FLOORS.items():
+      points = [(run["devices"], training.efficiency(runs, at)) for at, run in runs.items() if at.startswith(kind)]
+      if points:
+        (line,) = axis.plot(*zip((1, 1.0), *points, strict=True), "o-", label=kind)
+        axis.axhline(floor, color=line.get_color(), lw=0.8, ls=":")
+    axis.set(title=name, xlabel="devices", ylabel="efficiency", ylim=(0, 1.1))
+    axis.legend()
   return figures.save(figure, workdir, "training")
+
+
+def _draw_latency(kinds: dict, fit: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(kinds))
+  for axis, (kind, measured) in zip(axes, kinds.items(), strict=True):
+    curves = {}
+    for name, row in measured["milliseconds"].items():
+      split, *rest = name.split()
+      if split == suffix.SEQUENTIAL:
+        axis.axhline(row["median"], color="black", lw=0.8, label=name)
+      else:
+        curves.setdefault(" ".join([split, *rest[1:]]), []).append((int(rest[0]), row["median"], name))
+    for label, points in curves.items():
+      devices, times, names = zip(*points, strict=True)
+      (line,) = axis.plot(devices, times, "o-", label=label)
+      if kind == "decode":
+        axis.plot(devices, [fit["predicted"][name] for name in names], ":", color=line.get_color())
+    axis.set(title=kind, xlabel="devices", ylabel="ms", ylim=(0, None))
+    axis.legend()
+  return figures.save(figure, workdir, "latency")

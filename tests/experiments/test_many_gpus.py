@@ -107,6 +107,7 @@ def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypa
   rate = lambda name: runs[name]["tokens_per_second"]
   np.testing.assert_allclose(speed.ours, rate("fsdp 2") / rate("one device") / 2)
   assert "2 GPUs train tiny" in experiment.finding(config, report.metrics)
+  assert set(experiment.draw(config, report.metrics, tmp_path)) == {"sent.png", "training.png", "latency.png"}
 
 
 def test_the_cost_model_finds_the_times_it_was_made_from():
