@@ -130,7 +130,9 @@ def _draw_sent(shapes: dict, workdir: Path) -> str:
   figure, axes = figures.subplots(len(shapes), squeeze=False)
   for axis, (name, runs) in zip(axes[0], shapes.items(), strict=True):
     several = {label: run for label, run in runs.items() if label != training.ONE}
-    axis.bar(several, [sum(row["bytes"] for row in run["collectives"].values()) / 1e6 for run in several.values()])
+    axis.bar(
+      list(several), [sum(row["bytes"] for row in run["collectives"].values()) / 1e6 for run in several.values()]
+    )
     axis.set(title=name, ylabel="MB a step")
     axis.tick_params(axis="x", rotation=45)
   return figures.save(figure, workdir, "sent")
