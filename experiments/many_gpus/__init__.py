@@ -20,7 +20,10 @@ _MOST_SENT = 4.0  # weights gathered for both passes, gradients summed, Muon's e
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   devices = [n for n in config.devices if n <= jax.device_count()]
-  require(devices[-1] > 1, "one device cannot be split; take several GPUs, or JAX_NUM_CPU_DEVICES=4 on a CPU")
+  require(devices[-1:] > [1], "one device cannot be split; take several GPUs, or JAX_NUM_CPU_DEVICES=4 on a CPU")
+  require(
+    devices[0] == 1, f"config.devices is {config.devices}; it must begin with 1, which the others are compared to"
+  )
   part = functools.partial(results.part, workdir)
   metrics = {"devices": devices[-1], "training": {}}
   for name in config.shapes:
