@@ -61,17 +61,18 @@ def spec(axes: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
   `axes` is the layer axis of a stacked module.
   """
   axes = ("layer",) * (len(shape) - len(axes)) + tuple(axes)
-  return PartitionSpec(*(_target(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+  parts = (_splitting(axis, size, mesh) for axis, size in zip(axes, shape, strict=True))
+  return PartitionSpec(*((names if len(names) > 1 else names[0]) if names else None for names in parts))
 
 
-def _target(axis, size: int, mesh) -> str | tuple[str, ...] | None:
-  """The mesh axes that split an axis of this size; None where it stays whole."""
+def _splitting(axis, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes that split an axis of this size."""
   name, unit = axis if isinstance(axis, tuple) else (axis, 1)
   rule = RULES.get(name)
   names = (rule,) if isinstance(rule, str) else rule or ()
   while names and size % (unit * math.prod(mesh.shape[name] for name in names)):
     names = names[:-1]
-  return (names if len(names) > 1 else names[0]) if names else None
+  return names
 
 
 def shardings(tree, mesh: Mesh):
@@ -116,26 +117,6 @@ def constrain(x: jax.Array, *axes, gradient: tuple = ()):
   return _move(x, place(axes), place(gradient)) if gradient else jax.lax.with_sharding_constraint(x, place(axes))
 
 
-def share_out(function: Callable[[Array], Array], stack: Float[Array, "stack rows columns"]) -> Array:
-  """`function(stack)`, which treats every matrix by itself: each device takes whole ones, however they were split."""
-  mesh = _mesh()
-  target = mesh and _target("stack", len(stack), mesh)
-  names = [name for name in ((target,) if isinstance(target, str) else target or ()) if mesh.shape[name] > 1]
-  free = PartitionSpec.UNCONSTRAINED
-
-  def place(x, count):
-    rest = () if count == len(names) else (free, free)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(tuple(names[:count]), *rest)))
-
-  # One mesh axis after the other is an all-to-all each; all at once would be copies of everything on every device.
-  for count in range(1, len(names) + 1):
-    stack = place(stack, count)
-  stack = function(stack)
-  for count in range(len(names), 0, -1):
-    stack = place(stack, count)
-  return stack
-
-
 def to_batch(x: Float[Array, "batch time *rest"]) -> Array:
   """Rows of each device's own -> those of its whole `tensor` group, for products whose weights that group splits."""
   return constrain(x, "batch", "sequence", gradient=("rows", "sequence"))
@@ -144,19 +125,6 @@ def to_batch(x: Float[Array, "batch time *rest"]) -> Array:
 def to_rows(x: Float[Array, "batch time *rest"]) -> Array:
   """The group's sum of such products -> each device's own rows of it."""
   return constrain(x, "rows", "sequence", gradient=("batch", "sequence"))
-
-
-def stored(tree) -> list[NamedSharding | None]:
-  """Where the leaves of a tree of parameters are kept, in the order of `jax.tree.leaves`; None without a mesh."""
-  mesh = _mesh()
-  return [None] * len(jax.tree.leaves(tree)) if mesh is None else jax.tree.leaves(shardings(tree, mesh))
-
-
-def split_over(axis: str, size: int) -> int:
-  """Devices that share an axis of this size; 1 without a mesh."""
-  mesh = _mesh()
-  names = mesh and _target(axis, size, mesh)
-  return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)) if names else 1
 
 
 def gathered(tree):
@@ -172,9 +140,9 @@ def gathered(tree):
     axes, value = leaf.get_metadata().get("axes", ()), leaf.get_value()
     if len(axes) != value.ndim:
       return leaf
-    stored = spec(axes, value.shape, mesh)
-    whole = PartitionSpec(*(None if target == "fsdp" else target for target in stored))
-    return leaf.replace(_move(value, NamedSharding(mesh, whole), NamedSharding(mesh, stored)))
+    kept = spec(axes, value.shape, mesh)
+    whole = PartitionSpec(*(None if target == "fsdp" else target for target in kept))
+    return leaf.replace(_move(value, NamedSharding(mesh, whole), NamedSharding(mesh, kept)))
 
   return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -190,6 +158,43 @@ def _move_back(forward: NamedSharding, backward: NamedSharding, _, gradient):
 
 
 _move.defvjp(lambda x, forward, backward: (_move(x, forward, backward), None), _move_back)
+
+
+def share_out(function: Callable[[Array], Array], stack: Float[Array, "stack rows columns"]) -> Array:
+  """`function(stack)`, which treats every matrix by itself: each device takes whole ones, however they were split.
+
+  All of them where the devices do not divide their number.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return function(stack)
+  names = [name for name in _splitting("stack", len(stack), mesh) if mesh.shape[name] > 1]
+  free = PartitionSpec.UNCONSTRAINED
+
+  def place(x, count):
+    rest = () if count == len(names) else (free, free)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(tuple(names[:count]), *rest)))
+
+  # One mesh axis after the other is an all-to-all each; all at once would be copies of everything on every device.
+  counts = range(1, len(names) + 1) or [0]
+  for count in counts:
+    stack = place(stack, count)
+  stack = function(stack)
+  for count in reversed(counts):
+    stack = place(stack, count)
+  return stack
+
+
+def stored(tree) -> list[NamedSharding | None]:
+  """Where the leaves of a tree of parameters are kept, in the order of `jax.tree.leaves`; None without a mesh."""
+  mesh = _mesh()
+  return [None] * len(jax.tree.leaves(tree)) if mesh is None else jax.tree.leaves(shardings(tree, mesh))
+
+
+def split_over(axis: str, size: int) -> int:
+  """Devices that share an axis of this size; 1 without a mesh."""
+  mesh = _mesh()
+  return 1 if mesh is None else math.prod(mesh.shape[name] for name in _splitting(axis, size, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
