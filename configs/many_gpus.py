@@ -5,7 +5,7 @@ Training sharded by data, fsdp and tensor, the same batch on 1, 2, 4 devices; th
 
   python -m experiments.run --config=configs/many_gpus.py:gpu --workdir=runs/many_gpus
 
-measures the machine it runs on and takes 4 minutes on 4 H100s; results are named after the number of GPUs.
+measures the machine it runs on; results are named after its number of GPUs: x2, x4.
 
   JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
 
