@@ -144,7 +144,7 @@ def _join(how: str) -> None:
 
 
 def _same_config(config, workdir: Path) -> None:
-  """Writes config.json, or refuses a folder that holds a run of another config."""
+  """Writes config.json, or refuses a folder that holds a run of another config; the devices may be others."""
   from jaxlab.core.files import write_text
   from jaxlab.core.foreign import foreign
 
@@ -153,7 +153,8 @@ def _same_config(config, workdir: Path) -> None:
   if file.exists():
     with foreign(f"{file} is damaged", "remove it if its checkpoints belong to this config"):
       a, b = _flatten(json.loads(file.read_text())), _flatten(mine)
-    changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    names = {name for name in a.keys() | b.keys() if not name.startswith("mesh.")}
+    changed = sorted(name for name in names if a.get(name) != b.get(name))
     require(
       not changed,
       f"{workdir} holds a run of another config ({changed[0]} was {a.get(changed[0])}, is {b.get(changed[0])}); "
