@@ -94,6 +94,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       prompts=("It was a cold evening in November, and", "The old doctor looked at her and said,", "Chapter I"),
       sample_tokens=pick(test=8, cpu=60, gpu=120),
-      mesh=dict(data=-1),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
     )
   )

@@ -107,6 +107,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         lengths=pick(test=(8,), cpu=(8, 32, 128, 512), gpu=(32, 128, 512)),
         repetitions=pick(test=1, cpu=5, gpu=3, paper=5),
       ),
-      mesh=dict(data=-1),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
     )
   )

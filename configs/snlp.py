@@ -227,6 +227,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         tokens=pick(test=512, cpu=8192, gpu=500_000, paper=1_000_000),
       ),
       bench=bench(sizes),
-      mesh=dict(data=-1),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
     )
   )

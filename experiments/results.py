@@ -113,6 +113,7 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
   results = {
     "paper": config.paper,
     "scale": config.scale,
+    "name": f"x{jax.device_count()}" if config.get("per_machine") else config.scale,
     "command": command,
     "git": several("git", _git()),
     "device": several("device", _devices()),
@@ -158,8 +159,9 @@ def _numbers(value, name: str = "") -> Iterator[tuple[str, float]]:
 
 def markdown(results: dict) -> str:
   """One run: what was found, every claim, its figures."""
+  name = results.get("name", results["scale"])  # of the published file
   lines = [
-    f"## {results['paper']} at scale {results['scale']}",
+    f"## {results['paper']} at scale {results['scale']}" + (f", {name}" if name != results["scale"] else ""),
     "",
     results["finding"],
     "",

@@ -112,12 +112,13 @@ def _run(config, workdir: Path, command: str) -> None:
   except Interrupted as interrupted:
     console.say(str(interrupted))
     raise KeyboardInterrupt from None
-  if not first:
-    return
-  written = results.write(report, config, workdir, time.perf_counter() - start, command)
-  console.claims(written)
-  for file in ("results.json", "report.md", *report.figures):
-    console.say(f"  {workdir / file}")
+  if first:
+    written = results.write(report, config, workdir, time.perf_counter() - start, command)
+    console.claims(written)
+    for file in ("results.json", "report.md", *report.figures):
+      console.say(f"  {workdir / file}")
+  if _DISTRIBUTED.value:
+    jax.distributed.shutdown()  # waits for the others: one whose coordinator is gone aborts
 
 
 def _quiet_about_closed_loops(unraisable) -> None:
@@ -143,7 +144,7 @@ def _join(how: str) -> None:
 
 
 def _same_config(config, workdir: Path) -> None:
-  """Writes config.json, or refuses a folder that holds a run of another config."""
+  """Writes config.json, or refuses a folder that holds a run of another config; the devices may be others."""
   from jaxlab.core.files import write_text
   from jaxlab.core.foreign import foreign
 
@@ -152,7 +153,8 @@ def _same_config(config, workdir: Path) -> None:
   if file.exists():
     with foreign(f"{file} is damaged", "remove it if its checkpoints belong to this config"):
       a, b = _flatten(json.loads(file.read_text())), _flatten(mine)
-    changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    names = {name for name in a.keys() | b.keys() if not name.startswith("mesh.")}
+    changed = sorted(name for name in names if a.get(name) != b.get(name))
     require(
       not changed,
       f"{workdir} holds a run of another config ({changed[0]} was {a.get(changed[0])}, is {b.get(changed[0])}); "

@@ -41,9 +41,7 @@ def compare(
   Args:
     inner: calls a measurement, issued back to back; the time is per call. Use more than 1 for calls of microseconds.
   """
-  ahead = [run.compile for run in contestants.values() if isinstance(run, Steady)]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    list(pool.map(lambda compile_ahead: compile_ahead(), ahead))
+  compile_all(contestants)
   for run in contestants.values():
     for _ in range(warmup):
       jax.block_until_ready(run())
@@ -56,6 +54,13 @@ def compare(
       jax.block_until_ready(result)
       seconds[name][i] = (time.perf_counter() - start) / inner
   return Times(seconds)
+
+
+def compile_all(contestants: dict[str, Callable]) -> None:
+  """Compiles those that can be, next to each other."""
+  ahead = [run.compile for run in contestants.values() if isinstance(run, Steady)]
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    list(pool.map(lambda compile_ahead: compile_ahead(), ahead))
 
 
 class Steady:

@@ -21,7 +21,8 @@ TRACKED = [
   if name and (ROOT / name).is_file()
 ]
 PAPERS = sorted(f.stem for f in TRACKED if f.parent == Path("configs") and f.stem not in ("__init__", "scales"))
-RUNS = {f"{run['paper']}.{run['scale']}": run for run in report.load()}
+OPEN = {"many_gpus"}  # not yet measured on a GPU; README's table says so
+RUNS = {f"{run['paper']}.{report.name_of(run)}": run for run in report.load()}
 # Larger means less work, or none, for these.
 INVERSE = ("rate", "checkpoint_every", "lengthscale", "share", "ridge", "ratio")
 
@@ -89,9 +90,10 @@ def test_the_folders_of_a_paper_carry_its_name():
 def test_a_committed_result_is_small_and_what_its_metrics_say(run):
   """Claims and finding follow from the metrics beside them: no number was typed."""
   folder = report.RESULTS / run["paper"]
-  assert (folder / f"{run['scale']}.json").stat().st_size <= report.JSON_BYTES
+  name = report.name_of(run)
+  assert (folder / f"{name}.json").stat().st_size <= report.JSON_BYTES
   assert sum(f.stat().st_size for f in folder.glob("*.png")) <= report.FIGURE_BYTES
-  assert {f.name for f in folder.glob(f"{run['scale']}.*.png")} == set(run["figures"]) and run["figures"]
+  assert {f.name for f in folder.glob(f"{name}.*.png")} == set(run["figures"]) and run["figures"]
   config = importlib.import_module(f"configs.{run['paper']}").get_config(run["scale"])
   recorded = config.__class__(run["config"])
   experiment = importlib.import_module(f"experiments.{config.experiment}")
@@ -102,8 +104,9 @@ def test_a_committed_result_is_small_and_what_its_metrics_say(run):
 
 
 def test_every_paper_has_results_at_cpu_and_gpu():
+  done = {(run["paper"], run["scale"]) for run in RUNS.values()}
   for paper in PAPERS:
-    assert {f"{paper}.cpu", f"{paper}.gpu"} <= RUNS.keys()
+    assert (paper, "cpu") in done and ((paper, "gpu") in done) != (paper in OPEN)
 
 
 def test_the_tree_stays_small():

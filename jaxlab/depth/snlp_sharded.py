@@ -1,91 +1,122 @@
 """SNLP's suffix over devices: n layers on a `layer` mesh axis, the correction a prefix sum across it.
 
-Every device evaluates its n / P layers and holds their weights alone. With the identity surrogate a step needs of the
-other devices only the sums of their increments g_j = f_j(z_j) - z_j:
+Every device holds n / P layers of the suffix with their keys and values, and evaluates those alone. With the identity
+surrogate a step needs of the other devices only the sums of their increments g_j = f_j(z_j) - z_j:
 
   z_{j+1} = h_S + sum over earlier devices of their sums + sum over this device's layers up to j,
 
-one all-gather of P states a step. `step_seconds` says when that pays.
+one all-gather of P states an iteration. Prefix and head run on every device. `step_seconds` says when that pays.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
-from jaxlab.depth.snlp_suffix import plain
-from jaxlab.models import Transformer
+from jaxlab.depth.snlp_inference import Network, State, prefix_states
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
-from jaxlab.models.transformer import Side, attend_layers, evaluate_blocks, layer_values, sequential
+from jaxlab.models.transformer import attend_layers, evaluate_blocks, layer_values
 
 AXIS = "layer"
+_SPLIT, _WHOLE = PartitionSpec(AXIS), PartitionSpec()
 
 
-def hidden(
-  model: Transformer,
+def step(
+  network: Network,
   tokens: Int[Array, "batch time"],
+  state: State | None = None,
   *,
-  layers: int,
-  iterations: int,
   mesh: Mesh,
+  iterations: int = 1,
   attention: AttentionFn = dot_product_attention,
-):
-  """`snlp.hidden` with the identity surrogate from h0, the suffix over the mesh axis `layer`.
+) -> tuple[Float[Array, "batch time vocab"], State | None]:
+  """`snlp_inference.step` from h0 with the identity surrogate and the last iteration's keys, the suffix over `layer`.
 
-  Windows may differ from layer to layer, but must repeat from device to device: every device runs the same program.
+  `place` puts network and state where this wants them. Windows may differ from layer to layer, but must repeat from
+  device to device: every device runs the same program.
 
   Raises:
-    InputError: a mesh without the axis, layers it does not divide, window patterns that differ between devices.
+    InputError: a mesh without the axis, a suffix it does not divide or a fused one, window patterns that differ between
+      devices.
   """
   require(AXIS in mesh.axis_names, f"the mesh has axes {mesh.axis_names}; it needs one named {AXIS!r}")
   require(iterations >= 1, f"iterations is {iterations}; at least one Newton step is needed")
-  suffix, c = plain(model, layers), model.config
+  suffix, c = network.suffix, network.model.config
+  require(suffix is not None and not suffix.fused, "split the model with a plain suffix: fused layers are one device's")
   devices = mesh.shape[AXIS]
-  require_divides(f"devices on {AXIS!r}", devices, "layers (n_par)", layers)
-  local = layers // devices
-  windows = [c.windows[suffix.start + i : suffix.start + i + local] for i in range(0, layers, local)]
-  windows = _common_windows(windows, tokens.shape[1])
-  x, side, _ = model.embed(tokens)
-  x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
-  values = layer_values(c, side, suffix.start, suffix.stop)
-  mixing = jax.tree.map(lambda m: m[suffix.start : suffix.stop], side.mixing)
-  shared = Side(side.x0, side.cos, side.sin, side.start, None, None)
-  split, whole = PartitionSpec(AXIS), PartitionSpec()
+  require_divides(f"devices on {AXIS!r}", devices, "layers (n_par)", suffix.layers)
+  local = suffix.layers // devices
+  windows = [c.windows[i : i + local] for i in range(suffix.start, suffix.stop, local)]
+  # Caches are kept by kind of window, whether it is felt or not.
+  windows = _common_windows(windows, tokens.shape[1] if state is None else None)
+  middle = c.depth // 2 - suffix.start  # the suffix's layer whose output the head subtracts
 
-  @functools.partial(
-    jax.shard_map, mesh=mesh, in_specs=(split, split, split, whole, whole), out_specs=split, check_vma=False
-  )
-  def solve(blocks, values, mixing, h, side):
-    attend = functools.partial(attend_layers, windows=windows, attention=attention, start=side.start)
-    z = jnp.broadcast_to(h, (local + 1, *h.shape))
+  def on_each(network, tokens, state):
+    x, backout, side, state = prefix_states(network, tokens, state, attention)
+    device = jax.lax.axis_index(AXIS)
+    mine = lambda a: jax.lax.dynamic_slice_in_dim(a, device * local, local)
+    blocks, pairs = network.suffix.blocks, None if state is None else state.suffix
+    values = jax.tree.map(mine, layer_values(c, side, suffix.start, suffix.stop))
+    mixing = jax.tree.map(lambda m: mine(m[suffix.start : suffix.stop]), side.mixing)
+
+    def attend(q, k, v):
+      nonlocal pairs
+      if pairs is None:
+        return attend_layers(q, k, v, windows=windows, attention=attention, start=side.start)
+      how = dict(windows=windows, start=side.start, attention=attention)
+      attended, pairs = blocks.steps.attend_cached(q, k, v, pairs, **how)
+      return attended
+
+    z = jnp.broadcast_to(x, (local, *x.shape))
     for _ in range(iterations):
-      outputs, _, _ = evaluate_blocks(blocks, z[:-1], side, values=values, mixing=mixing, attend=attend)
-      sums = jnp.cumsum(wide(outputs) - wide(z[:-1]), axis=0)
-      all_sums = jax.lax.all_gather(sums[-1], AXIS)  # (devices, batch, time, *state)
-      before = jnp.arange(devices) < jax.lax.axis_index(AXIS)
-      first = wide(h) + jnp.tensordot(before.astype(sums.dtype), all_sums, axes=1, precision="highest")
-      z = jnp.concatenate([first[None], first + sums]).astype(h.dtype)
-    return z[1:]
+      outputs, _, _ = evaluate_blocks(blocks, z, side, values=values, mixing=mixing, attend=attend)
+      sums = jnp.cumsum(wide(outputs) - wide(z), axis=0)
+      # Up to the middle layer: all of an earlier device's sums, none of a later one's.
+      here = middle - device * local
+      until = jnp.where(here < 0, 0.0, sums[jnp.clip(here, 0, local - 1)])
+      sent = jnp.stack([sums[-1], until]) if c.backout and middle >= 0 else sums[-1:]
+      received = jax.lax.all_gather(sent, AXIS)  # (devices, 1 or 2, batch, time, *state)
+      before = (jnp.arange(devices) < device).astype(sums.dtype)
+      first = wide(x) + jnp.tensordot(before, received[:, 0], axes=1, precision="highest")
+      z = jnp.concatenate([first[None], first + sums[:-1]]).astype(x.dtype)
+    total = (wide(x) + received.sum(axis=0)).astype(x.dtype)
+    if c.backout and middle >= 0:
+      backout = total[1]
+    if state is not None:
+      state = dataclasses.replace(state, suffix=pairs, trace=(first + sums)[:, :, -1:].astype(state.trace.dtype))
+    return network.model.logits(total[0], backout), state
 
-  trace = solve(suffix.blocks, values, mixing, x, shared)
-  if c.backout and c.depth // 2 >= suffix.start:
-    backout = trace[c.depth // 2 - suffix.start]
-  return trace[-1], backout
+  where = _specs(network), _specs(state)
+  run = jax.shard_map(
+    on_each, mesh=mesh, in_specs=(where[0], _WHOLE, where[1]), out_specs=(_WHOLE, where[1]), check_vma=False
+  )
+  return run(network, tokens, state)
 
 
-def place(model: Transformer, mesh: Mesh, *, layers: int) -> Transformer:
-  """The model with its parameters where `hidden` wants them: stacked ones over `layer` if the whole depth is solved
-  (layers = L), copies on every device otherwise."""
-  split = NamedSharding(mesh, PartitionSpec(AXIS))
-  whole = NamedSharding(mesh, PartitionSpec())
-  stacked = split if layers == model.depth else whole
-  placed = jax.tree.map(lambda a: jax.device_put(a, whole), model)
-  placed.blocks = jax.tree.map(lambda a: jax.device_put(a, stacked), model.blocks)
-  return placed
+def place(tree: Network | State, mesh: Mesh) -> Network | State:
+  """The tree where `step` wants it: each device has its layers of the suffix, and a copy of everything else.
+
+  Raises:
+    InputError: a suffix that the mesh does not divide.
+  """
+  layers = tree.suffix.layers if isinstance(tree, Network) else len(tree.trace)
+  require_divides(f"devices on {AXIS!r}", mesh.shape[AXIS], "layers (n_par)", layers)
+  return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, _specs(tree))
+
+
+def _specs(tree: Network | State | None):
+  """PartitionSpecs in the structure of a network or a state."""
+  if tree is None:
+    return None
+  whole = jax.tree.map(lambda _: _WHOLE, tree)
+  split = lambda part: jax.tree.map(lambda _: _SPLIT, part)
+  if isinstance(tree, State):
+    return dataclasses.replace(whole, suffix=split(tree.suffix), trace=split(tree.trace))
+  return dataclasses.replace(whole, suffix=dataclasses.replace(whole.suffix, blocks=split(tree.suffix.blocks)))
 
 
 def step_seconds(
@@ -117,9 +148,9 @@ def step_seconds(
   return prefix + iterations * (t_lat + layers / devices * b + gather)
 
 
-def _common_windows(windows: list[tuple], time: int) -> tuple:
+def _common_windows(windows: list[tuple], time: int | None) -> tuple:
   """The windows of one device; those that no position of `time` feels count as none."""
-  felt = [tuple(None if w is None or w >= time else w for w in part) for part in windows]
+  felt = [tuple(None if w is None or (time and w >= time) else w for w in part) for part in windows]
   require(
     all(part == felt[0] for part in felt),
     "window patterns differ from device to device; use layers and devices that split the pattern evenly",

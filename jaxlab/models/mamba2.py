@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.core.recurrence import linear_recurrence
 from jaxlab.models.layers import Linear, RMSNorm, rms_norm, wide
@@ -274,7 +275,7 @@ class Mamba2(nnx.Module):
     return self.logits(*self.hidden(tokens, remat=remat))
 
   def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-    return rms_norm(jnp.take(self.embedding[...], tokens, axis=0), self.config.norm_eps)
+    return rms_norm(meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0)), self.config.norm_eps)
 
   def hidden(self, tokens, *, remat: str = "none", unroll: bool = False) -> tuple[Array, None]:
     """(final state, None): what `logits` reads, in the form that a Transformer has."""
@@ -286,7 +287,7 @@ class Mamba2(nnx.Module):
     return x, run_blocks(self, x, remat=remat)[1], None
 
   def logits(self, x: Float[Array, "batch time width"], _=None) -> Float[Array, "batch time vocab"]:
-    return wide(self.head(self.norm(x)))
+    return wide(self.head(meshes.to_batch(self.norm(x))))
 
   def empty_state(self, batch: int) -> Mamba2State:
     """The state before the first token."""
@@ -329,7 +330,7 @@ def run_blocks(
 
   def one(x, parts):
     layer, block = parts
-    x = block(x, mix)
+    x = meshes.constrain(meshes.gathered(block)(x, mix), "rows", "sequence")
     x = x if rewrite is None else rewrite(layer, x)
     return x, x
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models.attention import (
   AttentionFn,
@@ -77,9 +78,10 @@ class Block(nnx.Module):
     uniform = lambda k, shape: jax.random.uniform(k, shape, minval=-bound, maxval=bound)
     self.config = config
     self.attention_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
-    self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", "heads"))
-    self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", "heads"))
-    self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", "heads"))
+    queries, keys_values = ("heads", h // g * n), ("heads", n)  # queries stay with the keys they read
+    self.q = Linear(uniform(keys[0], (d, h * n)), ("embed", queries))
+    self.k = Linear(uniform(keys[1], (d, g * n)), ("embed", keys_values))
+    self.v = Linear(uniform(keys[2], (d, g * n)), ("embed", keys_values))
     self.qkv = nnx.data(None)  # `for_inference` puts q, k and v side by side here
     self.steps = Steps()
     zero_out = config.mlp == "relu2"
@@ -88,7 +90,7 @@ class Block(nnx.Module):
       if zero_out
       else jax.random.normal(keys[3], (h * n, d)) / math.sqrt(h * n * 2 * config.depth)
     )
-    self.o = Linear(out, ("heads", "embed"))
+    self.o = Linear(out, (queries, "embed"))
     self.q_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
     self.k_norm = RMSNorm(n, config.norm_eps, config.norm_gain) if config.qk_norm else None
     self.mlp_norm = RMSNorm(d, config.norm_eps, config.norm_gain)
@@ -116,6 +118,7 @@ class Block(nnx.Module):
         x = (self.residual_lambda[...] * x + self.x0_lambda[...] * side.x0).astype(x.dtype)
       mixing = self._mixing(self.attention_mixing, x, 0, mixing) if c.hyper else None
       a = self.attention_norm(_read(x, mixing))
+    a = meshes.to_batch(a) if _heads_divide(c) else a
     split = lambda y: y.reshape(*y.shape[:-1], -1, c.head_dim)
     gate = None
     if value is not None:
@@ -138,16 +141,26 @@ class Block(nnx.Module):
   def finish(self, x, mixing, attended, all_mixing):
     """(the block's output, the MLP's mixing) from its input and (batch, time, q_heads, head_dim) attention."""
     read = x
-    x = _write(x, mixing, self.o(attended.reshape(*attended.shape[:-2], -1)))
+    attended = attended.reshape(*attended.shape[:-2], -1)
+    branch = self.o(attended)
+    x = _write(x, mixing, meshes.to_rows(branch) if _heads_divide(self.config) else branch)
     if self.config.parallel_sublayers:
-      return x + self.mlp(self.mlp_norm(read)), None
+      return x + self._mlp(self.mlp_norm(read)), None
     mixing = self._mixing(self.mlp_mixing, x, 1, all_mixing) if self.config.hyper else None
-    return _write(x, mixing, self.mlp(self.mlp_norm(_read(x, mixing)))), mixing
+    return _write(x, mixing, self._mlp(self.mlp_norm(_read(x, mixing)))), mixing
+
+  def _mlp(self, a):
+    return meshes.to_rows(self.mlp(meshes.to_batch(a)))
 
   def _mixing(self, mixing: Mixing, x, sublayer: int, static):
     if self.config.hyper.dynamic:
       return mixing.dynamic_matrices(x)
     return jax.tree.map(lambda m: m[sublayer], static)
+
+
+def _heads_divide(config: TransformerConfig) -> bool:
+  """Heads that divide over `tensor` read the rows of the whole group, others those of their device alone."""
+  return meshes.split_over("heads", config.kv_heads) > 1
 
 
 def _read(x, mixing):
@@ -194,7 +207,7 @@ class Transformer(nnx.Module):
       bound = math.sqrt(3 / c.width)
       shape = (len(c.value_layers), c.vocab_size, c.kv_heads * c.head_dim)
       table = jax.random.uniform(keys[3], shape, minval=-bound, maxval=bound)
-      self.value_embeddings = nnx.Param(table, axes=(None, "vocab", None))
+      self.value_embeddings = nnx.Param(table, axes=(None, "vocab", "embed"))
     if c.smear:
       require(c.width >= _SMEAR_CHANNELS, f"smear reads {_SMEAR_CHANNELS} channels; model.width is {c.width}")
       self.smear_gate = nnx.Param(jax.random.uniform(keys[4], (_SMEAR_CHANNELS, 1), maxval=0.02), axes=(None, None))
@@ -240,7 +253,7 @@ class Transformer(nnx.Module):
     c = self.config
     batch, time = tokens.shape
     start = 0 if cache is None else cache.length
-    x = jnp.take(self.embedding[...], tokens, axis=0)
+    x = meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0))
     if c.embed_norm:
       x = rms_norm(x, c.norm_eps)
     last = x[:, -1:]
@@ -252,6 +265,8 @@ class Transformer(nnx.Module):
     values = None
     if c.value_embeddings:
       values = jnp.take(self.value_embeddings[...], tokens, axis=1).astype(x.dtype)
+      rows = "batch" if _heads_divide(c) else "rows"
+      values = meshes.constrain(values, None, rows, "sequence", gradient=(None, "batch", "sequence"))
       values = values.reshape(-1, batch, time, c.kv_heads, c.head_dim)
     mixing = self.mixing
     if mixing is None and c.hyper and not c.hyper.dynamic:
@@ -267,7 +282,7 @@ class Transformer(nnx.Module):
     x, backout = (y.sum(axis=-2) if c.hyper and y is not None else y for y in (x, backout))
     if c.backout:
       x = (x - self.backout_lambda[...] * backout).astype(x.dtype)
-    x = self.norm(x)
+    x = meshes.to_batch(self.norm(x))
     logits = x @ self.embedding[...].T.astype(x.dtype) if c.tied_embeddings else self.head(x)
     logits = wide(logits)
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -353,6 +368,7 @@ def sequential(
   def block(carry, parts, window, has_value, layer):
     x, backout, cache = carry
     weights, value, mixing = parts
+    weights = meshes.gathered(weights)
     inner, mix, q, k, v = weights.project(x, side, value if has_value else None, mixing)
     if cache is not None:
       place = (layer, 0, side.start)

@@ -133,30 +133,35 @@ def initial_state(model: LanguageModel, optimizer, mesh: Mesh, seed: int) -> Tra
 
 def make_step(loss_fn: LossFn, optimizer, shardings, *, accumulate: int = 1, compute_dtype="bfloat16"):
   """The jitted training step `(state, batch) -> (state, metrics)`; the state is donated."""
+  mesh = jax.tree.leaves(shardings)[0].mesh
 
   def loss(model, batch, step, key):
-    return loss_fn(cast(model, compute_dtype), batch, step, key)
+    return loss_fn(meshes.gathered(cast(model, compute_dtype)), batch, step, key)
+
+  def gradient(*args):
+    value, grads = jax.value_and_grad(loss, has_aux=True)(*args)
+    return value, jax.lax.with_sharding_constraint(grads, shardings.model)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
   def step_fn(state: TrainState, batch):
-    key, use = jax.random.split(jax.random.wrap_key_data(state.key))
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if accumulate == 1:
-      (value, extra), grads = gradient(state.model, batch, state.step, use)
-    else:
-      # Strided, so that every microbatch stays spread over the devices.
-      parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), batch)
+    with meshes.using(mesh):
+      key, use = jax.random.split(jax.random.wrap_key_data(state.key))
+      if accumulate == 1:
+        (value, extra), grads = gradient(state.model, batch, state.step, use)
+      else:
+        # Strided, so that every microbatch stays spread over the devices.
+        parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), batch)
 
-      def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(state.model, part, state.step, use)), None
+        def add(total, part):
+          return jax.tree.map(jnp.add, total, gradient(state.model, part, state.step, use)), None
 
-      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.model, batch, state.step, use))
-      total, _ = jax.lax.scan(add, zeros, parts)
-      (value, extra), grads = jax.tree.map(lambda a: a / accumulate, total)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
-    model = optax.apply_updates(state.model, updates)
-    metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)} | extra
-    return TrainState(model, optimizer_state, state.step + 1, jax.random.key_data(key)), metrics
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.model, batch, state.step, use))
+        total, _ = jax.lax.scan(add, zeros, parts)
+        (value, extra), grads = jax.tree.map(lambda a: a / accumulate, total)
+      updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
+      model = optax.apply_updates(state.model, updates)
+      metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)} | extra
+      return TrainState(model, optimizer_state, state.step + 1, jax.random.key_data(key)), metrics
 
   return step_fn
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
 from jaxlab.models import LanguageModel
 
-_SLICE_BYTES = 2**29  # float32 logits made at once
+_SLICE_BYTES = 2**29  # float32 logits made at once on a device
 
 
 def token_losses(
@@ -28,7 +29,8 @@ def token_losses(
   products kept in the computing dtype (one matrix product less, batch * time * vocab numbers more).
   """
   batch, time = targets.shape
-  wanted = max(1, batch * time * model.config.vocab_size * 4 // _SLICE_BYTES)
+  devices = meshes.split_over("batch", batch) * meshes.split_over("vocab", model.config.vocab_size)
+  wanted = max(1, batch * time * model.config.vocab_size * 4 // devices // _SLICE_BYTES)
   slices = next(n for n in range(wanted, time + 1) if time % n == 0)
 
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if keep_logits else None

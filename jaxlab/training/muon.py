@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab.core import mesh as meshes
+
 # (a, b, c) of each step: u <- a u + u (b A + c A A), A = u^T u. Five steps, safety 2e-2, cushion 2.
 _POLAR_EXPRESS = (
   (8.15655, -22.48329, 15.87877),
@@ -24,16 +26,22 @@ _POLAR_EXPRESS = (
 def polar_factor(g: Float[Array, "*stack rows columns"], dtype=jnp.bfloat16) -> Float[Array, "*stack rows columns"]:
   """The orthogonal factor U V^T of g = U S V^T, roughly: singular values end within about [0.7, 1.2].
 
-  The products run in `dtype`; the matrix is transposed where that makes the Gram matrix the smaller one.
+  The products run in `dtype`; the matrix is transposed where that makes the Gram matrix the smaller one. On several
+  devices each has its share of a stack: products of split matrices would be sums over devices, fifteen of them.
   """
   wide = g.shape[-2] < g.shape[-1]
   u = jnp.swapaxes(g, -1, -2) if wide else g
   norm = jnp.linalg.norm(u.astype(jnp.float32), axis=(-2, -1), keepdims=True)
   u = (u / (1.01 * norm + 1e-6)).astype(dtype)
+  u = meshes.share_out(_iterate, u) if u.ndim == 3 else _iterate(u)
+  return jnp.swapaxes(u, -1, -2) if wide else u
+
+
+def _iterate(u):
   for a, b, c in _POLAR_EXPRESS:
     gram = jnp.swapaxes(u, -1, -2) @ u
     u = a * u + u @ (b * gram + c * (gram @ gram))
-  return jnp.swapaxes(u, -1, -2) if wide else u
+  return u
 
 
 class MuonState(NamedTuple):
@@ -67,10 +75,12 @@ def muon(
     zeros = lambda p: jnp.zeros_like(p, jnp.float32)
     return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), jax.tree.map(variance, params))
 
-  def one(g, m, v, p, beta, lr, decay):
+  def one(g, m, v, p, stored, beta, lr, decay):
+    place = lambda a: a if stored is None else jax.lax.with_sharding_constraint(a, stored)
     g = g.astype(jnp.float32)
     m = beta * m + (1 - beta) * g
-    u = polar_factor((1 - beta) * g + beta * m, dtype).astype(jnp.float32)
+    # Before and after: the momentum would otherwise be split like the stack, and gathered too.
+    u = place(polar_factor(place((1 - beta) * g + beta * m), dtype)).astype(jnp.float32)
     reduced = axis(u.shape)
     square = jnp.mean(u * u, axis=reduced, keepdims=True)
     v = variance_decay * v + (1 - variance_decay) * square
@@ -83,7 +93,7 @@ def muon(
   def update(grads, state, params):
     beta, lr, decay = (schedule(state.count) for schedule in (momentum, learning_rate, weight_decay))
     columns = [jax.tree.leaves(tree) for tree in (grads, state.momentum, state.variance, params)]
-    results = [one(*each, beta, lr, decay) for each in zip(*columns, strict=True)]
+    results = [one(*each, beta, lr, decay) for each in zip(*columns, meshes.stored(params), strict=True)]
     # The states keep their own structure: it carries the parameters' axis names.
     updates, new_m, new_v = (
       jax.tree.unflatten(jax.tree.structure(tree), list(column))

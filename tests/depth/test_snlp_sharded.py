@@ -1,15 +1,19 @@
 """The suffix over eight devices is the suffix on one, and the cost model's limits."""
 
+import functools
+
+import chex
 import jax
 import numpy as np
 import pytest
 
+from experiments.many_gpus import collectives
 from jaxlab.core.checks import InputError
-from jaxlab.depth import snlp, snlp_sharded
+from jaxlab.depth import snlp_inference, snlp_sharded
 from jaxlab.models.config import nanochat
 from tests.common import random_model, random_tokens
 
-CHAT = dict(depth=10, aspect_ratio=5, head_dim=16, vocab_size=64, context=512)
+CHAT = dict(depth=10, aspect_ratio=5, head_dim=16, vocab_size=64, context=512, window_pattern="L")
 TOKENS = random_tokens(2, 20)
 
 
@@ -20,24 +24,28 @@ def mesh(devices=8, name="layer"):
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_eight_devices_are_one(iterations):
-  """The backout layer (5 of 10) lies inside the suffix and is read from the sharded trace."""
-  model = random_model(nanochat(**CHAT))
-  options = dict(layers=8, iterations=iterations)
-  expected = jax.jit(lambda m: snlp.hidden(m, TOKENS, **options))(model)
-  placed = snlp_sharded.place(model, mesh(), layers=8)
-  actual = jax.jit(lambda m: snlp_sharded.hidden(m, TOKENS, mesh=mesh(), **options))(placed)
-  for a, b in zip(actual, expected, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  """A prompt, then a token onto the caches it filled. The backout layer (5 of 10) lies inside the suffix."""
+  network = snlp_inference.split(random_model(nanochat(**CHAT)), 8)
+  state = snlp_inference.empty_state(network, batch=2, capacity=24)
+  options = dict(iterations=iterations)
+  one = functools.partial(snlp_inference.step, cache_kv="last_iteration", **options)
+  many = jax.jit(functools.partial(snlp_sharded.step, mesh=mesh(), **options))
+  placed, theirs = (snlp_sharded.place(tree, mesh()) for tree in (network, state))
+  for tokens in (TOKENS, TOKENS[:, :1]):
+    expected, state = jax.jit(one)(network, tokens, state)
+    actual, theirs = many(placed, tokens, theirs)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+  chex.assert_trees_all_close(theirs, state, rtol=1e-4, atol=1e-4)
 
 
-def test_a_suffix_of_the_whole_depth_keeps_each_layer_on_one_device():
+def test_each_layer_lies_on_one_device_and_an_iteration_sends_one_message():
   model = random_model(nanochat(**CHAT | dict(depth=8)))
-  placed = snlp_sharded.place(model, mesh(), layers=8)
-  assert placed.blocks.o.weight[...].sharding.spec[0] == "layer"
-  program = jax.jit(lambda m: snlp_sharded.hidden(m, TOKENS, layers=8, iterations=8, mesh=mesh()))
-  expected = jax.jit(lambda m: m.hidden(TOKENS))(model)
-  np.testing.assert_allclose(program(placed)[0], expected[0], rtol=1e-4, atol=1e-4)  # K = n: the network itself
-  assert "all-gather" in program.lower(placed).compile().as_text()
+  network = snlp_sharded.place(snlp_inference.split(model, 8), mesh())
+  assert network.suffix.blocks.o.weight[...].sharding.spec[0] == "layer"
+  program = jax.jit(functools.partial(snlp_sharded.step, mesh=mesh(), iterations=8)).lower(network, TOKENS).compile()
+  expected = jax.jit(lambda m: m(TOKENS))(model)
+  np.testing.assert_allclose(program(network, TOKENS)[0], expected, rtol=1e-4, atol=1e-4)  # K = n: the network itself
+  assert [c.kind for c in collectives.collectives(program.as_text())] == 8 * ["all-gather"]
 
 
 def test_the_cost_model_pays_only_where_layers_outweigh_messages():
@@ -49,19 +57,28 @@ def test_the_cost_model_pays_only_where_layers_outweigh_messages():
 
 
 @pytest.mark.parametrize(
-  "config, options, message",
+  "layers, options, message",
   [
-    (CHAT, dict(layers=6, mesh=mesh(4)), "devices on 'layer'=4 must divide layers"),
-    (CHAT, dict(layers=8, mesh=mesh(8, "data")), "needs one named 'layer'"),
-    (CHAT, dict(layers=8, mesh=mesh(), iterations=0), "iterations is 0"),
+    (6, dict(mesh=mesh(4)), "devices on 'layer'=4 must divide layers"),
+    (8, dict(mesh=mesh(8, "data")), "needs one named 'layer'"),
+    (8, dict(mesh=mesh(), iterations=0), "iterations is 0"),
+    (0, dict(mesh=mesh()), "with a plain suffix"),
   ],
 )
-def test_impossible_meshes_are_named(config, options, message):
+def test_impossible_meshes_are_named(layers, options, message):
+  network = snlp_inference.split(random_model(nanochat(**CHAT)), layers)
   with pytest.raises(InputError, match=message):
-    snlp_sharded.hidden(random_model(nanochat(**config)), TOKENS, **dict(iterations=1) | options)
+    snlp_sharded.step(network, TOKENS, **options)
 
 
 def test_windows_must_repeat_from_device_to_device():
-  model, tokens = random_model(nanochat(**CHAT)), random_tokens(1, 140)  # longer than the window: it is felt
+  network = snlp_inference.split(random_model(nanochat(**CHAT | dict(window_pattern="SSSL"))), 8)
   with pytest.raises(InputError, match="window patterns differ"):
-    snlp_sharded.hidden(model, tokens, layers=8, iterations=1, mesh=mesh())
+    snlp_sharded.step(network, random_tokens(1, 140), mesh=mesh())  # longer than the window: it is felt
+
+
+def test_a_suffix_that_does_not_divide_cannot_be_placed():
+  network = snlp_inference.split(random_model(nanochat(**CHAT)), 6)
+  for tree in (network, snlp_inference.empty_state(network, batch=1, capacity=4)):
+    with pytest.raises(InputError, match="devices on 'layer'=4 must divide layers"):
+      snlp_sharded.place(tree, mesh(4))

@@ -71,6 +71,17 @@ def test_a_second_run_resumes_and_another_config_is_refused(snlp_run, cache):
   assert (workdir / "results.json").read_text() == results_before
 
 
+def test_a_run_goes_on_with_other_devices(tmp_path):
+  config = ml_collections.ConfigDict(dict(mesh=dict(data=-1, fsdp=4), steps=2))
+  run._same_config(config, tmp_path)
+  config.mesh.fsdp = 1
+  run._same_config(config, tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 1
+  config.steps = 3
+  with pytest.raises(InputError, match="another config"):
+    run._same_config(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_parts_that_larger_scales_add_run_too(tmp_path, cache):
   done = command(

@@ -1,6 +1,8 @@
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +17,7 @@ import pytest
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
+from jaxlab.data import packing, tokens
 from jaxlab.models.config import nanochat
 from jaxlab.training import loop, losses
 from jaxlab.training.metrics import read_metrics
@@ -96,8 +99,21 @@ def test_every_sharding_equals_one_device(one_device, tmp_path, shape):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), meshes.AXES)
-  return sgd_curve(tmp_path_factory.mktemp("one"), mesh)
+  return sgd_curve(tmp_path_factory.mktemp("one"), meshes.make_mesh({}, jax.devices()[:1]))
+
+
+def test_a_checkpoint_of_four_devices_goes_on_on_two_and_on_one(tmp_path):
+  """Split by fsdp and by heads (2, which divide), in microbatches, with Muon: the losses stay those of one device."""
+  train = lambda workdir, steps, shape, devices: run(
+    workdir, steps, SMALL, accumulate=2, mesh=meshes.make_mesh(shape, jax.devices()[:devices])
+  )
+  train(tmp_path / "one", 4, {}, 1)
+  train(tmp_path / "four", 2, {"fsdp": 2, "tensor": 2}, 4)
+  shutil.copytree(tmp_path / "four", tmp_path / "two")
+  for workdir, shape, devices in (("two", {"fsdp": 2}, 2), ("four", {}, 1)):
+    model = train(tmp_path / workdir, 4, shape, devices)
+    assert len(model.blocks.o.weight.get_value().sharding.device_set) == devices
+    np.testing.assert_allclose(losses_of(tmp_path / workdir), losses_of(tmp_path / "one"), rtol=1e-4)
 
 
 def sgd_curve(workdir, mesh):
@@ -199,27 +215,37 @@ def test_killed_runs_lose_nothing(tmp_path, kills, steps):
 HOST = """
 import pathlib, sys
 import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-from tests.training.test_loop import SMALL, plain_loss, random_model, loop, muon_adamw
-from jaxlab.data import packing, tokens
-import numpy as np
-corpus = tokens.Tokens(np.arange(600) % 63 + 1, np.arange(0, 601, 30), bos=0)
-rows = packing.training_rows(corpus, row=16, seed=0, shard=(jax.process_index(), 2))
-optimizer = muon_adamw(SMALL, steps=4, batch_tokens=256)
+from tests.training.test_loop import batches_of, run_hosts
 for steps in (2, 4):
-  loop.train(random_model(SMALL), packing.batches(rows, 8), plain_loss, optimizer, steps=steps,
-             workdir=pathlib.Path(sys.argv[1]), compute_dtype="float32", checkpoint_every=2)
+  run_hosts(pathlib.Path(sys.argv[1]), batches_of(jax.process_index()), steps)
 """
 
 
-def test_two_hosts_train_together_and_resume(tmp_path):
-  """Stopped after two steps and resumed, they write what two hosts write that go through."""
+def batches_of(host: int):
+  corpus = tokens.Tokens(np.arange(600) % 63 + 1, np.arange(0, 601, 30), bos=0)
+  return packing.batches(packing.training_rows(corpus, row=16, seed=0, shard=(host, 2)), 8)
+
+
+def run_hosts(workdir, data, steps, **options):
+  optimizer = muon_adamw(SMALL, steps=4, batch_tokens=256)
+  options |= dict(compute_dtype="float32", checkpoint_every=2)
+  loop.train(random_model(SMALL), data, plain_loss, optimizer, steps=steps, workdir=workdir, **options)
+
+
+def test_two_hosts_train_as_one_and_resume(tmp_path):
+  """Stopped after two steps and resumed, they write the losses of one process that reads what both read."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  hosts = [wait(host) for host in [start(HOST, str(tmp_path), address, str(i)) for i in range(2)]]
+  both = tmp_path / "both"
+  hosts = [wait(host, 120) for host in [start(HOST, str(both), address, str(i)) for i in range(2)]]
   assert [host.returncode for host in hosts] == [0, 0], hosts[0].stderr[-2000:]
-  assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
-  saved = json.loads((tmp_path / "checkpoints" / "4" / "iterator" / "metadata").read_text())
+  assert [line["step"] for line in read_metrics(both)] == [1, 2, 3, 4]
+  saved = json.loads((both / "checkpoints" / "4" / "iterator" / "metadata").read_text())
   assert len(saved["hosts"]) == 2 and saved["hosts"][0] != saved["hosts"][1]
+  shares = zip(*(itertools.islice(batches_of(host), 4) for host in range(2)), strict=True)
+  joined = [jax.tree.map(lambda *rows: np.concatenate(rows), *pair) for pair in shares]
+  data = grain.MapDataset.source(joined).to_iter_dataset()
+  run_hosts(tmp_path / "one", data, 4, mesh=meshes.make_mesh({}, jax.devices()[:1]))
+  np.testing.assert_allclose(losses_of(both), losses_of(tmp_path / "one"), rtol=1e-5)

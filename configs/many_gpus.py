@@ -1,0 +1,89 @@
+r"""Several GPUs of one host: is the training step as fast on each as on one, and does SNLP's suffix over devices pay?
+
+Training sharded by data, fsdp and tensor, the same batch on 1, 2, 4 devices; then one token and a prompt with the last
+24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism.
+
+  python -m experiments.run --config=configs/many_gpus.py:gpu --workdir=runs/many_gpus
+
+measures the machine it runs on; results are named after its number of GPUs: x2, x4.
+
+  JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
+
+has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes a minute
+on two cores and printed (2026-11-28):
+
+  bytes that fsdp sends for a microbatch, over the parameters'   2.1   (data 1.4, tensor 7.5)
+  largest difference of a loss from one device's                 2e-6 nats
+"""
+
+import ml_collections
+
+from configs import About, scales
+
+ABOUT = About(
+  method="Many GPUs",
+  family="foundation",
+  link="docs/devices.md",
+  does="is what several devices of one host buy, in training and in decoding with SNLP",
+)
+
+
+def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
+  """Scales: test, cpu (simulated devices), gpu (2 or 4 GPUs of one host), paper (the same)."""
+  pick = scales.picker(scale)
+  big = pick(cpu=False, gpu=True)
+  plain = dict(x0=False, value_embeddings=False)
+  tiny = dict(
+    depth=pick(test=2, cpu=8),
+    aspect_ratio=pick(test=32, cpu=8),
+    head_dim=16,
+    vocab_size=512,
+    context=64,
+    window_pattern="L",
+    **plain,
+  )
+  common = dict(
+    length=pick(test=16, cpu=64, gpu=2048),
+    steps=pick(test=2, cpu=3, gpu=4),
+    dtype=pick(cpu="float32", gpu="bfloat16"),
+  )
+  training = {
+    "d32_width640": dict(
+      shape=dict(depth=32, aspect_ratio=20, **plain), axes=("data", "fsdp", "tensor"), batch=128, rows=16, **common
+    ),
+    "d20_width1280": dict(shape=dict(depth=20, **plain), axes=("tensor",), batch=64, rows=8, **common),
+  }
+  small = {
+    "tiny": dict(
+      shape=tiny,
+      axes=("data", "fsdp", "tensor"),
+      batch=pick(test=8, cpu=16),
+      rows=pick(test=2, cpu=2),
+      **common,
+    )
+  }
+  training = training if big else small
+  return ml_collections.ConfigDict(
+    dict(
+      paper="many_gpus",
+      experiment="many_gpus",
+      scale=scale,
+      per_machine=big,  # results are named after the number of devices
+      timed=big,
+      devices=pick(test=(1, 2), cpu=(1, 4), gpu=(1, 2, 4, 8)),
+      shapes=tuple(training),
+      training=training,
+      suffix=dict(
+        # 8 heads, which 2 and 4 devices can share.
+        shape=dict(depth=32, aspect_ratio=32, window_pattern="L", **plain) if big else tiny,
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        layers=pick(test=2, cpu=4, gpu=24),
+        iterations=pick(test=(1,), cpu=(1, 2)),
+        context=pick(test=16, cpu=32, gpu=2048),
+        room=pick(test=100, cpu=200, gpu=600),
+        tokens=pick(test=8, cpu=32, gpu=512),
+        repetitions=pick(test=2, cpu=5, gpu=12),
+      ),
+      tolerance=dict(loss=pick(cpu=1e-3, gpu=5e-3), logits=pick(cpu=1e-3, gpu=5e-2)),
+    )
+  )

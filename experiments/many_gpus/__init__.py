@@ -1,0 +1,174 @@
+"""What several devices of one host buy: training by data, fsdp and tensor, SNLP's suffix over a `layer` axis.
+
+One run measures 1, 2, 4 .. devices of its machine. On CPUs the devices are simulated: what is sent and that results
+agree can be seen there, not what it costs.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from experiments import figures, results
+from experiments.many_gpus import suffix, training
+from experiments.results import Claim
+from jaxlab.core.checks import require
+
+_FLOORS = {"data": 0.90, "fsdp": 0.85, "tensor": 0.70}
+_MOST_SENT = 4.0  # weights gathered for both passes, gradients summed, Muon's exchange
+
+
+def measure(config, workdir: Path, cache: Path, console) -> dict:
+  devices = [n for n in config.devices if n <= jax.device_count()]
+  require(devices[-1:] > [1], "one device cannot be split; take several GPUs, or JAX_NUM_CPU_DEVICES=4 on a CPU")
+  require(
+    devices[0] == 1, f"config.devices is {config.devices}; it must begin with 1, which the others are compared to"
+  )
+  part = functools.partial(results.part, workdir)
+  metrics = {"devices": devices[-1], "training": {}}
+  for name in config.shapes:
+    case = config.training[name].to_dict()
+    console.say(f"training {name}")
+    run = lambda case=case: training.measure(case, devices, console)
+    metrics["training"][name] = part(f"training_{name}", run)
+  metrics["suffix"] = part("suffix", lambda: suffix.measure(config.suffix, devices, console))
+  metrics["fit"] = suffix.fit(metrics["suffix"]["decode"], config.suffix)
+  return metrics
+
+
+def claims(config, metrics: dict) -> list[Claim]:
+  """Speeds only where the config says that they mean something."""
+  made = [*_speeds(metrics)] if config.timed else []
+  for name, runs in metrics["training"].items():
+    spread = {label: training.sent(run) for label, run in runs.items() if label.startswith("fsdp")}
+    if spread:
+      worst = max(spread, key=spread.get)
+      made.append(
+        Claim(
+          f"Bytes that fsdp sends for a microbatch, over those of the parameters, {name}", "x", "lower",
+          ours=spread[worst], threshold=_MOST_SENT,
+          note=", ".join(f"{label} {training.sent(run):.2f}" for label, run in runs.items() if label != training.ONE),
+        )
+      )  # fmt: skip
+  apart = {name: training.difference(runs) for name, runs in metrics["training"].items()}
+  made.append(
+    Claim(
+      "Largest difference of a loss of the first steps from one device's", "nats", "lower",
+      ours=max(apart.values()), threshold=config.tolerance.loss,
+      note=", ".join(f"{name} {value:.1g}" for name, value in apart.items()) + "; the same batch on all",
+    )
+  )  # fmt: skip
+  error = max(kind["error"] for kind in metrics["suffix"].values())
+  made.append(
+    Claim(
+      "Largest error of logits on several devices, over the largest logit", "", "lower", ours=error,
+      threshold=config.tolerance.logits, note="SNLP beside its form for one device, tensor parallelism beside sequence",
+    )
+  )  # fmt: skip
+  return made
+
+
+def _speeds(metrics: dict):
+  most = metrics["devices"]
+  for name, runs in metrics["training"].items():
+    for axis, floor in _FLOORS.items():
+      at = training.describe(axis, 2 if axis == "tensor" else most)
+      if at in runs:
+        yield Claim(
+          f"Training speed of {at} devices, over as many times one device's, {name}", "", "higher",
+          ours=training.efficiency(runs, at), threshold=floor,
+          baseline=f"{runs[training.ONE]['tokens_per_second']:.0f} tokens/s on one device",
+          note=", ".join(
+            f"{label} {run['tokens_per_second']:.0f} tokens/s, MFU {run['mfu']:.1%}" for label, run in runs.items()
+          ),
+        )  # fmt: skip
+  for kind, what in (("decode", "one token is decoded"), ("prefill", "a prompt is read")):
+    times = {name: row["median"] for name, row in metrics["suffix"][kind]["milliseconds"].items()}
+    many, one = times[suffix.layered(most, 1)], times[suffix.layered(1, 1)]
+    note = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
+    yield Claim(
+      f"How many times as fast {what} with SNLP's suffix over {most} devices as on one", "x", "higher",
+      ours=one / many, threshold=1.0, baseline=f"batched on one device: {one:.3f} ms", note=note,
+    )  # fmt: skip
+    rival = min(times[suffix.tensor(n)] for n in (1, most))
+    yield Claim(
+      f"How many times as fast {what} with SNLP's suffix over {most} devices as by tensor parallelism", "x", "higher",
+      ours=rival / many, threshold=1.0, baseline=f"plain blocks on 1 or {most} devices: {rival:.3f} ms",
+    )  # fmt: skip
+  fit = metrics["fit"]
+  yield Claim(
+    "Largest relative error of the cost model of decoding", "", "lower", ours=fit["worst"], threshold=0.15,
+    note=f"ms: floor {fit['floor']:.3f}, of tensor parallelism {fit['tensor_floor']:.3f}, a layer "
+    f"{1e3 * fit['layer']:.1f} us, a message {1e3 * fit['message']:.1f} us",
+  )  # fmt: skip
+
+
+def finding(config, metrics: dict) -> str:
+  most = metrics["devices"]
+  name, runs = next(iter(metrics["training"].items()))
+  if not config.timed:
+    return (
+      f"On {most} simulated devices losses stay within {training.difference(runs):.1g} nats of one device's, and fsdp "
+      f"sends {training.sent(runs[training.describe('fsdp', most)]):.1f} times the parameters for a microbatch."
+    )
+  shares = ", ".join(f"{axis} {training.efficiency(runs, f'{axis} {most}'):.0%}" for axis in _FLOORS)
+  times = metrics["suffix"]["decode"]["milliseconds"]
+  gain = times[suffix.layered(1, 1)]["median"] / times[suffix.layered(most, 1)]["median"]
+  return (
+    f"{most} GPUs train {name} at {shares} of {most} times one GPU's speed; SNLP's suffix over {most} GPUs decodes "
+    f"{gain:.2f}x as fast as on one."
+  )
+
+
+def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  """What is sent; and speeds where they mean something."""
+  drawn = {_draw_sent(metrics["training"], workdir): "Megabytes of all collectives of a training step"}
+  if config.timed:
+    drawn[_draw_speed(metrics["training"], workdir)] = "Training speed for each device, over one device's"
+    drawn[_draw_latency(metrics["suffix"], metrics["fit"], workdir)] = "Latency by devices; dotted: the cost model"
+  return drawn
+
+
+def _draw_sent(shapes: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(shapes), squeeze=False)
+  for axis, (name, runs) in zip(axes[0], shapes.items(), strict=True):
+    several = {label: run for label, run in runs.items() if label != training.ONE}
+    axis.bar(
+      list(several), [sum(row["bytes"] for row in run["collectives"].values()) / 1e6 for run in several.values()]
+    )
+    axis.set(title=name, ylabel="MB a step")
+    axis.tick_params(axis="x", rotation=45)
+  return figures.save(figure, workdir, "sent")
+
+
+def _draw_speed(shapes: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(shapes), squeeze=False)
+  for axis, (name, runs) in zip(axes[0], shapes.items(), strict=True):
+    for kind, floor in _FLOORS.items():
+      points = [(run["devices"], training.efficiency(runs, at)) for at, run in runs.items() if at.startswith(kind)]
+      if points:
+        (line,) = axis.plot(*zip((1, 1.0), *points, strict=True), "o-", label=kind)
+        axis.axhline(floor, color=line.get_color(), lw=0.8, ls=":")
+    axis.set(title=name, xlabel="devices", ylabel="efficiency", ylim=(0, 1.1))
+    axis.legend()
+  return figures.save(figure, workdir, "training")
+
+
+def _draw_latency(kinds: dict, fit: dict, workdir: Path) -> str:
+  figure, axes = figures.subplots(len(kinds))
+  for axis, (kind, measured) in zip(axes, kinds.items(), strict=True):
+    curves = {}
+    for name, row in measured["milliseconds"].items():
+      split, *rest = name.split()
+      if split == suffix.SEQUENTIAL:
+        axis.axhline(row["median"], color="black", lw=0.8, label=name)
+      else:
+        curves.setdefault(" ".join([split, *rest[1:]]), []).append((int(rest[0]), row["median"], name))
+    for label, points in curves.items():
+      devices, times, names = zip(*points, strict=True)
+      (line,) = axis.plot(devices, times, "o-", label=label)
+      if kind == "decode":
+        axis.plot(devices, [fit["predicted"][name] for name in names], ":", color=line.get_color())
+    axis.set(title=kind, xlabel="devices", ylabel="ms", ylim=(0, None))
+    axis.legend()
+  return figures.save(figure, workdir, "latency")
