@@ -285,7 +285,8 @@ def test_what_is_published_is_small_or_refused(tmp_path, monkeypatch):
 
 def test_the_verdict_follows_the_headline_and_the_papers_figures():
   claim = lambda name, holds, **more: {"name": name, "holds": holds} | more
-  run = lambda *claims: {"headline": "a", "claims": claims}
+  run = lambda *claims: {"headline": "a", "claims": claims, "scale": "gpu"}
+  assert report.verdict(run(claim("a", True)) | {"scale": "cpu"}) == "open"
   assert report.verdict(run(claim("a", False), claim("b", True))) == "not"
   assert report.verdict(run(claim("a", True), claim("b", False, paper=1))) == "partly"
   assert report.verdict(run(claim("a", True, paper=2), claim("b", False), claim("c", True))) == "reproduced"
