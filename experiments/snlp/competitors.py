@@ -1,6 +1,5 @@
 """Networks trained to be as fast as SNLP's settings: shallower, wider, with parallel sublayers; the same tokens."""
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def measure(config, text: Text, models: dict[str, Transformer], workdir: Path, c
   runs = {}
   for name, (network, options) in networks.items():
     state = snlp_inference.empty_state(network, batch=1, capacity=c.context + 600)
-    state = dataclasses.replace(state, length=jnp.int32(c.context))
+    state = snlp_inference.filled_to(state, c.context)
     step = functools.partial(snlp_inference.step, **options)
     runs[name] = timing.Steady(step, network, jnp.zeros((1, 1), jnp.int32), carry=state)
   times = timing.compare(runs, repetitions=c.repetitions, inner=20)

@@ -117,12 +117,13 @@ def _contestant(function, tree, model: Transformer, case: dict, compiler_options
     return timing.Steady(lambda n, t: function(n, t)[0], tree, tokens, compiler_options=compiler_options)
   tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, model.config.vocab_size)
   capacity = case["context"] + case["room"]
-  if isinstance(tree, Transformer):
-    state = tree.empty_cache(batch, capacity)
-  else:
-    state = snlp_inference.empty_state(tree, batch=batch, capacity=capacity)
   fill = lambda a: a if a.ndim < 2 else jax.random.normal(jax.random.key(2), a.shape, a.dtype)
-  state = dataclasses.replace(jax.tree.map(fill, state), length=jnp.int32(case["context"]))
+  if isinstance(tree, Transformer):
+    state = jax.tree.map(fill, tree.empty_cache(batch, capacity))
+    state = dataclasses.replace(state, length=jnp.int32(case["context"]))
+  else:
+    state = jax.tree.map(fill, snlp_inference.empty_state(tree, batch=batch, capacity=capacity))
+    state = snlp_inference.filled_to(state, case["context"])
   return timing.Steady(function, tree, tokens, carry=state, compiler_options=compiler_options)
 
 

@@ -93,12 +93,44 @@ def hidden(
   Raises:
     InputError: as `solve`; groups of a fused suffix, or groups that do not divide the layers.
   """
+  x, side, _ = model.embed(tokens)
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, key=key, attention=attention)
+  return hidden_from(model, x, None, side, start=0, layers=layers, iterations=iterations, remat=remat, **how)
+
+
+def hidden_from(
+  model: Transformer,
+  x: Float[Array, "batch time *state"],
+  backout: Float[Array, "batch time *state"] | None,
+  side: Side,
+  *,
+  start: int,
+  layers: int | Suffix,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str | Float[Array, "units batch time *state"] = "h0",
+  damping: float = 0.0,
+  groups: int = 1,
+  key: jax.Array | None = None,
+  attention: AttentionFn = dot_product_attention,
+  remat: bool = False,
+):
+  """`hidden` from the exact state x before layer `start`, and the backout state if that layer lies before it.
+
+  Raises:
+    InputError: as `hidden`; a suffix that begins before `start`.
+  """
   suffix = _suffix(model, layers)
   require(groups >= 1, f"groups is {groups}; the suffix is solved in at least one")
   require(groups == 1 or not suffix.fused, "groups split plain layers; a fused suffix is solved in one")
   require_divides("groups", groups, "layers (n_par)", suffix.layers)
-  x, side, _ = model.embed(tokens)
-  x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
+  require(
+    start <= suffix.start,
+    f"layers (n_par) is {suffix.layers}, from layer {suffix.start} on; the state is that before layer {start}",
+  )
+  between = "full" if remat else "none"
+  x, found, _, _ = sequential(model, x, side, start=start, stop=suffix.start, attention=attention, remat=between)
+  backout = found if model.depth // 2 >= start else backout
   size = suffix.layers // groups
   how = dict(iterations=iterations, surrogate=surrogate, initial=initial, damping=damping, key=key, remat=remat)
   for g in range(groups):

@@ -109,6 +109,11 @@ def empty_state(network: Network, *, batch: int, capacity: int, dtype=None) -> S
   return State(prefix, groups, trace)
 
 
+def filled_to(state: State, length: int) -> State:
+  """The state with its first `length` positions taken as filled, whatever lies there: a step at a context, to time."""
+  return dataclasses.replace(state, prefix=dataclasses.replace(state.prefix, length=jnp.int32(length)))
+
+
 def from_cache(network: Network, cache: Cache) -> State:
   """The state that continues a cache which the sequential model filled; its `trace` is zero, a cache has none.
 

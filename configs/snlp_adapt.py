@@ -1,0 +1,96 @@
+r"""Adapting a pretrained checkpoint to SNLP: most layers at once on a model one has, after minutes of training.
+
+SNLP, arXiv 2605.17842, trains a network for it from the start and says that pretrained ones break. Here the untouched
+network is distilled through the solver, on given text and on text it writes itself, and compared with the paper's
+regulariser in continued training. The folder WORKDIR/adapted is an ordinary checkpoint.
+
+  python -m experiments.run --config=configs/snlp_adapt.py:gpu --config.model=smollm2 --workdir=runs/snlp_adapt \
+      --config.data.path=books --config.unseen.path=wiki
+"""
+
+import ml_collections
+
+from configs import About, scales
+
+ABOUT = About(
+  method="Adapting a checkpoint to SNLP",
+  family="depth",
+  link="https://arxiv.org/abs/2605.17842",
+  does="makes a pretrained transformer's last n layers run at once, by distilling it through the solver",
+)
+
+
+def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
+  """Scales: test (seconds), cpu (2 cores, `base`, 8 minutes), gpu (smollm2, one GPU), paper (a billion tokens)."""
+  pick = scales.picker(scale)
+  return ml_collections.ConfigDict(
+    dict(
+      paper="snlp_adapt",
+      experiment="snlp_adapt",
+      scale=scale,
+      seed=0,
+      model=pick(cpu="base", gpu="smollm2"),  # what hub.load takes, or hf:DIR
+      # The first is what the claims are about; one is drawn a step.
+      settings=pick(cpu=("n3 K1",), gpu=("n16 K2",)),
+      measured=pick(cpu=("n3 K1", "n3 K2"), gpu=("n16 K1", "n16 K2", "n16 K4")),
+      depth=pick(cpu=6, gpu=30),  # that settings are written for; other models get the same shares of theirs
+      methods=("distilled", "regularised", "continued"),
+      parts=("speed", "speculation"),
+      parameters="suffix",  # or "all", or "lora"
+      rank=32,  # of lora
+      sequential_weight=1.0,
+      data=dict(name="stdlib_code", path="", vocab_size=0),  # the model's own vocabulary
+      unseen=dict(name="local_text", path="docs", vocab_size=0),
+      own=dict(  # rows the untouched model writes
+        share=0.25,
+        rows=pick(test=8, cpu=64, gpu=8192, paper=65536),
+        batch=pick(test=4, cpu=64, gpu=1024),
+        temperature=1.0,
+      ),
+      train=dict(
+        steps=pick(test=4, cpu=100, gpu=4000, paper=60_000),
+        batch=pick(test=4, cpu=8, gpu=32),
+        length=pick(test=32, cpu=128, gpu=512),
+        accumulate=1,
+        rate=pick(cpu=3e-4, gpu=3e-4),
+        warmup=pick(test=1, cpu=10, gpu=100),
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        remat=pick(cpu="none", gpu="none"),
+        checkpoint_every=pick(test=2, cpu=50, gpu=500),
+      ),
+      reg=dict(
+        weight=0.5,
+        stride=pick(cpu=1, gpu=4),
+        layers=(),  # those of the settings
+        surrogate="identity",
+        detach_target=False,
+        detach_input=False,
+        sampled=False,
+      ),
+      recall=dict(tasks=pick(cpu=("needle",)), questions=pick(test=2, cpu=32, gpu=256)),
+      bench=dict(
+        shape="model",
+        kind="decode",
+        context=pick(test=16, cpu=128, gpu=512),
+        room=pick(test=64, cpu=600),
+        batch=1,
+        repetitions=pick(test=2, cpu=5, gpu=20),
+      ),
+      speculation=dict(
+        settings=pick(cpu=("n3 K1",), gpu=("n16 K1", "n16 K2")),
+        drafts=(4,),
+        prompt=pick(test=8, cpu=32, gpu=64),
+        prompts=pick(test=1, cpu=2, gpu=4),
+        tokens=pick(test=8, cpu=32, gpu=256),
+        repetitions=pick(test=2, cpu=3, gpu=5),
+      ),
+      eval=dict(
+        split="validation",
+        length=pick(test=160, cpu=256, gpu=512),
+        batch=pick(test=2, cpu=8, gpu=16),
+        tokens=pick(test=512, cpu=16384, gpu=131_072),
+      ),
+      save_dtype="bfloat16",
+      mesh=dict(data=-1),
+    )
+  )

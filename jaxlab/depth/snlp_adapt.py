@@ -1,0 +1,129 @@
+"""Making a pretrained network layer-parallel: distilling it, as it was, through SNLP's solver.
+
+A network that was not trained for SNLP breaks under it (`snlp`). These losses mend one in minutes of training:
+
+  L = w KL(p || q_seq) + KL(p || q_par) [+ v sum_j mean ||z_j - h_j|| / ||h_j||],
+
+p the frozen original's next-token distribution, q_seq that of the trained network run in sequence, q_par that of the
+same weights with the last n layers solved in K steps, gradients through the solver. What the network knew is the target,
+so nothing but the layers' dependence on one another has to change, and the text may be any: given text, text of another
+domain, text that the network writes itself (`own_text`).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.depth import snlp
+from jaxlab.models import Transformer
+from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.generate import generate
+from jaxlab.models.inference import take_apart
+from jaxlab.models.transformer import Block, layer_slice, sequential
+from jaxlab.training import lora
+from jaxlab.training.losses import divergences
+
+PARAMETERS = ("all", "suffix", "lora")
+
+
+def distillation(
+  model: Transformer,
+  teacher: Transformer,
+  tokens: Int[Array, "batch time"],
+  *,
+  settings: Sequence[Mapping],
+  key: jax.Array | None = None,
+  shared: int | None = None,
+  sequential_weight: float = 1.0,
+  trace_weight: float = 0.0,
+  remat: str = "none",
+  attention: AttentionFn = dot_product_attention,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+  """(L, {"sequential": KL(p || q_seq), "parallel": KL(p || q_par)}), means over all positions.
+
+  Args:
+    settings: arguments of `snlp.hidden` each: {"layers": n, "iterations": K, ...}.
+    key: draws the setting of this step; None: q_par's terms are the mean over all settings.
+    shared: layers at the start which, with the embedding and the head, are the teacher's and stay so: both networks
+      then read one evaluation of them, and no gradient goes there. None: every parameter is trained.
+    trace_weight: v; z_j is the solver's trace, h_j the teacher's.
+    remat: as `transformer.sequential`; anything but "none" also evaluates the solver's steps again for the gradient.
+
+  Raises:
+    InputError: no setting, `shared` beyond the first layer that is solved, and as `snlp.hidden`.
+  """
+  require(len(settings) > 0, "distilling through the solver needs at least one setting such as layers=16, iterations=2")
+  original = jax.lax.stop_gradient(teacher)
+  x, side, _ = original.embed(tokens)
+  start, backout = shared or 0, None
+  if start:
+    x, backout, _, _ = sequential(original, x, side, stop=start, attention=attention)
+  keep = trace_weight != 0
+  target, target_backout, trace, _ = sequential(original, x, side, start=start, attention=attention, keep_trace=keep)
+  target_backout = target_backout if model.depth // 2 >= start else backout
+  if shared is None:
+    x, side, _ = model.embed(tokens)
+  h, h_backout, _, _ = sequential(model, x, side, start=start, attention=attention, remat=remat)
+  h_backout = h_backout if model.depth // 2 >= start else backout
+
+  def solved(setting):
+    how = dict(setting, attention=attention, remat=remat != "none")
+    return snlp.hidden_from(model, x, backout, side, start=start, **how)
+
+  branches = [lambda setting=setting: solved(setting) for setting in settings]
+  reader = model if shared is None else original
+  if key is None:
+    parallel = [branch() for branch in branches]
+  elif len(branches) == 1:
+    parallel = [branches[0]()]
+  else:
+    parallel = [jax.lax.switch(jax.random.randint(key, (), 0, len(branches)), branches)]
+  found = divergences(original, (target, target_backout), reader, [(h, h_backout), *parallel]).mean(axis=(1, 2))
+  kept, reached = found[0], found[1:].mean()
+  return sequential_weight * kept + reached, {"sequential": kept, "parallel": reached}
+
+
+def trainable(model: Transformer, parameters: str, *, start: int, key: jax.Array, rank: int = 16):
+  """What is trained of a model, a tree with its `config`: "all", "suffix" (its layers from `start` on) or "lora" of them.
+
+  Raises:
+    InputError: another word, or as `lora.init`.
+  """
+  require_choice("parameters", parameters, PARAMETERS)
+  if parameters == "lora":
+    return lora.init(model, key, rank=rank, start=start, where=lambda name: name.startswith("blocks."))
+  return model if parameters == "all" else layer_slice(model.blocks, start)
+
+
+def assembled(original: Transformer, trained: Transformer | Block | lora.Lora) -> Transformer:
+  """The whole network of a `trainable` tree: its layers, or its adapters merged, in the place of the original's."""
+  if isinstance(trained, lora.Lora):
+    return lora.merge(original, trained)
+  if isinstance(trained, Block):
+    model = jax.tree.map(lambda a: a, original)
+    join = lambda old, new: jnp.concatenate([old[: len(old) - len(new)], new.astype(old.dtype)])
+    model.blocks = jax.tree.map(join, original.blocks, trained)
+    return model
+  return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, original)
+
+
+def own_text(
+  model: Transformer, key: jax.Array, *, bos: int, rows: int, length: int, batch: int, temperature: float = 1.0
+) -> Int[np.ndarray, "rows length_plus_1"]:
+  """Rows that the model writes itself, each from the token that starts a text: training text of its own domain.
+
+  At temperature 1 they are drawn from the very distribution whose keeping is the aim.
+
+  Raises:
+    InputError: rows, length or batch below 1.
+  """
+  require_counts(rows=rows, length=length, batch=batch)
+  network = jax.jit(take_apart)(model)
+  start = jnp.full((batch, 1), bos, jnp.int32)
+  keys = jax.random.split(key, -(-rows // batch))
+  made = [np.asarray(generate(network, start, tokens=length, key=k, temperature=temperature)) for k in keys]
+  return np.pad(np.concatenate(made)[:rows], ((0, 0), (1, 0)), constant_values=bos)
