@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from experiments import figures, timing
 from experiments.results import Claim
-from experiments.snlp.settings import REGULARISED, forward, parse
+from experiments.snlp.settings import REGULARISED, forward, parse, solved_layers
 from experiments.snlp.training import training_loss
 from experiments.text import Text, model_config, train_model
 from jaxlab.data import packing
-from jaxlab.depth import snlp_inference, snlp_suffix
+from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer
 from jaxlab.training import loop, losses
 
@@ -31,9 +31,8 @@ def measure(config, text: Text, models: dict[str, Transformer], workdir: Path, c
   for setting in c.settings:
     s = parse(setting)
     result[setting] = losses.evaluator(jax.jit(forward(setting)))(main, batches)
-    layers = snlp_suffix.fuse(main, s["layers"], chunk=s["chunk"]) if s["chunk"] else s["layers"]
     options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
-    networks[setting] = (snlp_inference.split(main, layers), options)
+    networks[setting] = (snlp_inference.split(main, solved_layers(main, s)), options)
   for name, changes in c.shapes.items():
     shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, **changes)
     start = Transformer(shape, jax.random.key(config.seed))

@@ -22,7 +22,7 @@ from jaxlab.training.optimizers import adam
 
 DISTILLED, REGULARISED, CONTINUED = "distilled", "regularised", "continued"
 METHODS = (DISTILLED, REGULARISED, CONTINUED)
-OPTIONS = ("layers", "iterations", "groups", "surrogate", "initial")  # of a setting, for `snlp.hidden`
+OPTIONS = ("layers", "iterations", "groups", "tail", "surrogate", "initial")  # of a setting, for `snlp.hidden`
 
 
 def adapted(config, method: str, text: Text, original: Transformer, workdir: Path, console) -> Transformer:
@@ -30,7 +30,7 @@ def adapted(config, method: str, text: Text, original: Transformer, workdir: Pat
   require_choice("a method", method, METHODS)
   t = config.train
   settings = [parse(setting) for setting in config.settings]
-  start = original.depth - max(s["layers"] for s in settings)
+  start = original.depth - max(s["layers"] + s["tail"] for s in settings)
   teacher = loop.cast(original, t.dtype)
   shape = dict(start=start, rank=config.rank, key=jax.random.key(config.seed))
   trained = snlp_adapt.trainable(original, config.parameters, **shape)
