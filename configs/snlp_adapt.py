@@ -30,44 +30,48 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       model=pick(cpu="base", gpu="smollm2"),  # what hub.load takes, or hf:DIR
-      # The first is what the claims are about; one is drawn a step.
-      settings=pick(cpu=("n3 K1",), gpu=("n16 K2",)),
-      measured=pick(cpu=("n3 K1", "n3 K2"), gpu=("n16 K1", "n16 K2", "n16 K4")),
+      # One is drawn a step; the first is what the claims are about.
+      settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
+      measured=pick(
+        cpu=("n4 K1 G2 T1", "n4 K1 T1", "n4 K2 T1"), gpu=("n16 K1 G4 T2", "n16 K1 T2", "n16 K2 T2", "n16 K4 T2")
+      ),
       depth=pick(cpu=6, gpu=30),  # that settings are written for; other models get the same shares of theirs
       methods=("distilled", "regularised", "continued"),
       parts=("speed", "speculation"),
       parameters="suffix",  # or "all", or "lora"
       rank=32,  # of lora
       sequential_weight=1.0,
-      data=dict(name="stdlib_code", path="", vocab_size=0),  # the model's own vocabulary
-      unseen=dict(name="local_text", path="docs", vocab_size=0),
+      data=dict(name="stdlib_code", path=""),  # or local_text with a path, or a tfds name
+      unseen=dict(name="local_text", path="docs", split="train"),  # only measured on
+      more=dict(name="stdlib_code", path="", share=pick(cpu=0.0, gpu=0.15)),  # another text to train on
       own=dict(  # rows the untouched model writes
-        share=0.25,
-        rows=pick(test=8, cpu=64, gpu=8192, paper=65536),
+        share=pick(cpu=0.25, gpu=0.4),
+        rows=pick(test=8, cpu=64, gpu=6144, paper=65_536),
         batch=pick(test=4, cpu=64, gpu=1024),
         temperature=1.0,
       ),
       train=dict(
-        steps=pick(test=4, cpu=100, gpu=4000, paper=60_000),
+        steps=pick(test=4, cpu=80, gpu=4000, paper=60_000),
         batch=pick(test=4, cpu=8, gpu=32),
         length=pick(test=32, cpu=128, gpu=512),
         accumulate=1,
-        rate=pick(cpu=3e-4, gpu=3e-4),
+        rate=3e-4,
         warmup=pick(test=1, cpu=10, gpu=100),
         dtype=pick(cpu="float32", gpu="bfloat16"),
-        remat=pick(cpu="none", gpu="none"),
-        checkpoint_every=pick(test=2, cpu=50, gpu=500),
+        remat="none",  # "dots" or "full" where memory is short
+        checkpoint_every=pick(test=2, cpu=40, gpu=1000),
       ),
-      reg=dict(
+      rival_steps=pick(test=4, cpu=80, gpu=1000, paper=60_000),
+      reg=dict(  # of "regularised", with the layers of the settings
         weight=0.5,
         stride=pick(cpu=1, gpu=4),
-        layers=(),  # those of the settings
+        layers=(),
         surrogate="identity",
         detach_target=False,
         detach_input=False,
         sampled=False,
       ),
-      recall=dict(tasks=pick(cpu=("needle",)), questions=pick(test=2, cpu=32, gpu=256)),
+      recall=dict(tasks=pick(cpu=("needle",), gpu=()), questions=pick(test=2, cpu=32, gpu=256)),
       bench=dict(
         shape="model",
         kind="decode",
@@ -77,7 +81,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(test=2, cpu=5, gpu=20),
       ),
       speculation=dict(
-        settings=pick(cpu=("n3 K1",), gpu=("n16 K1", "n16 K2")),
+        settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
         drafts=(4,),
         prompt=pick(test=8, cpu=32, gpu=64),
         prompts=pick(test=1, cpu=2, gpu=4),

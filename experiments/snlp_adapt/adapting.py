@@ -39,14 +39,15 @@ def adapted(config, method: str, text: Text, original: Transformer, workdir: Pat
   def of_parameters(trained, batch, step, key, teacher):
     return loss(snlp_adapt.assembled(teacher, trained), batch, step, key, teacher)
 
+  steps = t.steps if method == DISTILLED else config.rival_steps
   data = packing.batches(training_rows(config, text, teacher, workdir, console), t.batch // jax.process_count())
   with console.training(method) as progress:
     trained = loop.train(
       trained,
       data,
       of_parameters,
-      adam(t.rate, steps=t.steps, warmup=t.warmup),
-      steps=t.steps,
+      adam(t.rate, steps=steps, warmup=t.warmup),
+      steps=steps,
       workdir=workdir / method,
       seed=config.seed,
       accumulate=t.accumulate,
@@ -76,22 +77,35 @@ def method_loss(config, method: str, settings: list[dict], shared: int | None):
 
 
 def training_rows(config, text: Text, model: Transformer, workdir: Path, console) -> grain.IterDataset:
-  """Rows of the given text, a share of them replaced by rows the model writes itself.
+  """Rows of the given text, of another text, and rows that the model writes itself, by their shares.
 
   Raises:
-    InputError: less text than one batch takes.
+    InputError: shares that are none, or less text than one batch takes.
   """
-  t, own = config.train, config.own
-  require(0 <= own.share <= 1, f"own.share is {own.share}; the share of rows that the model writes lies in 0..1")
-  if own.share < 1:
-    held, wanted = len(text.split("train").ids), t.batch * t.length
-    require(held >= wanted, f"the text has {held} tokens, one batch {wanted}; give more, or lower train.batch")
-    given = text.rows(t.length, seed=config.seed)
-  if own.share == 0:
-    return given
-  rows = grain.MapDataset.source(own_rows(config, text, model, workdir, console)).seed(config.seed).shuffle().repeat()
-  written = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  return written if own.share == 1 else packing.mixture(given, written, own.share)
+  own, more = config.own.share, config.more.share
+  require(
+    own >= 0 and more >= 0 and own + more <= 1,
+    f"own.share is {own}, more.share {more}; they are shares of the rows, the rest of which is the given text",
+  )
+  kinds = []
+  if own + more < 1:
+    kinds.append((1 - own - more, _enough(config, text)))
+  if more > 0:
+    kinds.append((more, _enough(config, Text(config.more, text.bpe, text.cache))))
+  if own > 0:
+    written = grain.MapDataset.source(own_rows(config, text, model, workdir, console))
+    alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    kinds.append((own, written.seed(config.seed).shuffle().repeat().to_iter_dataset(alone)))
+  shares, rows = zip(*kinds, strict=True)
+  return grain.IterDataset.mix(rows, shares)
+
+
+def _enough(config, text: Text) -> grain.IterDataset:
+  t = config.train
+  held, wanted = len(text.split("train").ids), t.batch * t.length
+  where = text.data.path or text.data.name
+  require(held >= wanted, f"{where} has {held} tokens to train on, one batch {wanted}; give more, or lower train.batch")
+  return text.rows(t.length, seed=config.seed)
 
 
 def own_rows(config, text: Text, model: Transformer, workdir: Path, console) -> np.ndarray:

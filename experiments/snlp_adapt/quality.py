@@ -1,10 +1,11 @@
-"""Perplexity of every network on given and unseen text, in sequence and layer-parallel, and answers to recall questions."""
+"""Perplexity of every network, in sequence and layer-parallel, and answers to recall questions."""
 
 import functools
 
 import jax
 
 from experiments.base import exact_answers, recall_accuracy
+from experiments.overlap import overlapped
 from experiments.snlp.quality import cached_loss
 from experiments.snlp.settings import forward
 from experiments.text import Text
@@ -15,34 +16,23 @@ from jaxlab.training import losses
 SEQUENTIAL = "sequential"
 
 
-def measure(config, texts: dict[str, Text], model: Transformer) -> dict:
-  """{"perplexity": {text: {setting: its perplexity}}, "cached": {...}, "recall": {task: {setting: share right}}}.
-
-  "cached" is the loss of the cached decoder at the first setting that was trained, on one batch of the given text.
-  """
+def evaluators(config, model: Transformer, texts: dict[str, Text], splits: dict[str, str]):
+  """`model -> {text: {setting: perplexity}}` of networks of this shape; all programs are compiled here."""
   e = config.eval
-  result = {"perplexity": {}, "recall": {}}
-  for name, text in texts.items():
-    batches = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.tokens)
-    result["perplexity"][name] = {
-      setting: _evaluator(setting)(model, batches)["perplexity"] for setting in (SEQUENTIAL, *config.measured)
+  how = dict(row=e.length, batch=e.batch, limit=e.tokens)
+  batches = {name: packing.evaluation_batches(text.split(splits[name]), **how) for name, text in texts.items()}
+  inputs = next(iter(batches.values()))[0]["inputs"]
+  settings = (SEQUENTIAL, *config.measured)
+  programs = overlapped(lambda setting: jax.jit(hidden(setting)).lower(model, inputs).compile(), settings)
+  evaluate = {setting: losses.evaluator(program) for setting, program in zip(settings, programs, strict=True)}
+
+  def perplexities(model: Transformer) -> dict:
+    return {
+      name: {setting: run(model, rows)["perplexity"] for setting, run in evaluate.items()}
+      for name, rows in batches.items()
     }
-    if "cached" not in result:
-      result["cached"] = cached_loss(model, batches[0], config.settings[0])
-  for task in config.recall.tasks:
-    result["recall"][task] = {
-      setting: recall_accuracy(
-        functools.partial(_exact(setting), model),
-        next(iter(texts.values())),
-        task,
-        length=e.length,
-        count=config.recall.questions,
-        batch_tokens=e.batch * e.length,
-        split=e.split,
-      )
-      for setting in (SEQUENTIAL, config.settings[0])
-    }
-  return result
+
+  return perplexities
 
 
 def hidden(setting: str):
@@ -50,9 +40,22 @@ def hidden(setting: str):
   return (lambda model, tokens: model.hidden(tokens)) if setting == SEQUENTIAL else forward(setting)
 
 
-@functools.cache
-def _evaluator(setting: str):
-  return losses.evaluator(jax.jit(hidden(setting)))
+def decoded(config, model: Transformer, text: Text) -> dict:
+  """Teacher-forced losses on one batch at the first setting: the cached decoder's by what it keeps, the forwards'."""
+  e = config.eval
+  rows = packing.evaluation_batches(text.split(e.split), row=e.length, batch=e.batch, limit=e.batch * e.length)
+  return cached_loss(model, rows[0], config.settings[0])
+
+
+def recall(config, model: Transformer, text: Text) -> dict:
+  """{task: {setting: share of questions answered right}} in sequence and at the first setting."""
+  e = config.eval
+  how = dict(length=e.length, count=config.recall.questions, batch_tokens=e.batch * e.length, split=e.split)
+  right = lambda setting, task: recall_accuracy(functools.partial(_exact(setting), model), text, task, **how)
+  return {
+    task: {setting: right(setting, task) for setting in (SEQUENTIAL, config.settings[0])}
+    for task in config.recall.tasks
+  }
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core import newton
-from jaxlab.core.checks import require, require_choice, require_divides
+from jaxlab.core.checks import require, require_choice
 from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer, transfer_tensor
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
 from jaxlab.depth.snlp_suffix import parts as make_parts

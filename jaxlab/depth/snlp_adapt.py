@@ -2,12 +2,14 @@
 
 A network that was not trained for SNLP breaks under it (`snlp`). These losses mend one in minutes of training:
 
-  L = w KL(p || q_seq) + KL(p || q_par) [+ v sum_j mean ||z_j - h_j|| / ||h_j||],
+  L = w KL(p || q_seq) + KL(p || q_par),
 
 p the frozen original's next-token distribution, q_seq that of the trained network run in sequence, q_par that of the
-same weights with the last n layers solved in K steps, gradients through the solver. What the network knew is the target,
-so nothing but the layers' dependence on one another has to change, and the text may be any: given text, text of another
+same weights with n layers solved in K steps, gradients through the solver. What the network knew is the target, so
+nothing but the layers' dependence on one another has to change, and the text may be any: given text, text of another
 domain, text that the network writes itself (`own_text`).
+
+The last layers of a pretrained network do not bear it: leave a tail of one or two in sequence (`snlp.hidden`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +41,6 @@ def distillation(
   key: jax.Array | None = None,
   shared: int | None = None,
   sequential_weight: float = 1.0,
-  trace_weight: float = 0.0,
   remat: str = "none",
   attention: AttentionFn = dot_product_attention,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -50,7 +51,6 @@ def distillation(
     key: draws the setting of this step; None: q_par's terms are the mean over all settings.
     shared: layers at the start which, with the embedding and the head, are the teacher's and stay so: both networks
       then read one evaluation of them, and no gradient goes there. None: every parameter is trained.
-    trace_weight: v; z_j is the solver's trace, h_j the teacher's.
     remat: as `transformer.sequential`; anything but "none" also evaluates the solver's steps again for the gradient.
 
   Raises:
@@ -62,8 +62,7 @@ def distillation(
   start, backout = shared or 0, None
   if start:
     x, backout, _, _ = sequential(original, x, side, stop=start, attention=attention)
-  keep = trace_weight != 0
-  target, target_backout, trace, _ = sequential(original, x, side, start=start, attention=attention, keep_trace=keep)
+  target, target_backout, _, _ = sequential(original, x, side, start=start, attention=attention)
   target_backout = target_backout if model.depth // 2 >= start else backout
   if shared is None:
     x, side, _ = model.embed(tokens)
@@ -88,7 +87,7 @@ def distillation(
 
 
 def trainable(model: Transformer, parameters: str, *, start: int, key: jax.Array, rank: int = 16):
-  """What is trained of a model, a tree with its `config`: "all", "suffix" (its layers from `start` on) or "lora" of them.
+  """The tree that is trained, with the model's `config`: "all" of it, the "suffix" from layer `start` on, its "lora".
 
   Raises:
     InputError: another word, or as `lora.init`.

@@ -56,7 +56,7 @@ def divergences(
 ) -> Float[Array, "students batch time"]:
   """KL(teacher || student) of the next token's distribution in nats, float32, of every student.
 
-  sum_v p(v) (log p(v) - log q(v)), p by `teacher` from its hidden states `target`, q by `model` from each of `students`.
+  sum_v p(v) (log p(v) - log q(v)); p by `teacher` from hidden states `target`, q by `model` from each of `students`.
   The logits are made for slices of the time axis, and again for the gradient, as in `token_losses`.
   """
   batch, time = target[0].shape[:2]
