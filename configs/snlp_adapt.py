@@ -41,7 +41,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       parameters="suffix",  # or "all", or "lora"
       rank=32,  # of lora
       sequential_weight=1.0,
-      data=dict(name="stdlib_code", path=""),  # or local_text with a path, or a tfds name
+      data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       unseen=dict(name="local_text", path="docs", split="train"),  # only measured on
       more=dict(name="stdlib_code", path="", share=pick(cpu=0.0, gpu=0.15)),  # another text to train on
       own=dict(  # rows the untouched model writes
@@ -52,7 +52,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       train=dict(
         steps=pick(test=4, cpu=80, gpu=4000, paper=60_000),
-        batch=pick(test=4, cpu=8, gpu=32),
+        batch=pick(cpu=8, gpu=32),
         length=pick(test=32, cpu=128, gpu=512),
         accumulate=1,
         rate=3e-4,

@@ -8,6 +8,8 @@ import functools
 import math
 from pathlib import Path
 
+import jax
+
 from experiments import results, timing
 from experiments.results import Claim
 from experiments.snlp import speculation, speed
@@ -42,11 +44,13 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   @functools.cache
   def network(name: str):
     if name == UNTOUCHED:
-      return loop.cast(original(), config.train.dtype)
-    model = adapting.adapted(config, name, texts()[GIVEN], original(), workdir, console)
+      model = original()
+    else:
+      model = adapting.adapted(config, name, texts()[GIVEN], original(), workdir, console)
     if name == DISTILLED:
       adapting.save(config, model, workdir / "adapted")
-    return loop.cast(model, config.train.dtype)
+    # Trained on all devices, measured on one.
+    return jax.device_put(loop.cast(model, config.train.dtype), jax.devices()[0])
 
   @functools.cache
   def perplexities():
@@ -80,8 +84,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 
 def fitted(config, depth: int):
-  """The config with its settings on the same shares of a model of `depth` layers."""
+  """The config with its settings on the same shares of a model of `depth` layers; a text with a path is a local one."""
   config = config.copy_and_resolve_references()
+  for text in (config.data, config.unseen, config.more):
+    text.name = "local_text" if text.path else text.name
   many = lambda texts: tuple(dict.fromkeys(new for text in texts if (new := refit(text, config.depth, depth))))
   config.settings, config.measured = many(config.settings), many(config.measured)
   config.speculation.settings = many(config.speculation.settings)
