@@ -92,7 +92,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         split="validation",
         length=pick(test=160, cpu=256, gpu=512),
         batch=pick(test=2, cpu=8, gpu=16),
-        tokens=pick(test=512, cpu=16384, gpu=131_072),
+        tokens=pick(test=512, cpu=8192, gpu=131_072),
       ),
       save_dtype="bfloat16",
       mesh=dict(data=-1),
