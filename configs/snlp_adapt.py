@@ -47,7 +47,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       own=dict(  # rows the untouched model writes
         share=pick(cpu=0.25, gpu=0.4),
         rows=pick(test=8, cpu=64, gpu=6144, paper=65_536),
-        batch=pick(test=4, cpu=64, gpu=1024),
+        batch=pick(test=4, cpu=64, gpu=512),
         temperature=1.0,
       ),
       train=dict(
