@@ -6,7 +6,7 @@ from experiments import figures
 
 
 def frontier(perplexities: dict, rates: dict[str, float], workdir: Path) -> dict[str, str]:
-  """Tokens a second against perplexity on every text, one line a network.
+  """Tokens a second against perplexity on every text, a colour a network.
 
   Args:
     perplexities: {network: {text: {setting: perplexity}}}.
@@ -16,11 +16,11 @@ def frontier(perplexities: dict, rates: dict[str, float], workdir: Path) -> dict
   figure, axes = figures.subplots(len(names), squeeze=False)
   for axis, text in zip(axes[0], names, strict=True):
     for network, found in perplexities.items():
-      points = sorted((rates[setting], p, setting) for setting, p in found[text].items() if setting in rates)
-      x, y, settings = zip(*points, strict=True)
-      axis.plot(x, y, "o-", label=network)
-      for point in zip(x, y, settings, strict=True) if network == next(iter(perplexities)) else ():
-        axis.annotate(point[2], point[:2], xytext=(4, 4), textcoords="offset points", size=7)
+      points = [(rates[setting], perplexity) for setting, perplexity in found[text].items() if setting in rates]
+      axis.plot(*zip(*points, strict=True), "o", ms=4, label=network)
+    for setting, rate in rates.items():
+      lowest = min(found[text][setting] for found in perplexities.values())
+      axis.annotate(setting, (rate, lowest), xytext=(0, -10), textcoords="offset points", size=7, ha="center")
     axis.set(xlabel="decoded tokens/s", ylabel="perplexity", yscale="log", title=f"{text} text")
     axis.legend(fontsize=7)
   return {
