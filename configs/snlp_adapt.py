@@ -30,7 +30,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       model=pick(cpu="base", gpu="smollm2"),  # what hub.load takes, or hf:DIR
-      # One is drawn a step; the first is what the claims are about.
+      # The rows of a batch are dealt to them; the first is what the claims are about.
       settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
       measured=pick(
         cpu=("n4 K1 G2 T1", "n4 K1 T1", "n4 K2 T1"), gpu=("n16 K1 G4 T2", "n16 K1 T2", "n16 K2 T2", "n16 K4 T2")

@@ -71,7 +71,7 @@ def method_loss(config, method: str, settings: list[dict], shared: int | None):
       sequential_weight=config.sequential_weight,
       remat=config.train.remat,
     )
-    return lambda model, batch, step, key, teacher: distil(model, teacher, batch["inputs"], key=key)
+    return lambda model, batch, step, key, teacher: distil(model, teacher, batch["inputs"])
   plain = training_loss(config, config.reg if method == REGULARISED else None)
   return lambda model, batch, step, key, teacher: plain(model, batch, step, key)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.depth import snlp
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
@@ -38,7 +38,6 @@ def distillation(
   tokens: Int[Array, "batch time"],
   *,
   settings: Sequence[Mapping],
-  key: jax.Array | None = None,
   shared: int | None = None,
   sequential_weight: float = 1.0,
   remat: str = "none",
@@ -47,16 +46,19 @@ def distillation(
   """(L, {"sequential": KL(p || q_seq), "parallel": KL(p || q_par)}), means over all positions.
 
   Args:
-    settings: arguments of `snlp.hidden` each: {"layers": n, "iterations": K, ...}.
-    key: draws the setting of this step; None: q_par's terms are the mean over all settings.
+    settings: arguments of `snlp.hidden` each: {"layers": n, "iterations": K, ...}. The rows are dealt to them in turn:
+      row b is solved by setting b mod their number.
     shared: layers at the start which, with the embedding and the head, are the teacher's and stay so: both networks
       then read one evaluation of them, and no gradient goes there. None: every parameter is trained.
     remat: as `transformer.sequential`; anything but "none" also evaluates the solver's steps again for the gradient.
 
   Raises:
-    InputError: no setting, `shared` beyond the first layer that is solved, and as `snlp.hidden`.
+    InputError: no setting, more than divide the batch, `shared` beyond the first layer that is solved, and as
+      `snlp.hidden`.
   """
-  require(len(settings) > 0, "distilling through the solver needs at least one setting such as layers=16, iterations=2")
+  count = len(settings)
+  require(count > 0, "distilling through the solver needs at least one setting such as layers=16, iterations=2")
+  require_divides("settings", count, "batch rows", tokens.shape[0])
   original = jax.lax.stop_gradient(teacher)
   x, side, _ = original.embed(tokens)
   start, backout = shared or 0, None
@@ -69,20 +71,16 @@ def distillation(
   h, h_backout, _, _ = sequential(model, x, side, start=start, attention=attention, remat=remat)
   h_backout = h_backout if model.depth // 2 >= start else backout
 
-  def solved(setting):
-    how = dict(setting, attention=attention, remat=remat != "none")
-    return snlp.hidden_from(model, x, backout, side, start=start, **how)
-
-  branches = [lambda setting=setting: solved(setting) for setting in settings]
   reader = model if shared is None else original
-  if key is None:
-    parallel = [branch() for branch in branches]
-  elif len(branches) == 1:
-    parallel = [branches[0]()]
-  else:
-    parallel = [jax.lax.switch(jax.random.randint(key, (), 0, len(branches)), branches)]
-  found = divergences(original, (target, target_backout), reader, [(h, h_backout), *parallel]).mean(axis=(1, 2))
-  kept, reached = found[0], found[1:].mean()
+  solved = []
+  for i, setting in enumerate(settings):
+    # Strided, so that every setting's rows stay spread over the devices.
+    own, given = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:])[:, i], (tokens, (x, backout)))  # noqa: B023
+    how = dict(setting, attention=attention, remat=remat != "none")
+    solved.append(snlp.hidden_from(model, *given, reader.embed(own)[1], start=start, **how))
+  dealt = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), *solved)
+  students = [(h, h_backout), dealt]
+  kept, reached = divergences(original, (target, target_backout), reader, students).mean(axis=(1, 2))
   return sequential_weight * kept + reached, {"sequential": kept, "parallel": reached}
 
 
