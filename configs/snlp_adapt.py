@@ -31,7 +31,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       seed=0,
       model=pick(cpu="base", gpu="smollm2"),  # what hub.load takes, or hf:DIR
       # The rows of a batch are dealt to them; the first is what the claims are about.
-      settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
+      settings=pick(test=("n4 K1 G2 T1", "n4 K2 T1"), cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
       measured=pick(
         cpu=("n4 K1 G2 T1", "n4 K1 T1", "n4 K2 T1"), gpu=("n16 K1 G4 T2", "n16 K1 T2", "n16 K2 T2", "n16 K4 T2")
       ),
@@ -71,7 +71,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         detach_input=False,
         sampled=False,
       ),
-      recall=dict(tasks=pick(cpu=("needle",), gpu=()), questions=pick(test=2, cpu=32, gpu=256)),
+      recall=dict(tasks=pick(cpu=("needle",), gpu=()), questions=pick(test=1, cpu=32, gpu=256)),
       bench=dict(
         shape="model",
         kind="decode",

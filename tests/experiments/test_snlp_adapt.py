@@ -63,10 +63,10 @@ def test_everything_is_measured_once_and_the_folder_is_an_ordinary_checkpoint(ch
   import torch
   import transformers
 
-  config = config_of(checkpoint)
-  config.save_dtype = "float32"
+  config = config_of(checkpoint, save_dtype="float32", methods=("distilled", "regularised"))
+  config.measured = config.settings
   report = run_and_continue("snlp_adapt", tmp_path, monkeypatch, "adapting.adapted", config=config)
-  assert set(report.metrics["quality"]) == {UNTOUCHED, *adapting.METHODS}
+  assert set(report.metrics["quality"]) == {UNTOUCHED, *config.methods}
   exact = next(claim for claim in report.claims if "speculative tokens" in claim.name)
   assert exact.ours == 1.0 and report.claims[0].threshold == 5.0
   folder, tokens = tmp_path / "adapted", random_tokens(2, 12, vocab=300)
@@ -88,9 +88,8 @@ class Interrupting(Console):
     yield lambda metrics: os.kill(os.getpid(), signal.SIGINT) if metrics["step"] == 3 else None
 
 
-@pytest.mark.parametrize("parameters", ["suffix", "lora"])
-def test_an_interrupted_adaptation_goes_on_bit_for_bit(checkpoint, tmp_path, cache, parameters):
-  config = config_of(checkpoint, parameters=parameters, rank=2)
+def test_an_interrupted_adaptation_goes_on_bit_for_bit(checkpoint, tmp_path, cache):
+  config = config_of(checkpoint, settings=("n4 K1 T1",))
   config.train.steps = 6
   whole = adapt(config, checkpoint, tmp_path / "whole", cache)
   with pytest.raises(loop.Interrupted, match="same command continues"):
@@ -107,7 +106,7 @@ def test_an_interrupted_adaptation_goes_on_bit_for_bit(checkpoint, tmp_path, cac
 
 
 def test_a_diverging_run_says_its_loss_and_keeps_its_checkpoint(checkpoint, tmp_path, cache):
-  config = config_of(checkpoint)
+  config = config_of(checkpoint, parameters="lora", rank=2)
   config.train.rate, config.train.checkpoint_every, config.train.steps = 1e30, 1, 9
   with pytest.raises(loop.Diverged, match=r"the loss is nan at step \d .*lower the learning rate") as caught:
     adapt(config, checkpoint, tmp_path / "run", cache, method="continued")
