@@ -69,7 +69,7 @@ def measure_quality(config, text: Text, model: Transformer, console) -> dict:
     result["text"][f"{length}"] = evaluate(computing, batches)
   raw = text.bpe.decode(np.asarray(held_out.ids).tolist()).encode()
   result["xz_bits_per_byte"] = 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
-  exact = jax.jit(_exact_answers)
+  exact = jax.jit(functools.partial(exact_answers, lambda model, tokens: model.hidden(tokens)))
   for task in console.track("recall", list(recall.TASKS)):
     result["recall"][task] = {
       f"{length}": recall_accuracy(
@@ -80,9 +80,14 @@ def measure_quality(config, text: Text, model: Transformer, console) -> dict:
   return result
 
 
-def recall_accuracy(exact, text: Text, task: str, *, length: int, count: int, batch_tokens: int) -> float:
-  """Share of `count` examples whose whole answer is the greedy continuation of the prompt, in documents of `length`."""
-  hay = text.split("test")
+def recall_accuracy(
+  exact, text: Text, task: str, *, length: int, count: int, batch_tokens: int, split: str = "test"
+) -> float:
+  """Share of `count` examples whose whole answer is the greedy continuation of the prompt, in documents of `length`.
+
+  The documents are text of `split`; `exact(ids, starts)` is `exact_answers` of a model.
+  """
+  hay = text.split(split)
   made = [
     recall.example(task, hay, text.bpe, length=length, rng=np.random.default_rng([i, length])) for i in range(count)
   ]
@@ -97,9 +102,12 @@ def recall_accuracy(exact, text: Text, task: str, *, length: int, count: int, ba
   return float(np.mean(right[:count]))
 
 
-def _exact_answers(model, ids, starts):
-  """Whether argmax predicts every token from `starts` to the end: then greedy decoding gives the answer."""
-  x, backout = model.hidden(ids[:, :-1])
+def exact_answers(hidden, model, ids, starts):
+  """Whether argmax predicts every token from `starts` to the end: then greedy decoding gives the answer.
+
+  `hidden(model, tokens)` gives what `model.logits` reads.
+  """
+  x, backout = hidden(model, ids[:, :-1])
   # Only the last tokens can belong to an answer: no logits of whole documents.
   tail = min(32, ids.shape[1] - 1)
   logits = model.logits(x[:, -tail:], None if backout is None else backout[:, -tail:])

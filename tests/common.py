@@ -167,9 +167,9 @@ def whole(function):
   return call
 
 
-def run_and_continue(name: str, workdir, monkeypatch, *measures: str):
+def run_and_continue(name: str, workdir, monkeypatch, *measures: str, config=None):
   """The report of an experiment at test scale. Its figures are there, and a second run measures none of `measures`."""
-  config = importlib.import_module(f"configs.{name}").get_config("test")
+  config = config or importlib.import_module(f"configs.{name}").get_config("test")
   experiment = importlib.import_module(f"experiments.{name}")
   report = results.evaluate(experiment, config, workdir, workdir, Console())
   assert report.claims and all((workdir / file).read_bytes().startswith(b"\x89PNG") for file in report.figures)

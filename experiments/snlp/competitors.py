@@ -1,6 +1,5 @@
 """Networks trained to be as fast as SNLP's settings: shallower, wider, with parallel sublayers; the same tokens."""
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 
 from experiments import figures, timing
 from experiments.results import Claim
-from experiments.snlp.settings import REGULARISED, forward, parse
+from experiments.snlp.settings import REGULARISED, forward, parse, solved_layers
 from experiments.snlp.training import training_loss
 from experiments.text import Text, model_config, train_model
 from jaxlab.data import packing
-from jaxlab.depth import snlp_inference, snlp_suffix
+from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer
 from jaxlab.training import loop, losses
 
@@ -32,9 +31,8 @@ def measure(config, text: Text, models: dict[str, Transformer], workdir: Path, c
   for setting in c.settings:
     s = parse(setting)
     result[setting] = losses.evaluator(jax.jit(forward(setting)))(main, batches)
-    layers = snlp_suffix.fuse(main, s["layers"], chunk=s["chunk"]) if s["chunk"] else s["layers"]
     options = {key: s[key] for key in ("iterations", "surrogate", "initial")}
-    networks[setting] = (snlp_inference.split(main, layers), options)
+    networks[setting] = (snlp_inference.split(main, solved_layers(main, s)), options)
   for name, changes in c.shapes.items():
     shape = model_config(config, text.bpe.get_vocab_size(), context=config.train.length, **changes)
     start = Transformer(shape, jax.random.key(config.seed))
@@ -45,7 +43,7 @@ def measure(config, text: Text, models: dict[str, Transformer], workdir: Path, c
   runs = {}
   for name, (network, options) in networks.items():
     state = snlp_inference.empty_state(network, batch=1, capacity=c.context + 600)
-    state = dataclasses.replace(state, length=jnp.int32(c.context))
+    state = snlp_inference.filled_to(state, c.context)
     step = functools.partial(snlp_inference.step, **options)
     runs[name] = timing.Steady(step, network, jnp.zeros((1, 1), jnp.int32), carry=state)
   times = timing.compare(runs, repetitions=c.repetitions, inner=20)

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.results import Claim
-from experiments.snlp.settings import PLAIN, REGULARISED, forward, is_idn, parse
+from experiments.snlp.settings import PLAIN, REGULARISED, forward, is_idn, parse, solved_layers
 from experiments.text import Text
 from jaxlab.data import packing
 from jaxlab.depth import snlp, snlp_inference
@@ -90,7 +90,7 @@ def cached_loss(model: Transformer, batch: dict, setting: str) -> dict:
   {"recompute", "last_iteration": by what the cache keeps, "uncached": one forward at the setting, "sequential"}.
   """
   rows = jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
-  network = snlp_inference.split(model, parse(setting)["layers"])
+  network = snlp_inference.split(model, solved_layers(model, parse(setting)))
   sums = {kept: _decoded_loss(network, *rows, setting, kept) for kept in snlp_inference.CACHE_KV}
   sums |= _forward_losses(model, *rows, setting)
   return {name: float(total) / int((rows[1] >= 0).sum()) for name, total in sums.items()}

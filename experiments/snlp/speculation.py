@@ -10,7 +10,7 @@ from experiments import timing
 from experiments.overlap import overlapped
 from experiments.results import Claim
 from experiments.snlp.quality import main_model
-from experiments.snlp.settings import parse
+from experiments.snlp.settings import parse, solved_layers
 from experiments.text import Text
 from jaxlab.data import packing
 from jaxlab.depth import snlp_inference
@@ -75,7 +75,7 @@ def _title(case: tuple[str, int]) -> str:
 
 
 def _split(model: Transformer, case) -> snlp_inference.Network:
-  return snlp_inference.split(model, 0 if case is SEQUENTIAL else parse(case[0])["layers"])
+  return snlp_inference.split(model, 0 if case is SEQUENTIAL else solved_layers(model, parse(case[0])))
 
 
 def _compiled(spec, models: dict[str, Transformer], prompts, drafts) -> dict:

@@ -15,8 +15,8 @@ import numpy as np
 from experiments import figures, results, timing
 from experiments.results import Claim
 from experiments.snlp.quality import lost, scale_lost
-from experiments.snlp.settings import parse
-from jaxlab.depth import snlp_inference, snlp_suffix
+from experiments.snlp.settings import parse, solved_layers
+from jaxlab.depth import snlp_inference
 from jaxlab.models import Transformer
 from jaxlab.models.config import HyperConnections, nanochat
 from jaxlab.training import loop
@@ -99,10 +99,9 @@ def _runs(model: Transformer, case: dict) -> dict:
   networks = {}
   for text in case["settings"]:
     s = parse(text)
-    part = s["layers"], s["chunk"]
+    part = tuple(s[name] for name in ("layers", "chunk", "groups", "tail"))
     if part not in networks:
-      n, chunk = part
-      networks[part] = snlp_inference.split(model, snlp_suffix.fuse(model, n, chunk=chunk) if chunk else n)
+      networks[part] = snlp_inference.split(model, solved_layers(model, s))
     options = {k: s[k] for k in ("iterations", "surrogate", "initial")}
     # Keys of the last iteration: one projection less, and what the paper's own decoder writes.
     step = functools.partial(snlp_inference.step, cache_kv="last_iteration", **options)
@@ -117,12 +116,13 @@ def _contestant(function, tree, model: Transformer, case: dict, compiler_options
     return timing.Steady(lambda n, t: function(n, t)[0], tree, tokens, compiler_options=compiler_options)
   tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, model.config.vocab_size)
   capacity = case["context"] + case["room"]
-  if isinstance(tree, Transformer):
-    state = tree.empty_cache(batch, capacity)
-  else:
-    state = snlp_inference.empty_state(tree, batch=batch, capacity=capacity)
   fill = lambda a: a if a.ndim < 2 else jax.random.normal(jax.random.key(2), a.shape, a.dtype)
-  state = dataclasses.replace(jax.tree.map(fill, state), length=jnp.int32(case["context"]))
+  if isinstance(tree, Transformer):
+    state = jax.tree.map(fill, tree.empty_cache(batch, capacity))
+    state = dataclasses.replace(state, length=jnp.int32(case["context"]))
+  else:
+    state = jax.tree.map(fill, snlp_inference.empty_state(tree, batch=batch, capacity=capacity))
+    state = snlp_inference.filled_to(state, case["context"])
   return timing.Steady(function, tree, tokens, carry=state, compiler_options=compiler_options)
 
 

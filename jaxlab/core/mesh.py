@@ -137,6 +137,8 @@ def gathered(tree):
     return tree
 
   def one(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return leaf
     axes, value = leaf.get_metadata().get("axes", ()), leaf.get_value()
     if len(axes) != value.ndim:
       return leaf

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core import newton
-from jaxlab.core.checks import require, require_choice, require_divides
+from jaxlab.core.checks import require, require_choice
 from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer, transfer_tensor
 from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
+from jaxlab.depth.snlp_suffix import parts as make_parts
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
@@ -56,12 +57,15 @@ def forward(
   initial: str | Float[Array, "units batch time *state"] = "h0",
   damping: float = 0.0,
   groups: int = 1,
+  tail: int = 0,
   key: jax.Array | None = None,
   attention: AttentionFn = dot_product_attention,
 ) -> Float[Array, "batch time vocab"]:
   """Logits of the layer-parallel network; `hidden` and `solve` say what the arguments are."""
-  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, key=key, attention=attention)
-  last = hidden(model, tokens, layers=layers, iterations=iterations, **how)  # first, as it refuses what is no model
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, tail=tail)
+  last = hidden(
+    model, tokens, layers=layers, iterations=iterations, key=key, attention=attention, **how
+  )  # first, as it refuses what is no model
   return model.logits(*last)
 
 
@@ -75,6 +79,7 @@ def hidden(
   initial: str | Float[Array, "units batch time *state"] = "h0",
   damping: float = 0.0,
   groups: int = 1,
+  tail: int = 0,
   key: jax.Array | None = None,
   attention: AttentionFn = dot_product_attention,
   remat: bool = False,
@@ -86,27 +91,64 @@ def hidden(
 
   Args:
     layers: n, or a suffix that `snlp_suffix.fuse` made of the model.
+    tail: layers at the end that run in sequence behind those that are solved: the last ones of a pretrained network
+      read more out of the state than they add, and solved with the rest they spoil it.
     groups: C; split the suffix into C consecutive groups, solve the first, hand its last state to the second as its
       exact input, and so on (block Gauss-Seidel). C K evaluations in a row instead of K.
     iterations, surrogate, initial, damping, key, remat: as `solve`.
 
   Raises:
-    InputError: as `solve`; groups of a fused suffix, or groups that do not divide the layers.
+    InputError: as `solve`; groups or a tail of a fused suffix, or groups that do not divide the layers.
   """
-  suffix = _suffix(model, layers)
-  require(groups >= 1, f"groups is {groups}; the suffix is solved in at least one")
-  require(groups == 1 or not suffix.fused, "groups split plain layers; a fused suffix is solved in one")
-  require_divides("groups", groups, "layers (n_par)", suffix.layers)
   x, side, _ = model.embed(tokens)
-  x, backout, _, _ = sequential(model, x, side, stop=suffix.start, attention=attention)
-  size = suffix.layers // groups
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, tail=tail, key=key, remat=remat)
+  return hidden_from(model, x, None, side, start=0, layers=layers, iterations=iterations, attention=attention, **how)
+
+
+def hidden_from(
+  model: Transformer,
+  x: Float[Array, "batch time *state"],
+  backout: Float[Array, "batch time *state"] | None,
+  side: Side,
+  *,
+  start: int,
+  layers: int | Suffix,
+  iterations: int,
+  surrogate: str = "identity",
+  initial: str | Float[Array, "units batch time *state"] = "h0",
+  damping: float = 0.0,
+  groups: int = 1,
+  tail: int = 0,
+  key: jax.Array | None = None,
+  attention: AttentionFn = dot_product_attention,
+  remat: bool = False,
+):
+  """`hidden` from the exact state x before layer `start`, and the backout state if that layer lies before it.
+
+  Raises:
+    InputError: as `hidden`; a suffix that begins before `start`.
+  """
+  require(groups >= 1, f"groups is {groups}; the suffix is solved in at least one")
+  if isinstance(layers, Suffix):
+    require(groups == 1 and tail == 0, "groups and a tail are of plain layers; a fused suffix is solved in one")
+    parts = (layers,)
+  else:
+    parts = make_parts(model, layers, groups=groups, tail=tail)[:groups]
+  first, stop = parts[0].start, parts[-1].stop
+  require(start <= first, f"layers (n_par) begin at layer {first}; the state given is that before layer {start}")
+  run = functools.partial(sequential, model, side=side, attention=attention, remat="full" if remat else "none")
+  middle = model.depth // 2
+  x, found, _, _ = run(x, start=start, stop=first)
+  backout = found if start <= middle < first else backout
   how = dict(iterations=iterations, surrogate=surrogate, initial=initial, damping=damping, key=key, remat=remat)
-  for g in range(groups):
-    part = suffix if groups == 1 else plain(model, size, stop=suffix.start + (g + 1) * size)
+  for part in parts:
     trace = solve(model, x, side, layers=part, attention=attention, **how).trace
     x = trace[-1]
-    if model.config.backout and part.start <= model.depth // 2 < part.stop:
-      backout = trace[part.unit_of(model.depth // 2) + 1]
+    if model.config.backout and part.start <= middle < part.stop:
+      backout = trace[part.unit_of(middle) + 1]
+  if stop < model.depth:
+    x, found, _, _ = run(x, start=stop)
+    backout = found if middle >= stop else backout
   return x, backout
 
 

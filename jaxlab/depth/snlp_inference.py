@@ -1,6 +1,6 @@
 """SNLP where it is used: the network split once into its exact prefix and its solved suffix, with a cache.
 
-  network = split(model, layers=24)                  # or a suffix from snlp_suffix.fuse; layers=0: the plain network
+  network = split(model, layers=24)                  # or what snlp_suffix makes; layers=0: the plain network
   logits, _ = step(network, tokens, iterations=2)    # an uncached forward
   state = prefill(network, prompt, capacity=1024)[1]
   logits, state = step(network, token, state, iterations=2)
@@ -54,75 +54,87 @@ class StepOptions(TypedDict, total=False):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A model with its layers taken apart: those of `prefix` run in a row, those of the suffix are solved together."""
+  """A model with its layers taken apart: those of `prefix` run in a row, those of a part are solved together."""
 
   prefix: inference.Network
-  suffix: Suffix | None
+  parts: tuple[Suffix, ...]
 
   @property
   def model(self) -> Transformer:
     """The model without its blocks: it embeds and reads out."""
     return self.prefix.model
 
+  @property
+  def fused(self) -> bool:
+    """Whether layers were fused, which only the solver can run."""
+    return any(part.fused for part in self.parts)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """The cache: that of the prefix, and keys and values of the suffix stacked over layers of one window kind.
+  """The cache: that of the prefix, and every part's keys and values stacked over layers of one window kind.
 
-  `trace` holds z_1 .. z_n of the last position, the start "warm" uses.
+  `traces` hold z_1 .. z_n of every part at the last position, the start "warm" uses.
   """
 
   prefix: inference.State
-  suffix: tuple[Pair, ...]
-  trace: Float[Array, "units batch 1 *state"] | None
+  pairs: tuple[tuple[Pair, ...], ...]
+  traces: tuple[Float[Array, "units batch 1 *state"], ...]
 
   @property
   def length(self) -> Int[Array, "*batch"]:
     return self.prefix.length
 
 
-def split(model: Transformer, layers: int | Suffix = 0) -> Network:
-  """The network of `model` with its last layers as a suffix. Do it once, outside the compiled step.
+def split(model: Transformer, layers: int | Suffix | tuple[Suffix, ...] = 0) -> Network:
+  """The network of `model` with its last layers to be solved: as one suffix, or as the parts of `snlp_suffix.parts`.
 
-  Slices of stacked weights inside a step would be copied in every call.
+  Do it once, outside the compiled step. Slices of stacked weights inside a step would be copied in every call.
 
   Raises:
     InputError: layers (n_par) outside 0..L.
   """
-  suffix = plain(model, layers) if isinstance(layers, int) and layers else layers or None
-  prefix = take_apart(model, model.depth if suffix is None else suffix.start)
-  if suffix is not None:
-    steps = inference.kernel_steps(suffix.blocks.config, model.dtype)
-    suffix = dataclasses.replace(suffix, blocks=for_inference(suffix.blocks, steps))
-  return Network(prefix, suffix)
+  if isinstance(layers, int):
+    layers = plain(model, layers) if layers else ()
+  parts = (layers,) if isinstance(layers, Suffix) else layers
+  prefix = take_apart(model, parts[0].start if parts else model.depth)
+  steps = lambda part: inference.kernel_steps(part.blocks.config, model.dtype)
+  faster = lambda part: dataclasses.replace(part, blocks=for_inference(part.blocks, steps(part)))
+  return Network(prefix, tuple(map(faster, parts)))
 
 
 def empty_state(network: Network, *, batch: int, capacity: int, dtype=None) -> State:
   """A cache with room for `capacity` tokens."""
-  c, suffix = network.model.config, network.suffix
+  c = network.model.config
   dtype = dtype or network.model.dtype
   prefix = inference.empty_state(network.prefix, batch=batch, capacity=capacity, dtype=dtype)
   shape = (batch, capacity, c.kv_heads, c.head_dim)
-  groups = tuple(tuple(jnp.zeros((len(index), *shape), dtype) for _ in range(2)) for index in _kinds(network).values())
+  pair = lambda index: tuple(jnp.zeros((len(index), *shape), dtype) for _ in range(2))
+  pairs = tuple(tuple(pair(index) for index in _kinds(network, part).values()) for part in network.parts)
   streams = (c.hyper.streams,) if c.hyper else ()
-  trace = None if suffix is None else jnp.zeros((suffix.units, batch, 1, *streams, c.width), dtype)
-  return State(prefix, groups, trace)
+  trace = lambda part: jnp.zeros((part.units, batch, 1, *streams, c.width), dtype)
+  return State(prefix, pairs, tuple(map(trace, network.parts)))
+
+
+def filled_to(state: State, length: int) -> State:
+  """The state with its first `length` positions taken as filled, whatever lies there: a step at a context, to time."""
+  return dataclasses.replace(state, prefix=dataclasses.replace(state.prefix, length=jnp.int32(length)))
 
 
 def from_cache(network: Network, cache: Cache) -> State:
-  """The state that continues a cache which the sequential model filled; its `trace` is zero, a cache has none.
+  """The state that continues a cache which the sequential model filled; its `traces` are zero, a cache has none.
 
   Raises:
     InputError: a fused suffix, whose keys and values are its own; prefill it with `step`.
   """
-  suffix = network.suffix
-  require(suffix is None or not suffix.fused, "a fused suffix has keys and values of its own; prefill it with `step`")
-  pairs, start = (cache.keys, cache.values), len(network.prefix.blocks)
-  prefix = tuple(tuple(store[i] for store in pairs) for i in range(start))
-  groups = tuple(tuple(store[start + jnp.array(index)] for store in pairs) for index in _kinds(network).values())
+  require(not network.fused, "a fused suffix has keys and values of its own; prefill it with `step`")
+  stores = (cache.keys, cache.values)
+  prefix = tuple(tuple(store[i] for store in stores) for i in range(len(network.prefix.blocks)))
+  pair = lambda part, index: tuple(store[part.start + jnp.array(index)] for store in stores)
+  pairs = tuple(tuple(pair(part, index) for index in _kinds(network, part).values()) for part in network.parts)
   empty = empty_state(network, batch=cache.keys.shape[1], capacity=1, dtype=cache.keys.dtype)
-  return State(inference.State(prefix, cache.length, cache.previous), groups, empty.trace)
+  return State(inference.State(prefix, cache.length, cache.previous), pairs, empty.traces)
 
 
 def step(
@@ -141,7 +153,7 @@ def step(
     InputError: as `step_from`.
   """
   x, backout, side, state = prefix_states(network, tokens, state, attention)
-  if network.suffix is None:
+  if not network.parts:
     require(not options, f"a network without a suffix has no options; leave out {', '.join(options)}")
     return network.model.logits(x, backout), state
   return step_from(network, x, backout, side, state, attention=attention, **options)
@@ -162,10 +174,11 @@ def step_from(
   lengths: Int[Array, "batch"] | None = None,
   attention: AttentionFn = dot_product_attention,
 ) -> tuple[Float[Array, "batch time vocab"], State | None]:
-  """The second half of `step`: solves the suffix from what `prefix_states` returned.
+  """The second half of `step`: solves the parts, one after the other, from what `prefix_states` returned.
 
   Args:
     iterations, surrogate, initial, damping: as `snlp.solve`; initial may be "warm" (time = 1): the last token's trace.
+      A part of fewer units than iterations takes as many as it has units: it is exact then.
     cache_kv: "recompute" keys and values from the corrected inputs z_0 .. z_{n-1}; "last_iteration" keeps those of the
       last evaluation, one projection less and slightly stale.
     lengths: of every row, how many of the tokens count; None: all.
@@ -175,67 +188,75 @@ def step_from(
   """
   require_choice("surrogate", surrogate, DECODED)
   require_choice("cache_kv", cache_kv, CACHE_KV)
-  start = initial
-  if initial == "warm":
-    require(state is not None and side.x0.shape[1] == 1, "initial 'warm' needs a state and one token at a time")
-    start = state.trace
-  suffix, model = network.suffix, network.model
-  attend, stores = None, None
+  warm = initial == "warm"
+  require(
+    not warm or (state is not None and side.x0.shape[1] == 1), "initial 'warm' needs a state and one token at a time"
+  )
+  model = network.model
+  pairs, traces = [], []
+  for i, part in enumerate(network.parts):
+    attend, stores = None, None
+    if state is not None:
+      stores = _Stores(network, part, state.pairs[i], side.start, attention)
+      attend = stores.attend
+    evaluated = functools.partial(evaluate, model, part, side=side, attention=attention, attend=attend)
+    blocks = lambda z, evaluated=evaluated: evaluated(states=z)[0]
+    if stores is not None and len(stores.pairs) == 1 and takes_whole(part.blocks, x, attention):
+      blocks = functools.partial(stores.whole, part.blocks, side=side)
+    trace = snlp.initial_trace(blocks, x, state.traces[i] if warm else initial, part.units)
+    by_states = lambda z, evaluated=evaluated: evaluated(states=z)
+    chosen = snlp.make_surrogate(model, part, side, surrogate, by_states, damping=damping)
+    trace = newton.solve(blocks, trace, iterations=min(iterations, part.units), surrogate=chosen).trace
+    if stores is not None:
+      if cache_kv == "recompute" and part.units > 1:  # a single unit's input was exact from the start
+        stores.write(*evaluate(model, part, trace[:-1], side, attend=lambda q, k, v: jnp.zeros_like(q))[1])
+      pairs.append(stores.pairs)
+      traces.append(last_of(trace[1:], lengths, axis=2).astype(state.traces[i].dtype))
+    if model.config.backout and part.start <= model.depth // 2 < part.stop:
+      backout = trace[part.unit_of(model.depth // 2) + 1]
+    x = trace[-1]
   if state is not None:
-    stores = _Stores(network, state.suffix, side.start, attention)
-    attend = stores.attend
-  evaluated = lambda z: evaluate(model, suffix, z, side, attention=attention, attend=attend)
-  whole = stores is not None and len(stores.pairs) == 1 and takes_whole(suffix.blocks, x, attention)
-  blocks = (lambda z: stores.whole(suffix.blocks, z, side)) if whole else lambda z: evaluated(z)[0]
-  trace = snlp.initial_trace(blocks, x, start, suffix.units)
-  chosen = snlp.make_surrogate(model, suffix, side, surrogate, evaluated, damping=damping)
-  trace = newton.solve(blocks, trace, iterations=iterations, surrogate=chosen).trace
-  if stores is not None:
-    if cache_kv == "recompute":
-      stores.write(*evaluate(model, suffix, trace[:-1], side, attend=lambda q, k, v: jnp.zeros_like(q))[1])
-    state = dataclasses.replace(
-      state, suffix=stores.pairs, trace=last_of(trace[1:], lengths, axis=2).astype(state.trace.dtype)
-    )
-  if model.config.backout and model.depth // 2 >= suffix.start:
-    backout = trace[suffix.unit_of(model.depth // 2) + 1]
-  return model.logits(trace[-1], backout), state
+    state = dataclasses.replace(state, pairs=tuple(pairs), traces=tuple(traces))
+  return model.logits(x, backout), state
 
 
 def exact_step(
   network: Network, tokens: Int[Array, "batch time"], state: State, *, attention: AttentionFn = dot_product_attention
 ) -> tuple[Float[Array, "batch time vocab"], State]:
-  """`step` of the sequential network on the same state, for a plain suffix."""
+  """`step` of the sequential network on the same state, for plain parts."""
   x, backout, side, state = prefix_states(network, tokens, state, attention)
   return finish_exactly(network, x, backout, side, state, attention=attention)
 
 
 def finish_exactly(network: Network, x, backout, side: Side, state: State, *, attention=dot_product_attention):
-  """(logits, state): the suffix in sequence, from the exact states `x` of its positions."""
-  x, backout, state = _suffix_exactly(network, x, backout, side, state, None, attention)
+  """(logits, state): the parts' layers in sequence, from the exact states `x` of their positions."""
+  x, backout, state = _parts_exactly(network, x, backout, side, state, None, attention)
   return network.model.logits(x, backout), state
 
 
-def _suffix_exactly(network: Network, x, backout, side: Side, state: State, lengths, attention):
+def _parts_exactly(network: Network, x, backout, side: Side, state: State, lengths, attention):
   """(output, backout or None, state)."""
-  model, suffix = network.model, network.suffix
-  if suffix is None:
-    return x, backout, state
-  require(not suffix.fused, "a fused suffix has no sequential network; split the model with plain layers")
-  groups, trace = list(state.suffix), []
-  where = {j: (g, row) for g, index in enumerate(_kinds(network).values()) for row, j in enumerate(index)}
-  for j, block in enumerate(unstack_layers(suffix.blocks, suffix.layers)):
-    g, row = where[j]
+  model = network.model
+  require(not network.fused, "a fused suffix has no sequential network; split the model with plain layers")
+  pairs, traces = [], []
+  for part, old, before in zip(network.parts, state.pairs, state.traces, strict=True):
+    kinds, trace = list(old), []
+    where = {j: (g, row) for g, index in enumerate(_kinds(network, part).values()) for row, j in enumerate(index)}
+    for j, block in enumerate(unstack_layers(part.blocks, part.layers)):
+      g, row = where[j]
 
-    def attend(q, k, v, window, g=g, row=row, steps=block.steps):
-      how = dict(windows=(window,), start=side.start, layer=row, attention=attention)
-      attended, (groups[g],) = steps.attend_cached(q[None], k[None], v[None], (groups[g],), **how)
-      return attended[0]
+      def attend(q, k, v, window, g=g, row=row, steps=block.steps, kinds=kinds):
+        how = dict(windows=(window,), start=side.start, layer=row, attention=attention)
+        attended, (kinds[g],) = steps.attend_cached(q[None], k[None], v[None], (kinds[g],), **how)
+        return attended[0]
 
-    layer = suffix.start + j
-    x = run_layer(model, block, layer, x, side, attend)
-    backout = x if model.config.backout and layer == model.depth // 2 else backout
-    trace.append(last_of(x, lengths).astype(state.trace.dtype))
-  return x, backout, dataclasses.replace(state, suffix=tuple(groups), trace=jnp.stack(trace))
+      layer = part.start + j
+      x = run_layer(model, block, layer, x, side, attend)
+      backout = x if model.config.backout and layer == model.depth // 2 else backout
+      trace.append(last_of(x, lengths).astype(before.dtype))
+    pairs.append(tuple(kinds))
+    traces.append(jnp.stack(trace))
+  return x, backout, dataclasses.replace(state, pairs=tuple(pairs), traces=tuple(traces))
 
 
 def prefill(
@@ -251,11 +272,11 @@ def prefill(
   state = empty_state(network, batch=prompts.shape[0], capacity=capacity)
   state = dataclasses.replace(state, prefix=unfilled(state.prefix))
   x, backout, side, state = prefix_states(network, prompts, state, attention, lengths)
-  if network.suffix is not None and network.suffix.fused:
+  if network.fused:
     logits, state = step_from(network, x, backout, side, state, lengths=lengths, attention=attention, **options)
     logits = last_of(logits, lengths)
   else:
-    x, backout, state = _suffix_exactly(network, x, backout, side, state, lengths, attention)
+    x, backout, state = _parts_exactly(network, x, backout, side, state, lengths, attention)
     logits = inference.last_logits(network, x, backout, lengths)
   return logits, dataclasses.replace(state, prefix=filled(state.prefix))
 
@@ -287,23 +308,22 @@ def prefix_states(network: Network, tokens, state: State | None, attention: Atte
 
 
 class _Stores:
-  """The suffix's caches while a step is traced: every iteration overwrites the new positions of the one before.
+  """A part's caches while a step is traced: every iteration overwrites the new positions of the one before.
 
   Writing each iteration's keys onto the original cache instead would keep a copy of the whole cache alive.
   """
 
-  def __init__(self, network: Network, pairs: tuple[Pair, ...], start, attention: AttentionFn):
-    suffix = network.suffix
+  def __init__(self, network: Network, part: Suffix, pairs: tuple[Pair, ...], start, attention: AttentionFn):
     self.pairs, self._start = pairs, start
-    self._windows = network.model.config.windows[suffix.start : suffix.stop]
-    self._attend_cached = functools.partial(suffix.blocks.steps.attend_cached, attention=attention)
+    self._windows = network.model.config.windows[part.start : part.stop]
+    self._attend_cached = functools.partial(part.blocks.steps.attend_cached, attention=attention)
 
   def write(self, k, v):
     write = lambda store, new, index: write_tokens(store, take_layers(new, index), 0, self._start)
     kinds = zip(self.pairs, window_kinds(self._windows).values(), strict=True)
     self.pairs = tuple((write(keys, k, index), write(values, v, index)) for (keys, values), index in kinds)
 
-  def whole(self, blocks, z, side: Side):
+  def whole(self, blocks, z, *, side: Side):
     """Outputs of all units by the kernels for one token."""
     how = dict(cos=side.cos, sin=side.sin, start=self._start, windows=self._windows)
     out, pair = blocks.steps.whole(blocks, z, self.pairs[0], chunk=len(self._windows) // z.shape[0], **how)
@@ -315,6 +335,5 @@ class _Stores:
     return attended
 
 
-def _kinds(network: Network) -> dict[int | None, list[int]]:
-  suffix = network.suffix
-  return {} if suffix is None else window_kinds(network.model.config.windows[suffix.start : suffix.stop])
+def _kinds(network: Network, part: Suffix) -> dict[int | None, list[int]]:
+  return window_kinds(network.model.config.windows[part.start : part.stop])

@@ -45,8 +45,9 @@ def step(
   """
   require(AXIS in mesh.axis_names, f"the mesh has axes {mesh.axis_names}; it needs one named {AXIS!r}")
   require(iterations >= 1, f"iterations is {iterations}; at least one Newton step is needed")
-  suffix, c = network.suffix, network.model.config
-  require(suffix is not None and not suffix.fused, "split the model with a plain suffix: fused layers are one device's")
+  plain = len(network.parts) == 1 and not network.fused
+  require(plain, "split the model with one plain suffix: fused layers are one device's, and parts come one by one")
+  suffix, c = network.parts[0], network.model.config
   devices = mesh.shape[AXIS]
   require_divides(f"devices on {AXIS!r}", devices, "layers (n_par)", suffix.layers)
   local = suffix.layers // devices
@@ -59,7 +60,7 @@ def step(
     x, backout, side, state = prefix_states(network, tokens, state, attention)
     device = jax.lax.axis_index(AXIS)
     mine = lambda a: jax.lax.dynamic_slice_in_dim(a, device * local, local)
-    blocks, pairs = network.suffix.blocks, None if state is None else state.suffix
+    blocks, pairs = network.parts[0].blocks, None if state is None else state.pairs[0]
     values = jax.tree.map(mine, layer_values(c, side, suffix.start, suffix.stop))
     mixing = jax.tree.map(lambda m: mine(m[suffix.start : suffix.stop]), side.mixing)
 
@@ -87,7 +88,9 @@ def step(
     if c.backout and middle >= 0:
       backout = total[1]
     if state is not None:
-      state = dataclasses.replace(state, suffix=pairs, trace=(first + sums)[:, :, -1:].astype(state.trace.dtype))
+      state = dataclasses.replace(
+        state, pairs=(pairs,), traces=((first + sums)[:, :, -1:].astype(state.traces[0].dtype),)
+      )
     return network.model.logits(total[0], backout), state
 
   where = _specs(network), _specs(state)
@@ -103,7 +106,7 @@ def place(tree: Network | State, mesh: Mesh) -> Network | State:
   Raises:
     InputError: a suffix that the mesh does not divide.
   """
-  layers = tree.suffix.layers if isinstance(tree, Network) else len(tree.trace)
+  layers = tree.parts[0].layers if isinstance(tree, Network) else len(tree.traces[0])
   require_divides(f"devices on {AXIS!r}", mesh.shape[AXIS], "layers (n_par)", layers)
   return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, _specs(tree))
 
@@ -115,8 +118,9 @@ def _specs(tree: Network | State | None):
   whole = jax.tree.map(lambda _: _WHOLE, tree)
   split = lambda part: jax.tree.map(lambda _: _SPLIT, part)
   if isinstance(tree, State):
-    return dataclasses.replace(whole, suffix=split(tree.suffix), trace=split(tree.trace))
-  return dataclasses.replace(whole, suffix=dataclasses.replace(whole.suffix, blocks=split(tree.suffix.blocks)))
+    return dataclasses.replace(whole, pairs=split(tree.pairs), traces=split(tree.traces))
+  part = dataclasses.replace(whole.parts[0], blocks=split(tree.parts[0].blocks))
+  return dataclasses.replace(whole, parts=(part,))
 
 
 def step_seconds(

@@ -63,9 +63,7 @@ def speculate(
   require(
     prompt.shape[0] == 1, f"the prompt has {prompt.shape[0]} rows; rows accept differently, so decode one (or vmap)"
   )
-  require(
-    network.suffix is not None and not network.suffix.fused, "speculation drafts with a plain suffix: split(model, n)"
-  )
+  require(bool(network.parts) and not network.fused, "speculation drafts with a plain suffix: split(model, n)")
   require(draft >= 1 and tokens >= 1, f"draft is {draft} and tokens is {tokens}; both must be at least 1")
   require(temperature == 0 or key is not None, "sampling at temperature > 0 needs a key: pass jax.random.key(seed)")
   key = jax.random.key(0) if key is None else key

@@ -71,6 +71,26 @@ def plain(model: Transformer, layers: int, *, stop: int | None = None) -> Suffix
   return Suffix(layer_slice(model.blocks, stop - layers, stop), stop - layers, layers, chunk=1, fused=False)
 
 
+def parts(model: Transformer, layers: int, *, groups: int = 1, tail: int = 0) -> tuple[Suffix, ...]:
+  """The `layers` layers before the last `tail` ones in `groups` parts, then each layer of the tail as its own part.
+
+  Parts are solved one after the other, the last state of one the exact input of the next. A part of one layer is exact
+  after one step: the tail is the network itself.
+
+  Raises:
+    InputError: as `plain`; a negative tail; groups that do not divide the layers.
+  """
+  _require_transformer(model)
+  require(0 <= tail < model.depth, f"tail is {tail}; it must leave layers of the model's {model.depth}")
+  require_divides("groups", groups, "layers (n_par)", layers)
+  size, stop = layers // groups, model.depth - tail
+  solved = plain(model, layers, stop=stop).start
+  return (
+    *(plain(model, size, stop=solved + (g + 1) * size) for g in range(groups)),
+    *(plain(model, 1, stop=layer + 1) for layer in range(stop, model.depth)),
+  )
+
+
 def fuse(model: Transformer, layers: int, *, chunk: int, average: bool = False) -> Suffix:
   """The last `layers` layers as layers / chunk wide ones: `1xFM` with chunk = layers, `CxFM` with C of them.
 

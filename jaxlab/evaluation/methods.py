@@ -46,12 +46,20 @@ def snlp(
   layers: int,
   iterations: int = 1,
   chunk: int | None = None,
+  groups: int = 1,
+  tail: int = 0,
   surrogate: str = "identity",
   initial: str = "h0",
   damping: float = 0.0,
 ) -> Subject:
-  """The last `layers` layers solved in `iterations` steps (`jaxlab.depth.snlp`); with `chunk`, fused in wide layers."""
-  suffix = layers if chunk is None else snlp_suffix.fuse(model, layers, chunk=chunk)
+  """The last `layers` layers but for `tail` ones solved in `iterations` steps, all at once or in `groups` parts.
+
+  As `jaxlab.depth.snlp`; with `chunk`, the last layers fused in wide ones.
+  """
+  if chunk is None:
+    suffix = snlp_suffix.parts(model, layers, groups=groups, tail=tail)
+  else:
+    suffix = snlp_suffix.fuse(model, layers, chunk=chunk)
   options = dict(iterations=iterations, surrogate=surrogate, initial=initial, damping=damping)
   logits = lambda network, tokens: snlp_inference.step(network, tokens, **options)[0]
   return Subject(snlp_inference.split(model, suffix), logits, snlp_inference.decoder(**options))

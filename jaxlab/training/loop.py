@@ -26,7 +26,7 @@ from jaxlab.models import LanguageModel
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.metrics import MetricsWriter, peak_flops
 
-LossFn = Callable[[LanguageModel, dict, jax.Array, jax.Array], tuple[jax.Array, dict]]
+LossFn = Callable[..., tuple[jax.Array, dict]]  # (model, batch, step, key[, frozen])
 
 _SPIKE_WINDOW = 50
 _SPIKE_NATS = 2.0
@@ -68,16 +68,19 @@ def train(
   compute_dtype="bfloat16",
   checkpoint_every: int = 500,
   mesh: Mesh | None = None,
+  frozen=None,
   progress: Callable[[dict], None] = lambda metrics: None,
 ) -> LanguageModel:
   """Trains a model and returns it (float32); resumes from `workdir` if it holds a checkpoint of this run.
 
   Args:
-    model: initial parameters; used as they are only when there is nothing to resume.
+    model: initial parameters, or any tree with the model's `config`; used as they are only when there is nothing to
+      resume.
     data: batches {"inputs", "targets"} of int32 (batch, time); `iter(data)` has get_state and set_state.
-    loss_fn: `(model in compute_dtype, batch, step, key) -> (loss, {name: scalar})`.
+    loss_fn: `(model in compute_dtype, batch, step, key) -> (loss, {name: scalar})`, or `(..., key, frozen)`.
     accumulate: microbatches a batch is split into, gradients averaged.
     mesh: devices; the model is placed by its axis names, the batch over data and fsdp. None: all devices, data only.
+    frozen: a model that the loss reads and nothing trains (a teacher, the weights under adapters), as it is.
     progress: called once a step with that step's metrics.
 
   Returns:
@@ -93,6 +96,7 @@ def train(
   step_fn = make_step(
     loss_fn, optimizer, meshes.shardings(state, mesh), accumulate=accumulate, compute_dtype=compute_dtype
   )
+  constant = () if frozen is None else (jax.device_put(frozen, meshes.shardings(frozen, mesh)),)
   iterator = iter(data)
   with Checkpoints(workdir / "checkpoints") as checkpoints, _signals() as stop:
     if (latest := checkpoints.latest()) is not None:
@@ -106,7 +110,7 @@ def train(
         batch = next(iterator)
         require_divides("accumulate", accumulate, "batch", len(batch["inputs"]))
         batch = meshes.place_batch(batch, mesh)
-        state, metrics = step_fn(state, batch)
+        state, metrics = step_fn(state, batch, *constant)
         # Reading the metrics of the step before keeps the device one step ahead.
         if pending:
           _record(pending, guard, writer, progress)
@@ -132,30 +136,30 @@ def initial_state(model: LanguageModel, optimizer, mesh: Mesh, seed: int) -> Tra
 
 
 def make_step(loss_fn: LossFn, optimizer, shardings, *, accumulate: int = 1, compute_dtype="bfloat16"):
-  """The jitted training step `(state, batch) -> (state, metrics)`; the state is donated."""
+  """The jitted training step `(state, batch[, frozen]) -> (state, metrics)`; the state is donated."""
   mesh = jax.tree.leaves(shardings)[0].mesh
 
-  def loss(model, batch, step, key):
-    return loss_fn(meshes.gathered(cast(model, compute_dtype)), batch, step, key)
+  def loss(model, batch, step, key, *frozen):
+    return loss_fn(meshes.gathered(cast(model, compute_dtype)), batch, step, key, *frozen)
 
   def gradient(*args):
     value, grads = jax.value_and_grad(loss, has_aux=True)(*args)
     return value, jax.lax.with_sharding_constraint(grads, shardings.model)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-  def step_fn(state: TrainState, batch):
+  def step_fn(state: TrainState, batch, *frozen):
     with meshes.using(mesh):
       key, use = jax.random.split(jax.random.wrap_key_data(state.key))
       if accumulate == 1:
-        (value, extra), grads = gradient(state.model, batch, state.step, use)
+        (value, extra), grads = gradient(state.model, batch, state.step, use, *frozen)
       else:
         # Strided, so that every microbatch stays spread over the devices.
         parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), batch)
 
         def add(total, part):
-          return jax.tree.map(jnp.add, total, gradient(state.model, part, state.step, use)), None
+          return jax.tree.map(jnp.add, total, gradient(state.model, part, state.step, use, *frozen)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.model, batch, state.step, use))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.model, batch, state.step, use, *frozen))
         total, _ = jax.lax.scan(add, zeros, parts)
         (value, extra), grads = jax.tree.map(lambda a: a / accumulate, total)
       updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
@@ -196,8 +200,8 @@ class _Guard:
     full = len(self._losses) == _SPIKE_WINDOW
     if not math.isfinite(loss) or (full and loss > usual + _SPIKE_NATS):
       raise Diverged(
-        f"the loss is {loss:.4g} at step {step} (median of the steps before: {usual:.4g}); lower optimizer.scale, "
-        f"or look at the data of that step"
+        f"the loss is {loss:.4g} at step {step} (median of the steps before: {usual:.4g}); lower the learning "
+        "rate, or look at the data of that step, and go on from the last checkpoint, which is kept"
       )
     self._losses.append(loss)
 

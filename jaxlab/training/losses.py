@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,7 @@ def token_losses(
   products kept in the computing dtype (one matrix product less, batch * time * vocab numbers more).
   """
   batch, time = targets.shape
-  devices = meshes.split_over("batch", batch) * meshes.split_over("vocab", model.config.vocab_size)
-  wanted = max(1, batch * time * model.config.vocab_size * 4 // devices // _SLICE_BYTES)
-  slices = next(n for n in range(wanted, time + 1) if time % n == 0)
-
+  slices = _slices(batch, time, model.config.vocab_size)
   policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if keep_logits else None
 
   @functools.partial(jax.checkpoint, policy=policy, prevent_cse=slices == 1 or keep_logits)
@@ -43,13 +41,50 @@ def token_losses(
 
   if slices == 1:
     return one(model, hidden, targets)
-  cut = lambda a: jnp.moveaxis(a.reshape(batch, slices, time // slices, *a.shape[2:]), 1, 0)
-  parts = jax.tree.map(cut, (hidden, targets))
+  parts = jax.tree.map(functools.partial(_cut, slices=slices), (hidden, targets))
   if keep_logits:  # written out: what a loop keeps is copied into one array
     losses = jnp.stack([one(model, *jax.tree.map(lambda a: a[i], parts)) for i in range(slices)])  # noqa: B023
   else:
     losses = jax.lax.map(lambda part: one(model, *part), parts)
   return jnp.moveaxis(losses, 0, 1).reshape(batch, time)
+
+
+def divergences(
+  teacher: LanguageModel,
+  target: tuple[Array, Array | None],
+  model: LanguageModel,
+  students: Sequence[tuple[Array, Array | None]],
+) -> Float[Array, "students batch time"]:
+  """KL(teacher || student) of the next token's distribution in nats, float32, of every student.
+
+  sum_v p(v) (log p(v) - log q(v)); p by `teacher` from hidden states `target`, q by `model` from each of `students`.
+  The logits are made for slices of the time axis, and again for the gradient, as in `token_losses`.
+  """
+  batch, time = target[0].shape[:2]
+  slices = _slices((1 + len(students)) * batch, time, model.config.vocab_size)
+
+  @functools.partial(jax.checkpoint, prevent_cse=slices == 1)
+  def one(teacher, model, target, students):
+    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(*target)))
+    log_q = (jax.nn.log_softmax(model.logits(*hidden)) for hidden in students)
+    return jnp.stack([(jnp.exp(log_p) * (log_p - q)).sum(axis=-1) for q in log_q])
+
+  if slices == 1:
+    return one(teacher, model, target, students)
+  parts = jax.tree.map(functools.partial(_cut, slices=slices), (target, tuple(students)))
+  found = jax.lax.map(lambda part: one(teacher, model, *part), parts)
+  return jnp.moveaxis(found, 0, 2).reshape(len(students), batch, time)
+
+
+def _slices(rows: int, time: int, vocab: int) -> int:
+  """How many equal slices of the time axis keep a device's float32 logits of `rows` rows within _SLICE_BYTES."""
+  devices = meshes.split_over("batch", rows) * meshes.split_over("vocab", vocab)
+  wanted = max(1, rows * time * vocab * 4 // devices // _SLICE_BYTES)
+  return next(n for n in range(wanted, time + 1) if time % n == 0)
+
+
+def _cut(a: Float[Array, "batch time *rest"], slices: int) -> Float[Array, "slices batch part *rest"]:
+  return jnp.moveaxis(a.reshape(a.shape[0], slices, a.shape[1] // slices, *a.shape[2:]), 1, 0)
 
 
 def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch time"]) -> Float[Array, ""]:

@@ -121,3 +121,13 @@ def default_weight_decay(config: LanguageModelConfig, batch_tokens: int) -> floa
   width = math.ceil(12 * config.width / config.depth / config.head_dim) * config.head_dim
   reference = blocks * 12 / config.depth * (width / config.width) ** 2 + width * config.vocab_size
   return 0.28 * math.sqrt(batch_tokens / 2**19) * reference / (blocks + head)
+
+
+def adam(rate: float, *, steps: int, warmup: int = 40) -> optax.GradientTransformation:
+  """Adam without decay, for changing a trained network: gradients clipped to norm 1, betas (0.9, 0.95).
+
+  The rate rises linearly over `warmup` steps and falls linearly to 0 at the last of `steps`.
+  """
+  shape = lambda count: jnp.minimum((count + 1) / max(warmup, 1), 1 - count / steps)
+  schedule = lambda count: rate * shape(count)
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.95))

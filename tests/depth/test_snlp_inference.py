@@ -11,7 +11,7 @@ import pytest
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp
 from jaxlab.depth.snlp_inference import decoder, empty_state, exact_step, from_cache, generate, prefill, split, step
-from jaxlab.depth.snlp_suffix import fuse
+from jaxlab.depth.snlp_suffix import fuse, parts
 from jaxlab.kernels.decode_attention import decode_attention
 from jaxlab.kernels.decode_block import decode_block
 from jaxlab.kernels.residual_norm import residual_norm
@@ -55,6 +55,19 @@ def test_decoding_with_n_iterations_is_the_sequential_network(name):
   surrogate = "streams" if "mhc" in name else "identity"
   actual = decode(split(model, 4), TOKENS, PROMPT, iterations=4, surrogate=surrogate)
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "qwen3"])
+def test_parts_and_a_tail_are_exact_with_as_many_iterations_as_a_part_has_layers(name):
+  """Cached, and uncached with fewer iterations as `snlp.forward` with the same groups and tail."""
+  model = random_model(CONFIGS[name])
+  network = split(model, parts(model, 4, groups=2, tail=1))
+  expected = jax.jit(lambda m: m(TOKENS))(model)[:, PROMPT - 1 :]
+  np.testing.assert_allclose(decode(network, TOKENS, PROMPT, iterations=2), expected, rtol=1e-3, atol=1e-3)
+  how = dict(layers=4, groups=2, tail=1, iterations=1)
+  expected = jax.jit(lambda m: snlp.forward(m, TOKENS[:, :9], **how))(model)
+  actual, _ = jax.jit(lambda n: step(n, TOKENS[:, :9], iterations=1))(network)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_with_n_iterations_is_exact_in_float64_and_from_a_warm_start():
@@ -150,7 +163,7 @@ def test_a_prefill_leaves_the_exact_trace_of_its_last_token(lengths):
   given = None if lengths is None else jnp.array(lengths)
   _, state = jax.jit(lambda n: prefill(n, TOKENS[:, :9], given, capacity=12))(split(model, 4))
   for row, length in enumerate(lengths or (9, 9)):
-    np.testing.assert_allclose(state.trace[:, row, 0], trace[2:, row, length - 1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.traces[0][:, row, 0], trace[2:, row, length - 1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_fused_suffix_generates_rows_of_any_lengths():

@@ -41,7 +41,7 @@ def test_eight_devices_are_one(iterations):
 def test_each_layer_lies_on_one_device_and_an_iteration_sends_one_message():
   model = random_model(nanochat(**CHAT | dict(depth=8)))
   network = snlp_sharded.place(snlp_inference.split(model, 8), mesh())
-  assert network.suffix.blocks.o.weight[...].sharding.spec[0] == "layer"
+  assert network.parts[0].blocks.o.weight[...].sharding.spec[0] == "layer"
   program = jax.jit(functools.partial(snlp_sharded.step, mesh=mesh(), iterations=8)).lower(network, TOKENS).compile()
   expected = jax.jit(lambda m: m(TOKENS))(model)
   np.testing.assert_allclose(program(network, TOKENS)[0], expected, rtol=1e-4, atol=1e-4)  # K = n: the network itself
@@ -62,7 +62,7 @@ def test_the_cost_model_pays_only_where_layers_outweigh_messages():
     (6, dict(mesh=mesh(4)), "devices on 'layer'=4 must divide layers"),
     (8, dict(mesh=mesh(8, "data")), "needs one named 'layer'"),
     (8, dict(mesh=mesh(), iterations=0), "iterations is 0"),
-    (0, dict(mesh=mesh()), "with a plain suffix"),
+    (0, dict(mesh=mesh()), "with one plain suffix"),
   ],
 )
 def test_impossible_meshes_are_named(layers, options, message):

@@ -8,11 +8,12 @@ from jaxlab.core.checks import InputError
 
 
 def test_settings_are_read_and_refitted():
-  expected = dict(layers=24, iterations=2, chunk=3, groups=1, surrogate="jacobi", initial="batch_fwd")
+  expected = dict(layers=24, iterations=2, chunk=3, groups=1, tail=0, surrogate="jacobi", initial="batch_fwd")
   assert parse("n24 K2 F3 jacobi batch_fwd") == expected
-  assert parse("n8 K1 G4") == dict(layers=8, iterations=1, chunk=0, groups=4, surrogate="identity", initial="h0")
+  plain = dict(surrogate="identity", initial="h0")
+  assert parse("n8 K1 G4 T2") == dict(layers=8, iterations=1, chunk=0, groups=4, tail=2, **plain)
   assert refit("n9 K4 diagonal", 12, 6) == "n4 K4 diagonal"
-  assert refit("n3 K8", 12, 6) == "n2 K2"
+  assert refit("n3 K8", 12, 6) == "n2 K2" and refit("n8 K2 T2", 12, 6) == "n4 K2 T1"
   assert refit("n8 K1 F2", 12, 6) == "n4 K1 F2" and refit("n8 K1 G4", 12, 4) is None
   for text, message in (("n8 Q3", "'Q3' is neither"), ("K2", "must name n and K")):
     with pytest.raises(InputError, match=message):

@@ -133,7 +133,7 @@ def test_bfloat16_computes_on_a_copy(tmp_path):
 
 def test_no_number_and_jumps_stop_the_run(tmp_path):
   poisoned = lambda model, batch, step, key: (jnp.where(step == 3, jnp.nan, plain_loss(model, batch, step, key)[0]), {})
-  with pytest.raises(loop.Diverged, match=r"the loss is nan at step 4 .*lower optimizer\.scale"):
+  with pytest.raises(loop.Diverged, match=r"the loss is nan at step 4 .*lower the learning rate.*last checkpoint"):
     loop.train(random_model(CONFIG), make_data(), poisoned, optax.sgd(0.1), steps=6, workdir=tmp_path)
   guard = loop._Guard()
   for step in range(60):
