@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core import newton
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.recurrence import linear_recurrence, matrix_recurrence, transfer, transfer_tensor
-from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain
+from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain, require_transformer
 from jaxlab.depth.snlp_suffix import parts as make_parts
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
@@ -100,6 +100,7 @@ def hidden(
   Raises:
     InputError: as `solve`; groups or a tail of a fused suffix, or groups that do not divide the layers.
   """
+  require_transformer(model)
   x, side, _ = model.embed(tokens)
   how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, tail=tail, key=key, remat=remat)
   return hidden_from(model, x, None, side, start=0, layers=layers, iterations=iterations, attention=attention, **how)

@@ -65,7 +65,7 @@ def plain(model: Transformer, layers: int, *, stop: int | None = None) -> Suffix
   Raises:
     InputError: not a stacked transformer, or layers outside 1..stop.
   """
-  _require_transformer(model)
+  require_transformer(model)
   stop = model.depth if stop is None else stop
   require(1 <= layers <= stop, f"layers (n_par) is {layers}; it must lie in 1..{stop}, the model's depth")
   return Suffix(layer_slice(model.blocks, stop - layers, stop), stop - layers, layers, chunk=1, fused=False)
@@ -80,7 +80,7 @@ def parts(model: Transformer, layers: int, *, groups: int = 1, tail: int = 0) ->
   Raises:
     InputError: as `plain`; a negative tail; groups that do not divide the layers.
   """
-  _require_transformer(model)
+  require_transformer(model)
   require(0 <= tail < model.depth, f"tail is {tail}; it must leave layers of the model's {model.depth}")
   require_divides("groups", groups, "layers (n_par)", layers)
   size, stop = layers // groups, model.depth - tail
@@ -197,7 +197,7 @@ def evaluate(
   return outputs, (split_heads(k, chunk), split_heads(v, chunk)), mixes
 
 
-def _require_transformer(model) -> None:
+def require_transformer(model) -> None:
   require(
     isinstance(model, Transformer), f"SNLP needs a Transformer with stacked blocks, not {type(model).__name__}; see hub"
   )
