@@ -52,7 +52,7 @@ def test_the_standard_library_splits_by_file(cache):
 def test_local_files_of_every_kind_are_read(tmp_path, cache):
   record = json.dumps({"text": TEXT}) + "\n"
   (tmp_path / "a.txt").write_text(TEXT)
-  (tmp_path / "b.md.gz").write_bytes(gzip.compress(TEXT.encode()))
+  (tmp_path / "b.md.gz").write_bytes(gzip.compress(TEXT.encode(), mtime=0))
   (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(record.encode() * 3))
   pyarrow.parquet.write_table(pyarrow.table({"text": [TEXT, TEXT]}), tmp_path / "d.parquet")
   (tmp_path / "ignored.bin").write_bytes(b"\xff")
@@ -81,10 +81,10 @@ def test_files_named_after_splits_are_those_splits(tmp_path, cache):
     ("x.jsonl", b'{"text": ' + b"9" * 10_000 + b"}", "line 1: Exceeds the limit"),
     ("x.jsonl", b'{"text": "a"}\n\xff', "is not UTF-8 .line 2, byte 0.*iconv"),
     ("x.txt.xz", b"not xz", "is damaged"),
-    ("x.txt.gz", gzip.compress(b"one") + b"rubbish", "is damaged"),
+    ("x.txt.gz", gzip.compress(b"one", mtime=0) + b"rubbish", "is damaged"),
     ("x.txt.xz", lzma.compress(b"one") + b"rubbish", "is damaged"),
-    ("x.txt.gz", gzip.compress(b"one")[:-9], "ends inside a compressed stream; it is damaged"),
-    ("x.txt.gz", gzip.compress(bytes(2**27), 9), "expands to more than 67108864 bytes"),
+    ("x.txt.gz", gzip.compress(b"one", mtime=0)[:-9], "ends inside a compressed stream; it is damaged"),
+    ("x.txt.gz", gzip.compress(bytes(2**27), 9, mtime=0), "expands to more than 67108864 bytes"),
     ("x.parquet", b"PAR1", "no parquet file"),
     ("x.parquet", parquet([1, 2]), "column 'text' holds int64, not strings"),
     ("x.parquet", parquet([{"a": "b"}]), "column 'text' holds struct<a: string>, not strings"),
