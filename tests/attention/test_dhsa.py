@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def test_chunks_are_pooled_as_slices_are(pooling):
   x = np.random.default_rng(0).normal(300, 1, (48, SIZE)).astype(np.float32)
   x[41:] = 1e6
   found = chunk_means(jnp.asarray(x), jnp.asarray(BOUNDS), pooling=pooling)
-  for n, (a, b) in enumerate(zip(BOUNDS, BOUNDS[1:], strict=False)):
+  for n, (a, b) in enumerate(itertools.pairwise(BOUNDS)):
     how = dict(mean=lambda s: s.mean(0), sqrt=lambda s: len(s) ** 0.5 * s.mean(0), max=lambda s: s.max(0))
     expected = how[pooling](x[a:b].astype(np.float64)) if b > a else np.zeros(SIZE)
     np.testing.assert_allclose(found[n], expected, rtol=1e-6)
@@ -132,7 +133,7 @@ def test_chunks_are_pooled_as_slices_are(pooling):
 def test_scores_are_products_of_pooled_means_over_heads():
   q, k, _ = arrays(48)
   edges = np.array([0, 16, 32, 40])
-  rows = lambda x, bounds, f: np.stack([f(np.asarray(x[0, a:b]).mean(1)) for a, b in zip(bounds, bounds[1:])])
+  rows = lambda x, bounds, f: np.stack([f(np.asarray(x[0, a:b]).mean(1)) for a, b in itertools.pairwise(bounds)])
   bounds = np.array([0, 3, 20, 41])
   root = lambda s: len(s) ** 0.5 * s.mean(0)
   found = chunk_scores(q[0], k[0], jnp.asarray(edges), jnp.asarray(bounds))
@@ -210,13 +211,15 @@ def allowed(name, q, k, row, budget):
       mass[end - BLOCK if end > BLOCK else 0 : end], mass[end:] = np.inf, -np.inf
       yield begin, end, np.argsort(-mass, kind="stable")[: min(budget, end)].tolist()
       continue
-    size = dict(dhsa=None, blocks=BLOCK)[name]
-    bounds = naive_boundaries(rho, LENGTHS[row], LENGTHS[row] // BLOCK * 4, 0.0, 8, INSTRUCTION)
-    bounds = np.array(bounds) if size is None else np.r_[np.arange(0, LENGTHS[row], size), LENGTHS[row]]
-    scale = lambda n: n**0.5 if size is None else 1
-    mean = lambda x, a, b: scale(b - a) * np.asarray(x[row, a:b], np.float64).mean(axis=(0, 1))
-    score = [mean(q, begin, end) @ mean(k, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-    yield begin, end, naive_keys(score, bounds, 0, end, budget, BLOCK, 16 if size is None else 0)
+    if name == "blocks":
+      bounds, sink, power = np.r_[np.arange(0, LENGTHS[row], BLOCK), LENGTHS[row]], 0, 0.0
+    else:
+      limit = LENGTHS[row] // BLOCK * 4
+      bounds, sink, power = np.array(naive_boundaries(rho, LENGTHS[row], limit, 0.0, 8, INSTRUCTION)), 16, 0.5
+    query = np.asarray(q[row, begin:end], np.float64).mean(axis=(0, 1))
+    chunks = [np.asarray(k[row, a:b], np.float64).mean(axis=1) for a, b in itertools.pairwise(bounds)]
+    score = [query @ chunk.mean(axis=0) * len(chunk) ** power for chunk in chunks]
+    yield begin, end, naive_keys(score, bounds, 0, end, budget, BLOCK, sink)
 
 
 @pytest.mark.parametrize("name", ["dhsa", "window", "sink", "blocks", "oracle"])
@@ -255,8 +258,12 @@ def test_attention_mass_is_the_attention_of_blocks():
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@functools.cache
 def network():
-  return jax.jit(inference.take_apart)(random_model(CONFIG))
+  """Of a model whose attention is sharp enough to have boundaries."""
+  model = random_model(CONFIG)
+  model.blocks.q_norm.gain = 5 * model.blocks.q_norm.gain[...]
+  return jax.jit(inference.take_apart)(model)
 
 
 def predictor(**options):
@@ -349,23 +356,42 @@ def test_at_full_budget_generation_is_the_dense_one(kind):
   """Rows of different lengths, layers with windows, boundaries from a network shared by the layers."""
   config = dataclasses.replace(configs()[kind], depth=2)
   if kind == "nanochat":
-    config = dataclasses.replace(config, windows=(24, None))
+    config = dataclasses.replace(config, layer_windows=(24, None))
   net, prompts = jax.jit(inference.take_apart)(random_model(config)), random_tokens(2, 90)
   method = dhsa(BoundaryPredictor(config, jax.random.key(1), hidden=8).score, budget=90, **SMALL)
   found = generate(net, prompts, PROMPT, tokens=3, decoder=paged.decoder(method, chunk=96, page=16))
   np.testing.assert_array_equal(found, generate(net, prompts, PROMPT, tokens=3))
 
 
-def test_less_than_all_changes_the_answer_and_layers_share_their_boundaries():
+def test_less_than_all_changes_the_answer_and_the_first_layers_boundaries_are_kept():
   net, prompts = network(), random_tokens(2, 90)
-  read = jax.jit(functools.partial(paged.prefill, capacity=96, chunk=96, page=16), static_argnames="method")
-  shared, each = (dhsa(attention_ratio, budget=24, share=share, **SMALL | dict(theta=1.1)) for share in (True, False))
-  logits = [read(net, prompts, PROMPT, method=method)[0] for method in (paged.DENSE, shared, each)]
-  state = read(net, prompts, PROMPT, method=shared)[1]
-  assert all(1e-4 < jnp.abs(logits[i] - logits[j]).max() < 10 for i, j in ((0, 1), (0, 2), (1, 2)))
+  method = dhsa(attention_ratio, budget=24, **SMALL | dict(theta=1.1))
+  read = lambda method: jax.jit(functools.partial(paged.prefill, capacity=96, chunk=96, page=16, method=method))
+  logits, state = read(method)(net, prompts, PROMPT)
+  assert 1e-4 < jnp.abs(logits - read(paged.DENSE)(net, prompts, PROMPT)[0]).max() < 10
   bounds = np.asarray(state.memory)
   assert set(bounds[:, 0]) == {0} and bounds.max(axis=1).tolist() == PROMPT.tolist()
   assert all(length - 8 in row and len(set(row.tolist())) > 3 for row, length in zip(bounds, PROMPT, strict=True))
+
+
+def test_later_layers_use_the_boundaries_of_the_first_where_they_are_shared():
+  (q, k, v), other = arrays(), arrays(seed=1)
+  of_first = lambda *_: attention_ratio(q, k, LENGTHS)
+
+  @jax.jit
+  def layers(q, k, v, other):
+    shared, own, fixed = (
+      dhsa(score, budget=96, share=share, **PIECES)
+      for score, share in ((attention_ratio, True), (attention_ratio, False), (of_first, False))
+    )
+    memory = shared.empty(CONFIG, batch=2, capacity=TIME + 40, page=1, dtype=q.dtype)  # room for later tokens
+    _, memory = shared.attend(q, k, v, view(q, k), memory)
+    second = view(*other[:2])._replace(layer=1)
+    return [method.attend(*other, second, memory)[0] for method in (shared, fixed, own)]
+
+  shared, fixed, own = layers(q, k, v, other)
+  np.testing.assert_allclose(shared, fixed, rtol=1e-5, atol=1e-5)
+  assert jnp.abs(shared - own).max() > 1e-2
 
 
 def test_even_and_random_boundaries():
