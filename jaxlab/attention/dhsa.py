@@ -111,6 +111,7 @@ def attend_gathered(q, k, v, index, counts, *, block: int, window: int | None = 
   """
   batch, time, heads, size = q.shape
   blocks, budget = index.shape[1:]
+  groups = min(groups, blocks)
   each = -(-blocks // groups)
   pad = lambda a, count: jnp.pad(a, ((0, 0), (0, count - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
   split = lambda a: jnp.moveaxis(pad(a, groups * each).reshape(batch, groups, each, *a.shape[2:]), 1, 0)
@@ -164,6 +165,7 @@ def dhsa(
   instruction: int = 64,
   pooling: str = "sqrt",
   share: bool = True,
+  per_head: bool = False,
   groups: int = 4,
 ) -> paged.Method:
   """The method for a paged cache whose chunk holds the whole prompt; decoding is dense.
@@ -177,6 +179,8 @@ def dhsa(
     theta, apart: as in `select_boundaries`.
     budget, block, local, sink, instruction, groups: as in `Plan`; pooling: as in `chunk_means`.
     share: the first layer's boundaries serve all layers.
+    per_head: every key head chooses by its own queries and keys, which is not the published method: heads of different
+      phase may cancel in the mean over all of them.
 
   Raises:
     InputError: sizes that do not fit each other: local < block (queries would not see themselves) or
@@ -201,6 +205,9 @@ def dhsa(
     bounds = memory[:, :count] if share and view.layer else chunks(q, k, view)
     if share and not view.layer:
       memory = memory.at[:, :count].set(bounds)
+    if per_head:
+      q, k = _fold(q, k.shape[2]), _fold(k, k.shape[2])
+      edges, bounds = (jnp.repeat(a, len(q) // len(a), axis=0) for a in (edges, bounds))
     return bounds, jax.vmap(lambda *row: chunk_scores(*row, pooling=pooling))(q, k, edges, bounds), memory
 
   return _method(plan, score, empty)
@@ -268,8 +275,9 @@ def attention_mass(
 
 
 def _method(plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty) -> paged.Method:
-  """A method from its score(q, k, edges, view, memory): (bounds (batch, chunks + 1), scores (batch, blocks, chunks),
-  memory), where block m of a row has the queries edges[m] .. edges[m + 1] - 1."""
+  """A method from its score(q, k, edges, view, memory): (bounds (rows, chunks + 1), scores (rows, blocks, chunks),
+  memory), where block m of a row has the queries edges[m] .. edges[m + 1] - 1. rows: the batch, or batch * kv_heads.
+  """
   require_counts(budget=plan.budget, block=plan.block, groups=plan.groups)
   require(
     min(plan.sink, plan.instruction) >= 0,
@@ -296,11 +304,21 @@ def _method(plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty) ->
     oldest = edges[:, :-1] - (time if view.window is None else view.window)
     how = dict(budget=min(plan.budget, time), local=min(plan.local, time), sink=min(plan.sink, time))
     choose = jax.vmap(lambda *row: select_keys(*row, **how))
-    index, counts = choose(scores, bounds, jnp.maximum(oldest, 0), edges[:, 1:])
-    out = attend_gathered(q, k, v, index, counts, block=plan.block, window=view.window, groups=plan.groups)
+    heads = len(scores) // len(q)
+    first, end = (jnp.repeat(a, heads, axis=0) for a in (jnp.maximum(oldest, 0), edges[:, 1:]))
+    index, counts = choose(scores, bounds, first, end)
+    rows = (_fold(a, heads) for a in (q, k, v))
+    out = attend_gathered(*rows, index, counts, block=plan.block, window=view.window, groups=plan.groups)
+    out = jnp.swapaxes(out.reshape(len(q), heads, time, -1, q.shape[3]), 1, 2).reshape(q.shape)
     return _attend_last(out, q, k, v, view, start, min(plan.instruction, time)), memory
 
   return paged.Method(attend, empty, whole=True)
+
+
+def _fold(a: Float[Array, "batch time heads head_dim"], rows: int):
+  """(batch * rows, time, heads / rows, head_dim): the heads of every row as `rows` rows of their own."""
+  batch, time, _, size = a.shape
+  return jnp.swapaxes(a.reshape(batch, time, rows, -1, size), 1, 2).reshape(batch * rows, time, -1, size)
 
 
 def _attend_last(out, q, k, v, view: paged.View, start: Int[Array, "batch"], count: int):

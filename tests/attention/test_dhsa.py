@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxlab.attention import dhsa as module
+from jaxlab.attention import dhsa_boundaries
 from jaxlab.attention.dhsa import attention_mass, block_sparse, chunk_means, chunk_scores, dhsa, sliding_window
 from jaxlab.attention.dhsa_boundaries import (
   BoundaryPredictor,
@@ -29,9 +28,9 @@ from tests.common import configs, plain_attention, random_model, random_tokens
 
 TIME, BLOCK, HEADS, KV, SIZE, INSTRUCTION = 256, 32, 4, 2, 16, 20
 LENGTHS = np.array([256, 201])
-PIECES = dict(block=BLOCK, beta=4, local=BLOCK, sink=16, instruction=INSTRUCTION, groups=3, theta=0.0)
+PIECES = dict(block=BLOCK, beta=1, local=BLOCK, sink=16, instruction=INSTRUCTION, groups=3, theta=0.0)
 CONFIG = dataclasses.replace(configs()["qwen3"], depth=2)
-boundaries_of = jax.jit(select_boundaries, static_argnames=("most", "theta", "apart", "instruction"))
+boundaries_of = jax.jit(select_boundaries, static_argnames=("most", "apart", "instruction"))
 select_keys = jax.jit(module.select_keys, static_argnames=("budget", "local", "sink"))
 
 
@@ -94,17 +93,22 @@ def naive_boundaries(score, length, most, theta, apart, instruction):
   return sorted({0, length, *(i + 1 for i in accepted)})
 
 
-@given(st.integers(0, 999), st.integers(30, 128), st.integers(1, 9), st.sampled_from((0.0, 1.1, 9.0)), st.booleans())
-def test_boundaries_are_those_of_sorted_greedy_suppression(seed, length, limit, theta, slope):
+@pytest.mark.parametrize("slope", [False, True])
+def test_boundaries_are_those_of_sorted_greedy_suppression(slope):
   """Of equal scores too, and where every position beats the next."""
-  drawn = np.random.default_rng(seed).integers(-8, 8, 128) / 4
-  score = (np.arange(128, 0, -1) if slope else drawn).astype(np.float32)
-  bounds = np.asarray(boundaries_of(score, length, most=9, limit=limit, theta=theta, instruction=INSTRUCTION))
-  assert bounds.shape == (11,) and (np.diff(bounds) >= 0).all() and (bounds[0], bounds[-1]) == (0, length)
-  expected = naive_boundaries(score, length, limit, theta, 8, INSTRUCTION)
-  assert sorted(set(bounds.tolist())) == expected
-  inner = np.array(expected[1:-1])
-  assert len(inner) <= limit and (np.diff(inner) > 8).all() and length - INSTRUCTION in expected
+  rng, counts = np.random.default_rng(0), set()
+  for limit, theta in itertools.product((1, 3, 6, 9), (-3.0, 0.0, 1.1)):
+    for length in rng.integers(10, 129, 4).tolist():
+      score = np.arange(128, 0, -1) - 60.0 if slope else rng.integers(-8, 8, 128) / 4
+      score = score.astype(np.float32)
+      bounds = np.asarray(boundaries_of(score, length, most=9, limit=limit, theta=theta, instruction=INSTRUCTION))
+      assert bounds.shape == (11,) and (np.diff(bounds) >= 0).all() and (bounds[0], bounds[-1]) == (0, length)
+      expected = naive_boundaries(score, length, limit, theta, 8, INSTRUCTION)
+      assert sorted(set(bounds.tolist())) == expected
+      inner = np.array(expected[1:-1])
+      assert len(inner) <= limit and (np.diff(inner) > 8).all() and max(length - INSTRUCTION, 0) in expected
+      counts.add((limit, len(inner)))
+  assert {(1, 1), (3, 3), (6, 6)} <= counts
 
 
 def test_without_a_boundary_there_are_the_context_and_the_instruction():
@@ -157,21 +161,22 @@ def naive_keys(score, bounds, first, end, budget, local, sink):
   return kept
 
 
-@given(st.integers(0, 999), st.sampled_from(((24, 8, 4), (24, 24, 0), (16, 8, 8), (64, 8, 8))), st.booleans())
-def test_the_choice_by_chunks_is_that_of_the_best_tokens(seed, sizes, window):
+@pytest.mark.parametrize(("budget", "local", "sink"), [(24, 8, 4), (24, 24, 0), (16, 8, 8), (64, 8, 8)])
+def test_the_choice_by_chunks_is_that_of_the_best_tokens(budget, local, sink):
   """Scores with ties, empty chunks, chunks that the block or the window cuts, blocks with less than the budget."""
-  rng, (budget, local, sink) = np.random.default_rng(seed), sizes
-  bounds = np.sort(np.r_[0, rng.integers(0, 61, 9), 60]).astype(np.int32)
-  score = rng.integers(-3, 3, (8, 10)).astype(np.float32)
-  end = np.r_[0, 5, np.sort(rng.integers(9, 61, 5)), 60].astype(np.int32)
-  first = np.maximum(end - 40, 0) if window else np.zeros_like(end)
-  found, counts = map(np.asarray, select_keys(score, bounds, first, end, budget=budget, local=local, sink=sink))
-  for m in range(8):
-    chosen = found[m, counts[m]]
-    assert chosen.tolist() == naive_keys(score[m], bounds, first[m], end[m], budget, local, sink)
-    assert counts[m].sum() == min(budget, end[m] - first[m]) and (np.diff(chosen) > 0).all()
-    assert set(range(max(first[m], end[m] - local), end[m])) <= set(chosen.tolist())
-    assert set(range(first[m], min(end[m], first[m] + sink))) <= set(chosen.tolist())
+  rng = np.random.default_rng(0)
+  for window in [False, True] * 5:
+    bounds = np.sort(np.r_[0, rng.integers(0, 61, 9), 60]).astype(np.int32)
+    score = rng.integers(-3, 3, (8, 10)).astype(np.float32)
+    end = np.r_[0, 5, np.sort(rng.integers(9, 61, 5)), 60].astype(np.int32)
+    first = np.maximum(end - 40, 0) if window else np.zeros_like(end)
+    found, counts = map(np.asarray, select_keys(score, bounds, first, end, budget=budget, local=local, sink=sink))
+    for m in range(8):
+      chosen = found[m, counts[m]]
+      assert chosen.tolist() == naive_keys(score[m], bounds, first[m], end[m], budget, local, sink)
+      assert counts[m].sum() == min(budget, end[m] - first[m]) and (np.diff(chosen) > 0).all()
+      assert set(range(max(first[m], end[m] - local), end[m])) <= set(chosen.tolist())
+      assert set(range(first[m], min(end[m], first[m] + sink))) <= set(chosen.tolist())
 
 
 METHODS = {
@@ -214,7 +219,7 @@ def allowed(name, q, k, row, budget):
     if name == "blocks":
       bounds, sink, power = np.r_[np.arange(0, LENGTHS[row], BLOCK), LENGTHS[row]], 0, 0.0
     else:
-      limit = LENGTHS[row] // BLOCK * 4
+      limit = LENGTHS[row] // BLOCK
       bounds, sink, power = np.array(naive_boundaries(rho, LENGTHS[row], limit, 0.0, 8, INSTRUCTION)), 16, 0.5
     query = np.asarray(q[row, begin:end], np.float64).mean(axis=(0, 1))
     chunks = [np.asarray(k[row, a:b], np.float64).mean(axis=1) for a, b in itertools.pairwise(bounds)]
@@ -249,6 +254,18 @@ def test_heads_in_another_order_see_the_same():
   np.testing.assert_allclose(flip(found), attend(method, q, k, v, LENGTHS), rtol=1e-4, atol=1e-5)
 
 
+def test_key_heads_that_choose_for_themselves_are_as_if_each_was_alone():
+  q, k, v = arrays()
+  score = lambda *_: attention_ratio(q, k, LENGTHS)
+  apart, together = (dhsa(score, budget=96, per_head=per_head, **PIECES) for per_head in (True, False))
+  found = attend(apart, q, k, v, LENGTHS)
+  for head in range(KV):
+    mine, pair = slice(2 * head, 2 * head + 2), [a[:, :, head : head + 1] for a in (k, v)]
+    alone = attend(together, q[:, :, mine], *pair, LENGTHS)
+    np.testing.assert_allclose(found[:, :, mine], alone, rtol=1e-4, atol=1e-5)
+  assert jnp.abs(found - attend(together, q, k, v, LENGTHS)).max() > 1e-2
+
+
 def test_attention_mass_is_the_attention_of_blocks():
   q, k, _ = arrays(48)
   found = attention_mass(q, k, jnp.array([48, 37]), block=16, size=5)
@@ -270,8 +287,9 @@ def predictor(**options):
   return BoundaryPredictor(CONFIG, jax.random.key(1), **options)
 
 
-def test_the_predictor_is_its_formula():
+def test_the_predictor_is_its_formula(monkeypatch):
   """Of the window around one position after another; outside the row there are zeros."""
+  monkeypatch.setattr(dhsa_boundaries, "_POSITIONS", 8)
   net, k = predictor(half=3, hidden=8), arrays(20)[1]
   net = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), net)  # also the biases
   lengths = np.array([20, 13])
@@ -353,14 +371,15 @@ SMALL = dict(block=16, local=16, sink=4, beta=2, instruction=8, theta=-1.0)
 
 @pytest.mark.parametrize("kind", ["qwen3", "nanochat"])
 def test_at_full_budget_generation_is_the_dense_one(kind):
-  """Rows of different lengths, layers with windows, boundaries from a network shared by the layers."""
+  """Also in layers with windows, and for a row that is shorter than the instruction."""
   config = dataclasses.replace(configs()[kind], depth=2)
   if kind == "nanochat":
     config = dataclasses.replace(config, layer_windows=(24, None))
   net, prompts = jax.jit(inference.take_apart)(random_model(config)), random_tokens(2, 90)
   method = dhsa(BoundaryPredictor(config, jax.random.key(1), hidden=8).score, budget=90, **SMALL)
-  found = generate(net, prompts, PROMPT, tokens=3, decoder=paged.decoder(method, chunk=96, page=16))
-  np.testing.assert_array_equal(found, generate(net, prompts, PROMPT, tokens=3))
+  lengths = np.array([90, 5])
+  found = generate(net, prompts, lengths, tokens=3, decoder=paged.decoder(method, chunk=96, page=16))
+  np.testing.assert_array_equal(found, generate(net, prompts, lengths, tokens=3))
 
 
 def test_less_than_all_changes_the_answer_and_the_first_layers_boundaries_are_kept():
