@@ -369,14 +369,11 @@ PROMPT = np.array([90, 37])
 SMALL = dict(block=16, local=16, sink=4, beta=2, instruction=8, theta=-1.0)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "nanochat"])
-def test_at_full_budget_generation_is_the_dense_one(kind):
+def test_at_full_budget_generation_is_the_dense_one():
   """Also in layers with windows, and for a row that is shorter than the instruction."""
-  config = dataclasses.replace(configs()[kind], depth=2)
-  if kind == "nanochat":
-    config = dataclasses.replace(config, layer_windows=(24, None))
+  config = dataclasses.replace(CONFIG, layer_windows=(24, None))
   net, prompts = jax.jit(inference.take_apart)(random_model(config)), random_tokens(2, 90)
-  method = dhsa(BoundaryPredictor(config, jax.random.key(1), hidden=8).score, budget=90, **SMALL)
+  method = dhsa(predictor(hidden=8).score, budget=90, **SMALL)
   lengths = np.array([90, 5])
   found = generate(net, prompts, lengths, tokens=3, decoder=paged.decoder(method, chunk=96, page=16))
   np.testing.assert_array_equal(found, generate(net, prompts, lengths, tokens=3))
