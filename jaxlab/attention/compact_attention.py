@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.attention.dhsa_blocks import top_blocks, vertical_slash_means
 from jaxlab.attention.seer_gate import pooled_keys, seer
 from jaxlab.attention.selection import Selection, block_means, flash_prefill
 from jaxlab.core.checks import require, require_divides
@@ -120,7 +121,12 @@ def density(taken: Bool[Array, "*rows query_blocks key_blocks"], past: Int[Array
 
 
 # What a selector reads of a block of keys where that is not the keys: kept from chunk to chunk, as if a page.
-SUMMARIES = {flash_prefill: block_means, seer: pooled_keys}
+SUMMARIES = {
+  flash_prefill: block_means,
+  seer: pooled_keys,
+  top_blocks: block_means,
+  vertical_slash_means: block_means,
+}
 
 
 def compact(
@@ -133,8 +139,8 @@ def compact(
   """The method for a paged cache; decoding, and the first chunk, are dense.
 
   Args:
-    select: one of `selection` or `seer_gate.seer`, its options bound, for all layers or one for each; it is given q,
-      the keys or their `SUMMARIES`, past= and block=, the page.
+    select: one of `selection`, `dhsa_blocks` or `seer_gate.seer`, its options bound, for all layers or one for each;
+      it is given q, the keys or their `SUMMARIES`, past= and block=, the page.
     share: heads that share a table (`block_union`).
     union: False runs every query block on its own blocks instead (`attend_blocks`).
   """

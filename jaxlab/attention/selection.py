@@ -83,8 +83,8 @@ def minference(
   """
   columns, diagonals = _vertical_slash(q[:, :, -last:], k, past + q.shape[2] - min(last, q.shape[2]))
   position = jnp.arange(k.shape[2])
-  columns = _largest(columns, vertical) | (position < sink)
-  diagonals = _largest(diagonals, slash) | (position == 0)
+  columns = largest(columns, vertical) | (position < sink)
+  diagonals = largest(diagonals, slash) | (position == 0)
   grouped = lambda a: a.reshape(*a.shape[:2], -1, block)
   any_column = grouped(columns).any(axis=-1)
   # Diagonal offsets d block - (block - 1) .. d block + block - 1 cross the block d blocks behind the query's.
@@ -120,8 +120,7 @@ def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1
     tokens = (jnp.cumsum(ordered, axis=-1) < gamma * mass.sum(axis=-1, keepdims=True)).sum(axis=-1) + 1
     count = jnp.maximum(tokens // block + 1, least) if at_least is None else at_least
     heavy = per_block(mass)
-    rank = jnp.argsort(jnp.argsort(-heavy, axis=-1), axis=-1)
-    return rank < jnp.broadcast_to(count, rank.shape[:2])[..., None]
+    return largest(heavy, jnp.broadcast_to(count, heavy.shape[:2])[..., None])
 
   def vertical_slash(at_least=None):
     across, along = kept(columns, at_least), kept(diagonals, at_least)
@@ -169,10 +168,9 @@ def _vertical_slash(q, k, start, weights: bool = False):
   return (*found, weight) if weights else found
 
 
-def _largest(mass, count: int):
+def largest(mass, count: Int[Array, "*rows"] | int):
   """The `count` largest entries of the last axis; of equal ones the first."""
-  _, index = jax.lax.top_k(mass, min(count, mass.shape[-1]))
-  return jnp.zeros(mass.shape, bool).at[(*jnp.indices(index.shape)[:-1], index)].set(True)
+  return jnp.argsort(jnp.argsort(-mass, axis=-1), axis=-1) < count
 
 
 def _cover(mass, enough, forced):

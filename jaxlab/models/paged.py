@@ -86,11 +86,13 @@ class Method(NamedTuple):
       (batch, time, heads, head_dim) after RoPE.
     empty: (config, batch=, capacity=, page=, dtype=) -> memory before the first token.
     ready: (network, state, time) -> state, once prompts of up to `time` tokens are read; it may drop the pools.
+    whole: a prompt has to be read as one chunk.
   """
 
   attend: Callable = attend_densely
   empty: Callable = lambda config, **sizes: ()
   ready: Callable = lambda network, state, time: state
+  whole: bool = False
 
 
 DENSE = Method()
@@ -147,10 +149,15 @@ def prefill(
     after: the method that goes on from the returned state, by default the same.
 
   Raises:
-    InputError: a prompt longer than the capacity.
+    InputError: a prompt longer than the capacity, or than the chunk where the method reads it as one.
   """
   batch, time = prompts.shape
   require(time <= capacity, f"the prompt has {time} tokens, the cache room for {capacity}; raise the capacity")
+  require(
+    time <= chunk or not method.whole,
+    f"the prompt has {time} tokens, the chunk {chunk}; this method reads a prompt as one chunk: "
+    f"give decoder a chunk of at least {-(-time // page) * page}",
+  )
   lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
   chunk = min(chunk, -(-time // page) * page)
   read = -(-time // chunk) * chunk
@@ -181,7 +188,13 @@ def prefill(
 def step(
   network: Network, tokens: Int[Array, "batch time"], state: State, *, method: Method = DENSE
 ) -> tuple[Float[Array, "batch time vocab"], State]:
-  """Logits of the next tokens and the state with them; the caller sees to it that they fit the pages."""
+  """Logits of the next tokens and the state with them; the caller sees to it that they fit the pages.
+
+  Raises:
+    InputError: several tokens at a position that may not be the first, for a method that reads a prompt as one chunk.
+  """
+  behind = tokens.shape[1] == 1 or state.length.ndim == 1
+  require(behind or not method.whole, "this method reads a prompt as one chunk: call prefill for it, then step")
   after = state.length + tokens.shape[1]
   *found, state = hidden(network, tokens, state, jnp.broadcast_to(after, tokens.shape[:1]), method)
   return network.model.logits(*found), dataclasses.replace(state, length=after)
