@@ -188,8 +188,9 @@ def chunkllm(
     unit, i, rows, position = grain or view.keys.shape[2], view.layer, jnp.arange(len(q)), view.lengths - 1
     if i == 0:  # the token joins the open chunk, and its unit what is read
       new = position % unit == 0
-      place = jnp.where(new, memory.used, memory.table.shape[2])
-      table = memory.table.at[:, rows, place].set(position // unit, mode="drop")
+      layers, _, places = memory.table.shape
+      place = jnp.where(new, memory.used, places)
+      table = memory.table.at[jnp.arange(layers)[:, None], rows, place].set(position // unit, mode="drop")
       ids = memory.ids.at[rows, position].set(memory.count)
       memory = dataclasses.replace(memory, ids=ids, table=table, used=memory.used + new)
     end, queries, keys = memory.token

@@ -67,9 +67,8 @@ def token_labels(places: Sequence[int], offsets: Sequence[tuple[int, int]]) -> n
   Raises:
     InputError: offsets that are no pairs, or out of order.
   """
-  offsets = np.asarray(offsets, int).reshape(len(offsets), -1)
-  require(offsets.shape[1] == 2 or not len(offsets), f"offsets have {offsets.shape[1]} numbers a token; expected 2")
-  offsets = offsets.reshape(-1, 2)
+  offsets = np.asarray(offsets, int) if len(offsets) else np.zeros((0, 2), int)
+  require(offsets.shape[1:] == (2,), f"offsets have shape {offsets.shape}; expected (tokens, 2)")
   inside = (np.diff(offsets, axis=0) >= 0).all() and (offsets[:, 0] <= offsets[:, 1]).all()
   require(bool(inside), "offsets are out of order; give every token's (first, past the last) character")
   labels, places = np.zeros(len(offsets), bool), np.asarray(places, int)
