@@ -103,11 +103,13 @@ def chunkllm(
   choose: str = "adapters",
   every_token: bool = False,
   grain: int | None = None,
+  splits: int = 1,
   implementation: str | None = None,
 ) -> paged.Method:
   """The method for a paged cache. It must read the prompt itself, densely, to know where chunks end there.
 
-  Layers with a window of their own keep to that.
+  Layers with a window of their own keep to that. Adapters of a large model are better arguments of a program than
+  constants in it: make the method inside the program, for `paged.prefill` and `paged.step`.
 
   Args:
     keep, most: ceil(keep * chunks) are chosen, at most `most`; None: any number.
@@ -118,6 +120,7 @@ def chunkllm(
     every_token: the layers choose anew for every token, not only where a chunk ends.
     grain: chunks are rounded out to this many tokens, a divisor of the page; 1 is exact, None the whole page, which
       the kernel reads fastest. What is read in excess is attended to and counted.
+    splits: parts in which the units of a row are read side by side: where rows times key heads are few for a GPU.
     implementation: as in `paged_attention`.
 
   Raises:
@@ -126,7 +129,7 @@ def chunkllm(
   require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
   require(0 <= threshold <= 1, f"threshold is {threshold}; it must be a probability, 0 to 1")
   require(sink >= 0, f"sink is {sink}; it must be at least 0")
-  require_counts(min_chunk=min_chunk, local=local)
+  require_counts(min_chunk=min_chunk, local=local, splits=splits)
   require(max_chunk >= min_chunk, f"max_chunk is {max_chunk}; it must be at least min_chunk={min_chunk}")
   require(most is None or most >= 1, f"most is {most}; choose at least 1 chunk, or give None for any number")
   require_choice("cross_layer", cross_layer, CROSS_LAYER)
@@ -198,7 +201,8 @@ def chunkllm(
     token = end, queries.at[i].set(q[:, 0]), keys.at[i].set(k[:, 0])
     if view.window is None:
       seen = (memory.used[i] - 1) * unit + position % unit + 1
-      out = attend_units(q, view, memory.table[i], memory.used[i], unit, implementation=implementation)
+      how = dict(splits=splits, implementation=implementation)
+      out = attend_units(q, view, memory.table[i], memory.used[i], unit, **how)
     else:
       seen = jnp.minimum(view.window, position) + 1
       out, _ = paged.attend_densely(q, k, v, view, memory)
@@ -265,29 +269,36 @@ def chunkllm(
   return paged.Method(attend, empty, ready)
 
 
-def attend_units(q, view: paged.View, table, used, unit: int, *, implementation: str | None = None):
+def attend_units(q, view: paged.View, table, used, unit: int, *, splits: int = 1, implementation: str | None = None):
   """Attention of one token a row over the units of `unit` tokens that a table names, read where they lie.
 
   Args:
     q: (batch, 1, q_heads, head_dim) at positions view.lengths - 1.
     table: int32[batch, places], used: int32[batch]: logical units of the row, the last one the token's own.
+    splits: every splits-th unit is a row of the kernel of its own; their parts are put together by their log-sum-exp.
   """
   batch, _, heads, size = q.shape
   kv_heads, pages, page, _ = view.keys.shape
-  each = page // unit  # units of a page
+  each, places, group = page // unit, table.shape[1], heads // kv_heads  # units of a page
   physical = jnp.take_along_axis(view.table, table // each, axis=1) * each + table % each
-  head = jnp.arange(kv_heads)[:, None] * pages * each
-  physical = (physical[:, None] + head).reshape(batch * kv_heads, -1)
+  physical = jnp.pad(physical, ((0, 0), (0, -places % splits))).reshape(batch, 1, -1, splits)
+  head = jnp.arange(kv_heads)[:, None, None] * pages * each
+  physical = jnp.swapaxes(physical + head, 2, 3).reshape(batch * kv_heads * splits, -1)
+  ahead = jnp.stack([used - 1, used], axis=1)[:, None] - jnp.arange(splits)[:, None]
+  count = jnp.maximum(-(-ahead // splits), 0)  # (batch, splits, 2)
   flat = lambda pool: pool.reshape(kv_heads * pages * each, unit, size)
-  by_head = lambda a: jnp.repeat(a, kv_heads, axis=0)
-  out, _ = paged_attention(
-    q.reshape(batch * kv_heads, heads // kv_heads, size),
+  by_row = lambda a, times: jnp.repeat(a, times, axis=0)
+  out, total = paged_attention(
+    by_row(q.reshape(batch * kv_heads, group, size), splits),
     flat(view.keys),
     flat(view.values),
     physical,
-    by_head(jnp.stack([used - 1, used], axis=1)),
-    by_head(view.lengths - 1),
-    heads=heads // kv_heads,
+    by_row(count, kv_heads).reshape(-1, 2),
+    by_row(view.lengths - 1, kv_heads * splits),
+    heads=group,
     implementation=implementation,
   )
+  if splits > 1:
+    share = jax.nn.softmax(total.reshape(-1, splits, group), axis=1)[..., None]
+    out = (share * out.reshape(-1, splits, group, size)).sum(axis=1).astype(q.dtype)
   return out.reshape(q.shape)

@@ -39,19 +39,21 @@ def adapters():
 
 @functools.cache
 def read(**options):
-  """(decoder, its compiled step, logits after the prompts, state)."""
-  decoder = paged.decoder(chunkllm(adapters(), **SMALL | options), chunk=8, page=PAGE)
-  prefill = jax.jit(functools.partial(decoder.prefill, capacity=CAPACITY))
-  return decoder, jax.jit(decoder.step), *prefill(network(), TOKENS[:, :TIME], LENGTHS)
+  """(compiled step of (token, state), logits after the prompts, state); adapters are arguments of the programs."""
+  method = lambda adapters: chunkllm(adapters, **SMALL | options)
+  sizes = dict(capacity=CAPACITY, chunk=8, page=PAGE)
+  prefill = lambda adapters, net: paged.prefill(net, TOKENS[:, :TIME], LENGTHS, **sizes, method=method(adapters))
+  step = jax.jit(lambda adapters, net, *args: paged.step(net, *args, method=method(adapters)))
+  return functools.partial(step, adapters(), network()), *jax.jit(prefill)(adapters(), network())
 
 
 @functools.cache
 def decode(**options):
   """(logits (batch, steps, vocab) of the tokens after the prompts, states before the first, ..., after the last)."""
-  _, step, _, state = read(**options)
+  step, _, state = read(**options)
   logits, states = [], [state]
   for made in range(STEPS):
-    found, state = step(network(), TOKENS[:, TIME + made, None], state)
+    found, state = step(TOKENS[:, TIME + made, None], state)
     logits.append(found[:, 0])
     states.append(state)
   return np.stack(logits, 1), states
@@ -140,7 +142,7 @@ def sets_of(state, row, grain):
 
 VARIANTS = {
   "per layer": dict(grain=1),
-  "few, in pages": dict(grain=4, most=2),
+  "few, in pages": dict(grain=4, most=2, splits=3),
   "vote": dict(grain=1, cross_layer="vote"),
   "oracle at every token": dict(grain=2, choose="oracle", every_token=True),
   "ends alone": dict(grain=1, choose="ends", local=1),
@@ -186,12 +188,13 @@ def test_with_every_chunk_or_only_the_open_one_all_logits_are_the_dense_ones(opt
 
 
 def test_generation_in_one_scan_is_that_of_single_steps():
-  decoder, step, logits, state = read(grain=1)
+  step, logits, state = read(grain=1)
+  decoder = paged.decoder(chunkllm(adapters(), **SMALL, grain=1), chunk=8, page=PAGE)
   found = generate(network(), TOKENS[:, :TIME], LENGTHS, tokens=8, decoder=decoder)
   for made in range(8):
     token = jnp.argmax(logits[:, -1], axis=-1)
     np.testing.assert_array_equal(found[:, made], token)
-    logits, state = step(network(), token[:, None], state)
+    logits, state = step(token[:, None], state)
 
 
 def test_random_chunks_differ_from_the_adapters_but_not_in_number():
@@ -211,8 +214,8 @@ def test_layers_with_a_window_keep_to_it():
 
 def test_what_selection_costs_is_paid_in_one_branch_for_all_rows():
   """Nothing sorts and no adapter but the first layer's runs where no row's chunk ends."""
-  decoder, *_, state = read(grain=1)
-  jaxpr = jax.make_jaxpr(decoder.step)(network(), TOKENS[:, TIME, None], state).jaxpr
+  step, _, state = read(grain=1)
+  jaxpr = jax.make_jaxpr(step)(TOKENS[:, TIME, None], state).jaxpr
   outer = [equation.primitive.name for equation in _equations(jaxpr, into_cond=False)]
   every = [equation.primitive.name for equation in _equations(jaxpr, into_cond=True)]
   assert outer.count("cond") == 1 and not {"sort", "top_k"} & set(outer) and {"sort", "top_k"} <= set(every)
@@ -432,9 +435,9 @@ def test_what_it_cannot_do_is_named():
   ):
     with pytest.raises(InputError, match=message):
       start(config, **options)
-  decoder, *_, state = read(grain=1)
+  step, _, state = read(grain=1)
   with pytest.raises(InputError, match="2 tokens at once"):
-    decoder.step(network(), TOKENS[:, :2], state)
+    step(TOKENS[:, :2], state)
   tokens, labels = separated()
   for change, message in (
     ((tokens, labels[:, :3]), "labels have shape"),
