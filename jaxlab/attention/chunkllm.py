@@ -164,7 +164,7 @@ def chunkllm(
     pages = jnp.take_along_axis(state.table, last // state.page, axis=1)
     found = jnp.stack([jnp.moveaxis(pool[:, pages, last % state.page], 0, 2) for pool, _ in state.pools])
     keys = adapters.keys(found, last)
-    span = lambda tokens: tokens // unit + 2  # units that a stretch of tokens can touch
+    span = lambda tokens: (tokens - 2) // unit + 2  # units that a stretch of tokens can touch
     places = capacity // unit
     if most is not None and choose != "ends":
       places = min(places, span(sink) + most * span(max_chunk) + span(local + max_chunk))
