@@ -28,6 +28,7 @@ from jaxlab.attention.chunkllm_chunks import (
   chunk_ends,
   chunk_ids,
   chunk_mass,
+  chunk_means,
   chunk_scores,
   chunk_table,
   pick_chunks,
@@ -64,7 +65,8 @@ class Chunks:
     keys: float32[layers, batch, chunks, size], ka of those that ended.
     table: int32[layers, batch, places], the units of `grain` tokens that are read, in order; used: int32[layers,
       batch], how many; the last holds the last token.
-    token: (end's logit (batch,), queries and keys of every layer (layers, batch, heads, head_dim)) of the last token.
+    token: (end's logit (batch,), queries after RoPE (layers, batch, q_heads, head_dim)) of the last token, and what
+      would stand for its chunk if that ended with it (layers, batch, kv_heads, head_dim).
     mass: what the oracle saw of the chunks, (layers, batch, chunks), or None.
     attended: int32[layers, batch], tokens that the last token attended to.
     retained: float32[batch], sum over the tokens since the prompt of the layers' mean attended / position;
@@ -161,14 +163,13 @@ def chunkllm(
     last, count = jax.vmap(functools.partial(chunk_table, chunks=chunks))(ends)
     newest = jnp.take_along_axis(last, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     begin = jnp.where(count > 0, newest + 1, 0)
-    pages = jnp.take_along_axis(state.table, last // state.page, axis=1)
-    found = jnp.stack([jnp.moveaxis(pool[:, pages, last % state.page], 0, 2) for pool, _ in state.pools])
-    keys = adapters.keys(found, last)
+    mass, ids = None, chunk_ids(ends)
+    found = jnp.stack([_contents(adapters, pool, state, ids, last, count) for pool, _ in state.pools])
+    keys = adapters.keys(found[:, :, :chunks])
     span = lambda tokens: (tokens - 2) // unit + 2  # units that a stretch of tokens can touch
     places = capacity // unit
     if most is not None and choose != "ends":
       places = min(places, span(sink) + most * span(max_chunk) + span(local + max_chunk))
-    mass, ids = None, chunk_ids(ends)
     if choose == "oracle":
       own = jnp.take_along_axis(ids, state.length[:, None] - 1, axis=1)
       see = functools.partial(chunk_mass, ids=ids, own=own, start=state.length - 1, chunks=chunks, sink=sink)
@@ -177,7 +178,7 @@ def chunkllm(
       seen = lambda i, pool: see(queries[i], paged.rows(pool, state.table), window=windows[i])[:, 0]
       mass = jnp.stack([seen(i, pool) for i, (pool, _) in enumerate(state.pools)])
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-    token = jnp.zeros(batch), state.memory.queries, jnp.zeros((layers, batch, *found.shape[3:]), found.dtype)
+    token = jnp.zeros(batch), state.memory.queries, found[:, :, chunks]
     table, used = zeros((layers, batch, places)), zeros((layers, batch))
     retained = jnp.zeros(batch)
     memory = Chunks(ids, count, begin, keys, table, used, token, mass, used, retained, jnp.int32(0))
@@ -198,7 +199,10 @@ def chunkllm(
       memory = dataclasses.replace(memory, ids=ids, table=table, used=memory.used + new)
     end, queries, keys = memory.token
     end = adapters.ends(view.x)[:, 0] if i == 1 else end
-    token = end, queries.at[i].set(q[:, 0]), keys.at[i].set(k[:, 0])
+    content = adapters.content(k, position[:, None])[:, 0]
+    if adapters.mean:
+      content = keys[i] + (content - keys[i]) / (position - memory.begin + 1)[:, None, None]
+    token = end, queries.at[i].set(q[:, 0]), keys.at[i].set(content)
     if view.window is None:
       seen = (memory.used[i] - 1) * unit + position % unit + 1
       how = dict(splits=splits, implementation=implementation)
@@ -222,7 +226,7 @@ def chunkllm(
     again = jnp.ones_like(ended) if every_token else ended
 
     def anew():
-      made = adapters.keys(memory.token[2][:, :, None], position[:, None])
+      made = adapters.keys(memory.token[2][:, :, None])
       table, used = _choose(after, position, unit)
       return made[:, :, 0], jnp.where(again[:, None], table, memory.table), jnp.where(again, used, memory.used)
 
@@ -263,10 +267,26 @@ def chunkllm(
     if choose == "random":
       draw = lambda at: jax.random.uniform(jax.random.fold_in(jax.random.key(0), at), (layers, chunks))
       return jax.vmap(draw, out_axes=1)(position)
-    queries = adapters.queries(memory.token[1][:, :, None], position[:, None])
+    queries = adapters.queries(adapters.content(memory.token[1][:, :, None], position[:, None]))
     return chunk_scores(queries, memory.keys)[:, :, 0]
 
   return paged.Method(attend, empty, ready)
+
+
+def _contents(adapters: ChunkAdapters, pool, state: paged.State, ids, last, count):
+  """What stands for a prompt's chunks in a layer, and where means do, last of all for the open one.
+
+  Returns:
+    float32[batch, chunks + 1, kv_heads, head_dim].
+  """
+  if adapters.mean:
+    keys = jnp.swapaxes(paged.rows(pool, state.table), 1, 2)
+    content = adapters.content(keys, jnp.arange(keys.shape[1]))
+    means = chunk_means(content, ids, state.length, last.shape[1] + 1)
+    return jnp.concatenate([means[:, :-1], jnp.take_along_axis(means, count[:, None, None, None], axis=1)], axis=1)
+  last = jnp.pad(last, ((0, 0), (0, 1)))
+  pages = jnp.take_along_axis(state.table, last // state.page, axis=1)
+  return adapters.content(jnp.moveaxis(pool[:, pages, last % state.page], 0, 2), last)
 
 
 def attend_units(q, view: paged.View, table, used, unit: int, *, splits: int = 1, implementation: str | None = None):

@@ -19,15 +19,22 @@ from jaxlab.models.layers import apply_rope, rope_table
 
 class ChunkAdapters(nnx.Module):
   """The maps, float32: w (width) and b of the chunk adapter; W1 (layers, heads head_dim, hidden) and W2 (layers,
-  hidden, size) of queries and of keys. Scores begin near 0, so that all chunks begin alike."""
+  hidden, size) of queries and of keys. Scores begin near 0, so that all chunks begin alike.
 
-  def __init__(self, config: TransformerConfig, key: jax.Array, *, hidden: int = 512, size: int = 128):
+  Args:
+    mean: the mean of its tokens' keys stands for a chunk, not the key of its last token. By the latter the first layer
+      cannot tell chunks apart that end with the same token.
+  """
+
+  def __init__(
+    self, config: TransformerConfig, key: jax.Array, *, hidden: int = 512, size: int = 128, mean: bool = False
+  ):
     require_counts(hidden=hidden, size=size)
     c, keys = config, jax.random.split(key, 5)
     normal = lambda key, *shape, scale: nnx.Param(scale * jax.random.normal(key, shape), axes=(None,) * len(shape))
     first = lambda key, heads: normal(key, c.depth, heads * c.head_dim, hidden, scale=(heads * c.head_dim) ** -0.5)
     second = lambda key: normal(key, c.depth, hidden, size, scale=0.02)
-    self.config = c
+    self.config, self.mean = c, mean
     self.w, self.b = normal(keys[0], c.width, scale=c.width**-0.5), nnx.Param(jnp.zeros(()), axes=())
     self.q1, self.q2 = first(keys[1], c.q_heads), second(keys[2])
     self.k1, self.k2 = first(keys[3], c.kv_heads), second(keys[4])
@@ -38,23 +45,24 @@ class ChunkAdapters(nnx.Module):
     x = x.mean(axis=2) if x.ndim == 4 else x
     return jnp.einsum("btw,w->bt", x, self.w[...], precision=jax.lax.Precision.HIGHEST) + self.b[...]
 
-  def queries(self, q: Float[Array, "*layers batch time q_heads head_dim"], positions, layer: int | None = None):
-    """qa, float32[*layers, batch, time, size], of a layer's queries after RoPE, or without `layer` of all layers'.
-
-    positions: int32[*batch, time].
-    """
-    return self._compress(q, positions, self.q1[...], self.q2[...], layer)
-
-  def keys(self, k: Float[Array, "*layers batch time kv_heads head_dim"], positions, layer: int | None = None):
-    """ka of keys, as `queries`."""
-    return self._compress(k, positions, self.k1[...], self.k2[...], layer)
-
-  def _compress(self, x, positions, first, second, layer):
+  def content(self, x: Float[Array, "*batch time heads head_dim"], positions: Int[Array, "*batch time"]):
+    """Queries or keys at these positions, float32, turned back to before RoPE."""
     cos, sin = rope_table(self.config, positions, jnp.float32)
-    x = apply_rope(x.astype(jnp.float32), cos, -sin)  # back to where RoPE began
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    one = lambda x, first, second: product(jax.nn.silu(product(x.reshape(*x.shape[:-2], -1), first)), second)
-    return jax.vmap(one)(x, first, second) if layer is None else one(x, first[layer], second[layer])
+    return apply_rope(x.astype(jnp.float32), cos, -sin)
+
+  def queries(self, content: Float[Array, "*layers batch time q_heads head_dim"], layer: int | None = None):
+    """qa, float32[*layers, batch, time, size], of a layer, or without `layer` of all layers'."""
+    return _compressed(content, self.q1[...], self.q2[...], layer)
+
+  def keys(self, content: Float[Array, "*layers batch chunks kv_heads head_dim"], layer: int | None = None):
+    """ka of what stands for chunks, as `queries`."""
+    return _compressed(content, self.k1[...], self.k2[...], layer)
+
+
+def _compressed(content, first, second, layer):
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  one = lambda x, first, second: product(jax.nn.silu(product(x.reshape(*x.shape[:-2], -1), first)), second)
+  return jax.vmap(one)(content, first, second) if layer is None else one(content, first[layer], second[layer])
 
 
 def require_fit(adapters: ChunkAdapters, config: TransformerConfig) -> None:
@@ -95,6 +103,19 @@ def chunk_table(ends: Bool[Array, "time"], chunks: int) -> tuple[Int[Array, "chu
   index = jnp.where(ends, chunk_ids(ends), chunks)
   last = jnp.zeros(chunks, jnp.int32).at[index].set(jnp.arange(len(ends)), mode="drop")
   return last, jnp.sum(ends, dtype=jnp.int32)
+
+
+def chunk_means(content: Float[Array, "batch time heads head_dim"], ids, length, chunks: int):
+  """The mean over every chunk's tokens before `length`, (batch, chunks, heads, head_dim); 0 of none.
+
+  Args:
+    ids: int32[batch, time]; length: int32[batch].
+  """
+  real = jnp.arange(content.shape[1]) < length[:, None]
+  index = jnp.where(real, ids, chunks)  # what lies behind, which may be anything, is left out
+  add = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=chunks + 1))
+  size = jnp.maximum(add(jnp.ones(index.shape), index), 1)[..., None, None]
+  return (add(jnp.where(real[..., None, None], content, 0), index) / size)[:, :chunks]
 
 
 def chunk_mass(q, keys, ids, own, *, start, chunks: int, sink: int, window: int | None = None):

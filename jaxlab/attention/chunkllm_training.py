@@ -23,6 +23,7 @@ from jaxlab.attention.chunkllm_chunks import (
   chunk_ends,
   chunk_ids,
   chunk_mass,
+  chunk_means,
   chunk_scores,
   chunk_table,
   require_fit,
@@ -139,9 +140,12 @@ def adapter_loss(
     if layer == 1:
       boundary.append(boundary_loss(adapters.ends(given), labels, balance=balance))
     target = teacher_attention(rows, keys, ids, chunks=chunks, sink=sink, block=block, window=window)
-    queries = adapters.queries(rows, jnp.arange(time), layer)
-    of_chunks = jnp.take_along_axis(keys, last[..., None, None], axis=1)
-    scores = chunk_scores(queries, adapters.keys(of_chunks, last, layer))
+    queries, content = (adapters.content(a, jnp.arange(time)) for a in (rows, keys))
+    if adapters.mean:
+      content = chunk_means(content, ids, jnp.full(len(ids), time), chunks)
+    else:
+      content = jnp.take_along_axis(content, last[..., None, None], axis=1)
+    scores = chunk_scores(adapters.queries(queries, layer), adapters.keys(content, layer))
     found.append((distillation_loss(scores, target, ids), recall(scores, target, ids, top)))
     return dot_product_attention(q, k, v, window=window, start=0)
 

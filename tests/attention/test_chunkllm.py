@@ -31,21 +31,21 @@ def network():
 
 
 @functools.cache
-def adapters():
-  made = ChunkAdapters(CONFIG, jax.random.key(1), hidden=16, size=8)
+def adapters(mean=False):
+  made = ChunkAdapters(CONFIG, jax.random.key(1), hidden=16, size=8, mean=mean)
   made.q2[...], made.k2[...] = 50 * made.q2[...], 50 * made.k2[...]
   made.b[...] = made.b[...] - 0.1
   return made
 
 
 @functools.cache
-def read(**options):
+def read(mean=False, **options):
   """(compiled step of (token, state), logits after the prompts, state); adapters are arguments of the programs."""
   method = lambda adapters: chunkllm(adapters, **SMALL | options)
   sizes = dict(capacity=CAPACITY, chunk=8, page=PAGE)
   prefill = lambda adapters, net: paged.prefill(net, TOKENS[:, :TIME], LENGTHS, **sizes, method=method(adapters))
   step = jax.jit(lambda adapters, net, *args: paged.step(net, *args, method=method(adapters)))
-  return functools.partial(step, adapters(), network()), *jax.jit(prefill)(adapters(), network())
+  return functools.partial(step, adapters(mean), network()), *jax.jit(prefill)(adapters(mean), network())
 
 
 @functools.cache
@@ -83,17 +83,22 @@ def masked_forward(see):
   return net.model.logits(x, backout), after[1], jnp.stack([q for q, _ in taps]), jnp.stack([k for _, k in taps])
 
 
-def compressed(heads, position, first, second):
-  """An adapter, of one token."""
-  table = rope_table(CONFIG, jnp.array([position]), jnp.float32)
-  content = np.asarray(apply_rope(heads[None], table[0], -table[1])).reshape(-1) @ np.asarray(first)
-  return content / (1 + np.exp(-content)) @ np.asarray(second)
+def compressed(content, first, second):
+  """An adapter, of one token or chunk."""
+  hidden = content.reshape(-1) @ np.asarray(first)
+  return hidden / (1 + np.exp(-hidden)) @ np.asarray(second)
+
+
+def before_rope(heads):
+  """(layers, rows, positions, heads, head_dim) at positions 0, 1, ... turned back."""
+  cos, sin = rope_table(CONFIG, jnp.arange(heads.shape[2]), jnp.float32)
+  return np.asarray(apply_rope(heads, cos, -sin))
 
 
 def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grain, **options):
   """What every token after the prompt attends to, [(layer 0's set, layer 1's), ...], written out from the definitions;
   and the chunks."""
-  a = adapters()
+  a, contents = adapters(), [before_rope(heads) for heads in (q, k)]
   chunks, begin, chosen, made = [], 0, [set(), set()], []
   scores = np.asarray(a.ends(jnp.asarray(x)[None]))[0]
   for t in range(LENGTHS[row] + STEPS):
@@ -119,9 +124,9 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
         weight = (weight / weight.sum(1, keepdims=True)).mean(0)
         worth = [weight[[j for j in c if j >= sink]].sum() for c in chunks]
       else:
-        mine = compressed(q[layer, row, t], t, a.q1[layer], a.q2[layer])
-        ends = [c[-1] for c in chunks]
-        worth = [mine @ compressed(k[layer, row, e], e, a.k1[layer], a.k2[layer]) for e in ends]
+        mine = compressed(contents[0][layer, row, t], a.q1[layer], a.q2[layer])
+        of = [contents[1][layer, row, [*c] if options.get("mean") else [c[-1]]].mean(0) for c in chunks]
+        worth = [mine @ compressed(content, a.k1[layer], a.k2[layer]) for content in of]
       order = sorted(range(len(chunks)), key=lambda c: (c != len(chunks) - 1, -worth[c], -c))
       best.append(set(order[:count]))
     if options.get("cross_layer") == "vote":
@@ -144,7 +149,7 @@ def sets_of(state, row, grain):
 VARIANTS = {
   "per layer": dict(grain=1),
   "few, in pages": dict(grain=4, most=2, splits=3),
-  "vote": dict(grain=1, cross_layer="vote"),
+  "vote": dict(grain=1, cross_layer="vote", mean=True),
   "oracle at every token": dict(grain=2, choose="oracle", every_token=True),
   "ends alone": dict(grain=1, choose="ends", local=1),
   "fixed": dict(grain=1, threshold=1.0, keep=0.9, most=2, sink=0),
@@ -316,10 +321,11 @@ def separated():
   return tokens, tokens < 12
 
 
-def test_training_moves_the_adapters_alone_and_they_learn_which_chunks_matter():
+@pytest.mark.parametrize("mean", [False, True])
+def test_training_moves_the_adapters_alone_and_they_learn_which_chunks_matter(mean):
   net, (tokens, labels) = network(), separated()
   loss = functools.partial(training.adapter_loss, top=2, sink=2, max_chunk=16, min_chunk=2, block=32)
-  made = ChunkAdapters(CONFIG, jax.random.key(2), hidden=96, size=32)
+  made = ChunkAdapters(CONFIG, jax.random.key(2), hidden=96, size=32, mean=mean)
   optimizer = optax.adam(1e-2)
 
   @jax.jit
