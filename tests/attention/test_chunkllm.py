@@ -97,9 +97,11 @@ def before_rope(heads):
 
 def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grain, **options):
   """What every token after the prompt attends to, [(layer 0's set, layer 1's), ...], written out from the definitions;
-  and the chunks."""
+  the chunks, and the keys that stand for them in every layer."""
   a, contents = adapters(), [before_rope(heads) for heads in (q, k)]
   chunks, begin, chosen, made = [], 0, [set(), set()], []
+  content = lambda layer, c: contents[1][layer, row, [*c] if options.get("mean") else [c[-1]]].mean(0)
+  key = lambda layer, c: compressed(content(layer, c), a.k1[layer], a.k2[layer])
   scores = np.asarray(a.ends(jnp.asarray(x)[None]))[0]
   for t in range(LENGTHS[row] + STEPS):
     if t >= LENGTHS[row]:
@@ -125,8 +127,7 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
         worth = [weight[[j for j in c if j >= sink]].sum() for c in chunks]
       else:
         mine = compressed(contents[0][layer, row, t], a.q1[layer], a.q2[layer])
-        of = [contents[1][layer, row, [*c] if options.get("mean") else [c[-1]]].mean(0) for c in chunks]
-        worth = [mine @ compressed(content, a.k1[layer], a.k2[layer]) for content in of]
+        worth = [mine @ key(layer, c) for c in chunks]
       order = sorted(range(len(chunks)), key=lambda c: (c != len(chunks) - 1, -worth[c], -c))
       best.append(set(order[:count]))
     if options.get("cross_layer") == "vote":
@@ -136,7 +137,7 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
       chosen = [{c[-1] for c in chunks} | fixed] * 2
     else:
       chosen = [{j for c in b for j in chunks[c]} | fixed for b in best]
-  return made, chunks
+  return made, chunks, [[key(layer, c) for c in chunks] for layer in range(2)]
 
 
 def sets_of(state, row, grain):
@@ -170,11 +171,12 @@ def test_every_token_attends_to_what_the_definition_says_and_to_nothing_else(nam
   expected, x, q, k = map(np.asarray, masked_forward(see))
   shares, read_whole = [], 0
   for row in range(2):
-    sets, chunks = attended_sets(x[row], q, k, row, **options)
+    sets, chunks, keys = attended_sets(x[row], q, k, row, **options)
     assert found[row] == sets
     np.testing.assert_allclose(logits[row], expected[row, LENGTHS[row] : LENGTHS[row] + STEPS], rtol=1e-4, atol=1e-4)
     memory = states[-1].memory
     assert memory.count[row] == len(chunks) <= CAPACITY // options["min_chunk"] == memory.keys.shape[2]
+    np.testing.assert_allclose(memory.keys[:, row, : len(chunks)], keys, rtol=1e-3, atol=1e-3)
     lengths = {len(c) for c in chunks}
     assert min(lengths) >= 2 and max(lengths) == 6 and (lengths == {6}) == (name == "fixed")
     shares.append([np.mean([len(s) for s in of]) / (LENGTHS[row] + i + 1) for i, of in enumerate(sets)])
@@ -214,8 +216,13 @@ def test_layers_with_a_window_keep_to_it():
   net = jax.jit(inference.take_apart)(random_model(config))
   made = ChunkAdapters(config, jax.random.key(1), hidden=16, size=8)
   decoder = paged.decoder(chunkllm(made, **SMALL | dict(keep=1.0)), chunk=8, page=PAGE)
-  found = generate(net, TOKENS[:, :TIME], LENGTHS, tokens=4, decoder=decoder)
-  np.testing.assert_array_equal(found, generate(net, TOKENS[:, :TIME], LENGTHS, tokens=4))
+  logits, state = jax.jit(functools.partial(decoder.prefill, capacity=CAPACITY))(net, TOKENS[:, :TIME], LENGTHS)
+  step = jax.jit(decoder.step)
+  for token in generate(net, TOKENS[:, :TIME], LENGTHS, tokens=4).T:
+    np.testing.assert_array_equal(jnp.argmax(logits[:, -1], axis=-1), token)
+    logits, state = step(net, token[:, None], state)
+  read_of_first = np.mean([6 / (LENGTHS + made) for made in range(1, 5)], axis=0)
+  np.testing.assert_allclose(retention(state), (read_of_first + 1) / 2, rtol=1e-5)
 
 
 def test_what_selection_costs_is_paid_in_one_branch_for_all_rows():
