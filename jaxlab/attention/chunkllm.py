@@ -108,7 +108,8 @@ def chunkllm(
   splits: int = 1,
   implementation: str | None = None,
 ) -> paged.Method:
-  """The method for a paged cache. It must read the prompt itself, densely, to know where chunks end there.
+  """The method for a paged cache. It must read the prompt itself, densely: as the `decode` of a `paged.decoder` behind
+  another method it would know neither where chunks of the prompt end nor its last queries.
 
   Layers with a window of their own keep to that. Adapters of a large model are better arguments of a program than
   constants in it: make the method inside the program, for `paged.prefill` and `paged.step`.
@@ -118,7 +119,8 @@ def chunkllm(
     threshold: probability above which a token ends a chunk; at 1 every chunk is `max_chunk` long (FixLLM).
     cross_layer: "per_layer", or "vote": all layers read the chunks that most of them choose.
     choose: "adapters"; or for comparison "oracle" (true attention, read for every token), "random", or "ends": no
-      chunk but the last token of each, as SepLLM reads its separators.
+      chunk but the last token of each, as SepLLM reads its separators, where the chunk adapter has learnt those and
+      min_chunk is 1.
     every_token: the layers choose anew for every token, not only where a chunk ends.
     grain: chunks are rounded out to this many tokens, a divisor of the page; 1 is exact, None the whole page, which
       the kernel reads fastest. What is read in excess is attended to and counted.

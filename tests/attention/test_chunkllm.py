@@ -280,7 +280,8 @@ def teacher_by_einsum(q, k, ids, chunks, sink, window):
   score = np.einsum("bqhd,bkhd->bhqk", q, np.repeat(k, 2, axis=2)) / 4
   at = np.arange(time)
   see = (at <= at[:, None]) & (at >= at[:, None] - (window or time))
-  weight = np.where(see, np.exp(score - np.where(see, score, -np.inf).max(-1, keepdims=True)), 0)
+  score = np.where(see, score, -np.inf)
+  weight = np.exp(score - score.max(-1, keepdims=True))
   weight = np.where(at >= sink, weight / weight.sum(-1, keepdims=True), 0).mean(1)
   mass = np.einsum("bqk,bkc->bqc", weight, ids[..., None] == np.arange(chunks))
   return np.where(np.arange(chunks) < ids[..., None], mass, 0)
