@@ -96,8 +96,8 @@ def answered(
 
 def interval(shares: Sequence[float]) -> tuple[float, float]:
   """95 % interval of a mean of shares between 0 and 1: Wilson's, which holds at 0 and 1 too."""
+  require(len(shares) > 0, "no question was asked; give at least one")
   n, mean, z = len(shares), float(np.mean(shares)), 1.959964
-  require(n > 0, "no question was asked; give at least one")
   middle, half = mean + z**2 / (2 * n), z * (mean * (1 - mean) / n + z**2 / (4 * n**2)) ** 0.5
   return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
