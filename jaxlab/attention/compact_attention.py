@@ -58,12 +58,13 @@ def page_table(
   return jnp.where(index < count[:, 1:], order, last), count
 
 
-def attend_union(q, view: paged.View, wanted, *, implementation: str | None = None):
+def attend_union(q, view: paged.View, wanted, *, copy: bool = False, implementation: str | None = None):
   """Dense causal attention of a chunk over the wanted blocks of each group, in place.
 
   Args:
     q: (batch, time, q_heads, head_dim) at positions from view.start on, a multiple of the page.
     wanted: bool[batch, groups, key_blocks], the chunk's own blocks among them (`block_union`).
+    copy: gather the pages first instead of reading them where they lie (a comparison: the same numbers).
 
   Returns:
     (attention like q, log-sum-exp float32[batch, time, q_heads]).
@@ -79,9 +80,12 @@ def attend_union(q, view: paged.View, wanted, *, implementation: str | None = No
   physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
   rows = jnp.moveaxis(q.reshape(batch, time, groups, share, size), 2, 1).reshape(batch * groups, time * share, size)
   flat = lambda pool: pool.reshape(kv_heads * pages, page, size)
+  keys, values = flat(view.keys), flat(view.values)
+  if copy:
+    keys, values = (pool[physical.reshape(-1)] for pool in (keys, values))
+    physical = jnp.arange(physical.size, dtype=jnp.int32).reshape(physical.shape)
   start = jnp.broadcast_to(jnp.asarray(view.start, jnp.int32), (batch * groups,))
-  how = dict(heads=share, implementation=implementation)
-  out, total = paged_attention(rows, flat(view.keys), flat(view.values), physical, count, start, **how)
+  out, total = paged_attention(rows, keys, values, physical, count, start, heads=share, implementation=implementation)
   back = lambda a: jnp.moveaxis(a.reshape(batch, groups, time, share, *a.shape[2:]), 1, 2).reshape(
     batch, time, heads, *a.shape[2:]
   )

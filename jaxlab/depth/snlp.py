@@ -31,15 +31,9 @@ from jaxlab.depth.snlp_suffix import Suffix, evaluate, plain, require_transforme
 from jaxlab.depth.snlp_suffix import parts as make_parts
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.block import Side, attend_layers, evaluate_blocks, layer_values
 from jaxlab.models.layers import wide
-from jaxlab.models.transformer import (
-  Side,
-  attend_layers,
-  evaluate_blocks,
-  layer_parallel,
-  layer_values,
-  sequential,
-)
+from jaxlab.models.transformer import layer_parallel, sequential
 from jaxlab.training.losses import mean_loss, token_losses
 
 SURROGATES = ("identity", "jacobi", "damped", "scaled", "diagonal", "streams", "exact")
@@ -62,10 +56,8 @@ def forward(
   attention: AttentionFn = dot_product_attention,
 ) -> Float[Array, "batch time vocab"]:
   """Logits of the layer-parallel network; `hidden` and `solve` say what the arguments are."""
-  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, tail=tail)
-  last = hidden(
-    model, tokens, layers=layers, iterations=iterations, key=key, attention=attention, **how
-  )  # first, as it refuses what is no model
+  how = dict(surrogate=surrogate, initial=initial, damping=damping, groups=groups, tail=tail, key=key)
+  last = hidden(model, tokens, layers=layers, iterations=iterations, attention=attention, **how)
   return model.logits(*last)
 
 

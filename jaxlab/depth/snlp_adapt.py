@@ -23,9 +23,10 @@ from jaxlab.core.checks import require, require_choice, require_counts, require_
 from jaxlab.depth import snlp
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.block import Block, layer_slice
 from jaxlab.models.generate import generate
 from jaxlab.models.inference import take_apart
-from jaxlab.models.transformer import Block, layer_slice, sequential
+from jaxlab.models.transformer import sequential
 from jaxlab.training import lora
 from jaxlab.training.losses import divergences
 

@@ -32,10 +32,10 @@ from jaxlab.models.attention import (
   window_kinds,
   write_tokens,
 )
+from jaxlab.models.block import Side, for_inference, unstack_layers
 from jaxlab.models.generate import Decoder
 from jaxlab.models.generate import generate as generate_by
 from jaxlab.models.inference import Pair, filled, hidden, last_of, run_layer, take_apart, takes_whole, unfilled
-from jaxlab.models.transformer import Side, for_inference, unstack_layers
 
 DECODED = ("identity", "jacobi", "damped", "scaled", "streams")
 CACHE_KV = ("recompute", "last_iteration")

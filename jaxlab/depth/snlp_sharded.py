@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_divides
 from jaxlab.depth.snlp_inference import Network, State, prefix_states
 from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.block import attend_layers, evaluate_blocks, layer_values
 from jaxlab.models.layers import wide
-from jaxlab.models.transformer import attend_layers, evaluate_blocks, layer_values
 
 AXIS = "layer"
 _SPLIT, _WHOLE = PartitionSpec(AXIS), PartitionSpec()

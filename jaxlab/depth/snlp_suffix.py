@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
-from jaxlab.models.layers import MLP, RMSNorm
-from jaxlab.models.transformer import (
+from jaxlab.models.block import (
   Block,
   Side,
   attend_layers,
@@ -30,6 +29,7 @@ from jaxlab.models.transformer import (
   layer_values,
   split_heads,
 )
+from jaxlab.models.layers import MLP, RMSNorm
 
 
 @jax.tree_util.register_dataclass
@@ -174,7 +174,7 @@ def evaluate(
   attention: AttentionFn = dot_product_attention,
   attend=None,
 ):
-  """F_j = f_j(states[j]) for all units at once, as `transformer.evaluate_blocks` returns it.
+  """F_j = f_j(states[j]) for all units at once, as `block.evaluate_blocks` returns it.
 
   Attention runs layer by layer under each layer's own window whether fused or not: keys and values come out as
   (layers, batch, time, kv_heads, head_dim). `attend` replaces it (cached decoding).

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.attention import AttentionFn, dot_product_attention
-from jaxlab.models.config import TransformerConfig
-from jaxlab.models.layers import Steps
-from jaxlab.models.transformer import (
+from jaxlab.models.block import (
   Block,
   Side,
-  Transformer,
   for_inference,
   layer_slice,
   static_mixing,
   unstack_layers,
 )
+from jaxlab.models.config import TransformerConfig
+from jaxlab.models.layers import Steps
+from jaxlab.models.transformer import Transformer
 
 Pair = tuple[Array, Array]  # keys and values
 

@@ -154,7 +154,7 @@ class MLP(nnx.Module):
     uniform = lambda k: jax.random.uniform(k, (d, f), minval=-bound, maxval=bound)
     self.gate = Linear(uniform(k1), ("embed", "mlp")) if swiglu else None
     self.up = Linear(uniform(k2), ("embed", "mlp"))
-    self.gate_up = nnx.data(None)  # `transformer.for_inference` puts gate and up side by side here
+    self.gate_up = nnx.data(None)  # `block.for_inference` puts gate and up side by side here
     down = jax.random.normal(k3, (f, d)) / math.sqrt(f * 2 * config.depth) if swiglu else jnp.zeros((f, d))
     self.down = Linear(down, ("mlp", "embed"))
 

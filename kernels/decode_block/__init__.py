@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlab.core.checks import require, require_choice
 from jaxlab.kernels.decode_block import gpu
 from jaxlab.models.attention import dot_product_attention
-from jaxlab.models.transformer import Block, Side, join_heads, split_heads
+from jaxlab.models.block import Block, Side, join_heads, split_heads
 
 IMPLEMENTATIONS = (None, "reference", "triton")
 _WINDOW = 1 << 30  # of a layer that sees all
@@ -24,7 +24,7 @@ def decode_block(blocks: Block, x, pair, *, cos, sin, start, windows, chunk=1, i
   """Outputs of n stacked blocks for one token, each on its own input, and their caches with that token.
 
   Args:
-    blocks: of `transformer.for_inference`, every parameter with a leading axis n; plain pre-norm blocks with a dense
+    blocks: of `block.for_inference`, every parameter with a leading axis n; plain pre-norm blocks with a dense
       MLP, no mixture of experts, hyper-connections, value embeddings or residual lambdas.
     x: (n, 1, 1, width).
     pair: keys and values of all layers, (n chunk, 1, capacity, kv_heads, head_dim) each.

@@ -102,12 +102,12 @@ def test_smaller_groups_want_less_and_single_heads_their_own():
     block_union(chosen, kv_heads=KV, past=4, share=3)
 
 
-@pytest.mark.parametrize("share", [1, 2])
-def test_the_union_is_attended_to_in_place(share):
+@pytest.mark.parametrize("share, copy", [(1, False), (2, False), (2, True)])
+def test_the_union_is_attended_to_in_place_or_copied(share, copy):
   q, k, _, v, view = problem()
   wanted = block_union(random_choice(1, 16), kv_heads=KV, past=4, share=share)
   see = jnp.repeat(jnp.repeat(wanted, share, axis=1), BLOCK, axis=-1)[:, :, None] & causal(16)
-  for found, expected in zip(attend_union(q, view, wanted), masked_softmax(q, k, v, see), strict=True):
+  for found, expected in zip(attend_union(q, view, wanted, copy=copy), masked_softmax(q, k, v, see), strict=True):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

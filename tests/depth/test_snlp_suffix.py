@@ -9,8 +9,8 @@ from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp
 from jaxlab.depth.snlp_suffix import evaluate, fuse, plain
 from jaxlab.models.attention import dot_product_attention
+from jaxlab.models.block import layer_slice
 from jaxlab.models.config import HyperConnections, nanochat
-from jaxlab.models.transformer import layer_slice
 from tests.common import CLOSE, configs, plain_attention, random_model, random_tokens
 
 CHAT = dict(depth=6, aspect_ratio=8, head_dim=16, vocab_size=64, context=512, value_embeddings=False)

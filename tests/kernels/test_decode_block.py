@@ -9,9 +9,9 @@ import pytest
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.decode_block import decode_block
 from jaxlab.models import Transformer
+from jaxlab.models.block import for_inference
 from jaxlab.models.config import nanochat, qwen3
 from jaxlab.models.layers import rope_table
-from jaxlab.models.transformer import for_inference
 from tests.common import INTERPRET
 
 LLAMA = dict(vocab_size=32, depth=3, width=48, q_heads=6, kv_heads=2, head_dim=32, mlp_width=80, context=256)

@@ -9,9 +9,10 @@ import pytest
 from jaxlab.core.checks import InputError
 from jaxlab.models import TransformerConfig
 from jaxlab.models.attention import dot_product_attention
+from jaxlab.models.block import static_mixing
 from jaxlab.models.config import nanochat
 from jaxlab.models.layers import sinkhorn
-from jaxlab.models.transformer import layer_parallel, sequential, static_mixing
+from jaxlab.models.transformer import layer_parallel, sequential
 from tests.common import CLOSE, SHAPE, configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
