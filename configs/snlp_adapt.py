@@ -69,7 +69,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         remat="none",  # "dots" or "full" where memory is short
         checkpoint_every=pick(test=2, cpu=50, gpu=1000),
       ),
-      rival_steps=pick(test=4, cpu=100, gpu=1000, paper=60_000),
       reg=dict(  # of "regularised", with the layers of the settings
         weight=0.5,
         stride=pick(cpu=1, gpu=4),

@@ -172,7 +172,7 @@ def rival_claims(config, metrics: dict) -> list[Claim]:
             f"{text} {added(metrics, name, text, main):+.3g} %, in sequence "
             f"{added(metrics, name, text, SEQUENTIAL):+.3g} %" for text in ratios
           ),
-          note=f"{config.rival_steps} steps, the adaptation {config.train.steps}; "
+          note=f"{config.train.steps} steps each, at one learning rate; "
           + ", ".join(f"{text} {ratio:.3g}" for text, ratio in ratios.items()),
         )
       )  # fmt: skip

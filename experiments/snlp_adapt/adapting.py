@@ -39,15 +39,14 @@ def adapted(config, method: str, text: Text, original: Transformer, workdir: Pat
   def of_parameters(trained, batch, step, key, teacher):
     return loss(snlp_adapt.assembled(teacher, trained), batch, step, key, teacher)
 
-  steps = t.steps if method == DISTILLED else config.rival_steps
   data = packing.batches(training_rows(config, text, teacher, workdir, console), t.batch // jax.process_count())
   with console.training(method) as progress:
     trained = loop.train(
       trained,
       data,
       of_parameters,
-      adam(t.rate, steps=steps, warmup=t.warmup),
-      steps=steps,
+      adam(t.rate, steps=t.steps, warmup=t.warmup),
+      steps=t.steps,
       workdir=workdir / method,
       seed=config.seed,
       accumulate=t.accumulate,
