@@ -8,6 +8,7 @@ this module puts `jaxlab` there and hands over.
 """
 
 import collections
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.core.checks import InputError, require
+from jaxlab.evaluation.long_context import continuation_scores
 from jaxlab.evaluation.methods import subject
 from jaxlab.models import hub
 from jaxlab.models.generate import Completion, pad, power_of_two, require_ids, stream
@@ -80,7 +82,10 @@ class JaxLM(TemplateLM):
     self.max_length, self.max_gen_toks = max_length or loaded.config.context, 256
     self._add_bos, self._key, self._vocab_size = add_bos_token, jax.random.key(seed), loaded.config.vocab_size
     self.network, logits, self.decoder = subject(loaded, method, **options)
-    self._score = jax.jit(lambda network, *arrays: _score(logits(network, arrays[0]), *arrays[1:]))
+    if logits is None:
+      self._score = functools.partial(_score_behind, decoder=self.decoder)
+    else:
+      self._score = jax.jit(lambda network, *arrays: _score(logits(network, arrays[0]), *arrays[1:]))
     require(self.prefix_token_id is not None, f"{model} names no BOS or EOS token, with which scored texts begin")
 
   @property
@@ -189,6 +194,16 @@ def _score(logits, targets, first, lengths):
   picked = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
   greedy = jnp.argmax(logits, axis=-1) == targets
   return jnp.where(counted, picked, 0).sum(axis=1), (greedy | ~counted).all(axis=1)
+
+
+def _score_behind(network, inputs, targets, first, lengths, *, decoder):
+  """`_score` where the tokens before `first` are a prompt, and the others are read one by one behind it."""
+  steps = power_of_two(int((lengths - first).max()))
+  at = first[:, None] + np.arange(steps)
+  following = np.take_along_axis(targets, np.minimum(at, targets.shape[1] - 1), axis=1)
+  logp, greedy = continuation_scores(network, inputs, first + 1, following, decoder=decoder)
+  counted = at < lengths[:, None]
+  return jnp.where(counted, logp, 0).sum(axis=1), (greedy | ~counted).all(axis=1)
 
 
 def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:

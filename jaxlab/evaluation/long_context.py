@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 from jaxlab.core.checks import require, require_choice
@@ -102,25 +102,44 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
   return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def continuation_scores(
+  network: Network,
+  prompts: Int[Array, "batch time"],
+  lengths: Int[Array, "batch"] | None,
+  following: Int[Array, "batch steps"],
+  *,
+  decoder: Decoder,
+) -> tuple[Float[Array, "batch steps"], Bool[Array, "batch steps"]]:
+  """(log-probabilities of the tokens that follow a prompt, whether each is the likeliest), read one by one behind it.
+
+  What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
+
+  Args:
+    prompts: padded at their ends to one length; lengths: as `Decoder.prefill`.
+  """
+
+  def judge(logits, token):
+    logp = jax.nn.log_softmax(logits[:, 0])
+    return jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], jnp.argmax(logp, axis=-1) == token
+
+  def one(state, pair):
+    token, after = pair
+    logits, state = decoder.step(network, token[:, None], state)
+    return state, judge(logits, after)
+
+  capacity = prompts.shape[1] + following.shape[1]
+  logits, state = decoder.prefill(network, prompts, lengths, capacity=capacity)
+  first = judge(logits, following[:, 0])
+  _, rest = jax.lax.scan(one, state, (following[:, :-1].T, following[:, 1:].T))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b.T], axis=1), first, rest)
+
+
 def continuation_losses(
   network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
 ) -> Float[Array, "batch rest"]:
-  """Cross-entropy in nats of the tokens from `prompt` on, read one by one behind a prompt of that many.
-
-  What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
-  """
-  logits, state = decoder.prefill(network, tokens[:, :prompt], None, capacity=tokens.shape[1])
-  loss = lambda logits, token: -jnp.take_along_axis(jax.nn.log_softmax(logits[:, 0]), token[:, None], axis=1)[:, 0]
-
-  def one(state, pair):
-    token, following = pair
-    logits, state = decoder.step(network, token[:, None], state)
-    return state, loss(logits, following)
-
-  rest = tokens[:, prompt:]
-  _, losses = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
-  return jnp.concatenate([loss(logits, rest[:, 0])[:, None], losses.T], axis=1)
+  """Cross-entropy in nats of the tokens from `prompt` on, as `continuation_scores`."""
+  return -continuation_scores(network, tokens[:, :prompt], None, tokens[:, prompt:], decoder=decoder)[0]
 
 
 def cache_bytes(state) -> int:

@@ -1,6 +1,7 @@
-"""Every method that yields a network or an attention function, by the name a command line gives it.
+"""Every method that yields a network, an attention function or a cache, by the name a command line gives it.
 
   network, logits, decoder = subject(model, "snlp", layers=8, iterations=4)
+  network, _, decoder = subject(model, "compact_attention", decode="chelsea", keep=0.25)
 
 One that changes weights is `lambda model, **options: plain(changed(model, **options))`, one that is an `AttentionFn`
 `plain(model, attention)`.
@@ -11,9 +12,15 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxlab.attention import dhsa, selection
+from jaxlab.attention.compact_attention import compact, quoka
+from jaxlab.attention.dhsa_blocks import top_blocks
+from jaxlab.attention.dhsa_boundaries import evenly
+from jaxlab.cache import eviction
+from jaxlab.cache.chelsea import chelsea
 from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp_inference, snlp_suffix
-from jaxlab.models import Transformer, inference
+from jaxlab.models import Transformer, inference, paged
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.generate import Decoder
 
@@ -23,12 +30,13 @@ class Subject(NamedTuple):
 
   Attributes:
     network: a pytree, the first argument of the functions.
-    logits: (network, int32[batch, time]) -> float32[batch, time, vocab], uncached.
+    logits: (network, int32[batch, time]) -> float32[batch, time, vocab], uncached; None where only the decoder knows
+      what the method does (`long_context.continuation_scores`).
     decoder: cached generation (`jaxlab.models.generate`).
   """
 
   network: object
-  logits: Callable
+  logits: Callable | None
   decoder: Decoder
 
 
@@ -68,6 +76,82 @@ def snlp(
 METHODS = {"snlp": snlp}
 
 
+def _dhsa(*, size: int = 32, budget: int = 2048, block: int = 128) -> paged.Method:
+  """Chunks of `size` tokens each: a learned boundary predictor comes with a training run, not with a name."""
+  return dhsa.dhsa(evenly(size), budget=budget, block=block)
+
+
+PAGED = {
+  "dense": lambda: paged.DENSE,
+  "compact_attention": compact,
+  "quoka": quoka,
+  "dhsa": _dhsa,
+  "sliding_window": dhsa.sliding_window,
+  "chelsea": chelsea,
+  "streaming_llm": eviction.streaming_llm,
+  "h2o": eviction.h2o,
+  "snapkv": eviction.snapkv,
+  "keydiff": eviction.keydiff,
+}
+SELECTORS = {
+  "flash_prefill": selection.flash_prefill,
+  "x_attention": selection.x_attention,
+  "flex_prefill": selection.flex_prefill,
+  "minference": selection.minference,
+  "top_blocks": top_blocks,
+}
+_SIMPLE = (bool, int, float, str)
+
+
+def over_pages(
+  model: Transformer,
+  name: str,
+  *,
+  prefill_chunk: int = 512,
+  page: int = 64,
+  select: str = "flash_prefill",
+  decode=None,
+  **options,
+) -> Subject:
+  """A method of `PAGED` for the prompt and, without `decode`, for what follows.
+
+  Args:
+    prefill_chunk, page: the chunk and page of `paged.decoder`; a method that reads a prompt as one chunk gets one of
+      the model's context.
+    select: one of `SELECTORS`, for compact_attention.
+    decode: another one of `PAGED`, for the tokens after the prompt.
+    options: each goes to every one of the three that has it.
+
+  Raises:
+    InputError: an unknown name or option; and what the methods raise.
+  """
+  require_choice("select", select, SELECTORS)
+  require(decode is None or decode in PAGED, f"decode is {decode!r}; it must be one of {', '.join(PAGED)}")
+  parts = {"method": PAGED[name], "decode": PAGED[decode or "dense"]}
+  if name == "compact_attention":
+    parts["select"] = SELECTORS[select]
+  knobs = {part: _knobs(function) for part, function in parts.items()}
+  for option in options:
+    require_choice(
+      f"an option of method {name}",
+      option,
+      ["prefill_chunk", "page", "select", "decode", *set().union(*knobs.values())],
+    )
+  given = {part: {k: v for k, v in options.items() if k in known} for part, known in knobs.items()}
+  if name == "compact_attention":
+    given["method"]["select"] = functools.partial(SELECTORS[select], **given["select"])
+  method = PAGED[name](**given["method"])
+  chunk = -(-model.config.context // page) * page if method.whole else prefill_chunk
+  after = PAGED[decode](**given["decode"]) if decode else None
+  return Subject(inference.take_apart(model), None, paged.decoder(method, decode=after, chunk=chunk, page=page))
+
+
+def _knobs(function: Callable) -> list[str]:
+  """Names of the options a command line can give."""
+  parameters = inspect.signature(function).parameters.values()
+  return [p.name for p in parameters if p.default is None or isinstance(p.default, _SIMPLE)]
+
+
 def subject(model: Transformer, method: str | None = None, **options) -> Subject:
   """The model under the method of that name with its options; None: as it is.
 
@@ -77,7 +161,9 @@ def subject(model: Transformer, method: str | None = None, **options) -> Subject
   if method is None:
     require(not options, f"there is no option {', '.join(options)}; options of a method need method=...")
     return plain(model)
-  require_choice("method", method, METHODS)
+  require_choice("method", method, [*METHODS, *PAGED])
+  if method in PAGED:
+    return over_pages(model, method, **options)
   function = METHODS[method]
   known = list(inspect.signature(function).parameters.values())[1:]
   for name in options:

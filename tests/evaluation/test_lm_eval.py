@@ -92,9 +92,13 @@ def theirs(folder):
   return evaluate("hf", folder, pretrained=str(folder), dtype="float32", device="cpu")
 
 
-@pytest.mark.parametrize("method", [{}, dict(method="snlp", layers=2, iterations=2)])
+EXACT = [{}, dict(method="snlp", layers=2, iterations=2), dict(method="streaming_llm", keep=1.0, slide=False, page=16)]
+
+
+@pytest.mark.parametrize("method", EXACT)
 def test_scores_are_those_of_the_hf_model(folder, theirs, method):
-  """Of ragged batches and texts longer than the context; SNLP with as many steps as layers is the model itself."""
+  """Of ragged batches and texts longer than the context; SNLP with as many steps as layers and a cache that keeps
+  everything are the model itself."""
   lm_eval.register()
   ours, scores = evaluate("jaxlab", folder, model=str(folder), dtype="float32", **method)
   answers, expected = theirs
@@ -116,6 +120,8 @@ def test_a_method_takes_part_in_scores(folder, theirs):
   ours, _ = evaluate("jaxlab", folder, model=str(folder), method="snlp", layers=3, iterations=1)
   assert abs(np.ravel(ours["rolling"][0])[0] - np.ravel(theirs[0]["rolling"][0])[0]) > 0.1
   assert ours["written"] != theirs[0]["written"]
+  ours, _ = evaluate("jaxlab", folder, model=str(folder), method="streaming_llm", keep=0.1, page=16)
+  assert abs(np.ravel(ours["rolling"][2])[0] - np.ravel(theirs[0]["rolling"][2])[0]) > 0.1
 
 
 def test_tokens_are_those_of_the_hf_model(folder):

@@ -1,14 +1,20 @@
 """Methods by name: the same network for scoring and for generation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.attention.compact_attention import compact
+from jaxlab.attention.selection import flash_prefill
+from jaxlab.cache.chelsea import chelsea
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp
-from jaxlab.evaluation.methods import plain, subject
-from jaxlab.models import generate
+from jaxlab.evaluation.long_context import continuation_scores
+from jaxlab.evaluation.methods import PAGED, plain, subject
+from jaxlab.models import generate, paged
 from tests.common import configs, plain_attention, random_model, random_tokens, start, wait
 
 TOKENS = random_tokens(2, 9)
@@ -47,10 +53,57 @@ def test_an_attention_function_takes_part_in_scores_and_generation(model):
   np.testing.assert_array_equal(out, jnp.argmax(whole[:, 8:-1], axis=-1))
 
 
+FULL = {  # what makes every method the model
+  "dense": {},
+  "compact_attention": dict(alpha=0.0),
+  "quoka": dict(queries=1.0, budget=1.0),
+  "dhsa": dict(budget=256),
+  "sliding_window": dict(budget=256),
+  **{name: dict(keep=1.0, slide=False) for name in ("streaming_llm", "h2o")},
+  **{name: dict(keep=1.0) for name in ("chelsea", "snapkv", "keydiff")},
+}
+LENGTHS = np.array([9, 6])
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_methods_of_a_paged_cache_by_name(model, name):
+  """At its full budget each gives the model's tokens, rows of different lengths."""
+  network, logits, decoder = subject(model, name, page=4, prefill_chunk=8, **FULL[name])
+  assert logits is None
+  expected = generate(model, TOKENS, LENGTHS, tokens=4)
+  assert generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder).tolist() == expected.tolist()
+
+
+def test_scores_behind_prompts_of_different_lengths(model):
+  network, _, decoder = subject(model, "dense", page=4, prefill_chunk=8)
+  following = random_tokens(2, 4)
+  found, likeliest = continuation_scores(network, TOKENS, LENGTHS, following, decoder=decoder)
+  for i, length in enumerate(LENGTHS):
+    whole = jnp.concatenate([TOKENS[i, :length], following[i]])
+    logp = jax.nn.log_softmax(model(whole[None]))[0, length - 1 : -1]
+    np.testing.assert_allclose(found[i], jnp.take_along_axis(logp, following[i][:, None], axis=1)[:, 0], atol=2e-4)
+    np.testing.assert_array_equal(likeliest[i], logp.argmax(axis=-1) == following[i])
+
+
+def test_one_method_reads_the_prompt_and_another_goes_on(model):
+  """CompactAttention's prefill and Chelsea's cache, by name: the tokens of the two methods put together in Python."""
+  prompts = random_tokens(1, 32)
+  options = dict(select="flash_prefill", alpha=0.9, sink=1, window=1, page=4, prefill_chunk=8)
+  merging = dict(keep=0.5, recent=4, chunk=4)
+  network, _, decoder = subject(model, "compact_attention", decode="chelsea", **merging, **options)
+  select = functools.partial(flash_prefill, alpha=0.9, sink=1, window=1)
+  by_hand = paged.decoder(compact(select), decode=chelsea(sink=1, **merging), chunk=8, page=4)
+  score = lambda decoder: continuation_scores(network, prompts[:, :24], None, prompts[:, 24:], decoder=decoder)[0]
+  np.testing.assert_array_equal(score(decoder), score(by_hand))
+
+
 @pytest.mark.parametrize(
   "method, options, message",
   [
     ("snap", {}, "method is 'snap'; it must be one of snlp"),
+    ("h2o", dict(rate=1), "an option of method h2o is 'rate'; it must be one of prefill_chunk, page, "),
+    ("dense", dict(decode="snap"), "decode is 'snap'; it must be one of dense, "),
+    ("compact_attention", dict(select="best"), "select is 'best'; it must be one of flash_prefill"),
     (None, dict(layers=2), "options of a method need method="),
     ("snlp", {}, "method snlp needs layers="),
     ("snlp", dict(layers=2, depth=3), "an option of method snlp is 'depth'; it must be one of layers, "),
