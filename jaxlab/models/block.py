@@ -16,6 +16,7 @@ from jaxlab.core import mesh as meshes
 from jaxlab.models.attention import AttentionFn, take_layers, window_kinds
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import MLP, Linear, Mixing, MoE, RMSNorm, Steps, StreamMaps, TransposedLinear, turn, wide
+from jaxlab.models.maps import all_plain
 
 _GATE_CHANNELS = 12
 
@@ -233,27 +234,30 @@ def for_inference(blocks: Block, steps: Steps = Steps()) -> Block:
   """Stacked blocks as the same functions in fewer and faster kernels.
 
   q, k, v (and SwiGLU's gate, up) become one product each, queries and keys are normalised and rotated together, and
-  weights lie transposed.
+  weights lie transposed. Maps of other forms (`maps`) stay as they are.
 
   Args:
     steps: what stands between the products and attention.
   """
   blocks = jax.tree.map(lambda a: a, blocks)
   c, mlp = blocks.config, blocks.mlp
+  plain = lambda *maps: all(isinstance(one, Linear) for one in maps)
   beside = lambda *maps: Linear(jnp.concatenate([m.weight[...] for m in maps], axis=-1), maps[0].weight.axes)
-  blocks.qkv = beside(blocks.q, blocks.k, blocks.v)
-  blocks.q = blocks.k = blocks.v = None
-  blocks.steps = steps
-  if blocks.q_norm is not None and blocks.q_norm.gain is not None:
+  whole = steps.whole if all_plain(blocks) else None
+  blocks.steps = steps._replace(whole=whole)
+  if plain(blocks.q, blocks.k, blocks.v):
+    blocks.qkv = beside(blocks.q, blocks.k, blocks.v)
+    blocks.q = blocks.k = blocks.v = None
+  if blocks.qkv is not None and blocks.q_norm is not None and blocks.q_norm.gain is not None:
     gains = []
     for norm, heads in ((blocks.q_norm, c.q_heads), (blocks.k_norm, c.kv_heads)):
       gain = norm.gain[...]  # one a layer, or already one a head
       gains.append(gain if gain.ndim == 3 else jnp.repeat(gain[:, None], heads, axis=1))
     blocks.q_norm.gain = nnx.Param(jnp.concatenate(gains, axis=1), axes=(None, None))
-  if isinstance(mlp, MLP) and mlp.gate is not None:
+  if isinstance(mlp, MLP) and plain(mlp.gate, mlp.up):
     mlp.gate_up = beside(mlp.gate, mlp.up)
     mlp.gate = mlp.up = None
-  for owner, names in ((blocks, ("qkv", "o")), (mlp, ("gate_up", "up", "down"))):
+  for owner, names in ((blocks, ("qkv", "q", "k", "v", "o")), (mlp, ("gate_up", "gate", "up", "down"))):
     for name in names:
       if isinstance(linear := getattr(owner, name, None), Linear):
         setattr(owner, name, TransposedLinear(linear))

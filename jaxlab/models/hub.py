@@ -23,7 +23,7 @@ from jaxlab.core.checks import InputError, plain, require, require_choice
 from jaxlab.core.files import write_files
 from jaxlab.core.foreign import foreign
 from jaxlab.core.mesh import shardings
-from jaxlab.models import config_json, formats, gguf
+from jaxlab.models import config_json, formats, gguf, maps
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.files import INDEX, SINGLE, find, gguf_file, read_json, read_tensor, saved_files, tensor_files
 from jaxlab.models.layers import rope_frequencies
@@ -61,6 +61,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
     return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors, **options)
   config, table = read_config(path)
   places = tensor_files(path)
+  options["compression"] = read_json(path / "config.json").get("compression")
   return from_tensors(config, table, lambda name: read_tensor(places[name], name), places, **options)
 
 
@@ -73,9 +74,16 @@ def from_tensors(
   dtype=None,
   mesh: Mesh | None = None,
   where: str = "checkpoint",
+  compression: Mapping[str, Mapping] | None = None,
 ) -> Transformer:
-  """Builds a model from named tensors; `table` maps parameters to names (None: the parameters' own names)."""
-  abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+  """Builds a model from named tensors; `table` maps parameters to names (None: the parameters' own names).
+
+  Args:
+    compression: the forms of maps that are not one matrix (`maps.spec_of`); their arrays keep the dtypes of the file.
+  """
+  forms = compression or {}
+  require(isinstance(forms, Mapping), f"{where}: compression is {forms!r:.80}; it must be an object of maps")
+  abstract = jax.eval_shape(lambda: maps.shaped(Transformer(config, jax.random.key(0)), forms))
   parameters = list(_leaves(abstract))
   used = set()
   for parameter, leaf in parameters:
@@ -97,9 +105,13 @@ def from_tensors(
         tensor = tensor[tuple(slice(0, n) if n == config.vocab_size else slice(None) for n in expected)]
       require(tensor.shape == expected, f"{where}: {name} has shape {tensor.shape}; config.json makes it {expected}")
       floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
-      require(floating, f"{where}: {name} holds {tensor.dtype}; only 16, 32 and 64 bit floats can be loaded")
+      stored = jnp.issubdtype(leaf.dtype, jnp.integer)
+      wanted = str(leaf.dtype) if stored else "16, 32 or 64 bit floats"
+      fits = tensor.dtype == leaf.dtype if stored else floating
+      require(fits, f"{where}: {name} holds {tensor.dtype}; only {wanted} can be loaded")
+      keep = any(parameter.startswith(f"blocks.{form}.") for form in forms)
       if value is None:
-        value = _aligned(leaf.shape, np.dtype(dtype or tensor.dtype))
+        value = _aligned(leaf.shape, np.dtype(tensor.dtype if keep else dtype or tensor.dtype))
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
@@ -150,7 +162,9 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
   """
   require_choice("layout", layout, (None, "nanochat"))
   folder, config = Path(path), model.config
-  arch = config_json.architecture(config)
+  forms = maps.spec_of(model)
+  require(not (forms and layout), f"a compressed model has no {layout} layout; save it without layout=")
+  arch = formats.OWN if forms else config_json.architecture(config)
   table = formats.KARPATHY if layout else formats.TABLES.get(arch)
   tensors = to_tensors(model, table)
   try:
@@ -168,7 +182,11 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
       weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
       index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
       files[INDEX] = _json(index)
-    description = config_json.describe(config, arch) | {"dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
+    description = (
+      config_json.describe(config, arch)
+      | ({"compression": forms} if forms else {})
+      | {"dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
+    )
     files["config.json"] = _json(description)
     write_files(folder, files)
     for old in replaced:

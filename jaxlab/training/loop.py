@@ -175,7 +175,7 @@ def cast(model: LanguageModel, dtype) -> LanguageModel:
 
   def one(path, leaf):
     name = jax.tree_util.keystr(path)
-    wide = leaf.ndim < 2 or "_mixing" in name or "recurrence" in name
+    wide = leaf.ndim < 2 or "_mixing" in name or "recurrence" in name or not jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf if wide else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, model)

@@ -1,0 +1,190 @@
+"""Linear maps in other forms than one matrix: what a compressed model holds in the place of `layers.Linear`.
+
+Every form is called like Linear, holds exactly the arrays that are stored (the bytes of a model are those of its
+arrays), and says in `spec` what `hub` needs to read it. `named` and `replaced` are how methods take a model's maps
+and give others back.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from jaxlab.core.checks import InputError, require, require_choice, require_divides
+from jaxlab.models.layers import Linear
+
+NAMES = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")  # of a block
+
+
+class Factored(nnx.Module):
+  """y = (x V) U + b: a map of low rank.
+
+  V: (*stack, inputs, rank); U: (*stack, rank, outputs); b: (*stack, outputs) or None.
+  """
+
+  kind = "factored"
+
+  def __init__(self, down: Float[Array, "*stack inputs rank"], up: Float[Array, "*stack rank outputs"], bias=None):
+    self.down = nnx.Param(down, axes=("embed", None))
+    self.up = nnx.Param(up, axes=(None, "embed"))
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def spec(self) -> dict:
+    return {"rank": self.down.shape[-1], "bias": self.bias is not None}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, rank: int, bias: bool) -> "Factored":
+    zeros = lambda *shape: jnp.zeros((*stack, *shape))
+    return cls(zeros(inputs, rank), zeros(rank, outputs), zeros(outputs) if bias else None)
+
+
+class Quantised(nnx.Module):
+  """y = x W, W = scale (code - zero): whole numbers of `bits` bits, groups of inputs with a scale and a zero each.
+
+  codes: (*stack, bits inputs / 8, outputs), packed along the inputs, least significant bit first; scale: (*stack,
+  inputs / group, outputs); zero: like scale, uint8.
+  """
+
+  kind = "quantised"
+
+  def __init__(self, codes: UInt8[Array, "*stack packed outputs"], scale, zero, *, bits: int):
+    self.bits = bits
+    self.codes = nnx.Param(codes, axes=(None, None))
+    self.scale = nnx.Param(scale, axes=(None, None))
+    self.zero = nnx.Param(zero, axes=(None, None))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in float32."""
+    code = unpack_codes(self.codes[...], self.bits)
+    scale, zero = self.scale[...].astype(jnp.float32), self.zero[...]
+    *stack, groups, outputs = scale.shape
+    grouped = code.reshape(*stack, groups, -1, outputs).astype(jnp.float32) - zero[..., None, :]
+    return (grouped * scale[..., None, :]).reshape(code.shape)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return x @ self.weight().astype(x.dtype)
+
+  @property
+  def spec(self) -> dict:
+    return {"bits": self.bits, "groups": self.scale.shape[-2]}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, bits: int, groups: int) -> "Quantised":
+    zeros = lambda rows, dtype: jnp.zeros((*stack, rows, outputs), dtype)
+    codes = zeros(bits * inputs // 8, jnp.uint8)
+    return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits)
+
+
+FORMS = {form.kind: form for form in (Factored, Quantised)}
+
+
+def pack_codes(codes: UInt8[Array, "*stack inputs outputs"], bits: int) -> UInt8[Array, "*stack packed outputs"]:
+  """Whole numbers below 2^bits, `bits` bits each one after the other along the inputs.
+
+  Raises:
+    InputError: bits outside 1..8, or inputs whose bits fill no whole number of bytes.
+  """
+  require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
+  *stack, inputs, outputs = codes.shape
+  require_divides("8", 8, "bits times inputs", bits * inputs)
+  bit = (codes[..., :, None, :] >> jnp.arange(bits, dtype=jnp.uint8)[:, None]) & 1
+  byte = bit.reshape(*stack, -1, 8, outputs) << jnp.arange(8, dtype=jnp.uint8)[:, None]
+  return byte.sum(axis=-2).astype(jnp.uint8)
+
+
+def unpack_codes(packed: UInt8[Array, "*stack packed outputs"], bits: int) -> UInt8[Array, "*stack inputs outputs"]:
+  """The inverse of `pack_codes`."""
+  *stack, _, outputs = packed.shape
+  bit = (packed[..., :, None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
+  code = bit.reshape(*stack, -1, bits, outputs) << jnp.arange(bits, dtype=jnp.uint8)[:, None]
+  return code.sum(axis=-2).astype(jnp.uint8)
+
+
+def named(blocks) -> dict[str, nnx.Module]:
+  """The linear maps of a block or of stacked ones, by their names (`NAMES`); experts and routers are none of them."""
+  found = {}
+  for name in NAMES:
+    owner, attribute = _owner(blocks, name)
+    one = getattr(owner, attribute, None)
+    if isinstance(one, Linear | Factored | Quantised):
+      found[name] = one
+  return found
+
+
+def replaced(blocks, maps: Mapping[str, nnx.Module]):
+  """The block or stacked blocks with other maps in the places of those named."""
+  blocks = jax.tree.map(lambda a: a, blocks)
+  for name, one in maps.items():
+    owner, attribute = _owner(blocks, name)
+    require(getattr(owner, attribute, None) is not None, f"these blocks have no map {name}")
+    setattr(owner, attribute, one)
+  return blocks
+
+
+def stack(blocks: list):
+  """Blocks of equal shapes as one with a leading layer axis.
+
+  Raises:
+    InputError: blocks that are not alike.
+  """
+  shapes = {jax.tree.structure(block): None for block in blocks}
+  require(len(shapes) == 1, "these layers hold maps of different forms and cannot be stacked")
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+
+def with_blocks(model, blocks):
+  """The model with other stacked blocks."""
+  model = jax.tree.map(lambda a: a, model)
+  model.blocks = blocks
+  return model
+
+
+def bytes_of(tree) -> int:
+  """Bytes of all arrays: what a file of them takes but for its header."""
+  return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def all_plain(blocks) -> bool:
+  """Whether every map is one matrix."""
+  return all(isinstance(one, Linear) for one in named(blocks).values())
+
+
+def spec_of(model) -> dict[str, dict]:
+  """{map: {"kind": form, ...}} of every map that is not one matrix, for a config.json."""
+  other = {name: one for name, one in named(model.blocks).items() if not isinstance(one, Linear)}
+  return {name: {"kind": one.kind} | one.spec for name, one in other.items()}
+
+
+def shaped(model, spec: Mapping[str, Mapping]):
+  """The model with maps of the forms and shapes that `spec_of` gave, filled with zeros.
+
+  Raises:
+    InputError: a map this model does not have, an unknown form, or fields that are not its own.
+  """
+  maps, plain = {}, named(model.blocks)
+  for name, fields in spec.items():
+    require_choice("compression: the map", name, plain)
+    require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
+    require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
+    *layers, inputs, outputs = plain[name].weight.shape
+    sizes = {key: value for key, value in fields.items() if key != "kind"}
+    whole = all(type(value) in (int, bool) and value >= 0 for value in sizes.values())
+    require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
+    try:
+      maps[name] = FORMS[fields["kind"]].empty(layers, inputs, outputs, **sizes)
+    except (TypeError, ValueError) as error:
+      raise InputError(f"compression.{name} is not a {fields['kind']} map: {error}") from None
+  return with_blocks(model, replaced(model.blocks, maps))
+
+
+def _owner(blocks, name: str):
+  owner, _, attribute = name.rpartition(".")
+  return (getattr(blocks, owner) if owner else blocks), attribute

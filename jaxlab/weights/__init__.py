@@ -1,0 +1,1 @@
+"""Methods that split weights into parts: fewer bytes for the same network."""

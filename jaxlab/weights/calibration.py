@@ -1,0 +1,175 @@
+"""What a network's linear maps read on a calibration text, one layer in memory at a time.
+
+  maps = layer_by_layer(model, tokens, visit, batch=8)      # visit(layer, block, {map: Moments}) -> {map: another form}
+  model = with_maps(model, maps)
+
+Maps that read the same input (q, k and v; gate and up) share its statistics: they are collected once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import InputError, require
+from jaxlab.models import Transformer, maps
+from jaxlab.models.attention import dot_product_attention
+from jaxlab.models.block import Block, Side, layer_slice
+
+_SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Statistics of the inputs x of a map, float32, over T tokens in R rows.
+
+  Attributes:
+    tokens, rows: T and R. mean: (n,). scatter: (n, n), the sum of (x - mean)(x - mean)^T.
+    absolute: (n,), the mean of |x|. norm: (n,), the mean over rows of sqrt(sum_t x_t^2).
+  """
+
+  tokens: Float[Array, ""]
+  rows: Float[Array, ""]
+  mean: Float[Array, "n"]
+  scatter: Float[Array, "n n"]
+  absolute: Float[Array, "n"]
+  norm: Float[Array, "n"]
+
+  @property
+  def covariance(self) -> Float[Array, "n n"]:
+    """scatter / T."""
+    return self.scatter / self.tokens
+
+  @property
+  def second(self) -> Float[Array, "n n"]:
+    """The mean of x x^T."""
+    return self.covariance + jnp.outer(self.mean, self.mean)
+
+
+def moments(x: Float[Array, "rows time n"]) -> Moments:
+  """Of one batch; sums are float32 products of the highest precision."""
+  x = x.astype(jnp.float32)
+  rows, time, _ = x.shape
+  flat = x.reshape(rows * time, -1)
+  mean = flat.mean(axis=0)
+  centred = flat - mean
+  scatter = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
+  norm = jnp.sqrt((x * x).sum(axis=1)).mean(axis=0)
+  return Moments(jnp.float32(rows * time), jnp.float32(rows), mean, scatter, jnp.abs(flat).mean(axis=0), norm)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+  """Of two batches together (Chan, Golub and LeVeque 1979): no difference of large sums."""
+  tokens, rows = a.tokens + b.tokens, a.rows + b.rows
+  apart = b.mean - a.mean
+  share = b.tokens / tokens
+  scatter = a.scatter + b.scatter + jnp.outer(apart, apart) * a.tokens * share
+  between = lambda x, y, part: x + (y - x) * part
+  return Moments(
+    tokens,
+    rows,
+    between(a.mean, b.mean, share),
+    scatter,
+    between(a.absolute, b.absolute, share),
+    between(a.norm, b.norm, b.rows / rows),
+  )
+
+
+def layer_by_layer(
+  model: Transformer,
+  tokens: Int[Array, "rows time"],
+  visit: Callable[[int, Block, Mapping[str, Moments]], Mapping[str, nnx.Module]],
+  *,
+  batch: int = 8,
+  sequential: bool = False,
+) -> dict[str, nnx.Module]:
+  """{map: its other form, stacked over layers}: `visit` sees one layer, unstacked, and what its maps read.
+
+  Args:
+    tokens: calibration text, a multiple of `batch` rows.
+    sequential: later layers read what the layers before them give with their other maps, not the original ones.
+
+  Raises:
+    InputError: rows that do not fill batches, weights that are not finite (named), or a model with experts or
+      hyper-connections.
+  """
+  rows = len(tokens)
+  require(rows >= batch and rows % batch == 0, f"{rows} rows of calibration text; give a multiple of batch={batch}")
+  c = model.config
+  require(not (c.experts or c.hyper), "calibration is of dense blocks, without experts and hyper-connections")
+  require_finite(model)
+  model = jax.tree.map(jnp.asarray, model)
+  parts = [jnp.asarray(tokens[i : i + batch]) for i in range(0, rows, batch)]
+  states = [_embed(model, part)[0] for part in parts]
+  found = []
+  for layer in range(model.depth):
+    block = jax.tree.map(lambda a: a[0], layer_slice(model.blocks, layer, layer + 1))
+    kind = dict(window=c.windows[layer], row=c.value_layers.index(layer) if layer in c.value_layers else None)
+    total, outputs = None, []
+    for part, x in zip(parts, states, strict=True):
+      y, new = _observe(block, x, _embed(model, part)[1], **kind)
+      total = new if total is None else _merge(total, new)
+      outputs.append(y)
+    inputs = {name: total[_SHARED.get(name, name)] for name in maps.named(block)}
+    found.append(dict(visit(layer, block, inputs)))
+    if sequential:
+      other = maps.replaced(block, found[-1])
+      outputs = [_observe(other, x, _embed(model, p)[1], **kind)[0] for p, x in zip(parts, states, strict=True)]
+    states = outputs
+  return {name: maps.stack([forms[name] for forms in found]) for name in found[0]}
+
+
+def with_maps(model: Transformer, forms: Mapping[str, nnx.Module]) -> Transformer:
+  """The model with its stacked maps in other forms."""
+  return maps.with_blocks(model, maps.replaced(model.blocks, forms))
+
+
+def require_finite(model: Transformer) -> None:
+  """Raises InputError that names the first parameter which holds NaN or infinity."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+      name = jax.tree_util.keystr(path, simple=True, separator=".")
+      raise InputError(f"{name} holds NaN or infinity; the checkpoint is broken, copy or train it again")
+
+
+_embed = jax.jit(lambda model, tokens: model.embed(tokens)[:2])
+_merge = jax.jit(lambda a, b: {name: merge(a[name], b[name]) for name in a})
+
+
+@functools.partial(jax.jit, static_argnames=("window", "row"))
+def _observe(block: Block, x, side: Side, *, window, row):
+  """(the block's output, {map: Moments of its input})."""
+  seen = {}
+
+  def tap(name, one):
+    def call(inputs):
+      seen[name] = moments(inputs)
+      return one(inputs)
+
+    return call
+
+  watched = {name: tap(name, one) for name, one in maps.named(block).items()}
+  value = None if row is None else side.values[row]
+  block = maps.replaced(block, watched)
+  inner, mixing, q, k, v = block.project(x, side, value, None)
+  attended = dot_product_attention(q, k, v, window=window, start=0)
+  y, _ = block.finish(inner, mixing, attended, None)
+  return y, {name: seen[name] for name in watched if name not in _SHARED}
+
+
+def rows_of(tokens, *, rows: int, time: int, seed: int = 0) -> np.ndarray:
+  """`rows` windows of `time` tokens from random places of a text's ids.
+
+  Raises:
+    InputError: a text shorter than one window.
+  """
+  ids = np.asarray(tokens)
+  require(len(ids) >= time, f"the calibration text has {len(ids)} tokens; one row takes {time}")
+  starts = np.random.default_rng(seed).integers(0, len(ids) - time + 1, rows)
+  return np.stack([ids[s : s + time] for s in starts]).astype(np.int32)

@@ -1,0 +1,72 @@
+"""Maps of low rank from their weights: the rivals of the methods that look at outputs.
+
+Each takes W (inputs, outputs), y = W^T x, and gives (V, U) with W ~ V U.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require
+from jaxlab.models import Transformer, maps
+from jaxlab.models.maps import Factored
+from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+
+_TINY = 1e-6
+
+
+def plain_svd(weight: Float[Array, "inputs outputs"], x: Moments):
+  """W alone: the singular values split evenly. All ranks at once, as those below."""
+  left, values, right = jnp.linalg.svd(weight.astype(jnp.float32), full_matrices=False)
+  root = jnp.sqrt(values)
+  return left * root, root[:, None] * right
+
+
+def asvd(weight: Float[Array, "inputs outputs"], x: Moments, *, alpha: float = 0.5):
+  """ASVD (Yuan et al. 2023, arXiv 2312.05821): inputs weigh (mean |x|)^alpha."""
+  scale = x.absolute**alpha + _TINY
+  left, right = plain_svd(scale[:, None] * weight.astype(jnp.float32), x)
+  return left / scale[:, None], right
+
+
+def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
+  """SVD-LLM (Wang et al. 2024, arXiv 2403.07378): inputs whitened by the Cholesky factor of their second moment."""
+  second = x.second
+  lowest = jnp.linalg.eigvalsh(second)[0]
+  floor = jnp.where(lowest > 0, 0, _TINY * jnp.trace(second) / len(second) - lowest)
+  root = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
+  left, values, right = jnp.linalg.svd(root.T @ weight.astype(second.dtype), full_matrices=False)
+  half = jnp.sqrt(values)
+  return jax.scipy.linalg.solve_triangular(root.T, left * half, lower=False), half[:, None] * right
+
+
+def low_rank(
+  model: Transformer,
+  tokens: Int[Array, "rows time"],
+  how: Callable = svd_llm,
+  *,
+  budget: float,
+  multiple: int = 1,
+  batch: int = 8,
+) -> Transformer:
+  """Every linear map of the blocks by `how` at the same share of its parameters.
+
+  Raises:
+    InputError: a budget outside (0, 1), or one so small that a map would have no rank left; and as `layer_by_layer`.
+  """
+  require(0 < budget < 1, f"budget is {budget}; it must be between 0 and 1")
+  made = jax.jit(how)
+
+  def visit(layer, block, inputs):
+    forms = {}
+    for name, one in maps.named(block).items():
+      n, m = one.weight.shape
+      rank = int(budget * n * m / (n + m)) // multiple * multiple
+      require(rank >= 1, f"budget {budget} leaves {name} no rank; its smallest is {multiple * (n + m) / (n * m):.3f}")
+      down, up = made(one.weight[...], inputs[name])
+      forms[name] = Factored(down[:, :rank].astype(model.dtype), up[:rank].astype(model.dtype))
+    return forms
+
+  return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))

@@ -1,0 +1,178 @@
+"""LoRD: the least error of every rank, the same map as SVD-LLM's without centring, ranks chosen by loss."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import maps
+from jaxlab.weights import svd
+from jaxlab.weights.calibration import moments
+from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, sweep, truncate
+from tests.common import configs, random_model, random_tokens
+
+SHAPES = [(24, 32), (24, 24), (32, 24)]
+TOKENS = random_tokens(16, 24)
+
+
+def example(inputs, outputs, *, tokens=400, seed=0):
+  """(inputs of unequal variance around a mean, a weight)."""
+  rng = np.random.default_rng(seed)
+  mix = rng.normal(size=(inputs, inputs)) * np.exp(-np.arange(inputs) / 4)
+  x = rng.normal(size=(1, tokens, inputs)) @ mix + rng.normal(size=inputs)
+  return jnp.asarray(x, jnp.float32), jnp.asarray(rng.normal(size=(inputs, outputs)), jnp.float32)
+
+
+def error(x, weight, one) -> float:
+  """The summed squared error of a map's outputs."""
+  y = x.reshape(-1, x.shape[-1])
+  return float(((one(y) - y @ weight) ** 2).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_error_is_what_the_eigenvalues_left_out_say(shape):
+  x, weight = example(*shape)
+  found = basis(weight, moments(x))
+  np.testing.assert_allclose(found.up @ found.up.T, np.eye(min(shape)), atol=1e-5)
+  for rank in (1, 8):
+    one = factors(found, rank, dtype=jnp.float32)
+    assert one.spec == {"rank": rank, "bias": True}
+    np.testing.assert_allclose(error(x, weight, one), 400 * found.eigenvalues[rank:].sum(), rtol=2e-3)
+  full = factors(found, min(shape), dtype=jnp.float32)
+  np.testing.assert_allclose(full(x), x @ weight, atol=2e-3)
+  prefix = factors(found, 5, dtype=jnp.float32)
+  np.testing.assert_array_equal(prefix.down[...], full.down[..., :5])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_centring_it_is_svd_llm(shape):
+  with jax.enable_x64(True):
+    x, weight = example(*shape)
+    seen = jax.tree.map(lambda a: a.astype(jnp.float64), moments(x))
+    weight = weight.astype(jnp.float64)
+    down, up = svd.svd_llm(weight, seen)
+    found = basis(weight, seen, centre=False)
+    # Cholesky's jitter moves the basis of the wide case by as much.
+    close = 1e-8 if shape[1] <= shape[0] else 1e-4
+    for rank in (3, 12):
+      np.testing.assert_allclose(found.down[:, :rank] @ found.up[:rank], down[:, :rank] @ up[:rank], atol=close)
+    assert float(jnp.abs(found.mean).max()) == 0
+
+
+def test_inputs_of_few_directions_give_the_same_outputs_either_way():
+  x, weight = example(24, 20)
+  x = x.at[..., 12:].set(0)
+  seen = moments(x)
+  down, up = svd.svd_llm(weight, seen)
+  found = basis(weight, seen, centre=False)
+  np.testing.assert_allclose(
+    (x @ found.down[:, :6]) @ found.up[:6], (x @ down[:, :6]) @ up[:6], atol=5e-2 * float(jnp.abs(x @ weight).max())
+  )
+  np.testing.assert_allclose((x @ found.down) @ found.up, x @ weight, atol=2e-3)
+
+
+def test_the_wide_way_is_the_way_through_all_outputs():
+  x, weight = example(12, 40)
+  seen = moments(x)
+  found = basis(weight, seen)
+  values, vectors = np.linalg.eigh(np.asarray(weight.T @ seen.covariance @ weight, np.float64))
+  np.testing.assert_allclose(found.eigenvalues[:6], values[::-1][:6], rtol=5e-3)
+  ours, theirs = (e[:, :4] @ e[:, :4].T for e in (np.asarray(found.up.T), vectors[:, ::-1]))
+  np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_all_maps_of_a_rank_it_has_the_least_error(seed):
+  x, weight = example(24, 32, seed=seed)
+  seen = moments(x)
+  centred, plain = basis(weight, seen), basis(weight, seen, centre=False)
+  rivals = [how(weight, seen) for how in (svd.asvd, svd.plain_svd)]
+  for rank in (2, 8, 16):
+    cut = lambda pair: maps.Factored(pair[0][:, :rank], pair[1][:rank])  # noqa: B023
+    best, second = (error(x, weight, factors(b, rank, dtype=jnp.float32)) for b in (centred, plain))
+    assert best <= second * 1.0001 and second <= min(error(x, weight, cut(pair)) for pair in rivals) * 1.0001
+
+
+@pytest.fixture(scope="module")
+def made():
+  model = random_model(dataclasses.replace(configs()["qwen3"], depth=2))
+  return model, decompose(model, TOKENS, batch=16)
+
+
+def test_ranks_that_are_data_give_the_model_of_those_ranks(made):
+  model, bases = made
+  ranks = {"q": 10, "mlp.up": 14, "mlp.down": 5}
+  none = dict.fromkeys(bases, jnp.int32(0))
+  logits = jax.jit(lambda model, bases, ranks: masked(model, bases, ranks)(TOKENS))
+  given = none | {name: jnp.int32(rank) for name, rank in ranks.items()}
+  np.testing.assert_allclose(logits(model, bases, given), truncate(model, bases, ranks)(TOKENS), rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(logits(model, bases, none), model(TOKENS), rtol=1e-3, atol=1e-3)
+  assert logits._cache_size() == 1
+
+
+def test_no_map_grows(made):
+  """32 x 64: rank 21 takes fewer numbers than the matrix, 22 takes more; the bias counts."""
+  model, bases = made
+  shrinks = lambda rank: maps.bytes_of(truncate(model, bases, {"mlp.up": rank})) < maps.bytes_of(model)
+  assert shrinks(20) and not shrinks(21)
+  assert isinstance(maps.named(truncate(model, bases, {"mlp.up": 21}).blocks)["mlp.up"], maps.Linear)
+  assert bases["mlp.up"].cost(20, bias=True) == 20 * 96 + 64 and bases["mlp.up"].cost(30, bias=True) == 32 * 64
+
+
+def test_ranks_are_chosen_by_loss_until_the_budget_is_met(made):
+  model, bases = made
+  targets = random_tokens(16, 24, seed=1)
+
+  def loss(model):
+    logp = jax.nn.log_softmax(model(TOKENS))
+    return -jnp.take_along_axis(logp, targets[..., None], axis=-1).mean()
+
+  found = sweep(model, bases, loss, shares=(0.9, 0.5, 0.2), multiple=2)
+  dense, table = found
+  np.testing.assert_allclose(dense, loss(model), rtol=1e-5)
+  one = truncate(model, bases, {"mlp.down": 4})
+  np.testing.assert_allclose(table["mlp.down"][4], loss(one), rtol=1e-4)
+  assert choose(model, bases, found, budget=1.0) == {}
+  for budget in (0.9, 0.6):
+    ranks = choose(model, bases, found, budget=budget)
+    small = truncate(model, bases, ranks)
+    of_maps = lambda model: maps.bytes_of(maps.named(model.blocks))
+    assert of_maps(small) <= budget * of_maps(model)
+  with pytest.raises(InputError, match=r"budget is 0.01; the smallest ranks of the sweep take 0\.\d+"):
+    choose(model, bases, found, budget=0.01)
+
+
+def test_a_cheap_map_is_taken_before_a_dear_one():
+  """Equal savings: the map whose loss rises least goes first, and its smaller rank only when that is worth it."""
+  one = Basis(*(jnp.ones(shape) for shape in ((2, 8, 8), (2, 8, 8), (2, 8), (2, 8))))
+  bases = {"q": one, "o": one}
+  found = (1.0, {"q": {2: 1.5}, "o": {2: 1.01, 1: 9.0}})
+  small = one.cost(2, bias=True) / 64
+  pick = functools.partial(choose, None, bases, found)
+  assert pick(budget=(small + 1) / 2) == {"o": 2}
+  assert pick(budget=small) == {"o": 2, "q": 2}
+
+
+def test_a_rival_at_a_budget(made):
+  model, _ = made
+  small = svd.low_rank(model, TOKENS, budget=0.5, batch=16)
+  size = maps.bytes_of(maps.named(small.blocks)) / maps.bytes_of(maps.named(model.blocks))
+  assert 0.35 < size <= 0.5
+  with pytest.raises(InputError, match="leaves q no rank"):
+    svd.low_rank(model, TOKENS, budget=0.01, batch=16)
+  with pytest.raises(InputError, match="budget is 1"):
+    svd.low_rank(model, TOKENS, budget=1.5)
+
+
+def test_wrong_input_is_one_line(made):
+  model, bases = made
+  with pytest.raises(InputError, match="has 8 tokens; bases of 32 take 128"):
+    decompose(model, TOKENS[:1, :8])
+  with pytest.raises(InputError, match=r"rank 33 of q; it must be 1\.\.32"):
+    truncate(model, bases, {"q": 33})
+  with pytest.raises(InputError, match="a map is 'head'"):
+    truncate(model, bases, {"head": 3})

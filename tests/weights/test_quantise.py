@@ -1,0 +1,90 @@
+"""Round to nearest and GPTQ: the grid, the error, the loop against one written out in numpy."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import maps
+from jaxlab.weights.calibration import moments
+from jaxlab.weights.quantise import gptq, quantise, rtn
+from tests.common import configs, random_model, random_tokens
+
+TOKENS = random_tokens(16, 24)
+
+
+def example(inputs=32, outputs=12, seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(1, 500, inputs)) @ (rng.normal(size=(inputs, inputs)) * np.exp(-np.arange(inputs) / 8))
+  return jnp.asarray(x, jnp.float32), jnp.asarray(rng.normal(size=(inputs, outputs)), jnp.float32)
+
+
+@pytest.mark.parametrize("bits, group", [(2, 8), (3, 16), (4, 32), (8, 32)])
+def test_nearest_is_within_half_a_step_of_every_weight(bits, group):
+  _, weight = example()
+  one = rtn(weight, bits=bits, group=group)
+  step = np.repeat(np.asarray(one.scale[...], np.float32), group, axis=0)
+  # The grid's ends are moved by the rounding of its zero, half a step at most.
+  assert np.all(np.abs(one.weight() - weight) <= 1.01 * step)
+  assert np.mean(np.abs(one.weight() - weight) <= 0.501 * step) > 0.9
+  assert maps.bytes_of(one) == bits * 32 * 12 // 8 + 3 * (32 // group) * 12
+  np.testing.assert_allclose(one(jnp.eye(32)), one.weight(), rtol=1e-5)
+
+
+def numpy_gptq(weight, second, bits, group):
+  """The published loop, column by column on (outputs, inputs)."""
+  w = np.array(weight, np.float64).T
+  h = 2 * np.array(second, np.float64)
+  h += 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
+  spread = np.linalg.cholesky(np.linalg.inv(h)).T
+  out = np.zeros_like(w)
+  for j in range(w.shape[1]):
+    if j % group == 0:
+      part = w[:, j : j + group]
+      low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
+      scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float64)
+      zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
+    code = np.clip(np.round(w[:, j] / scale) + zero, 0, 2**bits - 1)
+    out[:, j] = scale * (code - zero)
+    w[:, j + 1 :] -= np.outer((w[:, j] - out[:, j]) / spread[j, j], spread[j, j + 1 :])
+  return out.T
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_is_the_published_loop(bits):
+  x, weight = example()
+  seen = moments(x)
+  found = gptq(weight, seen, bits=bits, group=16).weight()
+  expected = numpy_gptq(weight, seen.second, bits, 16)
+  # A weight half way between two codes may fall to either in another precision, and others follow it.
+  assert np.mean(np.abs(found - expected) < 1e-3) > 0.98
+  loss = lambda w: float(((x @ w - x @ weight) ** 2).sum())
+  np.testing.assert_allclose(loss(found), loss(jnp.asarray(expected, jnp.float32)), rtol=0.05)
+  assert loss(found) < 0.7 * loss(rtn(weight, bits=bits, group=16).weight())
+
+
+def test_an_input_that_is_never_used_costs_nothing():
+  x, weight = example()
+  x = x.at[..., 5].set(0)
+  one = gptq(weight, moments(x), bits=3, group=16)
+  assert np.all(np.isfinite(one.weight())) and np.all(np.asarray(one.weight()[5]) == 0)
+
+
+def test_a_model_in_many_bits_is_the_model_and_fewer_bits_lose_more():
+  model = random_model(dataclasses.replace(configs()["llama"], depth=2))
+  logits, last = model(TOKENS), 0.0
+  for bits in (8, 3):
+    apart = float(jnp.abs(quantise(model, TOKENS, bits=bits, group=16, batch=16)(TOKENS) - logits).mean())
+    assert apart > last
+    last = apart
+    assert bits < 8 or apart < 0.02 * float(jnp.abs(logits).mean()) + 0.02
+
+
+def test_wrong_input_is_one_line():
+  model = random_model(configs()["llama"])
+  with pytest.raises(InputError, match=r"bits is 9; it must be 1\.\.8"):
+    quantise(model, TOKENS, bits=9)
+  with pytest.raises(InputError, match="the inputs of q"):
+    quantise(model, TOKENS, bits=4, group=24)
