@@ -35,14 +35,27 @@ def subjects(config, cache: Path) -> list[Subject]:
   """
   config = config.copy_and_resolve_references()
   config.data.name = "local_text" if config.data.path else config.data.name
-  return [_subject(config, name, cache) for name in ((config.model,) if config.model else config.subjects)]
+  return [_subject(config, name, cache) for name in _given(config)]
+
+
+def subject_names(config) -> list[str]:
+  """The names of `subjects(config)`, before any is read."""
+  return [_short(name) for name in _given(config)]
+
+
+def _given(config) -> tuple[str, ...]:
+  return (config.model,) if config.model else config.subjects
+
+
+def _short(name: str) -> str:
+  return Path(name.removeprefix("hf:")).name
 
 
 def _subject(config, name: str, cache: Path) -> Subject:
   folder = hub.find(name.removeprefix("hf:"))
   text = load_text(config, cache, given=folder)
   network = jax.jit(inference.take_apart)(hub.load(folder, dtype=config.dtype))
-  return Subject(folder.name if name.startswith("hf:") else name, network, text.bpe, text.split(config.data.split))
+  return Subject(_short(name), network, text.bpe, text.split(config.data.split))
 
 
 def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[dict]:

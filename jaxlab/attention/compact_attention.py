@@ -156,7 +156,7 @@ def compact(
   """
   require(last >= 0, f"last is {last}; the number of dense query blocks at a prompt's end cannot be negative")
   of_layer = lambda layer: select[layer] if isinstance(select, tuple) else select
-  summary = SUMMARIES.get(_function(of_layer(0)))
+  summary = summary_of(of_layer(0))
 
   def empty(config, *, batch, capacity, page, dtype):
     if summary is None:
@@ -219,8 +219,9 @@ def _attend_last(out, q, view: paged.View, start: Int[Array, "batch"], count: in
   return jax.lax.cond((start < time).any(), some, lambda out: out, out)
 
 
-def _function(select: Callable) -> Callable:
-  return _function(select.func) if isinstance(select, functools.partial) else select
+def summary_of(select: Callable) -> Callable | None:
+  """(keys, block) -> what this selector reads in their place, or None."""
+  return summary_of(select.func) if isinstance(select, functools.partial) else SUMMARIES.get(select)
 
 
 def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
