@@ -24,7 +24,9 @@ ABOUT = About(
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, minutes), paper (the paper's lengths)."""
   pick = scales.picker(scale)
-  ours, theirs, sparse = "compact 0.06", "quoka 0.25", "block_sparse 0.06"
+  # A threshold at which about as much of the past is read as QUOKA has in its budget (part `choices`).
+  alpha, budget = pick(cpu=("0.8", "0.35"), gpu=("0.4", "0.3"))
+  ours, theirs, sparse = f"compact {alpha}", f"quoka {budget}", f"block_sparse {alpha}"
   return ml_collections.ConfigDict(
     dict(
       paper="compact_attention",
@@ -67,16 +69,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         methods=pick(
           test=("compact 0.06", "seer 0.01"),
           cpu=(
-            *(f"compact {alpha}" for alpha in ("0.06", "0.01", "0.2", "0.4", "0.8")),
+            *(f"compact {alpha}" for alpha in ("0.8", "0.4", "0.2", "0.06", "0.01")),
             *(f"x_attention {share}" for share in (0.6, 0.8, 0.9)),
             *(f"flex_prefill {share}" for share in (0.6, 0.8, 0.9)),
             *(f"minference {columns}" for columns in (4, 16, 64)),
           ),
           gpu=(
-            *(f"compact {alpha}" for alpha in ("0.06", "0.01", "0.2", "0.4", "0.8")),
+            *(f"compact {alpha}" for alpha in ("0.4", "0.8", "0.2", "0.06")),
             "x_attention 0.9",
             "flex_prefill 0.9",
-            "minference 128",
+            "minference 64",
             "seer 0.0005",
           ),
         ),
@@ -86,13 +88,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         tasks=pick(
           test=("needle", "multi_key"), cpu=("needle", "multi_key"), gpu=("needle", "multi_key", "variable_tracking")
         ),
-        lengths=pick(test=(192,), cpu=(512,), gpu=(1024, 4096, 8192), paper=(32_768, 65_536, 131_072)),
+        lengths=pick(test=(192,), cpu=(512,), gpu=(8192, 1024), paper=(32_768, 65_536, 131_072)),
         count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=8, gpu=40),
         methods=pick(
           test=(ours, theirs),
           cpu=(ours, theirs, sparse, "compact 0.4"),
-          gpu=(ours, theirs, sparse, "seer 0.0005"),
+          gpu=(ours, theirs, sparse, "compact 0.06", "seer 0.0005"),
         ),
       ),
       losses=dict(

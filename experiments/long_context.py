@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.overlap import overlapped
 from experiments.text import load_text
 from jaxlab.core.checks import require
 from jaxlab.data.tokens import Tokens
@@ -75,9 +76,11 @@ def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[d
     ]
     # All tasks at once: they have one shape, and each decoder one program.
     questions = [one for task in asked.tasks for one in of_task(task)]
+    answers = lambda decoder, questions=questions: answered(
+      subject.network, decoder, subject.tokenizer, questions, batch=asked.batch
+    )
     first = None
-    for name, decoder in decoders.items():
-      found = answered(subject.network, decoder, subject.tokenizer, questions, batch=asked.batch)
+    for name, found in zip(decoders, overlapped(answers, decoders.values()), strict=True):
       found = found.reshape(len(asked.tasks), asked.count)
       first = found if first is None else first
       for task, shares, before in zip(asked.tasks, found, first, strict=True):
@@ -100,12 +103,14 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
     paired over the documents, count}.
   """
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=seed)
+  batches = [_padded(rows[i : i + read.batch], read.batch) for i in range(0, len(rows), read.batch)]
+
+  def behind(decoder: Decoder) -> np.ndarray:
+    found = [continuation_losses(subject.network, batch, prompt=read.prompt, decoder=decoder) for batch in batches]
+    return np.concatenate(found)[: len(rows)].mean(axis=1)
+
   made, first = [], None
-  for name, decoder in decoders.items():
-    of_batch = lambda i, decoder=decoder: continuation_losses(
-      subject.network, _padded(rows[i : i + read.batch], read.batch), prompt=read.prompt, decoder=decoder
-    )
-    found = np.concatenate([of_batch(i) for i in range(0, len(rows), read.batch)])[: len(rows)].mean(axis=1)
+  for name, found in zip(decoders, overlapped(behind, decoders.values()), strict=True):
     first = found if first is None else first
     made.append(
       dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.long_context import Subject
+from experiments.overlap import overlapped
 from jaxlab.attention.compact_attention import block_union, compact, density, quoka, summary_of
 from jaxlab.attention.seer_gate import SeerGate, seer
 from jaxlab.attention.selection import flash_prefill, flex_prefill, grouped_products, minference, x_attention
@@ -106,18 +107,16 @@ def measure(config, subject: Subject, gate: SeerGate | None = None) -> dict:
   """
   s = config.choices
   layers = captured(subject.network, prompts(subject, task=s.task, length=s.length, count=s.rows))
-  found = {}
-  for text in s.methods:
-    rules = selector(text, config, gate)
-    of_layer = lambda i, rules=rules: rules[i] if isinstance(rules, tuple) else rules
-    how = dict(chunk=config.chunk, block=config.page)
-    each = []
+
+  def of(text: str) -> dict:
+    rules, each = selector(text, config, gate), []
     for i, (q, k) in enumerate(layers):
-      rule, arrays = _rule(of_layer(i))
-      each.append(_statistics(q, k, arrays, select=rule, **how))
+      rule, arrays = _rule(rules[i] if isinstance(rules, tuple) else rules)
+      each.append(_statistics(q, k, arrays, select=rule, chunk=config.chunk, block=config.page))
     mean = {name: float(np.mean([row[name] for row in each])) for name in each[0] if name != "least_gain"}
-    found[text] = mean | {"least_gain": float(min(row["least_gain"] for row in each))}
-  return found
+    return mean | {"least_gain": float(min(row["least_gain"] for row in each))}
+
+  return dict(zip(s.methods, overlapped(of, s.methods), strict=True))
 
 
 def _rule(select: Callable) -> tuple[Callable, dict]:
