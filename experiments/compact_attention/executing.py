@@ -77,10 +77,10 @@ def measure(config, problem: Problem) -> dict:
   at = lambda alpha: choose(rows, means, past=past * page, alpha=alpha)
   alpha, chosen = _at_density(at, problem.k.shape[2], past, e.density)
   wanted = block_union(chosen, kv_heads=problem.k.shape[2], past=past)
-  forms, given = _forms(choose, alpha), (problem, view, means, chosen, wanted)
-  times = timing.compare({name: timing.Steady(form, given) for name, form in forms.items()}, repetitions=e.repetitions)
+  given = (problem, view, means, chosen, wanted)
+  forms = {name: timing.Steady(form, given) for name, form in _forms(choose, alpha).items()}
+  times = timing.compare(forms, repetitions=e.repetitions)
   work = _flops(problem, chosen, wanted, page)
-  compiled = jax.jit(forms[WHOLE]).lower(given).compile()
   over = {name: times.speedup(name, over=DENSE) for name in forms if name != DENSE}
   return {
     "alpha": alpha,
@@ -90,7 +90,7 @@ def measure(config, problem: Problem) -> dict:
     "tflops": {name: work[name] / times.median(name) / 1e12 for name in work},
     "speedup": {name: [ratio, *spread] for name, (ratio, spread) in over.items()},
     "peak": peak_flops() / 1e12,
-    "temporaries": timing.memory(compiled)["temporaries"],
+    "temporaries": forms[WHOLE].memory()["temporaries"],
     "scores": problem.q.shape[2] * chunk * length * problem.q.dtype.itemsize,
   }
 
