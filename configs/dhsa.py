@@ -54,9 +54,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       predictor=dict(
         subjects=pick(test=("base",), cpu=("base", "smollm2")),
-        encoders=pick(test=("attention", "convolution"), cpu=("attention",), gpu=("attention", "convolution", "stack")),
+        encoders=pick(test=("attention",), cpu=("attention",), gpu=("attention", "convolution", "stack")),
         split="validation",  # to train on
-        steps=pick(test=2, cpu=60, gpu=300),
+        steps=pick(test=2, cpu=40, gpu=300),
         batch=1,
         length=pick(test=128, cpu=256, gpu=2048),
         rate=pick(cpu=1e-3, gpu=5e-4),
@@ -71,7 +71,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         lengths=pick(test=(192,), cpu=(512,), gpu=(4096,), paper=(8192,)),
         count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=8, gpu=20),
-        methods=pick(test=(ours[0], ours[2], static[0], others[2]), cpu=(*ours, *static, *others)),
+        methods=pick(
+          test=(ours[0], static[0], others[2]),
+          cpu=(ours[0], ours[2], static[0], static[2], *others[1:3]),
+          gpu=(*ours, *static, *others),
+        ),
       ),
       losses=dict(
         subjects=pick(test=("base",), cpu=("base", "smollm2")),

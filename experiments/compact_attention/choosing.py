@@ -45,7 +45,7 @@ def selector(text: str, config, gate: SeerGate | None = None) -> Callable | tupl
   name, value = parse(text)
   c = config.select
   if name == "seer":
-    require(gate is not None, "the method 'seer' needs a trained gate: add 'gate' to config.parts")
+    require(gate is not None, "the method 'seer' needs a trained gate")
     return gate.selectors(tau=value, recent=c.recent)
   rules = {
     "compact": functools.partial(flash_prefill, alpha=value, sink=c.sink, window=c.window),

@@ -49,7 +49,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
   def named(name: str, methods) -> dict:
     score = predictor(name, config.predictor.encoders[0])[0].score
-    return decoders(methods, config, score, chunk=_chunk(config))
+    return decoders(methods, config, score, longest=max(*config.accuracy.lengths, config.losses.prompt))
 
   def asked(name: str) -> dict:
     console.say(f"asking {name}")
@@ -81,12 +81,6 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
       names = [name for name in long_context.subject_names(config) if config.model or name in config[kind].subjects]
       metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of, name)) for name in names}
   return rounded(metrics)
-
-
-def _chunk(config) -> int:
-  """A prompt is read as one chunk."""
-  longest = max(*config.accuracy.lengths, config.losses.prompt)
-  return -(-longest // config.page) * config.page
 
 
 def claims(config, metrics: dict) -> list[Claim]:

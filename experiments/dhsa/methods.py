@@ -9,6 +9,7 @@ from jaxlab.attention.dhsa import block_sparse, dhsa, sliding_window
 from jaxlab.attention.dhsa_boundaries import attention_ratio, evenly, randomly
 from jaxlab.core.checks import InputError, require
 from jaxlab.models import paged
+from jaxlab.models.generate import power_of_two
 
 DENSE, OURS, BLOCKS = "dense", "dhsa", "blocks"
 KINDS = (OURS, "mean", "max", "oracle", "even", "random", "two_layers", BLOCKS, "block_oracle", "tokens", "window")
@@ -27,14 +28,16 @@ def parse(text: str) -> tuple[str, float]:
     raise InputError(f"the method {text!r} is not of the form 'dhsa 0.125': a kind and a share of the prompt") from None
 
 
-def decoders(methods, config, score: Callable, *, chunk: int) -> dict:
-  """{"dense", then every one of `methods`: its decoder}; budgets are shares of `chunk`, the longest prompt.
+def decoders(methods, config, score: Callable, *, longest: int) -> dict:
+  """{"dense", then every one of `methods`: its decoder}, for prompts of up to `longest` tokens, of which budgets are
+  shares.
 
   Args:
     score: the boundaries that are predicted.
   """
-  how = dict(chunk=chunk, page=config.page)
-  made = {text: _method(*parse(text), config.select, score, chunk) for text in methods}
+  # A prompt is read as one chunk, and padded to a power of two.
+  how = dict(chunk=power_of_two(longest, config.page), page=config.page)
+  made = {text: _method(*parse(text), config.select, score, longest) for text in methods}
   return {DENSE: paged.decoder(**how)} | {text: paged.decoder(method, **how) for text, method in made.items()}
 
 
