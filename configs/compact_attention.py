@@ -39,7 +39,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       parts=pick(
         test=("executions", "choices", "accuracy", "losses"),
         cpu=("choices", "accuracy", "losses"),
-        gpu=("executions", "choices", "accuracy", "losses"),
+        gpu=("executions", "accuracy", "losses", "choices"),
       ),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
       chunk=pick(test=64, cpu=128, gpu=512),
@@ -56,13 +56,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       gate=dict(  # of seer
         split="validation",
-        steps=pick(test=2, cpu=60, gpu=300),
+        steps=pick(test=2, cpu=60, gpu=200),
         batch=pick(test=1, cpu=2, gpu=4),
         length=pick(test=128, cpu=512, gpu=2048),
         rate=1e-3,
         width=pick(test=16, cpu=128),
       ),
       choices=dict(
+        subjects=pick(cpu=("base", "smollm2"), gpu=("base",)),
         task="multi_key",
         length=pick(test=192, cpu=512, gpu=4096, paper=131_072),
         rows=pick(test=1, cpu=4),
@@ -85,19 +86,18 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       accuracy=dict(
         subjects=pick(cpu=("base",), gpu=("base", "smollm2")),
-        tasks=pick(
-          test=("needle", "multi_key"), cpu=("needle", "multi_key"), gpu=("needle", "multi_key", "variable_tracking")
-        ),
-        lengths=pick(test=(192,), cpu=(512,), gpu=(8192, 1024), paper=(32_768, 65_536, 131_072)),
+        tasks=("needle", "multi_key"),
+        lengths=pick(test=(192,), cpu=(512,), gpu=(4096, 1024), paper=(32_768, 65_536, 131_072)),
         count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=8, gpu=40),
         methods=pick(
           test=(ours, theirs),
           cpu=(ours, theirs, sparse, "compact 0.4"),
-          gpu=(ours, theirs, sparse, "compact 0.06", "seer 0.0005"),
+          gpu=(ours, theirs, sparse, "compact 0.06"),
         ),
       ),
       losses=dict(
+        subjects=pick(test=("base",), cpu=("base", "smollm2")),
         prompt=pick(test=128, cpu=448, gpu=4032),
         rest=pick(test=4, cpu=64),
         documents=pick(test=2, cpu=8, gpu=64),
@@ -105,7 +105,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         methods=pick(test=(ours, theirs), cpu=(ours, theirs, sparse)),
       ),
       executions=dict(
-        lengths=pick(test=(256,), cpu=(), gpu=(131_072, 65_536, 32_768)),
+        lengths=pick(test=(256,), cpu=(), gpu=(131_072, 32_768)),
         dumped=pick(test=0, cpu=0, gpu=8192),  # positions of a layer of the first subject
         chunk=pick(test=64, cpu=128, gpu=1024),
         page=pick(test=16, gpu=128, cpu=32),

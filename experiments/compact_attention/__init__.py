@@ -62,25 +62,18 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
       case: part(f"{EXECUTIONS}.{case}", lambda case=case: _executed(config, case, all_subjects, console))
       for case in _cases(config)
     }
-  for kind, of, who in (
-    (CHOICES, chosen, None),
-    (ACCURACY, asked, config.accuracy.subjects),
-    (LOSSES, read, None),
-  ):
+  for kind, of in ((ACCURACY, asked), (LOSSES, read), (CHOICES, chosen)):
     if kind in config.parts:
-      names = [name for name in _names(config) if not who or config.model or name in who]
+      names = [name for name in long_context.subject_names(config) if config.model or name in config[kind].subjects]
       metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of, name)) for name in names}
   return rounded(metrics)
-
-
-def _names(config) -> tuple[str, ...]:
-  return tuple(long_context.subject_names(config))
 
 
 def _cases(config) -> list[str]:
   """What is timed: lengths of planted problems, and a layer of the first subject."""
   e = config.executions
-  return [f"{PLANTED} {length}" for length in e.lengths] + [f"{_names(config)[0]} {e.dumped}"] * bool(e.dumped)
+  first = long_context.subject_names(config)[0]
+  return [f"{PLANTED} {length}" for length in e.lengths] + ([f"{first} {e.dumped}"] if e.dumped else [])
 
 
 def _executed(config, case: str, all_subjects, console) -> dict:

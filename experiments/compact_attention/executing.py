@@ -77,8 +77,8 @@ def measure(config, problem: Problem) -> dict:
   at = lambda alpha: choose(rows, means, past=past * page, alpha=alpha)
   alpha, chosen = _at_density(at, problem.k.shape[2], past, e.density)
   wanted = block_union(chosen, kv_heads=problem.k.shape[2], past=past)
-  given = (problem, view, means, chosen, wanted)
-  forms = {name: timing.Steady(form, given) for name, form in _forms(choose, alpha).items()}
+  given, most = (problem, view, means, chosen, wanted), int(wanted.sum(axis=-1).max())
+  forms = {name: timing.Steady(form, given) for name, form in _forms(choose, alpha, most).items()}
   times = timing.compare(forms, repetitions=e.repetitions)
   work = _flops(problem, chosen, wanted, page)
   over = {name: times.speedup(name, over=DENSE) for name in forms if name != DENSE}
@@ -106,9 +106,9 @@ def _prepared(problem: Problem, page: int):
   return view, jnp.swapaxes(problem.q, 1, 2), block_means(jnp.swapaxes(problem.k, 1, 2), page)
 
 
-def _forms(choose: Callable, alpha: float) -> dict[str, Callable]:
+def _forms(choose: Callable, alpha: float, most: int) -> dict[str, Callable]:
   """What is timed, as functions of (problem, view, means, chosen, wanted): dense attention knows no table, the full
-  table holds every page, and the last one knows the keys' means alone."""
+  table holds every page, `most` is what is copied for a row, and the last one knows the keys' means alone."""
   backend = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
   def dense(a):
@@ -127,7 +127,7 @@ def _forms(choose: Callable, alpha: float) -> dict[str, Callable]:
     DENSE: dense,
     FULL: lambda a: attend_union(a[0].q, a[1], jnp.ones_like(a[4]))[0],
     SPARSE: lambda a: attend_blocks(a[0].q, a[1], a[3])[0],
-    COPY: lambda a: attend_union(a[0].q, a[1], a[4], copy=True)[0],
+    COPY: lambda a: attend_union(a[0].q, a[1], a[4], copy=True, capacity=most)[0],
     IN_PLACE: lambda a: attend_union(a[0].q, a[1], a[4])[0],
     SELECTION: selected,
     WHOLE: lambda a: attend_union(a[0].q, a[1], selected(a))[0],

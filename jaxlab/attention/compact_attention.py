@@ -58,13 +58,16 @@ def page_table(
   return jnp.where(index < count[:, 1:], order, last), count
 
 
-def attend_union(q, view: paged.View, wanted, *, copy: bool = False, implementation: str | None = None):
+def attend_union(
+  q, view: paged.View, wanted, *, copy: bool = False, capacity: int | None = None, implementation: str | None = None
+):
   """Dense causal attention of a chunk over the wanted blocks of each group, in place.
 
   Args:
     q: (batch, time, q_heads, head_dim) at positions from view.start on, a multiple of the page.
     wanted: bool[batch, groups, key_blocks], the chunk's own blocks among them (`block_union`).
     copy: gather the pages first instead of reading them where they lie (a comparison: the same numbers).
+    capacity: pages that a row wants at most, which its table has room for; None: all of the cache.
 
   Returns:
     (attention like q, log-sum-exp float32[batch, time, q_heads]).
@@ -75,6 +78,7 @@ def attend_union(q, view: paged.View, wanted, *, copy: bool = False, implementat
   share = heads // groups
   past = view.start // page
   table, count = page_table(wanted.reshape(batch * groups, -1), past, past + -(-time // page))
+  table = table[:, :capacity]
   mine = jnp.repeat(view.table, groups, axis=0)
   head = jnp.tile(jnp.arange(groups) // (groups // kv_heads), batch)[:, None]
   physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
