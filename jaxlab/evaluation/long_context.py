@@ -82,12 +82,12 @@ def answered(
   network: Network, decoder: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], *, batch: int
 ) -> Float[np.ndarray, "questions"]:
   """The share of every question's answers that greedy generation gives, as text."""
-  shares = []
+  shares, tokens = [], max((row.tokens for row in questions), default=1)
   for i in range(0, len(questions), batch):
     rows = [*questions[i : i + batch]]
     rows += [rows[-1]] * (batch - len(rows))  # one shape, one program
     prompts, lengths = pad([row.prompt for row in rows])
-    made = generate(network, prompts, lengths, tokens=max(row.tokens for row in rows), decoder=decoder)
+    made = generate(network, prompts, lengths, tokens=tokens, decoder=decoder)
     for row, ids in zip(rows, np.asarray(made), strict=True):
       text = tokenizer.decode(ids[: row.tokens].tolist())
       shares.append(np.mean([answer in text for answer in row.answers]))

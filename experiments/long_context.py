@@ -1,0 +1,157 @@
+"""What experiments with long contexts share: models they are tried on, questions about prompts, losses behind them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.overlap import overlapped
+from experiments.text import load_text
+from jaxlab.core.checks import require
+from jaxlab.data.tokens import Tokens
+from jaxlab.evaluation.long_context import answered, continuation_losses, interval, question
+from jaxlab.models import hub, inference
+from jaxlab.models.generate import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A model with its layers taken apart, and held-out text in tokens of its own."""
+
+  name: str
+  network: inference.Network
+  tokenizer: Tokenizer
+  tokens: Tokens
+
+
+def subjects(config, cache: Path) -> list[Subject]:
+  """Those named by config.subjects, or config.model alone where it is given: hub names, or hf:DIR.
+
+  Parameters are of config.dtype; the text is config.data.split of config.data, a local one where it has a path.
+  """
+  config = config.copy_and_resolve_references()
+  config.data.name = "local_text" if config.data.path else config.data.name
+  return [_subject(config, name, cache) for name in _given(config)]
+
+
+def subject_names(config) -> list[str]:
+  """The names of `subjects(config)`, before any is read."""
+  return [_short(name) for name in _given(config)]
+
+
+def _given(config) -> tuple[str, ...]:
+  return (config.model,) if config.model else config.subjects
+
+
+def _short(name: str) -> str:
+  return Path(name.removeprefix("hf:")).name
+
+
+def _subject(config, name: str, cache: Path) -> Subject:
+  folder = hub.find(name.removeprefix("hf:"))
+  text = load_text(config, cache, given=folder)
+  network = jax.jit(inference.take_apart)(hub.load(folder, dtype=config.dtype))
+  return Subject(_short(name), network, text.bpe, text.split(config.data.split))
+
+
+def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[dict]:
+  """Answers to the same questions by every decoder, which the first one's are compared with.
+
+  Args:
+    asked: tasks and lengths of the questions, their count in each cell, batch.
+
+  Returns:
+    A row a decoder, task and length: {subject, decoder, task, length, share of answers given, low and high (95 %),
+    difference to the first decoder, its standard error, paired over the questions, count}.
+  """
+  rows = []
+  for length in asked.lengths:
+    of_task = lambda task, length=length: [
+      question(task, subject.tokens, subject.tokenizer, length=length, seed=seed) for seed in range(asked.count)
+    ]
+    # All tasks at once: they have one shape, and each decoder one program.
+    questions = [one for task in asked.tasks for one in of_task(task)]
+    answers = lambda decoder, questions=questions: answered(
+      subject.network, decoder, subject.tokenizer, questions, batch=asked.batch
+    )
+    first = None
+    for name, found in zip(decoders, overlapped(answers, decoders.values()), strict=True):
+      found = found.reshape(len(asked.tasks), asked.count)
+      first = found if first is None else first
+      for task, shares, before in zip(asked.tasks, found, first, strict=True):
+        low, high = interval(shares)
+        rows.append(
+          dict(subject=subject.name, decoder=name, task=task, length=length, share=float(shares.mean()))
+          | dict(low=low, high=high, **_paired(shares, before), count=asked.count)
+        )
+  return rows
+
+
+def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int = 0) -> list[dict]:
+  """Losses of the tokens behind prompts of held-out text, read one by one.
+
+  Args:
+    read: tokens of the prompt and of the rest, number of documents, batch.
+
+  Returns:
+    A row a decoder: {subject, decoder, prompt, loss in nats, difference to the first decoder's, its standard error,
+    paired over the documents, count}.
+  """
+  rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=seed)
+  batches = [_padded(rows[i : i + read.batch], read.batch) for i in range(0, len(rows), read.batch)]
+
+  def behind(decoder: Decoder) -> np.ndarray:
+    found = [continuation_losses(subject.network, batch, prompt=read.prompt, decoder=decoder) for batch in batches]
+    return np.concatenate(found)[: len(rows)].mean(axis=1)
+
+  made, first = [], None
+  for name, found in zip(decoders, overlapped(behind, decoders.values()), strict=True):
+    first = found if first is None else first
+    made.append(
+      dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))
+      | dict(**_paired(found, first), count=len(rows))
+    )
+  return made
+
+
+def documents(tokens: Tokens, count: int, length: int, *, seed: int = 0) -> np.ndarray:
+  """int32[count, length]: BOS and a piece from a random place of each of the documents that are long enough, one after
+  the other; again from the first where there are fewer.
+
+  Raises:
+    InputError: no document is long enough.
+  """
+  rng = np.random.default_rng(seed)
+  long = rng.permutation(np.flatnonzero(np.diff(tokens.offsets) >= length - 1))
+  require(len(long) > 0, f"no held-out document has {length - 1} tokens; give longer ones, or shorten prompt and rest")
+  pieces = []
+  for i in np.resize(long, count):
+    document = tokens.document(i)
+    start = rng.integers(len(document) - length + 2)
+    pieces.append([tokens.bos, *document[start : start + length - 1]])
+  return np.array(pieces, np.int32)
+
+
+def _padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
+  """`batch` rows, the last one repeated: one shape, one program."""
+  return jnp.asarray(rows[np.minimum(np.arange(batch), len(rows) - 1)])
+
+
+def _paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
+  """Mean difference of two measurements of the same things, and its standard error."""
+  difference = found - first
+  spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+  return {"difference": float(difference.mean()), "error": float(spread / math.sqrt(len(difference)))}
+
+
+def table(rows: list[dict], columns: tuple[str, ...]) -> str:
+  """The rows' columns as text, one below the other."""
+  shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+  lines = [columns, *([shown(row[column]) for column in columns] for row in rows)]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+  return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
