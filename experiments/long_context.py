@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.overlap import overlapped
 from experiments.text import load_text
 from jaxlab.core.checks import require
 from jaxlab.data.tokens import Tokens
@@ -63,8 +64,11 @@ def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[d
     # All tasks at once: they have one shape, and each decoder one program.
     questions = [one for task in asked.tasks for one in of_task(task)]
     first = None
-    for name, decoder in decoders.items():
-      found = answered(subject.network, decoder, subject.tokenizer, questions, batch=asked.batch)
+
+    def shares_of(decoder, questions=questions):
+      return answered(subject.network, decoder, subject.tokenizer, questions, batch=asked.batch)
+
+    for name, found in zip(decoders, overlapped(shares_of, decoders.values()), strict=True):
       found = found.reshape(len(asked.tasks), asked.count)
       first = found if first is None else first
       for task, shares, before in zip(asked.tasks, found, first, strict=True):
@@ -88,11 +92,14 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
   """
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=seed)
   made, first = [], None
-  for name, decoder in decoders.items():
-    of_batch = lambda i, decoder=decoder: continuation_losses(
-      subject.network, _padded(rows[i : i + read.batch], read.batch), prompt=read.prompt, decoder=decoder
+
+  def losses_of(decoder):
+    of_batch = lambda i: continuation_losses(
+      subject.network, padded(rows[i : i + read.batch], read.batch), prompt=read.prompt, decoder=decoder
     )
-    found = np.concatenate([of_batch(i) for i in range(0, len(rows), read.batch)])[: len(rows)].mean(axis=1)
+    return np.concatenate([of_batch(i) for i in range(0, len(rows), read.batch)])[: len(rows)].mean(axis=1)
+
+  for name, found in zip(decoders, overlapped(losses_of, decoders.values()), strict=True):
     first = found if first is None else first
     made.append(
       dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))
@@ -119,7 +126,7 @@ def documents(tokens: Tokens, count: int, length: int, *, seed: int = 0) -> np.n
   return np.array(pieces, np.int32)
 
 
-def _padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
+def padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
   """`batch` rows, the last one repeated: one shape, one program."""
   return jnp.asarray(rows[np.minimum(np.arange(batch), len(rows) - 1)])
 

@@ -110,17 +110,56 @@ def continuation_losses(
 
   What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
   """
+  take = lambda logprobs, token: -jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+  return _behind(network, tokens, prompt, decoder, take)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
+def continuation_logprobs(
+  network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
+) -> Float[Array, "batch rest vocab"]:
+  """The predictions, as log-probabilities, that `continuation_losses` takes the tokens' own of."""
+  return _behind(network, tokens, prompt, decoder, lambda logprobs, token: logprobs)
+
+
+def _behind(network, tokens, prompt: int, decoder: Decoder, of) -> Array:
+  """of(log-probabilities, the token that came) of every token from `prompt` on, (batch, rest, ...)."""
   logits, state = decoder.prefill(network, tokens[:, :prompt], None, capacity=tokens.shape[1])
-  loss = lambda logits, token: -jnp.take_along_axis(jax.nn.log_softmax(logits[:, 0]), token[:, None], axis=1)[:, 0]
+  logprobs = lambda logits: jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
 
   def one(state, pair):
     token, following = pair
     logits, state = decoder.step(network, token[:, None], state)
-    return state, loss(logits, following)
+    return state, of(logprobs(logits), following)
 
   rest = tokens[:, prompt:]
-  _, losses = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
-  return jnp.concatenate([loss(logits, rest[:, 0])[:, None], losses.T], axis=1)
+  _, found = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
+  return jnp.concatenate([of(logprobs(logits), rest[:, 0])[:, None], jnp.moveaxis(found, 0, 1)], axis=1)
+
+
+def late(decoder: Decoder, tokens: int) -> Decoder:
+  """A decoder that reads the last `tokens` tokens of every prompt as if they had been generated.
+
+  With the question among them, a method that drops parts of the prompt does so before it knows what will be asked.
+  Prompts have to be longer than that.
+  """
+  return _late(decoder, tokens)
+
+
+@functools.cache
+def _late(decoder: Decoder, tokens: int) -> Decoder:
+  def prefill(network, prompts, lengths=None, *, capacity):
+    lengths = jnp.full(len(prompts), prompts.shape[1]) if lengths is None else jnp.asarray(lengths)
+    begin = lengths - tokens
+    logits, state = decoder.prefill(network, prompts, begin, capacity=capacity)
+
+    def one(i, carry):
+      token = jnp.take_along_axis(jnp.asarray(prompts), (begin + i)[:, None], axis=1)
+      return decoder.step(network, token, carry[1])
+
+    return jax.lax.fori_loop(0, tokens, one, (logits, state))
+
+  return Decoder(prefill, decoder.step)
 
 
 def cache_bytes(state) -> int:
