@@ -1,8 +1,8 @@
 r"""Chelsea (later CentroidKV): what does a cache lose whose similar keys are merged, and how much faster is it read?
 
 Paper (arXiv 2506.11418): up to 80 % less memory for keys and values at comparable quality and decoding up to 3.19 x as
-fast (first version); up to 75 % and 1.92 x (second). Measured here on `base` and `smollm2`, against caches that evict at
-equal bytes, with the question known and not known when the cache is made smaller, and against other ways of merging.
+fast (first version); up to 75 % and 1.92 x (second). Measured here on `base` and `smollm2`, against caches that evict
+as many bytes, with the question known and not known when the cache shrinks, and against other ways of merging.
 
   python -m experiments.run --config=configs/chelsea.py:gpu --workdir=runs/chelsea --config.data.path='books/*.xz'
 """
@@ -15,7 +15,7 @@ ABOUT = About(
   method="Chelsea",
   family="cache",
   link="https://arxiv.org/abs/2506.11418",
-  does="merges similar keys of a stretch of the cache, with their values, into centroids that weigh what they stand for",
+  does="merges similar keys of a stretch of the cache into centroids that weigh what they stand for",
 )
 
 

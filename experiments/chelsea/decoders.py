@@ -79,7 +79,7 @@ def into_nearest(entries: Entries, *, keep: float, chunk: int) -> Entries:
 
 
 def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int = 10) -> Entries:
-  """Lloyd's iterations from entries at equal distances: clusters of unlimited reach, too slow to make while decoding."""
+  """Lloyd's iterations from entries at equal distances: clusters of any reach, too slow to make while decoding."""
   count = kept(len(entries.size), keep, chunk)
   full = entries.size > 0
   keys = jnp.where(full[:, None], entries.keys, 0).astype(jnp.float32)

@@ -129,10 +129,8 @@ def _steps(config, rows: int, context: int, dtype) -> dict:
   contestants = {"XLA": dense("xla"), "pages": paged_dense()} | {"Chelsea": merged()}
   if jax.default_backend() == "gpu":
     contestants = {"cuDNN": dense("cudnn")} | contestants
-  jobs = contestants.items()
-  compiled = dict(
-    zip(contestants, overlapped(lambda job: jax.jit(program(job[1][0])).lower(w, x, job[1][1]).compile(), jobs))
-  )
+  compile_ = lambda job: jax.jit(program(job[0])).lower(w, x, job[1]).compile()
+  compiled = dict(zip(contestants, overlapped(compile_, contestants.values()), strict=True))
   runs = {name: functools.partial(run, w, x, contestants[name][1]) for name, run in compiled.items()}
   times = timing.compare(runs, repetitions=s.repetitions, warmup=1)
   entries = decoders.entries(m, s.keep, first)
