@@ -75,7 +75,7 @@ def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[d
         low, high = interval(shares)
         rows.append(
           dict(subject=subject.name, decoder=name, task=task, length=length, share=float(shares.mean()))
-          | dict(low=low, high=high, **_paired(shares, before), count=asked.count)
+          | dict(low=low, high=high, **paired(shares, before), count=asked.count)
         )
   return rows
 
@@ -103,7 +103,7 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
     first = found if first is None else first
     made.append(
       dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))
-      | dict(**_paired(found, first), count=len(rows))
+      | dict(**paired(found, first), count=len(rows))
     )
   return made
 
@@ -131,7 +131,7 @@ def padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
   return jnp.asarray(rows[np.minimum(np.arange(batch), len(rows) - 1)])
 
 
-def _paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
+def paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
   """Mean difference of two measurements of the same things, and its standard error."""
   difference = found - first
   spread = difference.std(ddof=1) if len(difference) > 1 else 0.0

@@ -9,7 +9,7 @@ Tasks after RULER (Hsieh et al. 2024, arXiv 2404.06654), in real text: needle, m
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -110,8 +110,7 @@ def continuation_losses(
 
   What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
   """
-  take = lambda logprobs, token: -jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-  return _behind(network, tokens, prompt, decoder, take)
+  return continuation(network, tokens, prompt=prompt, decoder=decoder, of=own_loss)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
@@ -119,11 +118,16 @@ def continuation_logprobs(
   network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
 ) -> Float[Array, "batch rest vocab"]:
   """The predictions, as log-probabilities, that `continuation_losses` takes the tokens' own of."""
-  return _behind(network, tokens, prompt, decoder, lambda logprobs, token: logprobs)
+  return continuation(network, tokens, prompt=prompt, decoder=decoder, of=lambda logprobs, token: logprobs)[0]
 
 
-def _behind(network, tokens, prompt: int, decoder: Decoder, of) -> Array:
-  """of(log-probabilities, the token that came) of every token from `prompt` on, (batch, rest, ...)."""
+def own_loss(logprobs: Float[Array, "batch vocab"], token: Int[Array, "batch"]) -> Float[Array, "batch"]:
+  """Cross-entropy of the tokens that came."""
+  return -jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+
+
+def continuation(network: Network, tokens, *, prompt: int, decoder: Decoder, of: Callable):
+  """(`of`(log-probabilities, the token that came) of every token from `prompt` on, (batch, rest, ...); the state)."""
   logits, state = decoder.prefill(network, tokens[:, :prompt], None, capacity=tokens.shape[1])
   logprobs = lambda logits: jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
 
@@ -133,8 +137,8 @@ def _behind(network, tokens, prompt: int, decoder: Decoder, of) -> Array:
     return state, of(logprobs(logits), following)
 
   rest = tokens[:, prompt:]
-  _, found = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
-  return jnp.concatenate([of(logprobs(logits), rest[:, 0])[:, None], jnp.moveaxis(found, 0, 1)], axis=1)
+  state, found = jax.lax.scan(one, state, (rest[:, :-1].T, rest[:, 1:].T))
+  return jnp.concatenate([of(logprobs(logits), rest[:, 0])[:, None], jnp.moveaxis(found, 0, 1)], axis=1), state
 
 
 def late(decoder: Decoder, tokens: int) -> Decoder:
