@@ -38,7 +38,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
       parts=pick(
         test=("losses", "questions", "mergings", "similarity", "speed"),
-        cpu=("losses", "mergings", "similarity", "questions"),
+        cpu=("mergings", "questions", "similarity", "losses"),
         gpu=("speed", "questions", "losses", "mergings", "similarity"),
       ),
       # chunk: tokens merged among themselves; sink, recent: those kept as they are.
@@ -55,30 +55,30 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         others=read(  # models of other names
           prompt=pick(test=96, cpu=448, gpu=1920, paper=7680),
-          rest=pick(test=8, cpu=64, gpu=128),
-          documents=pick(test=2, cpu=8, gpu=32),
+          rest=pick(test=8, cpu=32, gpu=128),
+          documents=pick(test=2, cpu=4, gpu=32),
           batch=pick(test=2, cpu=4, gpu=16),
         ),
       ),
-      others_rivals=pick(test=("snapkv",), cpu=("streaming_llm", "snapkv"), paper=("streaming_llm", "h2o", "snapkv")),
+      others_rivals=pick(cpu=("snapkv",), gpu=("streaming_llm", "snapkv"), paper=("streaming_llm", "h2o", "snapkv")),
       questions=dict(
         subjects=("base",),
         tasks=pick(test=("needle",), cpu=("multi_key",), gpu=("needle", "multi_key", "variable_tracking")),
         lengths=pick(test=(256,), cpu=(512,), gpu=(4096,), paper=(1024, 2048, 4096, 8192)),
-        count=pick(test=2, cpu=200),
-        batch=pick(test=2, cpu=8, gpu=50),
+        count=pick(test=2, cpu=100, gpu=200),
+        batch=pick(test=2, cpu=20, gpu=50),
         late=24,  # tokens at the end of a prompt, the question among them, that come after the cache has shrunk
       ),
       mergings=dict(
         read=read(
-          prompt=pick(test=160, cpu=896, gpu=3584),
-          rest=pick(test=4, cpu=64, gpu=128),
+          prompt=pick(test=160, cpu=512, gpu=3584),
+          rest=pick(test=4, cpu=32, gpu=128),
           documents=pick(test=2, cpu=8, gpu=32),
           batch=pick(test=2, cpu=8, gpu=32),
         ),
-        chunks=pick(test=(), cpu=(32, 128), gpu=(32, 64, 256)),
+        chunks=pick(cpu=(), gpu=(32, 64, 256)),
       ),
-      similarity=dict(tokens=pick(test=64, cpu=1024, gpu=4096), documents=pick(test=1, cpu=4, gpu=8)),
+      similarity=dict(tokens=pick(test=64, cpu=512, gpu=4096), documents=pick(test=1, cpu=4, gpu=8)),
       speed=dict(
         q_heads=pick(test=4, gpu=32, cpu=32),
         kv_heads=pick(test=2, gpu=8, cpu=8),
