@@ -19,6 +19,10 @@ ABOUT = About(
 )
 
 
+COMPARED = ("Chelsea", "any half proposes", "the first half proposes", "no chunks", "no counts")
+OTHERS = ("neighbours", "by chance", "into the nearest kept", "k-means", "rescaled keys", "merged while read")
+
+
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (longer contexts, all on both models)."""
   pick = scales.picker(scale)
@@ -45,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       method=dict(chunk=pick(test=16, cpu=64, gpu=128), sink=4, recent=pick(test=16, cpu=32, gpu=128)),
       keep=0.25,  # of what is between the first and the recent tokens; the claims are about it
       keeps=pick(test=(0.25,), cpu=(0.5, 0.25, 0.2), gpu=(0.5, 0.33, 0.25, 0.2)),
-      rivals=("streaming_llm", "h2o", "snapkv", "keydiff"),
+      rivals=pick(test=("snapkv",), cpu=("streaming_llm", "h2o", "snapkv", "keydiff")),
       losses=dict(
         base=read(
           prompt=pick(test=160, cpu=896, gpu=3584, paper=7680),
@@ -70,6 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         late=24,  # tokens at the end of a prompt, the question among them, that come after the cache has shrunk
       ),
       mergings=dict(
+        compared=pick(test=COMPARED, cpu=(*COMPARED, *OTHERS)),
         read=read(
           prompt=pick(test=160, cpu=512, gpu=3584),
           rest=pick(test=4, cpu=32, gpu=128),

@@ -44,17 +44,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         base=read(
           steps=pick(test=2, cpu=60, gpu=300, paper=3000),
           batch=pick(test=2, cpu=4, gpu=16, paper=64),
-          length=pick(test=128, cpu=384, gpu=2048, paper=4096),
+          length=pick(test=160, cpu=384, gpu=2048, paper=4096),
         ),
         others=read(  # models of other names
           steps=pick(test=2, cpu=20, gpu=150, paper=3000),
           batch=pick(test=2, cpu=2, gpu=8, paper=64),
-          length=pick(test=128, cpu=256, gpu=1024, paper=4096),
+          length=pick(test=160, cpu=256, gpu=1024, paper=4096),
         ),
         recall=0.25,  # share of the rows that are questions about facts in text
         rate=1e-3,
         warmup=pick(test=1, cpu=10),
-        block=128,
+        block=pick(test=32, cpu=128),
         top=pick(test=1, cpu=4, gpu=8),  # chunks of the recall
       ),
       method=dict(

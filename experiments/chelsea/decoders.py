@@ -19,10 +19,15 @@ def of_chelsea(config, keep: float, **options) -> Decoder:
   return paged.decoder(paged.DENSE, decode=chelsea(keep=keep, **how), chunk=256, page=64)
 
 
-def of_rival(config, name: str, keep: float, *, time: int, bytes_of_entry: int) -> Decoder:
-  """A cache that evicts, with the bytes of Chelsea's after a prompt of `time` tokens: centroids have a count too."""
-  share = entries(config.method, keep, time) * (1 + 4 / bytes_of_entry) / time
-  return paged.decoder(eviction.METHODS[name](keep=min(1.0, share)), chunk=256, page=64)
+def of_rival(config, name: str, keep: float, **sizes) -> Decoder:
+  """A cache that evicts, with the bytes of Chelsea's (`rival_keep`)."""
+  share = rival_keep(config.method, keep, **sizes)
+  return paged.decoder(eviction.METHODS[name](keep=share), chunk=256, page=64)
+
+
+def rival_keep(m, keep: float, *, time: int, bytes_of_entry: int) -> float:
+  """Share of a prompt of `time` tokens that takes as many bytes as Chelsea's entries: centroids have a count too."""
+  return min(1.0, entries(m, keep, time) * (1 + 4 / bytes_of_entry) / time)
 
 
 def entries(m, keep: float, time: int) -> int:
@@ -54,6 +59,7 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
       chelsea(keep=keep, during_prefill=True, **config.method.to_dict()), chunk=256, page=64
     ),
   }
+  made = {name: made[name] for name in config.mergings.compared}
   return made | {f"chunks of {size}": of_chelsea(config, keep, chunk=size) for size in config.mergings.chunks}
 
 
