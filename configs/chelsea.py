@@ -20,7 +20,7 @@ ABOUT = About(
 
 
 COMPARED = ("Chelsea", "any half proposes", "the first half proposes", "no chunks", "no counts")
-OTHERS = ("neighbours", "by chance", "into the nearest kept", "k-means", "rescaled keys", "merged while read")
+OTHERS = ("twice the rounds", "neighbours", "by chance", "into the nearest kept", "k-means", "rescaled keys")
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         late=24,  # tokens at the end of a prompt, the question among them, that come after the cache has shrunk
       ),
       mergings=dict(
-        compared=pick(test=COMPARED, cpu=(*COMPARED, *OTHERS)),
+        compared=pick(test=COMPARED, cpu=(*COMPARED, *OTHERS, "merged while read")),
         read=read(
           prompt=pick(test=160, cpu=512, gpu=3584),
           rest=pick(test=4, cpu=32, gpu=128),

@@ -5,13 +5,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.cache import eviction
-from jaxlab.cache.chelsea import Entries, chelsea, compress, kept
+from jaxlab.cache.chelsea import Entries, chelsea, compress, kept, schedule
 from jaxlab.models import paged
 from jaxlab.models.generate import Decoder
 
 DENSE = "dense"
+_ITERATIONS = 10  # of k-means
 
 
 def of_chelsea(config, keep: float, **options) -> Decoder:
@@ -48,6 +50,7 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
     "Chelsea": of_chelsea(config, keep),
     "any half proposes": by(functools.partial(compress, partition="random")),
     "the first half proposes": by(functools.partial(compress, partition="halves")),
+    "twice the rounds": of_chelsea(config, **twice_the_rounds(config, keep)),
     "neighbours": by(functools.partial(compress, likeness="neighbours")),
     "by chance": by(functools.partial(compress, likeness="chance")),
     "no chunks": by(without_chunks),
@@ -63,18 +66,27 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
   return made | {f"chunks of {size}": of_chelsea(config, keep, chunk=size) for size in config.mergings.chunks}
 
 
-def without_chunks(entries: Entries, *, keep: float, chunk: int) -> Entries:
+def twice_the_rounds(config, keep: float) -> dict:
+  """{keep, rounds} that leave no more entries of a prompt: what fills no chunk passes through every round."""
+  m, time = config.method, config.mergings.read.prompt
+  rounds = 2 * len(schedule(m.chunk, keep, m.chunk))
+  merged = time - m.sink - m.recent - (time - m.sink - m.recent) % m.chunk
+  fits = lambda share: kept(merged, share, m.chunk, rounds) <= kept(merged, keep, m.chunk)
+  return {"keep": next(share for share in np.linspace(keep, keep / 4, 200).tolist() if fits(share)), "rounds": rounds}
+
+
+def without_chunks(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
   """Bipartite soft matching of all entries at once (ToMe, Bolya et al. 2023, arXiv 2210.09461)."""
-  return compress(entries, keep=keep, chunk=len(entries.size))
+  return compress(entries, keep=keep, chunk=len(entries.size), rounds=rounds)
 
 
-def into_nearest(entries: Entries, *, keep: float, chunk: int) -> Entries:
+def into_nearest(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
   """The entries least like the mean stay, the others are merged into the one of them that is most like each.
 
   After D2O (Wan et al. 2024, arXiv 2406.13035), its scores of attention replaced by those of KeyDiff, which, as all of
   these do, knows no query.
   """
-  count = kept(len(entries.size), keep, chunk)
+  count = kept(len(entries.size), keep, chunk, rounds)
   unit, full = _unit(entries.keys), entries.size > 0
   mean = _unit(jnp.where(full[:, None], unit, 0).sum(axis=0))
   _, at = jax.lax.top_k(jnp.where(full, -(unit @ mean), -jnp.inf), count)
@@ -84,9 +96,9 @@ def into_nearest(entries: Entries, *, keep: float, chunk: int) -> Entries:
   return _means(entries, cluster, count)
 
 
-def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int = 10) -> Entries:
+def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
   """Lloyd's iterations from entries at equal distances: clusters of any reach, too slow to make while decoding."""
-  count = kept(len(entries.size), keep, chunk)
+  count = kept(len(entries.size), keep, chunk, rounds)
   full = entries.size > 0
   keys = jnp.where(full[:, None], entries.keys, 0).astype(jnp.float32)
   start = jnp.arange(count) * len(full) // max(count, 1)
@@ -100,7 +112,7 @@ def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int = 10) -> E
     found = _means(entries._replace(keys=keys), nearest(centre, size), count)
     return jnp.where(found.size[:, None] > 0, found.keys, centre), found.size
 
-  centre, size = jax.lax.fori_loop(0, rounds, once, (keys[start], entries.size[start]))
+  centre, size = jax.lax.fori_loop(0, _ITERATIONS, once, (keys[start], entries.size[start]))
   return _means(entries, nearest(centre, size), count)
 
 

@@ -40,17 +40,24 @@ class Entries(NamedTuple):
   size: Array
 
 
-def schedule(entries: int, keep: float, chunk: int) -> list[tuple[int, int]]:
+def schedule(entries: int, keep: float, chunk: int, rounds: int | None = None) -> list[tuple[int, int]]:
   """(entries of a chunk, how many of them go) of every round that leaves the share `keep` of `entries`.
 
   A round removes at most half: ceil(log2(1 / keep)) rounds of the same ratio, each on chunks of what is left.
 
+  Args:
+    rounds: more than these; with few of them every entry that proposes is merged, however unlike its partner is.
+
   Raises:
-    InputError: keep outside 0 < keep <= 1, or a chunk under 2.
+    InputError: keep outside 0 < keep <= 1, a chunk under 2, or fewer rounds than it takes.
   """
   require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
   require(chunk >= 2, f"chunk is {chunk}; entries are paired, so it must be at least 2")
-  rounds = math.ceil(math.log2(1 / keep) - 1e-9)
+  least = math.ceil(math.log2(1 / keep) - 1e-9)
+  rounds = least if rounds is None else rounds
+  require(
+    rounds >= least, f"rounds is {rounds}; to keep {keep} it takes at least {least}, as each removes half at most"
+  )
   ratio, made = keep ** (1 / max(rounds, 1)), []
   for _ in range(rounds):
     size = min(chunk, entries) // 2 * 2
@@ -62,9 +69,9 @@ def schedule(entries: int, keep: float, chunk: int) -> list[tuple[int, int]]:
   return made
 
 
-def kept(entries: int, keep: float, chunk: int) -> int:
+def kept(entries: int, keep: float, chunk: int, rounds: int | None = None) -> int:
   """Entries that `compress` leaves."""
-  for size, removed in schedule(entries, keep, chunk):
+  for size, removed in schedule(entries, keep, chunk, rounds):
     entries -= entries // size * removed
   return entries
 
@@ -147,11 +154,12 @@ def compress(
   *,
   keep: float,
   chunk: int,
+  rounds: int | None = None,
   partition: str = "alternating",
   likeness: str = "cosine",
   rescale: bool = False,
 ) -> Entries:
-  """`kept(n, keep, chunk)` entries in the place of n, for one head: every round merges within chunks.
+  """`kept(n, keep, chunk, rounds)` entries in the place of n, for one head: every round merges within chunks.
 
   Entries that fill no chunk pass through a round. The options are those of `soft_match` and of `merge`.
 
@@ -160,7 +168,7 @@ def compress(
   """
   require_choice("partition", partition, PARTITIONS)
   require_choice("likeness", likeness, LIKENESS)
-  for size, removed in schedule(len(entries.size), keep, chunk):
+  for size, removed in schedule(len(entries.size), keep, chunk, rounds):
     whole = len(entries.size) // size * size
     parts = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), entries)  # noqa: B023 (used at once)
     match = functools.partial(soft_match, removed=removed, partition=partition, likeness=likeness)
@@ -219,6 +227,7 @@ def chelsea(
   chunk: int = 128,
   sink: int = 4,
   recent: int = 128,
+  rounds: int | None = None,
   size_bias: bool = True,
   skip_layers: tuple[int, ...] = (),
   during_prefill: bool = False,
@@ -230,21 +239,23 @@ def chelsea(
     keep: share of the entries that stays; 1 keeps all.
     chunk: tokens that are merged among themselves.
     sink, recent: first and last tokens that stay as they are.
+    rounds: of merging, None: as few as it takes (`schedule`).
     size_bias: False gives every centroid the weight of one token.
     skip_layers: layers whose cache stays whole.
     during_prefill: the method reads the prompt too, `chunk` tokens at a time, and merges behind itself: what a later
       part of the prompt sees of an earlier one is centroids. The cache is never whole.
-    merging: (entries, keep=, chunk=) -> `kept(n, keep, chunk)` entries in the place of n, for one head.
+    merging: (entries, keep=, chunk=, rounds=) -> `kept(n, keep, chunk, rounds)` entries in the place of n, for one
+      head.
 
   Raises:
     InputError: sizes out of range.
   """
-  schedule(chunk, keep, chunk)
+  schedule(chunk, keep, chunk, rounds)
   require(sink >= 0 and recent >= 0, f"sink is {sink} and recent {recent}; both must be at least 0")
-  share = lambda layer: 1.0 if layer in skip_layers else keep
+  budget = lambda layer: dict(keep=1.0 if layer in skip_layers else keep, chunk=chunk, rounds=rounds)
 
   def squeeze(layer: int, entries: Entries) -> Entries:
-    return jax.vmap(jax.vmap(functools.partial(merging, keep=share(layer), chunk=chunk)))(entries)
+    return jax.vmap(jax.vmap(functools.partial(merging, **budget(layer))))(entries)
 
   def empty(config, *, batch, capacity, page, dtype):
     if not during_prefill:
@@ -257,7 +268,7 @@ def chelsea(
       return Entries(zeros(), zeros(), jnp.zeros(shape, jnp.float32))
 
     def layer(i):
-      places = max(0, capacity - sink - recent) // chunk * kept(chunk, share(i), chunk)
+      places = max(0, capacity - sink - recent) // chunk * kept(chunk, **budget(i))
       return Layer(part(places), part(sink), part(recent + 2 * chunk), blank, blank)
 
     return tuple(map(layer, range(config.depth)))
@@ -282,7 +293,7 @@ def chelsea(
       place = jnp.arange(chunks * chunk)
       body = part(valid(place, (taken * chunk)[:, None]), lambda a: a[:, :, sink : sink + chunks * chunk])
       body = squeeze(i, body)
-      room = later * kept(chunk, share(i), chunk)
+      room = later * kept(chunk, **budget(i))
       body = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, room), *[(0, 0)] * (a.ndim - 3))), body)
       first = part(valid(jnp.arange(sink), state.length[:, None]), lambda a: a[:, :, :sink])
       begin = sink + taken * chunk
@@ -290,7 +301,7 @@ def chelsea(
       window = jnp.arange(recent + chunk)
       at = jnp.minimum(begin[:, None] + window, capacity - 1)
       gather = lambda a: jnp.take_along_axis(a, at[:, None, :, None], axis=2)
-      used = jnp.full(len(taken), kept(chunks * chunk, share(i), chunk), jnp.int32)
+      used = jnp.full(len(taken), kept(chunks * chunk, **budget(i)), jnp.int32)
       return Layer(body, first, part(valid(window, filled[:, None]), gather), used, filled)
 
     memory = tuple(layer(i, pair) for i, pair in enumerate(state.pools))

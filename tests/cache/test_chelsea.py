@@ -94,6 +94,7 @@ def test_the_schedule_removes_what_is_asked():
   # 10 chunks of 128 to 75, then 5 and 110 entries beside them, then 3 and 101.
   assert schedule(1280, 0.2, 128) == [(128, 53)] * 3 and kept(1280, 0.2, 128) == 3 * 75 + 101
   assert kept(100, 1.0, 8) == 100 and kept(1, 0.25, 8) == 1
+  assert schedule(512, 0.25, 128, 4) == [(128, 37)] * 4 and kept(512, 0.25, 128, 4) == 512 - 37 * (4 + 2 + 2 + 1)
 
 
 def test_clusters_do_not_cross_chunks_and_chunks_are_independent():
@@ -221,7 +222,7 @@ def decoder(**options):
 
 @pytest.mark.parametrize(
   "options",
-  [dict(keep=1.0), dict(keep=0.25, skip_layers=(0, 1)), dict(keep=1.0, during_prefill=True, chunk=5)],
+  [dict(keep=1.0), dict(keep=0.25, skip_layers=(0, 1), rounds=3), dict(keep=1.0, during_prefill=True, chunk=5)],
 )
 def test_with_everything_kept_generation_is_the_plain_one(options):
   """Rows of different lengths, one shorter than the first tokens; chunks move on while tokens are made."""
@@ -320,6 +321,7 @@ def test_what_it_cannot_do_is_named():
   for options, message in (
     (dict(keep=0.0), "keep is 0"),
     (dict(chunk=1), "chunk is 1"),
+    (dict(rounds=1), "rounds is 1; to keep 0.25 it takes at least 2"),
     (dict(sink=-1), "sink is -1"),
   ):
     with pytest.raises(InputError, match=message):
