@@ -43,7 +43,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       parts=pick(
         test=("losses", "questions", "mergings", "similarity", "speed"),
         cpu=("mergings", "questions", "similarity", "losses"),
-        gpu=("speed", "questions", "losses", "mergings", "similarity"),
+        gpu=("speed", "losses", "questions", "mergings", "similarity"),
       ),
       # chunk: tokens merged among themselves; sink, recent: those kept as they are.
       method=dict(chunk=pick(test=16, cpu=64, gpu=128), sink=4, recent=pick(test=16, cpu=32, gpu=128)),
@@ -53,21 +53,26 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       losses=dict(
         base=read(
           prompt=pick(test=160, cpu=896, gpu=3584, paper=7680),
-          rest=pick(test=8, cpu=64, gpu=512),
+          rest=pick(test=8, cpu=64, gpu=128),
           documents=pick(test=2, cpu=24, gpu=64),
           batch=pick(test=2, cpu=8, gpu=32),
         ),
         others=read(  # models of other names
           prompt=pick(test=96, cpu=448, gpu=1920, paper=7680),
-          rest=pick(test=8, cpu=32, gpu=128),
+          rest=pick(test=8, cpu=32, gpu=64),
           documents=pick(test=2, cpu=4, gpu=32),
-          batch=pick(test=2, cpu=4, gpu=16),
+          batch=pick(test=2, cpu=4, gpu=32),
         ),
       ),
-      others_rivals=pick(cpu=("snapkv",), gpu=("streaming_llm", "snapkv"), paper=("streaming_llm", "h2o", "snapkv")),
+      others_rivals=pick(cpu=("snapkv",), paper=("streaming_llm", "h2o", "snapkv")),
       questions=dict(
         subjects=("base",),
-        tasks=pick(test=("needle",), cpu=("multi_key",), gpu=("needle", "multi_key", "variable_tracking")),
+        tasks=pick(
+          test=("needle",),
+          cpu=("multi_key",),
+          gpu=("needle", "multi_key"),
+          paper=("needle", "multi_key", "variable_tracking"),
+        ),
         lengths=pick(test=(256,), cpu=(512,), gpu=(4096,), paper=(1024, 2048, 4096, 8192)),
         count=pick(test=2, cpu=100, gpu=200),
         batch=pick(test=2, cpu=20, gpu=50),
@@ -77,11 +82,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         compared=pick(test=COMPARED, cpu=(*COMPARED, *OTHERS, "merged while read")),
         read=read(
           prompt=pick(test=160, cpu=512, gpu=3584),
-          rest=pick(test=4, cpu=32, gpu=128),
+          rest=pick(test=4, cpu=32, gpu=64),
           documents=pick(test=2, cpu=8, gpu=32),
           batch=pick(test=2, cpu=8, gpu=32),
         ),
-        chunks=pick(cpu=(), gpu=(32, 64, 256)),
+        chunks=pick(cpu=(), gpu=(32, 256)),
       ),
       similarity=dict(tokens=pick(test=64, cpu=512, gpu=4096), documents=pick(test=1, cpu=4, gpu=8)),
       speed=dict(

@@ -125,7 +125,9 @@ def _by_xla(q, k, v, at):
 
 
 def _by_cudnn(q, k, v, at):
-  lengths = dict(query_seq_lengths=jnp.ones(len(q), jnp.int32), key_value_seq_lengths=jnp.full(len(q), at + 1))
+  lengths = dict(
+    query_seq_lengths=jnp.ones(len(q), jnp.int32), key_value_seq_lengths=jnp.full(len(q), at + 1, jnp.int32)
+  )
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
 
 

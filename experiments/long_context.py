@@ -39,6 +39,12 @@ def subjects(config, cache: Path) -> list[Subject]:
   return [_subject(config, name, cache) for name in ((config.model,) if config.model else config.subjects)]
 
 
+def names(config) -> list[str]:
+  """What files and tables call the `subjects`, which need not be loaded for it."""
+  chosen = (config.model,) if config.model else config.subjects
+  return [name.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1] for name in chosen]
+
+
 def _subject(config, name: str, cache: Path) -> Subject:
   folder = hub.find(name.removeprefix("hf:"))
   text = load_text(config, cache, given=folder)

@@ -11,7 +11,7 @@ from experiments.chelsea import quality, speed
 from experiments.chelsea.decoders import DENSE, formula
 from experiments.chelsea.drawing import pictures
 from experiments.chelsea.quality import SEEN
-from experiments.long_context import subjects
+from experiments.long_context import names, subjects
 from experiments.results import Claim
 
 LOSSES, QUESTIONS, MERGINGS, SIMILARITY, SPEED = "losses", "questions", "mergings", "similarity", "speed"
@@ -21,26 +21,24 @@ _PUBLISHED = ("streaming_llm", "h2o", "snapkv")  # the rivals that the paper com
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts, in that order; what this workdir holds is not measured again."""
-  found = functools.cache(lambda: subjects(config, cache))
+  called = names(config)
+  found = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
 
   def each(measure_one, chosen) -> dict:
-    kept = lambda subject: results.part(workdir, f"{measure_one.__name__}.{subject}", functools.partial(run, subject))
-
     def run(name):
-      subject = next(one for one in found() if one.name == name)
       console.say(f"{measure_one.__name__.removesuffix('_of')} of {name}")
-      return measure_one(config, subject)
+      return measure_one(config, found()[name])
 
-    return {name: kept(name) for name in chosen}
+    part = lambda name: results.part(workdir, f"{measure_one.__name__}.{name}", functools.partial(run, name))
+    return {name: part(name) for name in chosen}
 
-  names = [config.model.rsplit("/", 1)[-1]] if config.model else list(config.subjects)
-  first = names[:1]
-  asked = [name for name in names if config.model or name in config.questions.subjects]
+  first = called[0]
+  asked = [name for name in called if config.model or name in config.questions.subjects]
   measures = {
-    LOSSES: lambda: each(quality.losses_of, names),
+    LOSSES: lambda: each(quality.losses_of, called),
     QUESTIONS: lambda: each(quality.questions_of, asked),
-    MERGINGS: lambda: each(quality.mergings_of, first)[first[0]],
-    SIMILARITY: lambda: each(quality.similarity_of, names),
+    MERGINGS: lambda: each(quality.mergings_of, [first])[first],
+    SIMILARITY: lambda: each(quality.similarity_of, called),
     SPEED: lambda: results.part(workdir, SPEED, lambda: speed.measure(config, console)),
   }
   return {name: measures[name]() for name in config.parts}

@@ -13,7 +13,7 @@ from experiments import results
 from experiments.chunkllm import quality, speed, training
 from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, Adapted, named
 from experiments.chunkllm.drawing import pictures
-from experiments.long_context import documents, subjects
+from experiments.long_context import documents, names, subjects
 from experiments.results import Claim
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.data import tokenizer
@@ -23,8 +23,8 @@ ADAPTERS, LOSSES, QUESTIONS, CONSISTENCY, SPEED = "adapters", "losses", "questio
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts, in that order; what this workdir holds is not measured again."""
-  names = [config.model.rsplit("/", 1)[-1]] if config.model else list(config.subjects)
-  every = functools.cache(lambda: {subject.name: subject for subject in subjects(config, cache)})
+  called = names(config)
+  every = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
 
   def label(name, rows):
     bpe = every()[name].tokenizer
@@ -76,10 +76,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
   each = lambda run, chosen: {name: run(name) for name in chosen}
   measures = {
-    ADAPTERS: lambda: each(adapters_of, names),
-    LOSSES: lambda: each(losses_of, names),
-    QUESTIONS: lambda: each(questions_of, [n for n in names if config.model or n in config.questions.subjects]),
-    CONSISTENCY: lambda: each(consistency_of, names),
+    ADAPTERS: lambda: each(adapters_of, called),
+    LOSSES: lambda: each(losses_of, called),
+    QUESTIONS: lambda: each(questions_of, [n for n in called if config.model or n in config.questions.subjects]),
+    CONSISTENCY: lambda: each(consistency_of, called),
     SPEED: lambda: results.part(workdir, SPEED, lambda: speed.measure(config, console)),
   }
   return {name: measures[name]() for name in config.parts}

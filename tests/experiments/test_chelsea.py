@@ -19,8 +19,8 @@ def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   assert list(report.metrics["losses"]) == [two_layers.name] and len(report.claims) == 11
   rows = {row["decoder"]: row for row in report.metrics["losses"][two_layers.name]}
   assert set(rows) == {"dense", "Chelsea 0.25", "snapkv"}
-  # 160 tokens: 4 and 28 as they are, 128 to 32.
-  assert rows["Chelsea 0.25"]["entries"] == 64 / 160 and rows["dense"]["difference"] == 0
+  # Of 96 tokens 4 and 28 as they are, 64 as 16.
+  assert rows["Chelsea 0.25"]["entries"] == 48 / 96 and rows["dense"]["difference"] == 0
   assert all(row["kl"] >= -1e-6 for row in report.metrics["mergings"].values())
   assert report.metrics["mergings"]["Chelsea"]["kl"] > 1e-6
 
