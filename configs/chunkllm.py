@@ -42,13 +42,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       adapters=dict(hidden=pick(test=16, cpu=256, gpu=512), size=pick(test=8, cpu=64, gpu=128), stands="last"),
       train=dict(
         base=read(
-          steps=pick(test=2, cpu=60, gpu=300, paper=3000),
-          batch=pick(test=2, cpu=4, gpu=16, paper=64),
+          steps=pick(test=2, cpu=60, gpu=200, paper=3000),
+          batch=pick(test=2, cpu=4, gpu=8, paper=64),
           length=pick(test=160, cpu=384, gpu=2048, paper=4096),
         ),
         others=read(  # models of other names
-          steps=pick(test=2, cpu=20, gpu=150, paper=3000),
-          batch=pick(test=2, cpu=2, gpu=8, paper=64),
+          steps=pick(test=2, cpu=20, gpu=80, paper=3000),
+          batch=pick(test=2, cpu=2, gpu=4, paper=64),
           length=pick(test=160, cpu=256, gpu=1024, paper=4096),
         ),
         recall=0.25,  # share of the rows that are questions about facts in text
@@ -78,7 +78,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       questions=dict(
         subjects=("base",),
-        tasks=pick(test=("needle",), cpu=("multi_key",), gpu=("needle", "multi_key", "variable_tracking")),
+        tasks=pick(test=("needle",), cpu=("multi_key",), gpu=("needle", "multi_key")),
         lengths=pick(test=(256,), cpu=(512,), gpu=(4096,), paper=(1024, 2048, 4096, 8192)),
         count=pick(test=2, cpu=100, gpu=200),
         batch=pick(test=2, cpu=20, gpu=50),

@@ -52,7 +52,9 @@ def _chunked(s, keep: float, pools) -> tuple[Contestant, float]:
   shape = dict(vocab_size=8, depth=_LAYERS, width=s.width, mlp_width=s.mlp_width, head_dim=s.head_dim)
   model = TransformerConfig(**shape, q_heads=s.q_heads, kv_heads=s.kv_heads, context=s.context)
   adapters = ChunkAdapters(model, jax.random.key(7))
-  options = dict(keep=keep, threshold=1.0, min_chunk=4, max_chunk=s.chunk, grain=s.grain, splits=splits_of(s, s.rows))
+  options = dict(
+    keep=keep, threshold=1.0, min_chunk=s.chunk, max_chunk=s.chunk, grain=s.grain, splits=splits_of(s, s.rows)
+  )
   first, pages = s.context - s.steps, s.context // PAGE
   table = jnp.arange(s.rows * pages, dtype=jnp.int32).reshape(s.rows, pages)
   lengths = jnp.full(s.rows, first, jnp.int32)

@@ -34,6 +34,7 @@ from jaxlab.attention.chunkllm_chunks import (
   pick_chunks,
   require_fit,
 )
+from jaxlab.attention.chunkllm_prefill import attend_chosen, choices
 from jaxlab.attention.compact_attention import page_table
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.kernels.paged_attention import paged_attention
@@ -109,11 +110,12 @@ def chunkllm(
   choose: str = "adapters",
   every_token: bool = False,
   evict: bool = False,
+  sparse_prefill: bool = False,
   grain: int | None = None,
   splits: int = 1,
   implementation: str | None = None,
 ) -> paged.Method:
-  """The method for a paged cache. It must read the prompt itself, densely: as the `decode` of a `paged.decoder` behind
+  """The method for a paged cache. It must read the prompt itself: as the `decode` of a `paged.decoder` behind
   another method it would know neither where chunks of the prompt end nor its last queries.
 
   Layers with a window of their own keep to that. Adapters of a large model are better arguments of a program than
@@ -128,6 +130,7 @@ def chunkllm(
       min_chunk is 1.
     every_token: the layers choose anew for every token, not only where a chunk ends.
     evict: a chunk that a layer does not choose it never reads again, so that its keys and values could be given up.
+    sparse_prefill: the prompt, read as one chunk of the decoder, is sparse as well (`chunkllm_prefill`).
     grain: chunks are rounded out to this many tokens, a divisor of the page; 1 is exact, None the whole page, which
       the kernel reads fastest. What is read in excess is attended to and counted.
     splits: parts in which the units of a row are read side by side: where rows times key heads are few for a GPU.
@@ -144,6 +147,8 @@ def chunkllm(
   require(most is None or most >= 1, f"most is {most}; choose at least 1 chunk, or give None for any number")
   require_choice("cross_layer", cross_layer, CROSS_LAYER)
   require_choice("choose", choose, CHOICES)
+  own = cross_layer == "per_layer" and choose == "adapters"
+  require(not sparse_prefill or own, "sparse_prefill is for layers that choose by their adapters, each for itself")
   require(not evict or (choose != "ends" and cross_layer == "per_layer"), "evict is for layers that choose chunks")
   require(choose != "oracle" or adapters.reads != "hidden", "the oracle needs queries; let the adapters read those")
   limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (2 * threshold - 1)
@@ -169,7 +174,14 @@ def chunkllm(
     if hidden is not None:
       hidden = jax.lax.dynamic_update_slice(hidden, told[None], (view.layer, 0, view.start, 0, 0))
     memory = Prompt(ends, queries, hidden)
-    return paged.attend_densely(q, k, v, view, memory)
+    if not sparse_prefill or view.layer == 0 or view.window is not None:
+      return paged.attend_densely(q, k, v, view, memory)
+    size = functools.partial(chunk_ends, min_chunk=min_chunk, max_chunk=max_chunk)
+    ended = jax.vmap(size)(ends[:, : q.shape[1]] > limit, view.lengths)
+    ids, chunks = chunk_ids(ended), max(1, q.shape[1] // min_chunk)
+    final, _ = jax.vmap(functools.partial(chunk_table, chunks=chunks))(ended)
+    chosen = choices(adapters, asked, told, ids, final, view.layer, keep=keep, most=most)
+    return attend_chosen(q, k, v, ids, chosen, sink=sink, local=local), memory
 
   def ready(network: Network, state: paged.State, time: int) -> paged.State:
     batch, capacity = state.memory.ends.shape
@@ -295,7 +307,7 @@ def chunkllm(
     queries = adapters.queries(adapters.content(memory.token[1][:, :, None], position[:, None]))
     return chunk_scores(queries, memory.keys)[:, :, 0]
 
-  return paged.Method(attend, empty, ready)
+  return paged.Method(attend, empty, ready, whole=sparse_prefill)
 
 
 def _contents(adapters: ChunkAdapters, layer: int, state: paged.State, ids, last, count):

@@ -212,6 +212,40 @@ def test_with_every_chunk_or_only_the_open_one_all_logits_are_the_dense_ones(opt
   assert (np.asarray(states[-1].memory.count) == 0).all() == ("threshold" in options)
 
 
+def prompt_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk):
+  """bool[queries, keys] of the second layer, written out from the definition."""
+  a, (asked, told) = adapters(), (before_rope(heads)[1, row] for heads in (q, k))
+  scores, begin, chunks, chosen, see = np.asarray(a.ends(jnp.asarray(x[1, row])[None]))[0], 0, [], set(), []
+  for t in range(LENGTHS[row]):
+    see.append([j <= t and (j < sink or j > t - local or j >= begin or j in chosen) for j in range(CAPACITY)])
+    if (scores[t] > 0 and t - begin + 1 >= min_chunk) or t - begin + 1 >= max_chunk:
+      chunks.append(range(begin, t + 1))
+      begin, mine = t + 1, compressed(asked[t], a.q1[1], a.q2[1])
+      worth = [mine @ compressed(told[c[-1]], a.k1[1], a.k2[1]) for c in chunks]
+      order = sorted(range(len(chunks)), key=lambda c: (c != len(chunks) - 1, -worth[c], -c))
+      chosen = {j for c in order[: math.ceil(keep * len(chunks) - 1e-9)] for j in chunks[c]}
+  return np.array(see)
+
+
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_a_sparse_prompt_reads_what_the_end_of_the_chunk_before_chose(keep):
+  """Of rows of different lengths; the first layer, which says where chunks end, reads everything."""
+  options = SMALL | dict(keep=keep)
+  method = chunkllm(adapters(), **options, sparse_prefill=True)
+  sizes = dict(capacity=CAPACITY, chunk=32, page=PAGE, method=method)
+  found, _ = jax.jit(functools.partial(paged.prefill, **sizes))(network(), TOKENS[:, :TIME], LENGTHS)
+  see = np.broadcast_to(np.tri(CAPACITY, dtype=bool), (2, 2, CAPACITY, CAPACITY)).copy()
+  _, *taps = map(np.asarray, masked_forward(see))  # what the second layer reads does not depend on its sets
+  for row, length in enumerate(LENGTHS):
+    see[1, row, :length] = prompt_sets(*taps, row, **options)
+  assert (see.sum() == 2 * 2 * CAPACITY * (CAPACITY + 1) / 2) == (keep == 1)
+  expected = masked_forward(see)[0]
+  for row, length in enumerate(LENGTHS):
+    np.testing.assert_allclose(found[row, 0], expected[row, length - 1], rtol=1e-4, atol=1e-4)
+  with pytest.raises(InputError, match="reads a prompt as one chunk"):
+    paged.prefill(network(), TOKENS[:, :TIME], LENGTHS, **sizes | dict(chunk=8))
+
+
 def test_generation_in_one_scan_is_that_of_single_steps():
   step, logits, state = read(grain=1)
   decoder = paged.decoder(chunkllm(adapters(), **SMALL, grain=1), chunk=8, page=PAGE)
@@ -459,6 +493,8 @@ def test_what_it_cannot_do_is_named():
       chunkllm(adapters(), **options)
   with pytest.raises(InputError, match="evict is for"):
     chunkllm(adapters(), evict=True, cross_layer="vote")
+  with pytest.raises(InputError, match="sparse_prefill is for"):
+    chunkllm(adapters(), sparse_prefill=True, choose="random")
   with pytest.raises(InputError, match="oracle needs queries"):
     chunkllm(adapters(reads="hidden"), choose="oracle")
   for option in ("stands", "reads"):
