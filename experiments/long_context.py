@@ -87,7 +87,7 @@ def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[d
         low, high = interval(shares)
         rows.append(
           dict(subject=subject.name, decoder=name, task=task, length=length, share=float(shares.mean()))
-          | dict(low=low, high=high, **_paired(shares, before), count=asked.count)
+          | dict(low=low, high=high, **paired(shares, before), count=asked.count)
         )
   return rows
 
@@ -103,7 +103,7 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
     paired over the documents, count}.
   """
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=seed)
-  batches = [_padded(rows[i : i + read.batch], read.batch) for i in range(0, len(rows), read.batch)]
+  batches = [padded(rows[i : i + read.batch], read.batch) for i in range(0, len(rows), read.batch)]
 
   def behind(decoder: Decoder) -> np.ndarray:
     found = [continuation_losses(subject.network, batch, prompt=read.prompt, decoder=decoder) for batch in batches]
@@ -114,7 +114,7 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
     first = found if first is None else first
     made.append(
       dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))
-      | dict(**_paired(found, first), count=len(rows))
+      | dict(**paired(found, first), count=len(rows))
     )
   return made
 
@@ -137,12 +137,12 @@ def documents(tokens: Tokens, count: int, length: int, *, seed: int = 0) -> np.n
   return np.array(pieces, np.int32)
 
 
-def _padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
+def padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
   """`batch` rows, the last one repeated: one shape, one program."""
   return jnp.asarray(rows[np.minimum(np.arange(batch), len(rows) - 1)])
 
 
-def _paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
+def paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
   """Mean difference of two measurements of the same things, and its standard error."""
   difference = found - first
   spread = difference.std(ddof=1) if len(difference) > 1 else 0.0

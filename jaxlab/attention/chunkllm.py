@@ -34,6 +34,7 @@ from jaxlab.attention.chunkllm_chunks import (
   pick_chunks,
   require_fit,
 )
+from jaxlab.attention.chunkllm_prefill import attend_chosen, choices
 from jaxlab.attention.compact_attention import page_table
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.kernels.paged_attention import paged_attention
@@ -47,11 +48,13 @@ CROSS_LAYER = ("per_layer", "vote")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What is gathered while a prompt is read: logits of the ends (batch, capacity), queries of the last token (layers,
-  batch, q_heads, head_dim) after RoPE."""
+  """What is gathered while a prompt is read: logits of the ends (batch, capacity); queries of the last token (layers,
+  batch, q_heads, head_dim) after RoPE, or what adapters read in their place; where that is not in the cache, the same
+  of all tokens (layers, batch, capacity, 1, width)."""
 
   ends: Array
   queries: Array
+  hidden: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +71,7 @@ class Chunks:
     token: (end's logit (batch,), queries after RoPE (layers, batch, q_heads, head_dim)) of the last token, and what
       would stand for its chunk if that ended with it (layers, batch, kv_heads, head_dim).
     mass: what the oracle saw of the chunks, (layers, batch, chunks), or None.
+    gone: bool[layers, batch, chunks], those that will never be read again, or None.
     attended: int32[layers, batch], tokens that the last token attended to.
     retained: float32[batch], sum over the tokens since the prompt of the layers' mean attended / position;
       tokens: their number.
@@ -81,6 +85,7 @@ class Chunks:
   used: Array
   token: tuple[Array, Array, Array]
   mass: Array | None
+  gone: Array | None
   attended: Array
   retained: Array
   tokens: Array
@@ -104,11 +109,13 @@ def chunkllm(
   cross_layer: str = "per_layer",
   choose: str = "adapters",
   every_token: bool = False,
+  evict: bool = False,
+  sparse_prefill: bool = False,
   grain: int | None = None,
   splits: int = 1,
   implementation: str | None = None,
 ) -> paged.Method:
-  """The method for a paged cache. It must read the prompt itself, densely: as the `decode` of a `paged.decoder` behind
+  """The method for a paged cache. It must read the prompt itself: as the `decode` of a `paged.decoder` behind
   another method it would know neither where chunks of the prompt end nor its last queries.
 
   Layers with a window of their own keep to that. Adapters of a large model are better arguments of a program than
@@ -122,6 +129,8 @@ def chunkllm(
       chunk but the last token of each, as SepLLM reads its separators, where the chunk adapter has learnt those and
       min_chunk is 1.
     every_token: the layers choose anew for every token, not only where a chunk ends.
+    evict: a chunk that a layer does not choose it never reads again, so that its keys and values could be given up.
+    sparse_prefill: the prompt, read as one chunk of the decoder, is sparse as well (`chunkllm_prefill`).
     grain: chunks are rounded out to this many tokens, a divisor of the page; 1 is exact, None the whole page, which
       the kernel reads fastest. What is read in excess is attended to and counted.
     splits: parts in which the units of a row are read side by side: where rows times key heads are few for a GPU.
@@ -138,24 +147,41 @@ def chunkllm(
   require(most is None or most >= 1, f"most is {most}; choose at least 1 chunk, or give None for any number")
   require_choice("cross_layer", cross_layer, CROSS_LAYER)
   require_choice("choose", choose, CHOICES)
+  own = cross_layer == "per_layer" and choose == "adapters"
+  require(not sparse_prefill or own, "sparse_prefill is for layers that choose by their adapters, each for itself")
+  require(not evict or (choose != "ends" and cross_layer == "per_layer"), "evict is for layers that choose chunks")
+  require(choose != "oracle" or adapters.reads != "hidden", "the oracle needs queries; let the adapters read those")
   limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (2 * threshold - 1)
 
   def empty(config, *, batch, capacity, page, dtype):
     require_fit(adapters, config)
     require_divides("grain", grain or page, "page", page)
-    shape = (config.depth, batch, config.q_heads, config.head_dim)
-    return Prompt(jnp.zeros((batch, capacity), jnp.float32), jnp.zeros(shape, dtype))
+    zeros = lambda *shape: jnp.zeros((config.depth, batch, *shape), dtype)
+    ends = jnp.zeros((batch, capacity), jnp.float32)
+    if adapters.reads == "hidden":
+      return Prompt(ends, zeros(1, config.width), zeros(capacity, 1, config.width))
+    return Prompt(ends, zeros(config.q_heads, config.head_dim))
 
   def read(q, k, v, view: paged.View, memory: Prompt):
     """A part of the prompt."""
     ends, place = memory.ends, (view.lengths - 1 - view.start)[:, None]
     if view.layer == 1:
       ends = jax.lax.dynamic_update_slice(ends, adapters.ends(view.x), (0, view.start))
-    inside = (place >= 0) & (place < q.shape[1])
-    last = jnp.take_along_axis(q, jnp.clip(place, 0, q.shape[1] - 1)[..., None, None], axis=1)[:, 0]
-    queries = jnp.where(inside[..., None], last, memory.queries[view.layer])
-    memory = Prompt(ends, memory.queries.at[view.layer].set(queries))
-    return paged.attend_densely(q, k, v, view, memory)
+    inside, (asked, told) = (place >= 0) & (place < q.shape[1]), adapters.inputs(q, k, view.x)
+    last = jnp.take_along_axis(asked, jnp.clip(place, 0, q.shape[1] - 1)[..., None, None], axis=1)[:, 0]
+    queries = memory.queries.at[view.layer].set(jnp.where(inside[..., None], last, memory.queries[view.layer]))
+    hidden = memory.hidden
+    if hidden is not None:
+      hidden = jax.lax.dynamic_update_slice(hidden, told[None], (view.layer, 0, view.start, 0, 0))
+    memory = Prompt(ends, queries, hidden)
+    if not sparse_prefill or view.layer == 0 or view.window is not None:
+      return paged.attend_densely(q, k, v, view, memory)
+    size = functools.partial(chunk_ends, min_chunk=min_chunk, max_chunk=max_chunk)
+    ended = jax.vmap(size)(ends[:, : q.shape[1]] > limit, view.lengths)
+    ids, chunks = chunk_ids(ended), max(1, q.shape[1] // min_chunk)
+    final, _ = jax.vmap(functools.partial(chunk_table, chunks=chunks))(ended)
+    chosen = choices(adapters, asked, told, ids, final, view.layer, keep=keep, most=most)
+    return attend_chosen(q, k, v, ids, chosen, sink=sink, local=local), memory
 
   def ready(network: Network, state: paged.State, time: int) -> paged.State:
     batch, capacity = state.memory.ends.shape
@@ -166,7 +192,7 @@ def chunkllm(
     newest = jnp.take_along_axis(last, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     begin = jnp.where(count > 0, newest + 1, 0)
     mass, ids = None, chunk_ids(ends)
-    found = jnp.stack([_contents(adapters, pool, state, ids, last, count) for pool, _ in state.pools])
+    found = jnp.stack([_contents(adapters, layer, state, ids, last, count) for layer in range(layers)])
     keys = adapters.keys(found[:, :, :chunks])
     span = lambda tokens: (tokens - 2) // unit + 2  # units that a stretch of tokens can touch
     places = capacity // unit
@@ -183,9 +209,10 @@ def chunkllm(
     token = jnp.zeros(batch), state.memory.queries, found[:, :, chunks]
     table, used = zeros((layers, batch, places)), zeros((layers, batch))
     retained = jnp.zeros(batch)
-    memory = Chunks(ids, count, begin, keys, table, used, token, mass, used, retained, jnp.int32(0))
-    table, used = _choose(memory, state.length - 1, unit)
-    return dataclasses.replace(state, memory=dataclasses.replace(memory, table=table, used=used))
+    gone = jnp.zeros((layers, batch, chunks), bool) if evict else None
+    memory = Chunks(ids, count, begin, keys, table, used, token, mass, gone, used, retained, jnp.int32(0))
+    table, used, gone = _choose(memory, state.length - 1, unit)
+    return dataclasses.replace(state, memory=dataclasses.replace(memory, table=table, used=used, gone=gone))
 
   def attend(q, k, v, view: paged.View, memory):
     if isinstance(memory, Prompt):
@@ -201,10 +228,11 @@ def chunkllm(
       memory = dataclasses.replace(memory, ids=ids, table=table, used=memory.used + new)
     end, queries, keys = memory.token
     end = adapters.ends(view.x)[:, 0] if i == 1 else end
-    content = adapters.content(k, position[:, None])[:, 0]
-    if adapters.mean:
-      content = keys[i] + (content - keys[i]) / (position - memory.begin + 1)[:, None, None]
-    token = end, queries.at[i].set(q[:, 0]), keys.at[i].set(content)
+    asked, told = adapters.inputs(q, k, view.x)
+    content = adapters.content(told, position[:, None])[:, 0]
+    mean = keys[i][:, : content.shape[1]]  # the chunk's so far, where it is kept
+    mean = mean + (content - mean) / (position - memory.begin + 1)[:, None, None]
+    token = end, queries.at[i].set(asked[:, 0]), keys.at[i].set(adapters.joined(content, mean))
     if view.window is None:
       seen = (memory.used[i] - 1) * unit + position % unit + 1
       how = dict(splits=splits, implementation=implementation)
@@ -229,29 +257,36 @@ def chunkllm(
 
     def anew():
       made = adapters.keys(memory.token[2][:, :, None])
-      table, used = _choose(after, position, unit)
-      return made[:, :, 0], jnp.where(again[:, None], table, memory.table), jnp.where(again, used, memory.used)
+      chosen, before = _choose(after, position, unit), (memory.table, memory.used, memory.gone)
+      mine = lambda a, b: jnp.where(again.reshape(-1, *[1] * (a.ndim - 2)), a, b)
+      return made[:, :, 0], *jax.tree.map(mine, chosen, before)
 
     # One branch for all rows: under vmap both would run for every token.
-    made, table, used = jax.lax.cond(again.any(), anew, lambda: (memory.keys[:, :, 0], memory.table, memory.used))
+    stay = lambda: (memory.keys[:, :, 0], memory.table, memory.used, memory.gone)
+    made, table, used, gone = jax.lax.cond(again.any(), anew, stay)
     place = jnp.where(ended, memory.count, memory.keys.shape[2])
     keys = memory.keys.at[:, jnp.arange(len(ended)), place].set(made, mode="drop")
     share = (memory.attended / (position + 1)).mean(axis=0)
-    how = dict(keys=keys, table=table, used=used, retained=memory.retained + share, tokens=memory.tokens + 1)
-    return dataclasses.replace(after, **how)
+    how = dict(keys=keys, table=table, used=used, gone=gone)
+    return dataclasses.replace(after, **how, retained=memory.retained + share, tokens=memory.tokens + 1)
 
   def _choose(memory: Chunks, position, unit: int):
-    """The units that the tokens after `position` read, (table, used), chosen by the queries of the last token.
+    """The units that the tokens after `position` read, chosen by the queries of the last token: (table, used, gone).
 
     A chunk that ends with it has no key yet, and needs none.
     """
     layers, batch, chunks, _ = memory.keys.shape
-    place = jnp.arange(memory.ids.shape[1])
+    place, gone = jnp.arange(memory.ids.shape[1]), memory.gone
     if choose == "ends":
       last = (memory.ids != jnp.roll(memory.ids, -1, axis=1)) | (place == position[:, None])
       kept = jnp.broadcast_to(last, (layers, *memory.ids.shape))
     else:
-      chosen = pick_chunks(_scores(memory, position), memory.count, keep=keep, most=most, vote=cross_layer == "vote")
+      scores = _scores(memory, position)
+      if gone is not None:
+        scores = jnp.where(gone, -jnp.inf, scores)
+      chosen = pick_chunks(scores, memory.count, keep=keep, most=most, vote=cross_layer == "vote")
+      if gone is not None:
+        gone |= ~chosen & (jnp.arange(chunks) < memory.count[:, None])
       ids = jnp.minimum(memory.ids, chunks - 1)
       kept = jnp.take_along_axis(chosen, jnp.broadcast_to(ids, (layers, *ids.shape)), axis=2)
     kept = kept & (place < memory.begin[:, None]) | (place < sink)
@@ -260,7 +295,7 @@ def chunkllm(
     end = jnp.tile(position // unit + 1, layers)[:, None]
     table, count = page_table(wanted, end, end)
     places = memory.table.shape[2]
-    return table[:, :places].reshape(layers, batch, places), count[:, 1].reshape(layers, batch)
+    return table[:, :places].reshape(layers, batch, places), count[:, 1].reshape(layers, batch), gone
 
   def _scores(memory: Chunks, position):
     if choose == "oracle":
@@ -272,23 +307,29 @@ def chunkllm(
     queries = adapters.queries(adapters.content(memory.token[1][:, :, None], position[:, None]))
     return chunk_scores(queries, memory.keys)[:, :, 0]
 
-  return paged.Method(attend, empty, ready)
+  return paged.Method(attend, empty, ready, whole=sparse_prefill)
 
 
-def _contents(adapters: ChunkAdapters, pool, state: paged.State, ids, last, count):
+def _contents(adapters: ChunkAdapters, layer: int, state: paged.State, ids, last, count):
   """What stands for a prompt's chunks in a layer, and where means do, last of all for the open one.
 
   Returns:
-    float32[batch, chunks + 1, kv_heads, head_dim].
+    float32[batch, chunks + 1, heads, head_dim].
   """
-  if adapters.mean:
-    keys = jnp.swapaxes(paged.rows(pool, state.table), 1, 2)
-    content = adapters.content(keys, jnp.arange(keys.shape[1]))
-    means = chunk_means(content, ids, state.length, last.shape[1] + 1)
-    return jnp.concatenate([means[:, :-1], jnp.take_along_axis(means, count[:, None, None, None], axis=1)], axis=1)
+  pool, hidden = state.pools[layer][0], state.memory.hidden
   last = jnp.pad(last, ((0, 0), (0, 1)))
-  pages = jnp.take_along_axis(state.table, last // state.page, axis=1)
-  return adapters.content(jnp.moveaxis(pool[:, pages, last % state.page], 0, 2), last)
+  if hidden is not None:
+    content = jnp.take_along_axis(hidden[layer], last[..., None, None], axis=1)
+  else:
+    pages = jnp.take_along_axis(state.table, last // state.page, axis=1)
+    content = jnp.moveaxis(pool[:, pages, last % state.page], 0, 2)
+  content = adapters.content(content, last)
+  if adapters.stands == "last":
+    return content
+  keys = jnp.swapaxes(paged.rows(pool, state.table), 1, 2) if hidden is None else hidden[layer]
+  means = chunk_means(adapters.content(keys, jnp.arange(keys.shape[1])), ids, state.length, last.shape[1])
+  mine = jnp.take_along_axis(means, count[:, None, None, None], axis=1)
+  return adapters.joined(content, jnp.concatenate([means[:, :-1], mine], axis=1))
 
 
 def attend_units(q, view: paged.View, table, used, unit: int, *, splits: int = 1, implementation: str | None = None):

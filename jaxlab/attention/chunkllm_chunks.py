@@ -12,32 +12,47 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.attention.selection import grouped_products
-from jaxlab.core.checks import require, require_counts
+from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import apply_rope, rope_table
 
+STANDS = ("last", "mean", "both")
+READS = ("unrotated", "rotated", "hidden")
+
 
 class ChunkAdapters(nnx.Module):
-  """The maps, float32: w (width) and b of the chunk adapter; W1 (layers, heads head_dim, hidden) and W2 (layers,
-  hidden, size) of queries and of keys. Scores begin near 0, so that all chunks begin alike.
+  """The maps, float32: w (width) and b of the chunk adapter; W1 (layers, inputs, hidden) and W2 (layers, hidden, size)
+  of queries and of keys. Scores begin near 0, so that all chunks begin alike.
 
   Args:
-    mean: the mean of its tokens' keys stands for a chunk, not the key of its last token. By the latter the first layer
-      cannot tell chunks apart that end with the same token.
+    stands: what stands for a chunk: the key of its "last" token, the "mean" of its tokens' keys, or "both" side by
+      side. By the first alone the first layer cannot tell chunks apart that end with the same token.
+    reads: what queries and keys are to the adapters: the model's "unrotated", before RoPE, as content has no position;
+      "rotated"; or the layer's input, "hidden", in the place of both.
   """
 
   def __init__(
-    self, config: TransformerConfig, key: jax.Array, *, hidden: int = 512, size: int = 128, mean: bool = False
+    self,
+    config: TransformerConfig,
+    key: jax.Array,
+    *,
+    hidden: int = 512,
+    size: int = 128,
+    stands: str = "last",
+    reads: str = "unrotated",
   ):
     require_counts(hidden=hidden, size=size)
+    require_choice("stands", stands, STANDS)
+    require_choice("reads", reads, READS)
     c, keys = config, jax.random.split(key, 5)
     normal = lambda key, *shape, scale: nnx.Param(scale * jax.random.normal(key, shape), axes=(None,) * len(shape))
-    first = lambda key, heads: normal(key, c.depth, heads * c.head_dim, hidden, scale=(heads * c.head_dim) ** -0.5)
+    first = lambda key, inputs: normal(key, c.depth, inputs, hidden, scale=inputs**-0.5)
     second = lambda key: normal(key, c.depth, hidden, size, scale=0.02)
-    self.config, self.mean = c, mean
+    inputs = lambda heads: c.width if reads == "hidden" else heads * c.head_dim
+    self.config, self.stands, self.reads = c, stands, reads
     self.w, self.b = normal(keys[0], c.width, scale=c.width**-0.5), nnx.Param(jnp.zeros(()), axes=())
-    self.q1, self.q2 = first(keys[1], c.q_heads), second(keys[2])
-    self.k1, self.k2 = first(keys[3], c.kv_heads), second(keys[4])
+    self.q1, self.q2 = first(keys[1], inputs(c.q_heads)), second(keys[2])
+    self.k1, self.k2 = first(keys[3], (1 + (stands == "both")) * inputs(c.kv_heads)), second(keys[4])
 
   def ends(self, x: Float[Array, "batch time *streams width"]) -> Float[Array, "batch time"]:
     """Logit, float32, that a token with this output of the first layer ends a chunk; streams are averaged."""
@@ -45,10 +60,26 @@ class ChunkAdapters(nnx.Module):
     x = x.mean(axis=2) if x.ndim == 4 else x
     return jnp.einsum("btw,w->bt", x, self.w[...], precision=jax.lax.Precision.HIGHEST) + self.b[...]
 
+  def inputs(self, q, k, x):
+    """What of a layer's queries, keys and input (batch, time, ...) is `content` for queries and for keys."""
+    if self.reads != "hidden":
+      return q, k
+    x = (x.mean(axis=2) if x.ndim == 4 else x)[:, :, None]
+    return x, x
+
   def content(self, x: Float[Array, "*batch time heads head_dim"], positions: Int[Array, "*batch time"]):
-    """Queries or keys at these positions, float32, turned back to before RoPE."""
+    """`inputs` at these positions, float32; queries and keys turned back to before RoPE where adapters read them so."""
+    x = x.astype(jnp.float32)
+    if self.reads != "unrotated":
+      return x
     cos, sin = rope_table(self.config, positions, jnp.float32)
-    return apply_rope(x.astype(jnp.float32), cos, -sin)
+    return apply_rope(x, cos, -sin)
+
+  def joined(self, content: Float[Array, "*batch heads head_dim"], mean: Float[Array, "*batch heads head_dim"]):
+    """What stands for a chunk, of its last token's content and of the mean of all of them."""
+    if self.stands == "both":
+      return jnp.concatenate([mean, content], axis=-2)
+    return mean if self.stands == "mean" else content
 
   def queries(self, content: Float[Array, "*layers batch time q_heads head_dim"], layer: int | None = None):
     """qa, float32[*layers, batch, time, size], of a layer, or without `layer` of all layers'."""

@@ -137,14 +137,13 @@ def adapter_loss(
 
   def attend(layer, _, x, q, k, v, window):
     given, rows, keys = (jax.lax.stop_gradient(a) for a in (x, q, k))
+    inputs = adapters.inputs(rows, keys, given)
     if layer == 1:
       boundary.append(boundary_loss(adapters.ends(given), labels, balance=balance))
     target = teacher_attention(rows, keys, ids, chunks=chunks, sink=sink, block=block, window=window)
-    queries, content = (adapters.content(a, jnp.arange(time)) for a in (rows, keys))
-    if adapters.mean:
-      content = chunk_means(content, ids, jnp.full(len(ids), time), chunks)
-    else:
-      content = jnp.take_along_axis(content, last[..., None, None], axis=1)
+    queries, content = (adapters.content(a, jnp.arange(time)) for a in inputs)
+    means = chunk_means(content, ids, jnp.full(len(ids), time), chunks)
+    content = adapters.joined(jnp.take_along_axis(content, last[..., None, None], axis=1), means)
     scores = chunk_scores(adapters.queries(queries, layer), adapters.keys(content, layer))
     found.append((distillation_loss(scores, target, ids), recall(scores, target, ids, top)))
     return dot_product_attention(q, k, v, window=window, start=0)

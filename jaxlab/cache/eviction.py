@@ -142,7 +142,7 @@ def _method(
       worth = jnp.where(jnp.arange(capacity) < state.length[:, None, None], worth, -jnp.inf)
       worth, at = jax.lax.top_k(worth, places)
       size = jnp.broadcast_to((jnp.arange(places) < kept[:, None])[:, None], at.shape).astype(jnp.float32)
-      take = lambda a: jnp.take_along_axis(a, at[..., None], axis=2)
+      take = lambda a: jnp.where((size > 0)[..., None], jnp.take_along_axis(a, at[..., None], axis=2), 0)
       entries = Entries(take(keys), take(values), size)
       tree = (entries, at, jnp.where(size > 0, worth, -jnp.inf))
       return Layer(

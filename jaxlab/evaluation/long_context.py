@@ -9,7 +9,7 @@ Tasks after RULER (Hsieh et al. 2024, arXiv 2404.06654), in real text: needle, m
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -102,44 +102,91 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
   return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def continuation_scores(
-  network: Network,
-  prompts: Int[Array, "batch time"],
-  lengths: Int[Array, "batch"] | None,
-  following: Int[Array, "batch steps"],
-  *,
-  decoder: Decoder,
-) -> tuple[Float[Array, "batch steps"], Bool[Array, "batch steps"]]:
-  """(log-probabilities of the tokens that follow a prompt, whether each is the likeliest), read one by one behind it.
+def continuation(network: Network, prompts, lengths, following, *, decoder: Decoder, of: Callable):
+  """(`of`(log-probabilities, token) of every token that follows a prompt, stacked along axis 1; the decoder's state).
 
-  What a decoder forgets of a long prompt, or computes differently, shows here at the position where it matters.
+  The tokens are read one by one: what a decoder forgets of a long prompt, or computes differently, shows here at the
+  position where it matters.
 
   Args:
-    prompts: padded at their ends to one length; lengths: as `Decoder.prefill`.
+    prompts: (batch, time), padded at their ends to one length; lengths: as `Decoder.prefill`; following: (batch, rest).
   """
-
-  def judge(logits, token):
-    logp = jax.nn.log_softmax(logits[:, 0])
-    return jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], jnp.argmax(logp, axis=-1) == token
+  logits, state = decoder.prefill(network, prompts, lengths, capacity=prompts.shape[1] + following.shape[1])
+  judge = lambda logits, token: of(jax.nn.log_softmax(logits[:, 0].astype(jnp.float32)), token)
 
   def one(state, pair):
     token, after = pair
     logits, state = decoder.step(network, token[:, None], state)
     return state, judge(logits, after)
 
-  capacity = prompts.shape[1] + following.shape[1]
-  logits, state = decoder.prefill(network, prompts, lengths, capacity=capacity)
   first = judge(logits, following[:, 0])
-  _, rest = jax.lax.scan(one, state, (following[:, :-1].T, following[:, 1:].T))
-  return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b.T], axis=1), first, rest)
+  state, rest = jax.lax.scan(one, state, (following[:, :-1].T, following[:, 1:].T))
+  whole = lambda a, b: jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1)
+  return jax.tree.map(whole, first, rest), state
 
 
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def continuation_scores(
+  network: Network,
+  prompts: Int[Array, "batch time"],
+  lengths: Int[Array, "batch"] | None,
+  following: Int[Array, "batch rest"],
+  *,
+  decoder: Decoder,
+) -> tuple[Float[Array, "batch rest"], Bool[Array, "batch rest"]]:
+  """(log-probabilities of the tokens that follow, whether each is the likeliest), as `continuation`."""
+
+  def judge(logprobs, token):
+    return -own_loss(logprobs, token), jnp.argmax(logprobs, axis=-1) == token
+
+  return continuation(network, prompts, lengths, following, decoder=decoder, of=judge)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
 def continuation_losses(
   network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
 ) -> Float[Array, "batch rest"]:
-  """Cross-entropy in nats of the tokens from `prompt` on, as `continuation_scores`."""
-  return -continuation_scores(network, tokens[:, :prompt], None, tokens[:, prompt:], decoder=decoder)[0]
+  """Cross-entropy in nats of the tokens from `prompt` on, as `continuation`."""
+  return continuation(network, tokens[:, :prompt], None, tokens[:, prompt:], decoder=decoder, of=own_loss)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "prompt"))
+def continuation_logprobs(
+  network: Network, tokens: Int[Array, "batch time"], *, prompt: int, decoder: Decoder
+) -> Float[Array, "batch rest vocab"]:
+  """The predictions, as log-probabilities, that `continuation_losses` takes the tokens' own of."""
+  whole = lambda logprobs, token: logprobs
+  return continuation(network, tokens[:, :prompt], None, tokens[:, prompt:], decoder=decoder, of=whole)[0]
+
+
+def own_loss(logprobs: Float[Array, "batch vocab"], token: Int[Array, "batch"]) -> Float[Array, "batch"]:
+  """Cross-entropy of the tokens that came."""
+  return -jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+
+
+def late(decoder: Decoder, tokens: int) -> Decoder:
+  """A decoder that reads the last `tokens` tokens of every prompt as if they had been generated.
+
+  With the question among them, a method that drops parts of the prompt does so before it knows what will be asked.
+  Prompts have to be longer than that.
+  """
+  return _late(decoder, tokens)
+
+
+@functools.cache
+def _late(decoder: Decoder, tokens: int) -> Decoder:
+  def prefill(network, prompts, lengths=None, *, capacity):
+    lengths = jnp.full(len(prompts), prompts.shape[1]) if lengths is None else jnp.asarray(lengths)
+    begin = lengths - tokens
+    logits, state = decoder.prefill(network, prompts, begin, capacity=capacity)
+
+    def one(i, carry):
+      token = jnp.take_along_axis(jnp.asarray(prompts), (begin + i)[:, None], axis=1)
+      return decoder.step(network, token, carry[1])
+
+    return jax.lax.fori_loop(0, tokens, one, (logits, state))
+
+  return Decoder(prefill, decoder.step)
 
 
 def cache_bytes(state) -> int:

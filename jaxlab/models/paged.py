@@ -31,7 +31,8 @@ class State:
   """The cache of `batch` rows.
 
   Attributes:
-    pools: keys (after RoPE and norm) and values of every layer, (kv_heads, pages, page, head_dim) each.
+    pools: keys (after RoPE and norm) and values of every layer, (kv_heads, pages, page, head_dim) each; or none,
+      where the method keeps them.
     table: the pages of every row in the order of their positions.
     length: positions filled, of all rows or of each; what lies past them is never read.
     memory: what a method keeps of its own.
@@ -87,12 +88,14 @@ class Method(NamedTuple):
     empty: (config, batch=, capacity=, page=, dtype=) -> memory before the first token.
     ready: (network, state, time) -> state, once prompts of up to `time` tokens are read; it may drop the pools.
     whole: a prompt has to be read as one chunk.
+    pooled: False where the method keeps all keys and values in its memory: no pools are made.
   """
 
   attend: Callable = attend_densely
   empty: Callable = lambda config, **sizes: ()
   ready: Callable = lambda network, state, time: state
   whole: bool = False
+  pooled: bool = True
 
 
 DENSE = Method()
@@ -129,7 +132,9 @@ def empty_state(network: Network, *, batch: int, capacity: int, page: int = 64, 
   table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
   previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
   memory = method.empty(c, batch=batch, capacity=each * page, page=page, dtype=dtype)
-  return State(tuple((store(), store()) for _ in network.blocks), table, jnp.int32(0), memory, previous)
+  return State(
+    tuple((store(), store()) for _ in network.blocks if method.pooled), table, jnp.int32(0), memory, previous
+  )
 
 
 def prefill(

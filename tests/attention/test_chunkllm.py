@@ -31,21 +31,23 @@ def network():
 
 
 @functools.cache
-def adapters(mean=False):
-  made = ChunkAdapters(CONFIG, jax.random.key(1), hidden=16, size=8, mean=mean)
+def adapters(stands="last", reads="unrotated"):
+  made = ChunkAdapters(CONFIG, jax.random.key(1), hidden=16, size=8, stands=stands, reads=reads)
   made.q2[...], made.k2[...] = 50 * made.q2[...], 50 * made.k2[...]
   made.b[...] = made.b[...] - 0.1
   return made
 
 
 @functools.cache
-def read(mean=False, **options):
+def read(stands="last", reads="unrotated", **options):
   """(compiled step of (token, state), logits after the prompts, state); adapters are arguments of the programs."""
   method = lambda adapters: chunkllm(adapters, **SMALL | options)
   sizes = dict(capacity=CAPACITY, chunk=8, page=PAGE)
   prefill = lambda adapters, net: paged.prefill(net, TOKENS[:, :TIME], LENGTHS, **sizes, method=method(adapters))
   step = jax.jit(lambda adapters, net, *args: paged.step(net, *args, method=method(adapters)))
-  return functools.partial(step, adapters(mean), network()), *jax.jit(prefill)(adapters(mean), network())
+  return functools.partial(step, adapters(stands, reads), network()), *jax.jit(prefill)(
+    adapters(stands, reads), network()
+  )
 
 
 @functools.cache
@@ -68,7 +70,7 @@ def whole_rows():
 
 @jax.jit
 def masked_forward(see):
-  """(logits, inputs of the second layer, q and k of every layer) of whole rows; see: (layers, batch, queries, keys)."""
+  """(logits, inputs, q and k of every layer) of whole rows; see: (layers, batch, queries, keys)."""
   net, taps, after = network(), [], []
   x, side, _ = net.model.embed(whole_rows())
 
@@ -80,7 +82,12 @@ def masked_forward(see):
     return jnp.einsum("bhqk,bkhd->bqhd", weight, jnp.repeat(v, 2, 2))
 
   x, backout = inference.run_layers(net, x, side, attend)
-  return net.model.logits(x, backout), after[1], jnp.stack([q for q, _ in taps]), jnp.stack([k for _, k in taps])
+  return (
+    net.model.logits(x, backout),
+    jnp.stack(after),
+    jnp.stack([q for q, _ in taps]),
+    jnp.stack([k for _, k in taps]),
+  )
 
 
 def compressed(content, first, second):
@@ -98,11 +105,17 @@ def before_rope(heads):
 def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grain, **options):
   """What every token after the prompt attends to, [(layer 0's set, layer 1's), ...], written out from the definitions;
   the chunks, and the keys that stand for them in every layer."""
-  a, contents = adapters(), [before_rope(heads) for heads in (q, k)]
-  chunks, begin, chosen, made = [], 0, [set(), set()], []
-  content = lambda layer, c: contents[1][layer, row, [*c] if options.get("mean") else [c[-1]]].mean(0)
+  stands, reads = options.get("stands", "last"), options.get("reads", "unrotated")
+  a, contents = adapters(stands, reads), {"unrotated": [before_rope(heads) for heads in (q, k)], "rotated": [q, k]}
+  contents = contents.get(reads) or [x[:, :, :, None]] * 2
+  chunks, begin, chosen, made, gone = [], 0, [set(), set()], [], [set(), set()]
+
+  def content(layer, c):
+    mine = contents[1][layer, row]
+    return np.concatenate([mine[[*c]].mean(0)] * (stands != "last") + [mine[c[-1]]] * (stands != "mean"))
+
   key = lambda layer, c: compressed(content(layer, c), a.k1[layer], a.k2[layer])
-  scores = np.asarray(a.ends(jnp.asarray(x)[None]))[0]
+  scores = np.asarray(a.ends(jnp.asarray(x[1, row])[None]))[0]
   for t in range(LENGTHS[row] + STEPS):
     if t >= LENGTHS[row]:
       sets = []
@@ -129,7 +142,9 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
         mine = compressed(contents[0][layer, row, t], a.q1[layer], a.q2[layer])
         worth = [mine @ key(layer, c) for c in chunks]
       order = sorted(range(len(chunks)), key=lambda c: (c != len(chunks) - 1, -worth[c], -c))
-      best.append(set(order[:count]))
+      best.append({*[c for c in order if c not in gone[layer]][:count]})
+      if options.get("evict") and t >= LENGTHS[row] - 1:  # the prompt is read whole
+        gone[layer] |= {*range(len(chunks))} - best[-1]
     if options.get("cross_layer") == "vote":
       votes = [sum(c in b for b in best) for c in range(len(chunks))]
       best = [set(sorted(range(len(chunks)), key=lambda c: (-votes[c], -c))[:count])] * 2
@@ -150,7 +165,9 @@ def sets_of(state, row, grain):
 VARIANTS = {
   "per layer": dict(grain=1),
   "few, in pages": dict(grain=4, most=2, splits=3),
-  "vote": dict(grain=1, cross_layer="vote", mean=True),
+  "vote": dict(grain=1, cross_layer="vote", stands="mean"),
+  "evicting, by hidden states": dict(grain=1, evict=True, reads="hidden", stands="both"),
+  "after rotation": dict(grain=1, reads="rotated", stands="both"),
   "oracle at every token": dict(grain=2, choose="oracle", every_token=True),
   "ends alone": dict(grain=1, choose="ends", local=1),
   "fixed": dict(grain=1, threshold=1.0, keep=0.9, most=2, sink=0),
@@ -171,7 +188,7 @@ def test_every_token_attends_to_what_the_definition_says_and_to_nothing_else(nam
   expected, x, q, k = map(np.asarray, masked_forward(see))
   shares, read_whole = [], 0
   for row in range(2):
-    sets, chunks, keys = attended_sets(x[row], q, k, row, **options)
+    sets, chunks, keys = attended_sets(x, q, k, row, **options)
     assert found[row] == sets
     np.testing.assert_allclose(logits[row], expected[row, LENGTHS[row] : LENGTHS[row] + STEPS], rtol=1e-4, atol=1e-4)
     memory = states[-1].memory
@@ -193,6 +210,40 @@ def test_with_every_chunk_or_only_the_open_one_all_logits_are_the_dense_ones(opt
     np.testing.assert_allclose(logits[row], dense[row, length : length + STEPS], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(retention(states[-1]), 1.0, rtol=1e-6)
   assert (np.asarray(states[-1].memory.count) == 0).all() == ("threshold" in options)
+
+
+def prompt_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk):
+  """bool[queries, keys] of the second layer, written out from the definition."""
+  a, (asked, told) = adapters(), (before_rope(heads)[1, row] for heads in (q, k))
+  scores, begin, chunks, chosen, see = np.asarray(a.ends(jnp.asarray(x[1, row])[None]))[0], 0, [], set(), []
+  for t in range(LENGTHS[row]):
+    see.append([j <= t and (j < sink or j > t - local or j >= begin or j in chosen) for j in range(CAPACITY)])
+    if (scores[t] > 0 and t - begin + 1 >= min_chunk) or t - begin + 1 >= max_chunk:
+      chunks.append(range(begin, t + 1))
+      begin, mine = t + 1, compressed(asked[t], a.q1[1], a.q2[1])
+      worth = [mine @ compressed(told[c[-1]], a.k1[1], a.k2[1]) for c in chunks]
+      order = sorted(range(len(chunks)), key=lambda c: (c != len(chunks) - 1, -worth[c], -c))
+      chosen = {j for c in order[: math.ceil(keep * len(chunks) - 1e-9)] for j in chunks[c]}
+  return np.array(see)
+
+
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_a_sparse_prompt_reads_what_the_end_of_the_chunk_before_chose(keep):
+  """Of rows of different lengths; the first layer, which says where chunks end, reads everything."""
+  options = SMALL | dict(keep=keep)
+  method = chunkllm(adapters(), **options, sparse_prefill=True)
+  sizes = dict(capacity=CAPACITY, chunk=32, page=PAGE, method=method)
+  found, _ = jax.jit(functools.partial(paged.prefill, **sizes))(network(), TOKENS[:, :TIME], LENGTHS)
+  see = np.broadcast_to(np.tri(CAPACITY, dtype=bool), (2, 2, CAPACITY, CAPACITY)).copy()
+  _, *taps = map(np.asarray, masked_forward(see))  # what the second layer reads does not depend on its sets
+  for row, length in enumerate(LENGTHS):
+    see[1, row, :length] = prompt_sets(*taps, row, **options)
+  assert (see.sum() == 2 * 2 * CAPACITY * (CAPACITY + 1) / 2) == (keep == 1)
+  expected = masked_forward(see)[0]
+  for row, length in enumerate(LENGTHS):
+    np.testing.assert_allclose(found[row, 0], expected[row, length - 1], rtol=1e-4, atol=1e-4)
+  with pytest.raises(InputError, match="reads a prompt as one chunk"):
+    paged.prefill(network(), TOKENS[:, :TIME], LENGTHS, **sizes | dict(chunk=8))
 
 
 def test_generation_in_one_scan_is_that_of_single_steps():
@@ -329,11 +380,11 @@ def separated():
   return tokens, tokens < 12
 
 
-@pytest.mark.parametrize("mean", [False, True])
-def test_training_moves_the_adapters_alone_and_they_learn_which_chunks_matter(mean):
+@pytest.mark.parametrize("shape", [{}, dict(stands="mean"), dict(stands="both", reads="hidden")])
+def test_training_moves_the_adapters_alone_and_they_learn_which_chunks_matter(shape):
   net, (tokens, labels) = network(), separated()
   loss = functools.partial(training.adapter_loss, top=2, sink=2, max_chunk=16, min_chunk=2, block=32)
-  made = ChunkAdapters(CONFIG, jax.random.key(2), hidden=96, size=32, mean=mean)
+  made = ChunkAdapters(CONFIG, jax.random.key(2), hidden=96, size=32, **shape)
   optimizer = optax.adam(1e-2)
 
   @jax.jit
@@ -440,6 +491,15 @@ def test_what_it_cannot_do_is_named():
   ):
     with pytest.raises(InputError, match=message):
       chunkllm(adapters(), **options)
+  with pytest.raises(InputError, match="evict is for"):
+    chunkllm(adapters(), evict=True, cross_layer="vote")
+  with pytest.raises(InputError, match="sparse_prefill is for"):
+    chunkllm(adapters(), sparse_prefill=True, choose="random")
+  with pytest.raises(InputError, match="oracle needs queries"):
+    chunkllm(adapters(reads="hidden"), choose="oracle")
+  for option in ("stands", "reads"):
+    with pytest.raises(InputError, match=f"{option} is 'other'"):
+      ChunkAdapters(CONFIG, jax.random.key(0), **{option: "other"})
   start = lambda config, **options: chunkllm(adapters(), **options).empty(
     config, batch=1, capacity=8, page=4, dtype=jnp.float32
   )

@@ -10,8 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.attention.compact_attention import compact
-from jaxlab.cache.chelsea import Entries, attend_entries, chelsea, compress, kept, merge, schedule, soft_match
+from jaxlab.cache.chelsea import (
+  Entries,
+  attend_entries,
+  chelsea,
+  compress,
+  error_bound,
+  kept,
+  merge,
+  schedule,
+  soft_match,
+)
 from jaxlab.core.checks import InputError
+from jaxlab.evaluation.long_context import cache_bytes
 from jaxlab.models import generate, inference, paged
 from tests.common import configs, random_model, random_tokens
 
@@ -83,6 +94,7 @@ def test_the_schedule_removes_what_is_asked():
   # 10 chunks of 128 to 75, then 5 and 110 entries beside them, then 3 and 101.
   assert schedule(1280, 0.2, 128) == [(128, 53)] * 3 and kept(1280, 0.2, 128) == 3 * 75 + 101
   assert kept(100, 1.0, 8) == 100 and kept(1, 0.25, 8) == 1
+  assert schedule(512, 0.25, 128, 4) == [(128, 37)] * 4 and kept(512, 0.25, 128, 4) == 512 - 37 * (4 + 2 + 2 + 1)
 
 
 def test_clusters_do_not_cross_chunks_and_chunks_are_independent():
@@ -115,8 +127,27 @@ def test_the_error_stays_under_its_bound(seed):
   row = soft_match(e.keys, e.size, 6)
   out, q = merge(e, row, 10), jax.random.normal(jax.random.key(seed + 1), (D,))
   eps = np.abs((e.keys - out.keys[row]) @ q).max() / D**0.5
-  error = np.linalg.norm(attend(q, out) - attend(q, e))
-  assert error <= np.expm1(2 * eps) * np.linalg.norm(e.values, axis=1).max() + 1e-6
+  bound = np.expm1(2 * eps) * np.linalg.norm(e.values, axis=1).max()
+  np.testing.assert_allclose(error_bound(q[None], e, out, row), [bound], rtol=1e-4)
+  assert np.linalg.norm(attend(q, out) - attend(q, e)) <= bound + 1e-6
+
+
+@given(st.integers(0, 999))
+def test_rescaled_keys_have_the_mean_length_of_their_tokens(seed):
+  """Over several rounds too; directions and values are those of the means."""
+  e = entries(seed, 16)
+  once = lambda e, n, **how: merge(e, soft_match(e.keys, e.size, n // 2), n // 2, **how)
+  row = soft_match(e.keys, e.size, 8)
+  plain, scaled = (once(e, 16, rescale=rescale) for rescale in (False, True))
+  norm = lambda a: np.linalg.norm(a, axis=1)
+  expected = [norm(np.asarray(e.keys))[np.asarray(row) == i].mean() for i in range(8)]
+  np.testing.assert_allclose(norm(scaled.keys), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    scaled.keys / norm(scaled.keys)[:, None], plain.keys / norm(plain.keys)[:, None], atol=1e-5
+  )
+  np.testing.assert_array_equal(scaled.values, plain.values)
+  twice = once(scaled, 8, rescale=True)
+  np.testing.assert_allclose(twice.size @ norm(twice.keys), norm(e.keys).sum(), rtol=1e-5)
 
 
 def test_alternating_offsets_find_the_neighbours():
@@ -131,11 +162,22 @@ def test_alternating_offsets_find_the_neighbours():
   near = jnp.cumsum(jax.random.normal(jax.random.key(0), (64, D)), axis=0)  # keys that drift
   e = Entries(near, near, jnp.ones(64))
 
-  def loss(partition):
-    row = soft_match(near, e.size, 16, partition=partition)
+  def loss(**how):
+    row = soft_match(near, e.size, 16, **how)
+    assert sorted(set(row.tolist())) == list(range(48))
     return float(jnp.square(near - merge(e, row, 48).keys[row]).sum())
 
-  assert loss("alternating") < loss("halves")
+  assert loss() < loss(partition="random") < loss(partition="halves")
+  assert loss() < loss(likeness="chance")
+
+
+def test_neighbours_merge_with_the_one_beside_them():
+  """Every even offset has an odd one at its right, all but the first one at its left: the likelier of the two."""
+  keys = jnp.asarray(np.random.default_rng(0).normal(size=(8, D)), jnp.float32)
+  unit = keys / jnp.linalg.norm(keys, axis=1, keepdims=True)
+  row = soft_match(keys, jnp.ones(8), 4, likeness="neighbours")
+  expected = [1] + [max((i - 1, i + 1), key=lambda j, i=i: float(unit[i] @ unit[j])) for i in (2, 4, 6)]
+  assert [row.tolist()[j] for j in expected] == row.tolist()[0::2]
 
 
 def test_heads_are_independent():
@@ -147,14 +189,25 @@ def test_heads_are_independent():
 
 
 def test_empty_places_weigh_nothing_and_merge_with_nothing():
+  """A place may hold what is not a number where it is merged, any number where it is attended to."""
   e = entries(4, 8)
-  holed = Entries(*(a.at[4:].set(jnp.nan) for a in e[:2]), e.size.at[4:].set(0))
+  holed = lambda a: Entries(*(b.at[4:].set(a) for b in e[:2]), e.size.at[4:].set(0))
   q = jax.random.normal(jax.random.key(9), (D,))
   expected = attend(q, jax.tree.map(lambda a: a[:4], e))
-  np.testing.assert_allclose(attend(q, holed), expected, rtol=1e-6)
-  out = compress(holed, keep=0.75, chunk=8)
-  assert out.size.sum() == 4 and np.isfinite(np.asarray(out.keys)[np.asarray(out.size) > 0]).all()
+  np.testing.assert_allclose(attend(q, holed(99.0)), expected, rtol=1e-6)
+  out = compress(holed(jnp.nan), keep=0.75, chunk=8)
+  assert out.size.sum() == 4 and np.isfinite(out.keys).all() and np.isfinite(out.values).all()
   np.testing.assert_allclose(attend(q, out), expected, rtol=1e-5)
+
+
+def test_parts_are_attended_to_as_one():
+  parts = [entries(i, n, lead=(2, 2)) for i, n in enumerate((1, 5, 3))]
+  q, see = jax.random.normal(jax.random.key(9), (2, 3, 4, D)), jax.random.bernoulli(jax.random.key(1), 0.7, (2, 3, 9))
+  see = see.at[:, :, 0].set(True)
+  whole = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *parts)
+  np.testing.assert_allclose(
+    attend_entries(q, *parts, see=see), attend_entries(q, whole, see=see), rtol=1e-5, atol=1e-6
+  )
 
 
 @functools.cache
@@ -163,10 +216,14 @@ def network():
 
 
 def decoder(**options):
-  return paged.decoder(paged.DENSE, decode=chelsea(**SMALL | options), chunk=8, page=4)
+  method = chelsea(**SMALL | options)
+  return paged.decoder(paged.DENSE if method.pooled else method, decode=method, chunk=8, page=4)
 
 
-@pytest.mark.parametrize("options", [dict(keep=1.0), dict(keep=0.25, skip_layers=(0, 1))])
+@pytest.mark.parametrize(
+  "options",
+  [dict(keep=1.0), dict(keep=0.25, skip_layers=(0, 1), rounds=3), dict(keep=1.0, during_prefill=True, chunk=5)],
+)
 def test_with_everything_kept_generation_is_the_plain_one(options):
   """Rows of different lengths, one shorter than the first tokens; chunks move on while tokens are made."""
   prompts, lengths = random_tokens(3, 21), np.array([21, 1, 12])
@@ -196,6 +253,60 @@ def test_entries_grow_by_the_rule_and_first_and_recent_tokens_stay():
   assert state.pools == ()
 
 
+def read_in_turn(q, k, v, keep, chunk, sink, recent):
+  """Attention of one head's queries while the tokens are read `chunk` at a time, from the definition."""
+  scale, out = q.shape[1] ** -0.5, []
+  first, body, last = [], Entries(k[:0], v[:0], np.zeros(0)), []
+  for begin in range(0, len(q), chunk):
+    new = range(begin, min(begin + chunk, len(q)))
+    first += [i for i in new if i < sink]
+    last += [i for i in new if i >= sink]
+    for i in new:
+      seen = [j for j in (*first, *last) if j <= i]
+      weight = np.concatenate([body.size * np.exp(body.keys @ q[i] * scale), np.exp(k[seen] @ q[i] * scale)])
+      out.append(weight / weight.sum() @ np.concatenate([body.values, v[seen]]))
+    if len(last) >= recent + chunk:
+      old, last = last[:chunk], last[chunk:]
+      merged = compress(Entries(jnp.asarray(k[old]), jnp.asarray(v[old]), jnp.ones(chunk)), keep=keep, chunk=chunk)
+      body = Entries(*(np.concatenate(pair) for pair in zip(body, merged, strict=True)))
+  return np.array(out)
+
+
+def test_a_prompt_is_merged_while_it_is_read():
+  """Rows of 21 and 10 tokens of one layer, in parts of 8 by the decoder and 4 by the method."""
+  method = chelsea(keep=0.5, **SMALL, during_prefill=True)
+  config = dataclasses.replace(configs()["qwen3"], depth=1)
+  sizes = dict(batch=2, capacity=24, page=4, dtype=jnp.float32)
+  memory, lengths = method.empty(config, **sizes), jnp.array([21, 10])
+  shape = (2, 24, config.kv_heads, config.head_dim)
+  q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), shape)) for i in range(3))
+  q = np.repeat(q, 2, axis=2)
+  found = []
+  for begin in range(0, 24, 8):
+    view = paged.View(0, None, None, None, None, jnp.int32(begin), lengths, None)
+    part = slice(begin, begin + 8)
+    out, memory = method.attend(q[:, part], k[:, part], v[:, part], view, memory)
+    found.append(out)
+  found = np.concatenate(found, axis=1)
+  for row, length in enumerate(lengths.tolist()):
+    for head in range(4):
+      mine = (q[row, :length, head], *(a[row, :length, head // 2] for a in (k, v)))
+      np.testing.assert_allclose(found[row, :length, head], read_in_turn(*mine, 0.5, 4, 2, 3), rtol=1e-4, atol=1e-5)
+  assert (memory[0].body.size.sum(axis=2) == jnp.array([[16], [4]])).all() and memory[0].filled.tolist() == [3, 4]
+
+
+def test_a_prompt_merged_while_it_is_read_needs_no_whole_cache():
+  network_, options = network(), dict(keep=0.25, **SMALL)
+  bytes_of = lambda **more: cache_bytes(
+    jax.eval_shape(
+      lambda: paged.empty_state(network_, batch=1, capacity=400, page=4, method=chelsea(**options, **more))
+    )
+  )
+  assert bytes_of(during_prefill=True) < 0.35 * bytes_of()
+  found = generate(network_, random_tokens(2, 21), tokens=8, decoder=decoder(keep=0.25, during_prefill=True))
+  assert found.shape == (2, 8)
+
+
 def test_it_takes_over_from_a_sparse_prefill_by_config_alone():
   """Both methods at full budget are the plain model; at less they still run together."""
   prompts = random_tokens(2, 21)
@@ -210,11 +321,14 @@ def test_what_it_cannot_do_is_named():
   for options, message in (
     (dict(keep=0.0), "keep is 0"),
     (dict(chunk=1), "chunk is 1"),
+    (dict(rounds=1), "rounds is 1; to keep 0.25 it takes at least 2"),
     (dict(sink=-1), "sink is -1"),
-    (dict(partition="odd"), "partition"),
   ):
     with pytest.raises(InputError, match=message):
       chelsea(**options)
+  for option in ("partition", "likeness"):
+    with pytest.raises(InputError, match=f"{option} is 'odd'"):
+      compress(entries(0, 4), keep=0.5, chunk=4, **{option: "odd"})
   _, state = decoder().prefill(network(), random_tokens(1, 8), None, capacity=12)
   with pytest.raises(InputError, match="2 tokens at once"):
     decoder().step(network(), random_tokens(1, 2), state)

@@ -6,11 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.cache.eviction import streaming_llm
 from jaxlab.core.checks import InputError
 from jaxlab.data import corpora, tokenizer, tokens
 from jaxlab.evaluation import long_context
-from jaxlab.evaluation.long_context import answered, cache_bytes, continuation_losses, interval, question
-from jaxlab.models import inference, paged
+from jaxlab.evaluation.long_context import (
+  answered,
+  cache_bytes,
+  continuation_logprobs,
+  continuation_losses,
+  interval,
+  late,
+  question,
+)
+from jaxlab.models import generate, inference, paged
 from jaxlab.models.generate import Decoder
 from tests.common import configs, random_model, random_tokens
 
@@ -88,6 +97,23 @@ def test_losses_behind_a_prompt_are_those_of_one_forward():
   for decoder in Decoder(), paged.decoder(chunk=4, page=4):
     found = continuation_losses(network, rows, prompt=9, decoder=decoder)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  logprobs = continuation_logprobs(network, rows, prompt=9, decoder=decoder)
+  np.testing.assert_allclose(-jnp.take_along_axis(logprobs, rows[:, 9:, None], axis=2)[..., 0], expected, rtol=1e-4)
+
+
+def test_what_is_read_late_is_not_known_before():
+  """Dense tokens stay the same, with rows of different lengths; a cache that evicts has not seen the last tokens."""
+  network = jax.jit(inference.take_apart)(random_model(dataclasses.replace(configs()["qwen3"], depth=2)))
+  prompts, lengths, after = random_tokens(2, 14), np.array([14, 9]), late(paged.decoder(chunk=4, page=4), 3)
+  found = generate(network, prompts, lengths, tokens=4, decoder=after)
+  np.testing.assert_array_equal(found, generate(network, prompts, lengths, tokens=4))
+  last = late(paged.decoder(streaming_llm(keep=0.5, slide=False), chunk=4, page=4), 3)
+  _, state = last.prefill(network, prompts, lengths, capacity=16)
+  for row, length in enumerate(lengths):
+    real = np.asarray(state.memory[0].entries.size[row, 0]) > 0
+    held = set(np.asarray(state.memory[0].position[row, 0])[real].tolist())
+    before = length - 3
+    assert held == {*range(min(4, before // 2)), *range(before - max(0, before // 2 - 4), length)}
 
 
 def test_bytes_of_a_state_count_without_it_being_made():
