@@ -90,10 +90,12 @@ def _speeds(metrics: dict):
       f"How many times as fast {what} with SNLP's suffix over {most} devices as on one", "x", "higher",
       ours=one / many, threshold=1.0, baseline=f"batched on one device: {one:.3f} ms", note=note,
     )  # fmt: skip
-    rival = min(times[suffix.tensor(n)] for n in (1, most))
+    exact = {name: ms for name, ms in times.items() if name.split()[0] in (suffix.SEQUENTIAL, "tensor")}
+    rival = min(exact, key=exact.get)
     yield Claim(
-      f"How many times as fast {what} with SNLP's suffix over {most} devices as by tensor parallelism", "x", "higher",
-      ours=rival / many, threshold=1.0, baseline=f"plain blocks on 1 or {most} devices: {rival:.3f} ms",
+      f"How many times as fast {what} with SNLP's suffix over {most} devices as without SNLP", "x", "higher",
+      ours=exact[rival] / many, threshold=1.0,
+      baseline=f"the quickest of sequence on one device and tensor parallelism: {rival}, {exact[rival]:.3f} ms",
     )  # fmt: skip
   fit = metrics["fit"]
   yield Claim(
