@@ -40,8 +40,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     return beside.trained(made, boundary_loss, subject, p, **how)
 
   def predicted(name: str) -> dict:
-    found = {}
-    for encoder in config.predictor.encoders:
+    found, encoders = {}, config.predictor.encoders
+    for encoder in encoders if name == long_context.subject_names(config)[0] else encoders[:1]:
       console.say(f"boundaries of {name}, encoder {encoder}")
       made, losses = predictor(name, encoder)
       found[encoder] = {"losses": losses} | predicting.measure(config, subjects()[name], made)
