@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         batch=pick(test=4, cpu=8, gpu=20),
         methods=pick(
           test=(ours[0], static[0], others[2]),
-          cpu=(ours[0], ours[2], static[0], static[2], *others[1:3]),
+          cpu=(ours[0], ours[2], static[0], *others[1:3]),
           gpu=(*ours, *static, *others),
         ),
       ),
@@ -82,9 +82,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         subjects=pick(test=("base",), cpu=("base", "smollm2")),
         prompt=pick(test=128, cpu=448, gpu=4032),
         rest=pick(test=4, cpu=64),
-        documents=pick(test=2, cpu=8, gpu=32),
+        documents=pick(test=2, cpu=4, gpu=32),
         batch=pick(test=2, cpu=4, gpu=16),
-        methods=pick(test=(ours[2],), cpu=(ours[2], static[2], f"window {wide}")),
+        methods=pick(test=(ours[2],), cpu=(ours[2], static[2]), gpu=(ours[2], static[2], f"window {wide}")),
       ),
       prefill=dict(  # one layer of Gemma-2-2b
         lengths=pick(test=(96,), cpu=(), gpu=(32_768, 16_384, 8192)),

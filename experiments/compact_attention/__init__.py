@@ -56,16 +56,14 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     console.say(long_context.table(rows, ("decoder", "loss", "difference", "error")))
     return {"rows": rows}
 
-  metrics = {}
-  if EXECUTIONS in config.parts:
-    metrics[EXECUTIONS] = {
-      case: part(f"{EXECUTIONS}.{case}", lambda case=case: _executed(config, case, all_subjects, console))
-      for case in _cases(config)
-    }
-  for kind, of in ((ACCURACY, asked), (LOSSES, read), (CHOICES, chosen)):
-    if kind in config.parts:
+  metrics, of = {}, {ACCURACY: asked, LOSSES: read, CHOICES: chosen}
+  for kind in config.parts:
+    if kind == EXECUTIONS:
+      run = lambda case: _executed(config, case, all_subjects, console)
+      metrics[kind] = {case: part(f"{kind}.{case}", functools.partial(run, case)) for case in _cases(config)}
+    else:
       names = [name for name in long_context.subject_names(config) if config.model or name in config[kind].subjects]
-      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of, name)) for name in names}
+      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of[kind], name)) for name in names}
   return rounded(metrics)
 
 
