@@ -38,7 +38,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       dtype=pick(cpu="float32", gpu="bfloat16"),
       parts=pick(
         test=("predictor", "accuracy", "losses", "prefill"),
-        cpu=("predictor", "accuracy", "losses"),
+        cpu=("accuracy", "losses", "predictor"),
         gpu=("accuracy", "prefill", "predictor", "losses"),
       ),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         batch=pick(test=4, cpu=8, gpu=20),
         methods=pick(
           test=(ours[0], static[0], others[2]),
-          cpu=(ours[0], ours[2], static[0], *others[1:3]),
+          cpu=(ours[0], static[0], ours[2], others[2]),
           gpu=(*ours, *static, *others),
         ),
       ),
