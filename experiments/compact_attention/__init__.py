@@ -246,8 +246,10 @@ def finding(config, metrics: dict) -> str:
     mean = lambda rows: 100 * sum(row["share"] for row in rows) / len(rows)
     ours, rival = _first_of(rows, OURS), _first_of(rows, QUOKA)
     dense = cells(rows, DENSE)
+    chosen = metrics.get(CHOICES, {}).get(ours[0]["subject"], {}).get(ours[0]["decoder"])
+    read = f"with {chosen['past']:.0%} of the past read " if chosen else ""
     text.append(
-      f"{mean(ours):.1f} % of the questions are answered right ({mean(dense):.1f} % by dense attention"
+      f"{read}{mean(ours):.1f} % of the questions are answered right ({mean(dense):.1f} % by dense attention"
       + (f", {mean(rival):.1f} % by QUOKA; the paper's 82.3, 82.8 and 78.0)" if rival else ")")
     )
   if not text:
