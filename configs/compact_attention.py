@@ -6,7 +6,13 @@ QUOKA, which picks single tokens, 77.98.
   python -m experiments.run --config=configs/compact_attention.py:cpu --workdir=runs/compact_attention \
       --config.data.path='books/*.jsonl.xz'
 
-Your own model: --config.model=hf:DIR. Scale gpu times all forms of executing one selection at 32 K to 128 K positions.
+Scale cpu printed (2026-11-28), with 35 % of the past read in prompts of 512 tokens, as much as QUOKA's budget:
+
+  questions answered: dense, CompactAttention, QUOKA        99.8, 99.8, 99.5 %
+  nats lost behind a prompt: base, smollm2                  +0.019, -0.009 (QUOKA +0.009, -0.009)
+  blocks chosen, and read by the union (base)               19 %, 50 %
+
+Scale gpu times all forms of executing one selection at 32 K and 128 K positions. Your model: --config.model=hf:DIR.
 """
 
 import ml_collections

@@ -6,6 +6,11 @@ less memory than dense attention that is materialised, on Gemma-2-2b.
   python -m experiments.run --config=configs/dhsa.py:cpu --workdir=runs/dhsa --config.data.path='books/*.jsonl.xz'
 
 The predictor is trained beside the frozen model, on a split that no number is of. Your model: --config.model=hf:DIR.
+With --config.accuracy.count=64, base alone, scale cpu printed (2026-11-28), prompts of 512 tokens:
+
+  questions answered: dense, DHSA at 1/4, DHSA at 1/16      100, 89, 38 %
+  static blocks, even chunks at 1/16                        52, 52 %
+  nats lost behind a prompt at 1/4: DHSA, static blocks     0.000, 0.005
 """
 
 import ml_collections
@@ -38,7 +43,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       dtype=pick(cpu="float32", gpu="bfloat16"),
       parts=pick(
         test=("predictor", "accuracy", "losses", "prefill"),
-        cpu=("predictor", "accuracy", "losses"),
+        cpu=("accuracy", "losses", "predictor"),
         gpu=("accuracy", "prefill", "predictor", "losses"),
       ),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
@@ -49,16 +54,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sink=pick(test=2, cpu=8, gpu=16),
         beta=8,
         apart=pick(test=4, cpu=8),
-        theta=pick(test=-1.0, cpu=0.0),
+        theta=-20.0,  # no threshold: logits of a predictor that was trained for minutes rarely pass the published 1.1
         instruction=pick(test=16, cpu=16),
       ),
       predictor=dict(
         subjects=pick(test=("base",), cpu=("base", "smollm2")),
-        encoders=pick(test=("attention",), cpu=("attention",), gpu=("attention", "convolution", "stack")),
+        # The first is what all methods use; the others are compared with it in the first subject.
+        encoders=pick(cpu=("attention",), gpu=("attention", "convolution", "stack")),
         split="validation",  # to train on
-        steps=pick(test=2, cpu=40, gpu=300),
+        steps=pick(test=2, cpu=40, gpu=200),
         batch=1,
-        length=pick(test=128, cpu=256, gpu=2048),
+        length=pick(test=128, cpu=256, gpu=1024),
         rate=pick(cpu=1e-3, gpu=5e-4),
         hidden=pick(test=8, cpu=256),
         heads=4,
@@ -66,14 +72,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         top=500,
       ),
       accuracy=dict(
-        subjects=pick(cpu=("base",), gpu=("base", "smollm2")),
-        tasks=pick(cpu=("multi_key",), gpu=("needle", "multi_key", "variable_tracking")),
+        subjects=("base",),
+        tasks=pick(cpu=("multi_key",), gpu=("needle", "multi_key")),
         lengths=pick(test=(192,), cpu=(512,), gpu=(4096,), paper=(8192,)),
         count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=8, gpu=20),
         methods=pick(
           test=(ours[0], static[0], others[2]),
-          cpu=(ours[0], ours[2], static[0], static[2], *others[1:3]),
+          cpu=(ours[0], static[0], ours[2], others[2]),
           gpu=(*ours, *static, *others),
         ),
       ),
@@ -81,9 +87,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         subjects=pick(test=("base",), cpu=("base", "smollm2")),
         prompt=pick(test=128, cpu=448, gpu=4032),
         rest=pick(test=4, cpu=64),
-        documents=pick(test=2, cpu=8, gpu=32),
+        documents=pick(test=2, cpu=4, gpu=32),
         batch=pick(test=2, cpu=4, gpu=16),
-        methods=pick(test=(ours[2],), cpu=(ours[2], static[2], f"window {wide}")),
+        methods=pick(test=(ours[2],), cpu=(ours[2], static[2]), gpu=(ours[2], static[2], f"window {wide}")),
       ),
       prefill=dict(  # one layer of Gemma-2-2b
         lengths=pick(test=(96,), cpu=(), gpu=(32_768, 16_384, 8192)),

@@ -56,16 +56,14 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     console.say(long_context.table(rows, ("decoder", "loss", "difference", "error")))
     return {"rows": rows}
 
-  metrics = {}
-  if EXECUTIONS in config.parts:
-    metrics[EXECUTIONS] = {
-      case: part(f"{EXECUTIONS}.{case}", lambda case=case: _executed(config, case, all_subjects, console))
-      for case in _cases(config)
-    }
-  for kind, of in ((ACCURACY, asked), (LOSSES, read), (CHOICES, chosen)):
-    if kind in config.parts:
+  metrics, of = {}, {ACCURACY: asked, LOSSES: read, CHOICES: chosen}
+  for kind in config.parts:
+    if kind == EXECUTIONS:
+      run = lambda case: _executed(config, case, all_subjects, console)
+      metrics[kind] = {case: part(f"{kind}.{case}", functools.partial(run, case)) for case in _cases(config)}
+    else:
       names = [name for name in long_context.subject_names(config) if config.model or name in config[kind].subjects]
-      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of, name)) for name in names}
+      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of[kind], name)) for name in names}
   return rounded(metrics)
 
 
@@ -248,8 +246,10 @@ def finding(config, metrics: dict) -> str:
     mean = lambda rows: 100 * sum(row["share"] for row in rows) / len(rows)
     ours, rival = _first_of(rows, OURS), _first_of(rows, QUOKA)
     dense = cells(rows, DENSE)
+    chosen = metrics.get(CHOICES, {}).get(ours[0]["subject"], {}).get(ours[0]["decoder"])
+    read = f"with {chosen['past']:.0%} of the past read " if chosen else ""
     text.append(
-      f"{mean(ours):.1f} % of the questions are answered right ({mean(dense):.1f} % by dense attention"
+      f"{read}{mean(ours):.1f} % of the questions are answered right ({mean(dense):.1f} % by dense attention"
       + (f", {mean(rival):.1f} % by QUOKA; the paper's 82.3, 82.8 and 78.0)" if rival else ")")
     )
   if not text:

@@ -66,7 +66,9 @@ def accuracies(found: dict, chosen: dict, workdir: Path) -> dict[str, str]:
         lines.setdefault(kind, []).append((place, share, share - low, high - share))
     for i, (kind, points) in enumerate(lines.items()):
       x, y, *error = zip(*sorted(points), strict=True)
+      x = np.array(x) + 0.008 * i  # bars beside each other
       axis.errorbar(x, y, yerr=error, fmt="o-", ms=4, capsize=2, color=f"C{i}", label=kind.replace("_", " "))
     axis.set(xlabel="share of the past read", ylabel="share answered", title=f"{subject}, {longest} tokens")
+    axis.set_ylim(0, 1.03)
     axis.legend(fontsize=7, loc="lower right")
   return {figures.save(figure, workdir, "accuracy"): "Questions answered against the share of the past that is read"}

@@ -40,8 +40,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     return beside.trained(made, boundary_loss, subject, p, **how)
 
   def predicted(name: str) -> dict:
-    found = {}
-    for encoder in config.predictor.encoders:
+    found, encoders = {}, config.predictor.encoders
+    for encoder in encoders if name == long_context.subject_names(config)[0] else encoders[:1]:
       console.say(f"boundaries of {name}, encoder {encoder}")
       made, losses = predictor(name, encoder)
       found[encoder] = {"losses": losses} | predicting.measure(config, subjects()[name], made)
@@ -69,17 +69,17 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     score = predictor(name, config.predictor.encoders[0])[0].score
     return prefilling.measure_network(config, subjects()[name], score)
 
-  metrics = {}
-  if PREFILL in config.parts:
-    metrics[PREFILL] = {
-      str(length): part(f"{PREFILL}.{length}", lambda length=length: prefilling.measure(config, length, console))
-      for length in config.prefill.lengths
-    }
-    metrics[NETWORK] = part(NETWORK, read_prompt)
-  for kind, of in ((PREDICTOR, predicted), (ACCURACY, asked), (LOSSES, read)):
-    if kind in config.parts:
+  metrics, of = {}, {PREDICTOR: predicted, ACCURACY: asked, LOSSES: read}
+  for kind in config.parts:
+    if kind == PREFILL:
+      metrics[PREFILL] = {
+        str(length): part(f"{PREFILL}.{length}", lambda length=length: prefilling.measure(config, length, console))
+        for length in config.prefill.lengths
+      }
+      metrics[NETWORK] = part(NETWORK, read_prompt)
+    else:
       names = [name for name in long_context.subject_names(config) if config.model or name in config[kind].subjects]
-      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of, name)) for name in names}
+      metrics[kind] = {name: part(f"{kind}.{name}", functools.partial(of[kind], name)) for name in names}
   return rounded(metrics)
 
 
