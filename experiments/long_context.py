@@ -36,20 +36,27 @@ def subjects(config, cache: Path) -> list[Subject]:
   """
   config = config.copy_and_resolve_references()
   config.data.name = "local_text" if config.data.path else config.data.name
-  return [_subject(config, name, cache) for name in ((config.model,) if config.model else config.subjects)]
+  return [_subject(config, name, cache) for name in _given(config)]
 
 
-def names(config) -> list[str]:
-  """What files and tables call the `subjects`, which need not be loaded for it."""
-  chosen = (config.model,) if config.model else config.subjects
-  return [name.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1] for name in chosen]
+def subject_names(config) -> list[str]:
+  """The names of `subjects(config)`, before any is read."""
+  return [_short(name) for name in _given(config)]
+
+
+def _given(config) -> tuple[str, ...]:
+  return (config.model,) if config.model else config.subjects
+
+
+def _short(name: str) -> str:
+  return Path(name.removeprefix("hf:")).name
 
 
 def _subject(config, name: str, cache: Path) -> Subject:
   folder = hub.find(name.removeprefix("hf:"))
   text = load_text(config, cache, given=folder)
   network = jax.jit(inference.take_apart)(hub.load(folder, dtype=config.dtype))
-  return Subject(folder.name if name.startswith("hf:") else name, network, text.bpe, text.split(config.data.split))
+  return Subject(_short(name), network, text.bpe, text.split(config.data.split))
 
 
 def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[dict]:
@@ -69,12 +76,11 @@ def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[d
     ]
     # All tasks at once: they have one shape, and each decoder one program.
     questions = [one for task in asked.tasks for one in of_task(task)]
+    answers = lambda decoder, questions=questions: answered(
+      subject.network, decoder, subject.tokenizer, questions, batch=asked.batch
+    )
     first = None
-
-    def shares_of(decoder, questions=questions):
-      return answered(subject.network, decoder, subject.tokenizer, questions, batch=asked.batch)
-
-    for name, found in zip(decoders, overlapped(shares_of, decoders.values()), strict=True):
+    for name, found in zip(decoders, overlapped(answers, decoders.values()), strict=True):
       found = found.reshape(len(asked.tasks), asked.count)
       first = found if first is None else first
       for task, shares, before in zip(asked.tasks, found, first, strict=True):
@@ -97,15 +103,14 @@ def losses(subject: Subject, decoders: Mapping[str, Decoder], read, *, seed: int
     paired over the documents, count}.
   """
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=seed)
+  batches = [padded(rows[i : i + read.batch], read.batch) for i in range(0, len(rows), read.batch)]
+
+  def behind(decoder: Decoder) -> np.ndarray:
+    found = [continuation_losses(subject.network, batch, prompt=read.prompt, decoder=decoder) for batch in batches]
+    return np.concatenate(found)[: len(rows)].mean(axis=1)
+
   made, first = [], None
-
-  def losses_of(decoder):
-    of_batch = lambda i: continuation_losses(
-      subject.network, padded(rows[i : i + read.batch], read.batch), prompt=read.prompt, decoder=decoder
-    )
-    return np.concatenate([of_batch(i) for i in range(0, len(rows), read.batch)])[: len(rows)].mean(axis=1)
-
-  for name, found in zip(decoders, overlapped(losses_of, decoders.values()), strict=True):
+  for name, found in zip(decoders, overlapped(behind, decoders.values()), strict=True):
     first = found if first is None else first
     made.append(
       dict(subject=subject.name, decoder=name, prompt=read.prompt, loss=float(found.mean()))

@@ -93,6 +93,11 @@ class Steady:
     if self._compiled is None:
       self._compiled = self._jitted.lower(self._leaves, *self._last, *self._args).compile(self._options)
 
+  def memory(self) -> dict[str, int]:
+    """As `memory` of what is called."""
+    self.compile()
+    return memory(self._compiled)
+
   def __call__(self):
     self.compile()
     self._last = self._compiled(self._leaves, *self._last, *self._args)

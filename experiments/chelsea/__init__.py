@@ -11,7 +11,7 @@ from experiments.chelsea import quality, speed
 from experiments.chelsea.decoders import DENSE, formula
 from experiments.chelsea.drawing import pictures
 from experiments.chelsea.quality import SEEN
-from experiments.long_context import names, subjects
+from experiments.long_context import subject_names, subjects
 from experiments.results import Claim
 
 LOSSES, QUESTIONS, MERGINGS, SIMILARITY, SPEED = "losses", "questions", "mergings", "similarity", "speed"
@@ -21,7 +21,7 @@ _PUBLISHED = ("streaming_llm", "h2o", "snapkv")  # the rivals that the paper com
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts, in that order; what this workdir holds is not measured again."""
-  called = names(config)
+  called = subject_names(config)
   found = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
 
   def each(measure_one, chosen) -> dict:

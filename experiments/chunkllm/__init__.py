@@ -13,7 +13,7 @@ from experiments import results
 from experiments.chunkllm import quality, speed, training
 from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, Adapted, named
 from experiments.chunkllm.drawing import pictures
-from experiments.long_context import documents, names, subjects
+from experiments.long_context import documents, subject_names, subjects
 from experiments.results import Claim
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.data import tokenizer
@@ -23,7 +23,7 @@ ADAPTERS, LOSSES, QUESTIONS, CONSISTENCY, SPEED = "adapters", "losses", "questio
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts, in that order; what this workdir holds is not measured again."""
-  called = names(config)
+  called = subject_names(config)
   every = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
 
   def label(name, rows):

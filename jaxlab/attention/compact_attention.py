@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.attention.dhsa_blocks import top_blocks, vertical_slash_means
 from jaxlab.attention.seer_gate import pooled_keys, seer
-from jaxlab.attention.selection import Selection, block_means, flash_prefill
+from jaxlab.attention.selection import Selection, block_means, blocks_behind, flash_prefill
 from jaxlab.core.checks import require, require_divides
 from jaxlab.kernels.paged_attention import paged_attention
 from jaxlab.models import paged
@@ -58,13 +58,16 @@ def page_table(
   return jnp.where(index < count[:, 1:], order, last), count
 
 
-def attend_union(q, view: paged.View, wanted, *, copy: bool = False, implementation: str | None = None):
+def attend_union(
+  q, view: paged.View, wanted, *, copy: bool = False, capacity: int | None = None, implementation: str | None = None
+):
   """Dense causal attention of a chunk over the wanted blocks of each group, in place.
 
   Args:
     q: (batch, time, q_heads, head_dim) at positions from view.start on, a multiple of the page.
     wanted: bool[batch, groups, key_blocks], the chunk's own blocks among them (`block_union`).
     copy: gather the pages first instead of reading them where they lie (a comparison: the same numbers).
+    capacity: pages that a row wants at most, which its table has room for; None: all of the cache.
 
   Returns:
     (attention like q, log-sum-exp float32[batch, time, q_heads]).
@@ -75,6 +78,7 @@ def attend_union(q, view: paged.View, wanted, *, copy: bool = False, implementat
   share = heads // groups
   past = view.start // page
   table, count = page_table(wanted.reshape(batch * groups, -1), past, past + -(-time // page))
+  table = table[:, :capacity]
   mine = jnp.repeat(view.table, groups, axis=0)
   head = jnp.tile(jnp.arange(groups) // (groups // kv_heads), batch)[:, None]
   physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
@@ -138,6 +142,7 @@ def compact(
   *,
   share: int | None = None,
   union: bool = True,
+  last: int = 0,
   implementation: str | None = None,
 ) -> paged.Method:
   """The method for a paged cache; decoding, and the first chunk, are dense.
@@ -147,9 +152,15 @@ def compact(
       it is given q, the keys or their `SUMMARIES`, past= and block=, the page.
     share: heads that share a table (`block_union`).
     union: False runs every query block on its own blocks instead (`attend_blocks`).
+    last: blocks of queries at the end of a prompt, in the chunk that holds it, that see everything and have no part in
+      the union; with SeerAttention's gate 2 of 64 as published.
+
+  Raises:
+    InputError: last is negative.
   """
+  require(last >= 0, f"last is {last}; the number of dense query blocks at a prompt's end cannot be negative")
   of_layer = lambda layer: select[layer] if isinstance(select, tuple) else select
-  summary = SUMMARIES.get(_function(of_layer(0)))
+  summary = summary_of(of_layer(0))
 
   def empty(config, *, batch, capacity, page, dtype):
     if summary is None:
@@ -173,16 +184,48 @@ def compact(
     else:
       keys = paged.rows(view.keys, view.table)
     chosen = of_layer(view.layer)(rows, keys, past=view.start, block=page)
-    if not union:
-      return attend_blocks(q, view, chosen, implementation=implementation)[0], memory
-    wanted = block_union(chosen, kv_heads=k.shape[2], past=view.start // page, share=share)
-    return attend_union(q, view, wanted, implementation=implementation)[0], memory
+    first = _first_dense(view, time, page, last)
+    behind = blocks_behind(view.start, *chosen.shape[2:], page)
+    chosen &= (jnp.arange(time // page)[:, None] < first[:, None, None, None]) | (behind == 0)
+    if union:
+      wanted = block_union(chosen, kv_heads=k.shape[2], past=view.start // page, share=share)
+      out, _ = attend_union(q, view, wanted, implementation=implementation)
+    else:
+      out, _ = attend_blocks(q, view, chosen, implementation=implementation)
+    return _attend_last(out, q, view, first * page, min(last * page, time)), memory
 
   return paged.Method(attend, empty)
 
 
-def _function(select: Callable) -> Callable:
-  return _function(select.func) if isinstance(select, functools.partial) else select
+def _first_dense(view: paged.View, time: int, page: int, last: int) -> Int[Array, "batch"]:
+  """The first query block of every row that sees everything: one of the `last` of a prompt that ends in the chunk."""
+  end = view.lengths - view.start
+  first = jnp.maximum(-(-end // page) - last, 0)
+  return jnp.where((end > 0) & (end <= time), first, time // page)
+
+
+def _attend_last(out, q, view: paged.View, start: Int[Array, "batch"], count: int):
+  """`out` with dense attention in the queries from `start` on, at most `count` of them; in no row, nothing is done."""
+  if not count:
+    return out
+  time = q.shape[1]
+  first = jnp.minimum(start, time - count)
+
+  def some(out):
+    cut = jax.vmap(lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, count))
+    dense, _ = paged.attend_pages(
+      cut(q, first), view.keys, view.values, view.table, start=view.start + first, window=view.window
+    )
+    mine = (first[:, None] + jnp.arange(count) >= start[:, None])[..., None, None]
+    new = jnp.where(mine, dense, cut(out, first))
+    return jax.vmap(lambda a, b, at: jax.lax.dynamic_update_slice_in_dim(a, b, at, 0))(out, new, first)
+
+  return jax.lax.cond((start < time).any(), some, lambda out: out, out)
+
+
+def summary_of(select: Callable) -> Callable | None:
+  """(keys, block) -> what this selector reads in their place, or None."""
+  return summary_of(select.func) if isinstance(select, functools.partial) else SUMMARIES.get(select)
 
 
 def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:

@@ -12,6 +12,7 @@ A prompt is read as one chunk. Which tokens a query sees depends on tokens behin
 end): losses at positions of the prompt are not those of a causal model, unlike all that comes after the prompt.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -165,6 +166,7 @@ def dhsa(
   instruction: int = 64,
   pooling: str = "sqrt",
   share: bool = True,
+  share_masks: bool = False,
   per_head: bool = False,
   groups: int = 4,
 ) -> paged.Method:
@@ -179,6 +181,8 @@ def dhsa(
     theta, apart: as in `select_boundaries`.
     budget, block, local, sink, instruction, groups: as in `Plan`; pooling: as in `chunk_means`.
     share: the first layer's boundaries serve all layers.
+    share_masks: what the first of two layers chooses serves the second, too: of those with a window and of those
+      without, each by themselves.
     per_head: every key head chooses by its own queries and keys, which is not the published method: heads of different
       phase may cancel in the mean over all of them.
 
@@ -210,7 +214,7 @@ def dhsa(
       edges, bounds = (jnp.repeat(a, len(q) // len(a), axis=0) for a in (edges, bounds))
     return bounds, jax.vmap(lambda *row: chunk_scores(*row, pooling=pooling))(q, k, edges, bounds), memory
 
-  return _method(plan, score, empty)
+  return _method(plan, score, empty, share_masks, per_head)
 
 
 def sliding_window(
@@ -274,9 +278,37 @@ def attention_mass(
   return jnp.moveaxis(map_query_blocks(mass, q, k, block=block, window=window), 0, 1)
 
 
-def _method(plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty) -> paged.Method:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """The memory of a rule, and what layers choose for those after them.
+
+  Attributes:
+    rule: the rule's own.
+    index, counts: (kinds of window, rows, blocks, budget) each, of `select_keys`.
+    places: of every layer its kind of window, and whether it is the second of a pair; static.
+  """
+
+  rule: object
+  index: Int[Array, "kinds rows blocks budget"]
+  counts: Bool[Array, "kinds rows blocks budget"]
+  places: tuple[tuple[int, bool], ...] = dataclasses.field(metadata=dict(static=True))
+
+
+def _shared(plan: Plan, rule, config, *, rows: int, capacity: int) -> Shared:
+  kinds = list(dict.fromkeys(config.windows))
+  before = lambda layer: config.windows[:layer].count(config.windows[layer])
+  places = tuple((kinds.index(window), before(layer) % 2 == 1) for layer, window in enumerate(config.windows))
+  shape = (len(kinds), rows, -(-capacity // plan.block), min(plan.budget, capacity))
+  return Shared(rule, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), places)
+
+
+def _method(
+  plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty, share: bool = False, per_head: bool = False
+) -> paged.Method:
   """A method from its score(q, k, edges, view, memory): (bounds (rows, chunks + 1), scores (rows, blocks, chunks),
   memory), where block m of a row has the queries edges[m] .. edges[m + 1] - 1. rows: the batch, or batch * kv_heads.
+  share: as `dhsa`'s share_masks; per_head: there are batch * kv_heads rows.
   """
   require_counts(budget=plan.budget, block=plan.block, groups=plan.groups)
   require(
@@ -293,6 +325,31 @@ def _method(plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty) ->
     "raise local or the budget, or take smaller blocks",
   )
 
+  def memory_of(config, *, batch, capacity, page, dtype):
+    rule = empty(config, batch=batch, capacity=capacity, page=page, dtype=dtype)
+    rows = batch * (config.kv_heads if per_head else 1)
+    return _shared(plan, rule, config, rows=rows, capacity=capacity) if share else rule
+
+  def chosen(q, k, edges, view: paged.View, memory):
+    time = q.shape[1]
+    bounds, scores, memory = score(q, k, edges, view, memory)
+    oldest = edges[:, :-1] - (time if view.window is None else view.window)
+    how = dict(budget=min(plan.budget, time), local=min(plan.local, time), sink=min(plan.sink, time))
+    choose = jax.vmap(lambda *row: select_keys(*row, **how))
+    heads = len(scores) // len(q)
+    first, end = (jnp.repeat(a, heads, axis=0) for a in (jnp.maximum(oldest, 0), edges[:, 1:]))
+    return *choose(scores, bounds, first, end), memory
+
+  def chosen_for_two(q, k, edges, view: paged.View, memory):
+    kind, second = memory.places[view.layer]
+    at = (slice(edges.shape[1] - 1), slice(min(plan.budget, q.shape[1])))
+    if second:
+      return memory.index[kind, :, *at], memory.counts[kind, :, *at], memory
+    index, counts, rule = chosen(q, k, edges, view, memory.rule)
+    keep = lambda store, new: store.at[kind, :, *at].set(new)
+    stored = dict(index=keep(memory.index, index), counts=keep(memory.counts, counts))
+    return index, counts, dataclasses.replace(memory, rule=rule, **stored)
+
   def attend(q, k, v, view: paged.View, memory):
     if q.shape[1] == 1 or jnp.ndim(view.start):  # behind the prompt
       return paged.attend_densely(q, k, v, view, memory)
@@ -300,19 +357,14 @@ def _method(plan: Plan, score: Callable, empty: Callable = paged.DENSE.empty) ->
     start = jnp.maximum(view.lengths - plan.instruction, 0)
     blocks = -(-time // plan.block)
     edges = jnp.minimum(jnp.arange(blocks + 1) * plan.block, start[:, None])
-    bounds, scores, memory = score(q, k, edges, view, memory)
-    oldest = edges[:, :-1] - (time if view.window is None else view.window)
-    how = dict(budget=min(plan.budget, time), local=min(plan.local, time), sink=min(plan.sink, time))
-    choose = jax.vmap(lambda *row: select_keys(*row, **how))
-    heads = len(scores) // len(q)
-    first, end = (jnp.repeat(a, heads, axis=0) for a in (jnp.maximum(oldest, 0), edges[:, 1:]))
-    index, counts = choose(scores, bounds, first, end)
+    index, counts, memory = (chosen_for_two if share else chosen)(q, k, edges, view, memory)
+    heads = len(index) // len(q)
     rows = (_fold(a, heads) for a in (q, k, v))
     out = attend_gathered(*rows, index, counts, block=plan.block, window=view.window, groups=plan.groups)
     out = jnp.swapaxes(out.reshape(len(q), heads, time, -1, q.shape[3]), 1, 2).reshape(q.shape)
     return _attend_last(out, q, k, v, view, start, min(plan.instruction, time)), memory
 
-  return paged.Method(attend, empty, whole=True)
+  return paged.Method(attend, memory_of, whole=True)
 
 
 def _fold(a: Float[Array, "batch time heads head_dim"], rows: int):

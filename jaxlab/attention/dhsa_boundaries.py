@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.attention.dhsa_encoders import ENCODERS
 from jaxlab.attention.selection import grouped_products
-from jaxlab.core.checks import require, require_counts, require_divides
+from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.inference import Network, run_layers
@@ -92,58 +93,73 @@ def scored(lengths: Int[Array, "batch"], time: int, half: int = HALF) -> Bool[Ar
 class BoundaryPredictor(nnx.Module):
   """Whether a chunk ends at a position, from the keys around it; one network for all layers, float32.
 
-  x_t = the keys of all key heads at t, C numbers; X_i = x_{i-w+1 .. i+w}, zeros outside the row
-  e   = LayerNorm(MHA(X_i, X_i, X_i)), without residual or positions
+  x_t = the keys of all key heads at t, C numbers; X_i = x_{i-w+1 .. i+w}, zeros outside the row; e = encoder(X_i)
   l, r = means of e's first and last w rows;  f = [l, r, |l - r|, l r, cos(l, r)];  logit = W2 relu(W1 f + b1) + b2
+
+  Args:
+    encoder: one of `dhsa_encoders.ENCODERS`, "attention" as published.
+    gated: l and r are means weighed by a softmax over their rows of e . g, g trained.
   """
 
-  def __init__(self, config: TransformerConfig, key: jax.Array, *, half: int = HALF, heads: int = 4, hidden: int = 256):
-    size, keys = config.kv_heads * config.head_dim, jax.random.split(key, 4)
+  def __init__(
+    self,
+    config: TransformerConfig,
+    key: jax.Array,
+    *,
+    half: int = HALF,
+    heads: int = 4,
+    hidden: int = 256,
+    encoder: str = "attention",
+    gated: bool = False,
+  ):
+    size, keys = config.kv_heads * config.head_dim, jax.random.split(key, 3)
     require_counts(half=half, hidden=hidden)
-    require_divides("heads", heads, "the numbers of a position's keys", size)
+    require_choice("encoder", encoder, tuple(ENCODERS))
     normal = lambda key, inputs, outputs: nnx.Param(
       jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs), axes=(None, None)
     )
     fill = lambda value, size: nnx.Param(jnp.full((size,), value), axes=(None,))
-    self.half, self.heads = half, heads
-    self.qkv, self.qkv_bias = normal(keys[0], size, 3 * size), fill(0.0, 3 * size)
-    self.out, self.out_bias = normal(keys[1], size, size), fill(0.0, size)
-    self.gain, self.shift = fill(1.0, size), fill(0.0, size)
-    self.w1, self.b1 = normal(keys[2], 4 * size + 1, hidden), fill(0.0, hidden)
-    self.w2, self.b2 = normal(keys[3], hidden, 1), fill(0.0, 1)
+    self.half = half
+    self.encoder = ENCODERS[encoder](size, keys[0], heads=heads)
+    self.gate = fill(0.0, size) if gated else None
+    self.w1, self.b1 = normal(keys[1], 4 * size + 1, hidden), fill(0.0, hidden)
+    self.w2, self.b2 = normal(keys[2], hidden, 1), fill(0.0, 1)
 
   def __call__(
-    self, k: Float[Array, "batch time kv_heads head_dim"], lengths: Int[Array, "batch"] | None = None
+    self,
+    k: Float[Array, "batch time kv_heads head_dim"],
+    lengths: Int[Array, "batch"] | None = None,
+    key: jax.Array | None = None,
   ) -> Float[Array, "batch time"]:
-    """Logits, float32."""
+    """Logits, float32; with a key for encoders that drop out in training."""
     batch, time = k.shape[:2]
     real = jnp.arange(time) < _lengths(lengths, batch, time)[:, None]
     x = jnp.where(real[..., None], k.reshape(batch, time, -1).astype(jnp.float32), 0)
     each = min(_POSITIONS, time)
     pieces = -(-time // each)
     x = jnp.pad(x, ((0, 0), (self.half - 1, pieces * each - time + self.half), (0, 0)))
-    x = x @ self.qkv[...] + self.qkv_bias[...]  # of every position once, not of every window
+    x = self.encoder.prepare(x)  # every position once, not every window
 
     @jax.checkpoint
     def one(i):
       near = jax.lax.dynamic_slice_in_dim(x, i * each, each + 2 * self.half - 1, axis=1)
-      return self._logits(jnp.stack([near[:, j : j + each] for j in range(2 * self.half)], axis=2))
+      windows = jnp.stack([near[:, j : j + each] for j in range(2 * self.half)], axis=2)
+      return self._logits(self.encoder(windows, None if key is None else jax.random.fold_in(key, i)))
 
     return jnp.moveaxis(jax.lax.map(one, jnp.arange(pieces)), 0, 1).reshape(batch, -1)[:, :time]
 
-  def _logits(self, windows: Float[Array, "batch positions two_w three_C"]):
-    heads = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)
-    q, k, v = map(heads, jnp.split(windows, 3, axis=-1))
-    weight = jax.nn.softmax(jnp.einsum("bnqhd,bnkhd->bnhqk", q, k) / math.sqrt(q.shape[-1]), axis=-1)
-    e = jnp.einsum("bnhqk,bnkhd->bnqhd", weight, v).reshape(*windows.shape[:-1], -1)
-    e = e @ self.out[...] + self.out_bias[...]
-    e = jax.nn.standardize(e, axis=-1, epsilon=1e-5) * self.gain[...] + self.shift[...]
-    left, right = e[..., : self.half, :].mean(axis=-2), e[..., self.half :, :].mean(axis=-2)
+  def _logits(self, e: Float[Array, "batch positions two_w C"]):
+    left, right = self._pooled(e[..., : self.half, :]), self._pooled(e[..., self.half :, :])
     norm = lambda a: jnp.sqrt((a * a).sum(axis=-1, keepdims=True) + 1e-12)
     cosine = (left * right).sum(axis=-1, keepdims=True) / (norm(left) * norm(right))
     f = jnp.concatenate([left, right, jnp.abs(left - right), left * right, cosine], axis=-1)
     hidden = jax.nn.relu(f @ self.w1[...] + self.b1[...])
     return (hidden @ self.w2[...] + self.b2[...])[..., 0]
+
+  def _pooled(self, rows: Float[Array, "batch positions w C"]):
+    if self.gate is None:
+      return rows.mean(axis=-2)
+    return (jax.nn.softmax(rows @ self.gate[...], axis=-1)[..., None] * rows).sum(axis=-2)
 
   def score(self, q, k, lengths=None, window: int | None = None):
     """The logits, -inf where there are no labels and nothing was trained."""
@@ -171,10 +187,12 @@ def focal_loss(
   return jax.nn.sigmoid(-z) ** gamma * -jax.nn.log_sigmoid(z) * jnp.where(target, weight, 1.0)
 
 
-def boundary_loss(predictor: BoundaryPredictor, network: Network, tokens: Int[Array, "batch time"]):
+def boundary_loss(
+  predictor: BoundaryPredictor, network: Network, tokens: Int[Array, "batch time"], key: jax.Array | None = None
+):
   """Sum over layers of the mean focal loss of the predictor's logits against rho >= 2, over positions with labels.
 
-  The gradient is the predictor's alone: the network's activations are constants.
+  The gradient is the predictor's alone: the network's activations are constants. key: of what the predictor drops.
 
   Raises:
     InputError: rows too short to hold a label.
@@ -189,7 +207,8 @@ def boundary_loss(predictor: BoundaryPredictor, network: Network, tokens: Int[Ar
   def attend(layer, _, x, q, k, v, window):
     rows, keys = (jax.lax.stop_gradient(a) for a in (q, k))
     target = attention_ratio(rows, keys, window=window, half=predictor.half) >= RATIO
-    losses.append(jnp.where(real, focal_loss(predictor(keys), target), 0).sum() / real.sum())
+    logits = predictor(keys, key=None if key is None else jax.random.fold_in(key, layer))
+    losses.append(jnp.where(real, focal_loss(logits, target), 0).sum() / real.sum())
     return dot_product_attention(q, k, v, window=window, start=0)
 
   run_layers(network, x, side, attend)

@@ -226,6 +226,29 @@ def test_less_than_all_changes_the_answer_and_block_means_are_kept_between_chunk
     np.testing.assert_allclose(kept, block_means(paged.rows(keys, state.table), 4), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("union", [True, False])
+def test_the_last_blocks_of_a_prompt_see_everything_and_widen_no_union(union):
+  """Row 0 ends in this chunk, in its third block; row 1 in a later one."""
+  q, _, _, v, view = problem()
+  view = view._replace(lengths=jnp.array([16 + 2 * BLOCK + 1, CAPACITY]))
+  own = 4 + jnp.arange(TILES)[:, None] == jnp.arange(BLOCKS)
+  second = own | ((jnp.arange(TILES)[:, None] == 1) & (jnp.arange(BLOCKS) <= 5))
+
+  def attend(chosen, **how):
+    select = lambda q, keys, past, block: jnp.broadcast_to(chosen, (B, HEADS, TILES, BLOCKS))
+    return compact(select, union=union, **how).attend(q, q[:, :, ::GROUP], v, view, ())[0]
+
+  plain, found, narrow = attend(second), attend(second, last=2), attend(own)
+  dense, _ = paged.attend_densely(q, None, None, view, ())
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  same(found[1], plain[1])
+  same(found[0, BLOCK : 3 * BLOCK], dense[0, BLOCK : 3 * BLOCK])  # after them is padding
+  same(found[0, :BLOCK], narrow[0, :BLOCK])  # the second block's choice reaches no other query any more
+  assert jnp.abs(narrow[0, BLOCK : 3 * BLOCK] - dense[0, BLOCK : 3 * BLOCK]).max() > 1e-3
+  with pytest.raises(InputError, match="last is -1"):
+    compact(last=-1)
+
+
 def test_density_counts_causal_pairs():
   chosen = random_choice(5, 16)
   causal_blocks = np.arange(BLOCKS) <= 4 + np.arange(TILES)[:, None]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxlab.attention import dhsa as module
-from jaxlab.attention import dhsa_boundaries
+from jaxlab.attention import dhsa_boundaries, dhsa_encoders
 from jaxlab.attention.dhsa import attention_mass, block_sparse, chunk_means, chunk_scores, dhsa, sliding_window
 from jaxlab.attention.dhsa_boundaries import (
   BoundaryPredictor,
@@ -300,18 +300,74 @@ def test_the_predictor_is_its_formula(monkeypatch):
   for b, i in ((0, 0), (0, 9), (0, 19), (1, 11)):
     x = np.where(np.arange(20)[:, None] < lengths[b], np.asarray(k[b]).reshape(20, -1), 0)
     x = np.pad(x, ((2, 3), (0, 0)))[i : i + 6]
-    q, key, v = np.split(x @ net.qkv[...] + net.qkv_bias[...], 3, axis=-1)
+    q, key, v = np.split(x @ net.encoder.qkv[...] + net.encoder.qkv_bias[...], 3, axis=-1)
     heads = []
     for h in range(4):
       mine = slice(8 * h, 8 * h + 8)
       weight = np.exp(q[:, mine] @ key[:, mine].T / 8**0.5)
       heads.append(weight / weight.sum(axis=-1, keepdims=True) @ v[:, mine])
-    e = layer_norm(np.concatenate(heads, axis=1) @ net.out[...] + net.out_bias[...]) * net.gain[...] + net.shift[...]
+    e = layer_norm(np.concatenate(heads, axis=1) @ net.encoder.out[...] + net.encoder.out_bias[...])
+    e = e * net.encoder.gain[...] + net.encoder.shift[...]
     left, right = e[:3].mean(0), e[3:].mean(0)
     cosine = left @ right / np.sqrt((left @ left) * (right @ right))
     f = np.concatenate([left, right, np.abs(left - right), left * right, [cosine]])
     hidden = np.maximum(f @ net.w1[...] + net.b1[...], 0)
     np.testing.assert_allclose(found[b, i], (hidden @ net.w2[...] + net.b2[...])[0], rtol=1e-4, atol=1e-4)
+
+
+def perturbed(net, seed=0):
+  """Every parameter random, biases and gates too."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda a: np.float32(a + 0.1 * rng.normal(size=a.shape)), net)
+
+
+@pytest.mark.parametrize("encoder", dhsa_boundaries.ENCODERS)
+def test_encoders_look_at_the_window_alone(encoder, monkeypatch):
+  """A key changes the logits of exactly the positions whose window holds it, however the row is cut into pieces."""
+  net, k = perturbed(predictor(half=3, hidden=8, encoder=encoder, gated=True)), arrays(20)[1]
+  whole = jax.jit(BoundaryPredictor.__call__)(net, k)
+  other = jax.jit(BoundaryPredictor.__call__)(net, k.at[:, 9].multiply(-1))
+  changed = np.flatnonzero((jnp.abs(other - whole) > 1e-6).any(axis=0))
+  assert changed.tolist() == list(range(6, 12))  # i - w < 9 <= i + w
+  monkeypatch.setattr(dhsa_boundaries, "_POSITIONS", 8)
+  np.testing.assert_allclose(BoundaryPredictor.__call__(net, k), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_is_its_blocks_and_drops_out_where_a_key_is_given():
+  net = perturbed(dhsa_encoders.WindowStack(8, jax.random.key(0), heads=2))
+  x = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+  layer_norm = lambda a, i: (
+    (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 1e-5) * net.gain[i] + net.shift[i]
+  )
+  expected = x
+  for i in range(4):
+    q, k, v = np.split(layer_norm(expected, i) @ net.qkv[i] + net.qkv_bias[i], 3, axis=-1)
+    heads = [slice(0, 4), slice(4, 8)]
+    mixed = [jax.nn.softmax(q[:, h] @ k[:, h].T / 2) @ v[:, h] for h in heads]
+    expected = expected + np.concatenate(mixed, axis=-1) @ net.out[i] + net.out_bias[i]
+  np.testing.assert_allclose(net(x), layer_norm(expected, 4), rtol=1e-4, atol=1e-5)
+  drop = lambda seed: net(x, jax.random.key(seed))
+  assert jnp.abs(drop(0) - drop(1)).max() > 1e-2 and (drop(0) == drop(0)).all()
+
+
+def test_a_convolution_is_its_taps():
+  net = perturbed(dhsa_encoders.WindowConvolution(5, jax.random.key(0), heads=1))
+  x = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
+  for i in range(2):
+    x = np.maximum(x, 0) if i else x
+    taps, padded = net.taps[i].reshape(3, 5, 5), np.pad(x, ((1, 1), (0, 0)))
+    x = sum(padded[j : j + 6] @ taps[j] for j in range(3)) + net.bias[i]
+  expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * net.gain[...] + net.shift[...]
+  found = net(np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_weighs_the_rows_it_pools():
+  rows = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4, 32)), jnp.float32)
+  net = predictor(gated=True)
+  np.testing.assert_allclose(net._pooled(rows), rows.mean(axis=-2), rtol=1e-5, atol=1e-6)  # before training
+  net.gate = 50 * rows[0, 0, 2]
+  np.testing.assert_allclose(net._pooled(rows), rows[..., 2, :], rtol=1e-4, atol=1e-4)
 
 
 def test_the_focal_loss_is_its_formula():
@@ -417,6 +473,36 @@ def test_later_layers_use_the_boundaries_of_the_first_where_they_are_shared():
   assert jnp.abs(shared - own).max() > 1e-2
 
 
+def test_the_second_of_two_layers_sees_what_the_first_chose():
+  """Layers 0, 2, 3 have no window, 1 and 4 one of 200: pairs are (0, 2) and (1, 4), layer 3 chooses anew."""
+  config = dataclasses.replace(CONFIG, depth=5, layer_windows=(None, 200, None, None, 200))
+  first, (q, k, v) = arrays(), arrays(seed=1)
+  make = lambda **how: dhsa(attention_ratio, budget=96, share=False, per_head=True, **how, **PIECES)
+
+  @jax.jit
+  def layers(first, q, k, v):
+    shared, own = make(share_masks=True), make()
+    memory, found = shared.empty(config, batch=2, capacity=TIME + 40, page=1, dtype=q.dtype), []
+    for layer, window in enumerate(config.windows):
+      given = first if layer < 2 else (q, k, v)
+      at = view(*given[:2], window=window)._replace(layer=layer)
+      out, memory = shared.attend(*given, at, memory)
+      found.append((out, own.attend(*given, at, ())[0]))
+      if layer == 2:
+        rows = (module._fold(a, KV) for a in given)
+        index, counts = (a[0, :, : TIME // BLOCK, :96] for a in (memory.index, memory.counts))
+        expected = module.attend_gathered(*rows, index, counts, block=BLOCK)
+        expected = jnp.moveaxis(expected.reshape(2, -1, *expected.shape[1:]), 1, 2).reshape(q.shape)
+    return found, expected
+
+  found, expected = layers(first, q, k, v)
+  same = [bool((jnp.abs(shared - own) < 1e-5).all()) for shared, own in found]
+  assert same == [True, True, False, True, False]
+  for row, length in enumerate(LENGTHS):
+    before = slice(length - INSTRUCTION)
+    np.testing.assert_allclose(found[2][0][row, before], expected[row, before], rtol=1e-4, atol=1e-5)
+
+
 def test_even_and_random_boundaries():
   _, k, _ = arrays(64)
   ends = lambda score, theta: boundaries_of(score(None, k)[0], 64, most=9, theta=theta, apart=8, instruction=0).tolist()
@@ -453,5 +539,7 @@ def test_what_does_not_fit_is_refused():
     select_boundaries(jnp.zeros(8), 8, most=2, apart=-1)
   with pytest.raises(InputError, match="heads=5"):
     predictor(heads=5)
+  with pytest.raises(InputError, match="encoder is 'lstm'; it must be one of attention, stack, convolution"):
+    predictor(encoder="lstm")
   with pytest.raises(InputError, match="at least 16"):
     boundary_loss(predictor(), net, random_tokens(1, 12))

@@ -9,15 +9,15 @@ from jaxlab.cache.chelsea import Entries, kept
 from tests.common import run_and_continue
 
 
-def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
+def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
   """On a folder of one's own, named on the command line."""
   config = config_file.get_config("test")
-  config.model, config.data.path = f"hf:{two_layers}", f"{two_layers}/*.txt"
+  config.model, config.data.path = f"hf:{tiny_checkpoint}", "docs/**/*.md"
   config.data.split = "train"
   report = run_and_continue("chelsea", tmp_path, monkeypatch, "subjects", "speed.measure", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
-  assert list(report.metrics["losses"]) == [two_layers.name] and len(report.claims) == 11
-  rows = {row["decoder"]: row for row in report.metrics["losses"][two_layers.name]}
+  assert list(report.metrics["losses"]) == [tiny_checkpoint.name] and len(report.claims) == 11
+  rows = {row["decoder"]: row for row in report.metrics["losses"][tiny_checkpoint.name]}
   assert set(rows) == {"dense", "Chelsea 0.25", "snapkv"}
   # Of 96 tokens 4 and 28 as they are, 64 as 16.
   assert rows["Chelsea 0.25"]["entries"] == 48 / 96 and rows["dense"]["difference"] == 0

@@ -1,0 +1,67 @@
+"""Methods by name and budget."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from jaxlab.attention.dhsa import block_sparse, dhsa, sliding_window
+from jaxlab.attention.dhsa_boundaries import attention_ratio, evenly, randomly
+from jaxlab.core.checks import InputError, require
+from jaxlab.models import paged
+from jaxlab.models.generate import power_of_two
+
+DENSE, OURS, BLOCKS = "dense", "dhsa", "blocks"
+KINDS = (OURS, "mean", "max", "oracle", "even", "random", "two_layers", BLOCKS, "block_oracle", "tokens", "window")
+
+
+def parse(text: str) -> tuple[str, float]:
+  """ "dhsa 0.125" as its kind and its share of the prompt.
+
+  Raises:
+    InputError: not of that form.
+  """
+  kind, _, share = text.partition(" ")
+  try:
+    return kind, float(share)
+  except ValueError:
+    raise InputError(f"the method {text!r} is not of the form 'dhsa 0.125': a kind and a share of the prompt") from None
+
+
+def decoders(methods, config, score: Callable, *, longest: int) -> dict:
+  """{"dense", then every one of `methods`: its decoder}, for prompts of up to `longest` tokens, of which budgets are
+  shares.
+
+  Args:
+    score: the boundaries that are predicted.
+  """
+  # A prompt is read as one chunk, and padded to a power of two.
+  how = dict(chunk=power_of_two(longest, config.page), page=config.page)
+  made = {text: _method(*parse(text), config.select, score, longest) for text in methods}
+  return {DENSE: paged.decoder(**how)} | {text: paged.decoder(method, **how) for text, method in made.items()}
+
+
+def _method(kind: str, share: float, s, score: Callable, longest: int) -> paged.Method:
+  """A kind at a budget: DHSA as published; with other pooling ("mean", "max"); with other boundaries (labels as an
+  "oracle", "even", "random"); with the choice of "two_layers" shared; static "blocks", of which an oracle scores those
+  of "block_oracle" and "tokens"; a "window" with the first tokens."""
+  require(kind in KINDS, f"the method is {kind!r}; it must be one of {', '.join(KINDS)}")
+  budget = round(share * longest)
+  static = dict(budget=budget, block=s.block, instruction=s.instruction)
+  even = s.block // s.beta
+  ours = functools.partial(
+    dhsa, beta=s.beta, local=s.local, sink=s.sink, apart=s.apart, theta=s.theta, pooling="sqrt", **static
+  )
+  return {
+    OURS: lambda: ours(score),
+    "mean": lambda: ours(score, pooling="mean"),
+    "max": lambda: ours(score, pooling="max"),
+    "two_layers": lambda: ours(score, share_masks=True),
+    "oracle": lambda: ours(attention_ratio),
+    "even": lambda: ours(evenly(max(even, s.apart + 1))),
+    "random": lambda: ours(randomly(jax.random.key(0)), theta=0.0),
+    BLOCKS: lambda: block_sparse(**static),
+    "block_oracle": lambda: block_sparse(oracle=True, **static),
+    "tokens": lambda: block_sparse(oracle=True, size=1, **static),
+    "window": lambda: sliding_window(sink=s.sink, **static),
+  }[kind]()
