@@ -62,7 +62,8 @@ def _questions(found: dict, titles, workdir: Path) -> str:
   return figures.save(figure, workdir, "questions")
 
 
-def _mergings(found: dict, workdir: Path) -> str:
+def _mergings(by_model: dict, workdir: Path) -> str:
+  (found,) = by_model.values()
   figure, axis = figures.subplots(width=1.4)
   names = sorted(found, key=lambda name: -found[name]["kl"])
   kl, error = ([found[name][key] for name in names] for key in ("kl", "error"))
