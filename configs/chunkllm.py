@@ -43,12 +43,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       train=dict(
         base=read(
           steps=pick(test=2, cpu=60, gpu=200, paper=3000),
-          batch=pick(test=2, cpu=4, gpu=8, paper=64),
+          batch=pick(test=8, cpu=4, gpu=8, paper=64),
           length=pick(test=160, cpu=384, gpu=2048, paper=4096),
         ),
         others=read(  # models of other names
-          steps=pick(test=2, cpu=20, gpu=80, paper=3000),
-          batch=pick(test=2, cpu=2, gpu=4, paper=64),
+          steps=pick(test=2, cpu=20, gpu=60, paper=3000),
+          batch=pick(test=8, cpu=2, gpu=8, paper=64),
           length=pick(test=160, cpu=256, gpu=1024, paper=4096),
         ),
         recall=0.25,  # share of the rows that are questions about facts in text

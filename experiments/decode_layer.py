@@ -99,7 +99,8 @@ def dense_contestants(s, *, rows: int, context: int, layers: int, dtype) -> dict
     pair = tuple(paged.write(a, new, table, at) for a, new in zip(state[layer], (k, v), strict=True))
     view = paged.View(layer, None, *pair, table, at, jnp.full(rows, at + 1, jnp.int32), x)
     used = jnp.full(rows, at // PAGE + 1, jnp.int32)
-    out = attend_units(q, view, table, used, PAGE, splits=splits_of(s, rows))
+    places = jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32), table.shape)  # of a row's own pages
+    out = attend_units(q, view, places, used, PAGE, splits=splits_of(s, rows))
     return out, (*state[:layer], pair, *state[layer + 1 :])
 
   made = {"XLA": Contestant(_over_rows(_by_xla), whole), "pages": Contestant(over_pages, pools)}

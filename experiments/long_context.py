@@ -4,12 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments import figures
 from experiments.overlap import overlapped
 from experiments.text import load_text
 from jaxlab.core.checks import require
@@ -155,3 +157,21 @@ def table(rows: list[dict], columns: tuple[str, ...]) -> str:
   lines = [columns, *([shown(row[column]) for column in columns] for row in rows)]
   widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
   return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw_answers(rows: list[dict], workdir: Path, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+  """Bars of the rows of `accuracy`, a group a decoder, a colour a cell, with 95 % intervals; the file's name."""
+  cell = lambda row: (row["subject"], row["task"], row["length"])
+  cells, names = list(dict.fromkeys(map(cell, rows))), list(dict.fromkeys(row["decoder"] for row in rows))
+  figure, axis = figures.subplots(width=1.6)
+  for i, here in enumerate(cells):
+    mine = {row["decoder"]: row for row in rows if cell(row) == here}
+    share, low, high = (100 * np.array([mine[name][key] for name in names]) for key in ("share", "low", "high"))
+    place = np.arange(len(names)) + 0.8 * (i + 0.5) / len(cells) - 0.4
+    error = np.maximum(0, [share - low, high - share])
+    label = f"{here[0]}, {here[1].replace('_', ' ')}, {here[2]}"
+    axis.bar(place, share, 0.8 / len(cells), yerr=error, label=label, error_kw=dict(lw=0.8))
+  axis.set_xticks(np.arange(len(names)), [titles.get(name, name).replace(", ", ",\n") for name in names], size=7)
+  axis.set(ylabel="answers right, %", ylim=(0, 105))
+  axis.legend(fontsize=8)
+  return figures.save(figure, workdir, "questions")

@@ -18,8 +18,7 @@ import numpy as np
 
 from experiments import results
 from experiments.console import Console
-from jaxlab.data import tokenizer
-from jaxlab.models import LanguageModel, LanguageModelConfig, Mamba2, Mamba2Config, Transformer, TransformerConfig, hub
+from jaxlab.models import LanguageModel, LanguageModelConfig, Mamba2, Mamba2Config, Transformer, TransformerConfig
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from tests.conftest import QUICK_COMPILATION
 
@@ -116,18 +115,6 @@ def _make_random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
 
   values = [noisy(path, leaf, noise) for (path, leaf), noise in zip(leaves, noises, strict=True)]
   return jax.tree.unflatten(structure, values)
-
-
-def save_checkpoint(folder: Path, **shape) -> Path:
-  """A random Llama with tied embeddings and a vocabulary, and text for it: train.txt and validation.txt."""
-  texts = [file.read_text() for file in sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))]
-  bpe = tokenizer.train(texts, 320)
-  sizes = SHAPE | dict(vocab_size=bpe.get_vocab_size(), tied_embeddings=True) | shape
-  hub.save(random_model(TransformerConfig(**sizes)), folder)
-  (folder / "tokenizer.json").write_text(bpe.to_str())
-  (folder / "train.txt").write_text("\n".join(texts[:3]))
-  (folder / "validation.txt").write_text(texts[3][:4000])
-  return folder
 
 
 def random_tokens(batch: int, time: int, vocab: int = 64, seed: int = 0):

@@ -20,28 +20,28 @@ _PUBLISHED = ("streaming_llm", "h2o", "snapkv")  # the rivals that the paper com
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
-  """The parts of config.parts, in that order; what this workdir holds is not measured again."""
+  """The parts of config.parts, all of the first model before the next one's; none is measured again in this workdir."""
   called = subject_names(config)
   found = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
-
-  def each(measure_one, chosen) -> dict:
-    def run(name):
-      console.say(f"{measure_one.__name__.removesuffix('_of')} of {name}")
-      return measure_one(config, found()[name])
-
-    part = lambda name: results.part(workdir, f"{measure_one.__name__}.{name}", functools.partial(run, name))
-    return {name: part(name) for name in chosen}
-
-  first = called[0]
-  asked = [name for name in called if config.model or name in config.questions.subjects]
   measures = {
-    LOSSES: lambda: each(quality.losses_of, called),
-    QUESTIONS: lambda: each(quality.questions_of, asked),
-    MERGINGS: lambda: each(quality.mergings_of, [first])[first],
-    SIMILARITY: lambda: each(quality.similarity_of, called),
-    SPEED: lambda: results.part(workdir, SPEED, lambda: speed.measure(config, console)),
+    LOSSES: (quality.losses_of, called),
+    QUESTIONS: (quality.questions_of, [name for name in called if config.model or name in config.questions.subjects]),
+    MERGINGS: (quality.mergings_of, called[:1]),
+    SIMILARITY: (quality.similarity_of, called),
   }
-  return {name: measures[name]() for name in config.parts}
+
+  def measured(part, name):
+    console.say(f"{part} of {name}")
+    return measures[part][0](config, found()[name])
+
+  metrics = {part: {} for part in config.parts}
+  for name in called:
+    for part in config.parts:
+      if part == SPEED:
+        metrics[part] = results.part(workdir, part, lambda: speed.measure(config, console))
+      elif name in measures[part][1]:
+        metrics[part][name] = results.part(workdir, f"{part}.{name}", functools.partial(measured, part, name))
+  return metrics
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -104,7 +104,8 @@ def question_claims(config, metrics: dict) -> list[Claim]:
   ]  # fmt: skip
 
 
-def merging_claims(found: dict) -> list[Claim]:
+def merging_claims(by_model: dict) -> list[Claim]:
+  (found,) = by_model.values()
   kl = {name: row["kl"] for name, row in found.items()}
   said = lambda name: f"{kl[name]:.3g} nats"
 

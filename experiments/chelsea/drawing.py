@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from experiments import figures
 from experiments.chelsea.decoders import DENSE
+from experiments.chelsea.quality import SEEN
+from experiments.long_context import draw_answers
 
 
 def pictures(config, metrics: dict, titles: dict[str, str], workdir: Path) -> dict[str, str]:
@@ -15,7 +15,9 @@ def pictures(config, metrics: dict, titles: dict[str, str], workdir: Path) -> di
     caption = "Loss behind a prompt over dense attention's, by the share of entries that stay; rivals of as many bytes"
     files[_losses(config, metrics["losses"], titles, workdir)] = caption
   if "questions" in metrics:
-    files[_questions(metrics["questions"], titles, workdir)] = "Answers right, with 95 % intervals"
+    rows = [row for rows in metrics["questions"].values() for row in rows]
+    titles = titles | {f"snapkv, {SEEN}": f"SnapKV, {SEEN}"}
+    files[draw_answers(rows, workdir, titles)] = "Answers right, with 95 % intervals"
   if "mergings" in metrics:
     caption = "Divergence from dense predictions by the way of merging, with its standard error"
     files[_mergings(metrics["mergings"], workdir)] = caption
@@ -43,26 +45,8 @@ def _losses(config, found: dict, titles, workdir: Path) -> str:
   return figures.save(figure, workdir, "losses")
 
 
-def _questions(found: dict, titles, workdir: Path) -> str:
-  rows = [row for rows in found.values() for row in rows]
-  cells = list(dict.fromkeys((row["subject"], row["task"], row["length"]) for row in rows))
-  names = list(dict.fromkeys(row["decoder"] for row in rows))
-  figure, axis = figures.subplots(width=1.6)
-  for i, (subject, task, length) in enumerate(cells):
-    mine = {row["decoder"]: row for row in rows if (row["subject"], row["task"], row["length"]) == cells[i]}
-    share, low, high = (100 * np.array([mine[name][key] for name in names]) for key in ("share", "low", "high"))
-    place = np.arange(len(names)) + 0.8 * (i + 0.5) / len(cells) - 0.4
-    error = np.maximum(0, [share - low, high - share])
-    label = f"{subject}, {task.replace('_', ' ')}, {length}"
-    axis.bar(place, share, 0.8 / len(cells), yerr=error, label=label, error_kw=dict(lw=0.8))
-  words = [", ".join([titles.get(name.split(", ")[0], name.split(", ")[0]), *name.split(", ")[1:]]) for name in names]
-  axis.set_xticks(np.arange(len(names)), [word.replace(", ", ",\n") for word in words], size=7)
-  axis.set(ylabel="answers right, %", ylim=(0, 105))
-  axis.legend(fontsize=8)
-  return figures.save(figure, workdir, "questions")
-
-
-def _mergings(found: dict, workdir: Path) -> str:
+def _mergings(by_model: dict, workdir: Path) -> str:
+  (found,) = by_model.values()
   figure, axis = figures.subplots(width=1.4)
   names = sorted(found, key=lambda name: -found[name]["kl"])
   kl, error = ([found[name][key] for name in names] for key in ("kl", "error"))

@@ -22,7 +22,7 @@ ADAPTERS, LOSSES, QUESTIONS, CONSISTENCY, SPEED = "adapters", "losses", "questio
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
-  """The parts of config.parts, in that order; what this workdir holds is not measured again."""
+  """The parts of config.parts, all of the first model before the next one's; none is measured again in this workdir."""
   called = subject_names(config)
   every = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
 
@@ -74,15 +74,21 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
       CONSISTENCY, name, lambda: quality.consistency_of(config, every()[name], functools.partial(label, name))
     )
 
-  each = lambda run, chosen: {name: run(name) for name in chosen}
+  asked = [name for name in called if config.model or name in config.questions.subjects]
   measures = {
-    ADAPTERS: lambda: each(adapters_of, called),
-    LOSSES: lambda: each(losses_of, called),
-    QUESTIONS: lambda: each(questions_of, [n for n in called if config.model or n in config.questions.subjects]),
-    CONSISTENCY: lambda: each(consistency_of, called),
-    SPEED: lambda: results.part(workdir, SPEED, lambda: speed.measure(config, console)),
+    ADAPTERS: (adapters_of, called),
+    LOSSES: (losses_of, called),
+    QUESTIONS: (questions_of, asked),
+    CONSISTENCY: (consistency_of, called),
   }
-  return {name: measures[name]() for name in config.parts}
+  metrics = {part: {} for part in config.parts}
+  for name in called:
+    for part in config.parts:
+      if part == SPEED:
+        metrics[part] = results.part(workdir, part, lambda: speed.measure(config, console))
+      elif name in measures[part][1]:
+        metrics[part][name] = measures[part][0](name)
+  return metrics
 
 
 def claims(config, metrics: dict) -> list[Claim]:

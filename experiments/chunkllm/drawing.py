@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.chunkllm.decoders import DENSE
+from experiments.long_context import draw_answers
 
 
 def pictures(metrics: dict, workdir: Path) -> dict[str, str]:
@@ -15,7 +16,8 @@ def pictures(metrics: dict, workdir: Path) -> dict[str, str]:
     caption = "Loss behind a prompt over dense attention's, by the share of the tokens that is read"
     files[_losses(metrics["losses"], workdir)] = caption
   if "questions" in metrics:
-    files[_questions(metrics["questions"], workdir)] = "Answers right, with 95 % intervals"
+    rows = [row for rows in metrics["questions"].values() for row in rows]
+    files[draw_answers(rows, workdir)] = "Answers right, with 95 % intervals"
   if "consistency" in metrics:
     caption = "Overlap of the chunks that consecutive tokens attend to most, layer by layer"
     files[_consistency(metrics["consistency"], workdir)] = caption
@@ -39,24 +41,6 @@ def _losses(found: dict, workdir: Path) -> str:
     axis.set(title=model, xlabel="share of the tokens that is read", ylabel="loss over dense, %")
     axis.legend(fontsize=8)
   return figures.save(figure, workdir, "losses")
-
-
-def _questions(found: dict, workdir: Path) -> str:
-  rows = [row for rows in found.values() for row in rows]
-  cells = list(dict.fromkeys((row["subject"], row["task"], row["length"]) for row in rows))
-  names = list(dict.fromkeys(row["decoder"] for row in rows))
-  figure, axis = figures.subplots(width=1.3)
-  for i, cell in enumerate(cells):
-    mine = {row["decoder"]: row for row in rows if (row["subject"], row["task"], row["length"]) == cell}
-    share, low, high = (100 * np.array([mine[name][key] for name in names]) for key in ("share", "low", "high"))
-    place = np.arange(len(names)) + 0.8 * (i + 0.5) / len(cells) - 0.4
-    error = np.maximum(0, [share - low, high - share])
-    label = f"{cell[0]}, {cell[1].replace('_', ' ')}, {cell[2]}"
-    axis.bar(place, share, 0.8 / len(cells), yerr=error, label=label, error_kw=dict(lw=0.8))
-  axis.set_xticks(np.arange(len(names)), names, size=8)
-  axis.set(ylabel="answers right, %", ylim=(0, 105))
-  axis.legend(fontsize=8)
-  return figures.save(figure, workdir, "questions")
 
 
 def _consistency(found: dict, workdir: Path) -> str:

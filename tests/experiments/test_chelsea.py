@@ -12,7 +12,7 @@ from tests.common import run_and_continue
 def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
   """On a folder of one's own, named on the command line."""
   config = config_file.get_config("test")
-  config.model, config.data.path = f"hf:{tiny_checkpoint}", f"{tiny_checkpoint}/*.txt"
+  config.model, config.data.path = f"hf:{tiny_checkpoint}", "docs/**/*.md"
   config.data.split = "train"
   report = run_and_continue("chelsea", tmp_path, monkeypatch, "subjects", "speed.measure", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
@@ -21,15 +21,15 @@ def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
   assert set(rows) == {"dense", "Chelsea 0.25", "snapkv"}
   # Of 96 tokens 4 and 28 as they are, 64 as 16.
   assert rows["Chelsea 0.25"]["entries"] == 48 / 96 and rows["dense"]["difference"] == 0
-  assert all(row["kl"] >= -1e-6 for row in report.metrics["mergings"].values())
-  assert report.metrics["mergings"]["Chelsea"]["kl"] > 1e-6
+  kl = {way: row["kl"] for way, row in report.metrics["mergings"][tiny_checkpoint.name].items()}
+  assert min(kl.values()) > 0 and set(kl) == set(config_file.COMPARED)
 
 
 def test_rivals_hold_as_many_bytes():
-  """A centroid has a count of four bytes beside its key and value."""
+  """A centroid has a count of four bytes beside its key and value; half a chunk passes through the second round."""
   m = config_file.get_config("cpu").method
-  assert decoders.entries(m, 0.25, 896) == 896 - 832 + 208 and decoders.entries(m, 0.25, 60) == 60
-  assert decoders.rival_keep(m, 0.25, time=896, bytes_of_entry=256) * 896 * 256 == pytest.approx(272 * (256 + 4))
+  assert decoders.entries(m, 0.25, 896) == 896 - 832 + 224 and decoders.entries(m, 0.25, 60) == 60
+  assert decoders.rival_keep(m, 0.25, time=896, bytes_of_entry=256) * 896 * 256 == pytest.approx(288 * (256 + 4))
   assert decoders.rival_keep(m, 0.25, time=60, bytes_of_entry=256) == 1
 
 
@@ -48,9 +48,9 @@ def test_other_ways_of_merging_leave_as_many_entries_and_lose_no_mass(merging):
 def test_k_means_finds_clusters_that_are_apart():
   rng = np.random.default_rng(0)
   centres = 50 * rng.normal(size=(8, 8))
-  keys = jnp.asarray(centres[np.arange(32) % 8] + rng.normal(size=(32, 8)), jnp.float32)
+  keys = jnp.asarray(centres[np.arange(32) // 4] + rng.normal(size=(32, 8)), jnp.float32)
   out = decoders.k_means(Entries(keys, keys, jnp.ones(32)), keep=0.25, chunk=8)
   np.testing.assert_array_equal(out.size, 4)
-  expected = np.asarray(keys).reshape(4, 8, 8).mean(0)
+  expected = np.asarray(keys).reshape(8, 4, 8).mean(1)
   found = np.asarray(out.keys)
   np.testing.assert_allclose(sorted(found.tolist()), sorted(expected.tolist()), rtol=1e-4)

@@ -16,16 +16,26 @@ from experiments.snlp.settings import parse
 from experiments.snlp_adapt import GIVEN, UNTOUCHED, adapting, draw, fitted, named_texts
 from experiments.text import load_text
 from jaxlab.core.checks import InputError
-from jaxlab.models import hub
+from jaxlab.data import tokenizer
+from jaxlab.models import TransformerConfig, hub
 from jaxlab.training import loop
-from tests.common import random_tokens, run_and_continue, save_checkpoint
+from tests.common import SHAPE, random_model, random_tokens, run_and_continue
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+  """A random Llama of six layers with tied embeddings and a vocabulary, and text for it."""
+  folder = tmp_path_factory.mktemp("checkpoint")
+  texts = [file.read_text() for file in sorted((ROOT / "experiments").glob("*.py"))]
+  bpe = tokenizer.train(texts, 320)
+  shape = SHAPE | dict(vocab_size=bpe.get_vocab_size(), tied_embeddings=True)
+  hub.save(random_model(TransformerConfig(**shape)), folder)
+  (folder / "tokenizer.json").write_text(bpe.to_str())
+  (folder / "train.txt").write_text("\n".join(texts[:3]))
+  (folder / "validation.txt").write_text(texts[3][:4000])
+  return folder
 
 
 def config_of(checkpoint, **changes):
