@@ -47,8 +47,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         qk_norm="before_rope",
       ),
       train=dict(
-        steps=pick(test=2, cpu=400, gpu=3000),
-        batch=pick(test=2, cpu=24, gpu=128),
+        steps=pick(test=2, cpu=700, gpu=3000),
+        batch=pick(test=2, cpu=12, gpu=128),
         length=pick(test=48, cpu=128, gpu=512),
         seeds=pick(cpu=1, gpu=3),
         scale=pick(cpu=1.5, gpu=1.0),
@@ -57,9 +57,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         checkpoint_every=pick(test=100, cpu=200, gpu=1000),
       ),
       eval=dict(
-        lists=pick(test=(4,), cpu=(4, 6, 8, 16), gpu=(4, 6, 8, 10, 16, 32)),
-        words=pick(test=(2,), cpu=(3, 4, 5, 8), gpu=(3, 4, 5, 8, 12)),
-        count=pick(test=2, cpu=50, gpu=500),
+        lists=pick(test=(4,), cpu=(4, 8, 16), gpu=(4, 6, 8, 10, 16, 32)),
+        words=pick(test=(2,), cpu=(3, 5, 8), gpu=(3, 4, 5, 8, 12)),
+        count=pick(test=2, cpu=40, gpu=500),
         batch=pick(test=4, cpu=64, gpu=512),
         tokens=pick(test=16, cpu=400, gpu=2000),  # at most, of an answer
         growth=(2, 2, 8),  # of leaves, direct, chain: at most so many times the prompt's length

@@ -46,7 +46,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         qk_norm="before_rope",
       ),
       train=dict(
-        stages=pick(test=(4, 6), cpu=(400, 600), gpu=(1000, 2000, 3000)),  # steps after which a model is kept
+        stages=pick(test=(4, 6), cpu=(400, 500, 600), gpu=(1000, 2000, 3000)),  # steps after which a model is kept
         batch=pick(test=16, cpu=64, gpu=1024),
         irregular=0.1,
         renamed="pegs and disks",
@@ -62,9 +62,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         draws=pick(test=2, cpu=32, gpu=16),
         batch=pick(test=16, cpu=512, gpu=16_384),
       ),
-      seeds=pick(test=2, cpu=20, gpu=10),
-      less_seeds=pick(test=1, cpu=20, gpu=4),  # at one vote less
-      few_seeds=pick(test=1, cpu=20, gpu=1),  # of the rest of the curve, of rivals, other schemes and stages
+      seeds=pick(test=2, cpu=100, gpu=10),
+      less_seeds=pick(test=1, cpu=100, gpu=4),  # at one vote less
+      few_seeds=pick(test=1, cpu=50, gpu=1),  # of the rest of the curve, of rivals, other schemes and stages
       curve=dict(beyond=1, below=pick(test=0, cpu=20, gpu=2), most=200),
       agent_steps=pick(test=(1, 2), cpu=(1, 2, 4), gpu=(1, 2, 4)),
       lengths=pick(test=(3, 4), cpu=(3, 4, 5, 6), gpu=(8, 10, 12, 14, 16, 18, 20)),

@@ -24,7 +24,9 @@ def measure(config, workdir: Path, console) -> dict:
   longest = config.disks + 8 + 3 * training.LONG
   found = {}
   for name, limit in (("flagged", (short + longest) // 2), ("unflagged", longest)):
-    chosen = sampling.agent(config, model, **voting.SCHEMES[voting.MAIN], period=voting.steps_of(config), longest=limit)
+    chosen = sampling.agent(
+      config, model, **voting.SCHEMES["renamed, temperature 1"], period=voting.steps_of(config), longest=limit
+    )
     found[name] = pairs(config, chosen, longest)
   return found
 

@@ -71,8 +71,7 @@ def test_error_rates_are_those_of_a_model_that_knows_each_token_with_probability
   agent = sampling.agent(config, model, period=15, renamed="pegs and disks")
 
   def knows(tokens):
-    turn_and_names = hanoi.State  # the right next token follows from the row itself: see below
-    del turn_and_names
+    """Answers are rows' own next tokens; the last one, which is not there, is the full stop."""
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=hanoi.STOP)
     right = jax.nn.one_hot(following, vocabulary)
     return jnp.log(q * right + (1 - q) / (vocabulary - 1) * (1 - right))

@@ -101,14 +101,16 @@ def noisy(context, item, tries, key):
   return jnp.where(flagged[:, None], jnp.uint32(77), said), flagged  # a flagged vote would be seen
 
 
-def decide(eps, items, *, wrong=1, flags=0.0, margin=3, width=2048, **options):
+def decide(eps, items, *, wrong=1, flags=0.0, margin=3, width=8192, capacity=200_000, **options):
+  """All of one shape, so that one program serves them."""
   context = (jnp.float32(eps), jnp.int32(wrong), jnp.float32(flags))
-  return maker.decide(noisy, context, items, margin=margin, key=KEY, width=width, **options)
+  options = dict(margin=margin, key=KEY, width=width, capacity=capacity) | options
+  return maker.decide(noisy, context, items, **options)
 
 
 @pytest.fixture(scope="module")
 def race():
-  return decide(0.3, 200_000, flags=0.1, width=8192)
+  return decide(0.3, 200_000, flags=0.1)
 
 
 def test_the_race_of_two_answers_follows_the_law(race):
@@ -157,10 +159,10 @@ def test_a_race_without_an_end_stops_at_the_most_samples_and_is_counted():
 
 def test_results_do_not_depend_on_what_is_kept_for_more_items_or_told_between():
   told = []
-  a = decide(0.2, 3000, width=256)
-  b = decide(0.2, 3000, width=256, capacity=5000, stretch=7, progress=told.append)
+  a = decide(0.2, 30_000, capacity=30_000)
+  b = decide(0.2, 30_000, stretch=7, progress=told.append)
   np.testing.assert_array_equal(a.votes, b.votes)
-  assert told == sorted(told) and told[-1] == 3000 and len(told) > 5
+  assert told == sorted(told) and told[-1] == 30_000 and len(told) >= 4
 
 
 def reference(answers, k):
@@ -205,20 +207,19 @@ def test_an_answer_without_a_slot_takes_that_of_the_fewest_votes_and_is_counted(
 # --- The Towers of Hanoi.
 
 
-@pytest.mark.parametrize("disks", range(1, 11))
+@pytest.mark.parametrize("disks", [1, 2, 3, 6, 9, 10])
 def test_the_closed_form_is_the_run_of_the_rule_and_ends_where_parity_says(disks):
-  step = jax.jit(hanoi.take_step)
-  state = hanoi.state_before(jnp.zeros(1, jnp.int32), disks)
-  pegs, lasts, moves = [state.pegs[0]], [state.last[0]], []
-  for _ in range(2**disks - 1):
-    move, state = step(state)
-    pegs.append(state.pegs[0])
-    lasts.append(state.last[0])
-    moves.append(move[0])
   closed = hanoi.state_before(jnp.arange(2**disks), disks)
-  np.testing.assert_array_equal(jnp.stack(pegs), closed.pegs)
-  np.testing.assert_array_equal(jnp.stack(lasts), closed.last)
-  assert hanoi.legal(closed.pegs[:-1], jnp.stack(moves)).all()
+
+  def step(state, _):
+    move, after = hanoi.take_step(state)
+    return after, (move, after)
+
+  start = jax.tree.map(lambda a: a[0], closed)
+  _, (moves, states) = jax.jit(lambda: jax.lax.scan(step, start, length=2**disks - 1))()
+  for walked, formula in zip(states, closed, strict=True):
+    np.testing.assert_array_equal(walked, formula[1:])
+  assert (closed.pegs[0] == 0).all() and closed.last[0] == 0 and hanoi.legal(closed.pegs[:-1], moves).all()
   assert (closed.pegs[-1] == (2 if disks % 2 == 0 else 1)).all()
 
 
