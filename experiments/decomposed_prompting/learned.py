@@ -5,6 +5,7 @@ An example is "<tag><question>><answer>." in characters; tags are capital letter
 """
 
 import json
+import random
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,16 @@ def words(config, *, held_out: bool, seed: int = 0) -> list[str]:
   return made[:cut] if held_out else made[cut:]
 
 
-def example(rng: np.random.Generator, kind: str, vocabulary: list[str]) -> str:
+def example(rng: random.Random, kind: str, vocabulary: list[str]) -> str:
   """One training example of a model."""
-  some = lambda low, high: [str(word) for word in rng.choice(vocabulary, rng.integers(low, high + 1))]
+  some = lambda low, high: rng.choices(vocabulary, k=rng.randint(low, high))
   if kind != "leaves":
     if rng.random() < 0.5:
       items = some(1, LISTS)
       return _example("D", ",".join(items), _reversal(items, kind == "chain"))
     names = some(1, WORDS)
     return _letters_example(rng, names, kind == "chain")
-  task = str(rng.choice(list("RJNSLAM")))
+  task = rng.choice("RJNSLAM")
   if task == "R":
     items = some(1, shapes.BASE - 1)
     return _example("R", ",".join(items), ",".join(items[::-1]))
@@ -56,13 +57,13 @@ def example(rng: np.random.Generator, kind: str, vocabulary: list[str]) -> str:
     first, second = some(1, LISTS // 2), some(1, LISTS // 2)
     return _example("J", f"{','.join(first)}|{','.join(second)}", ",".join(first + second))
   if task == "N":
-    items, start = some(1, LISTS // 2), int(rng.integers(1, 33))
+    items, start = some(1, LISTS // 2), rng.randint(1, 32)
     return _example("N", ",".join(f"{start + i}{item}" for i, item in enumerate(items)), ",".join(items))
   if task == "S":
     names = some(1, WORDS)
     return _example("S", " ".join(names), ",".join(names))
   if task == "M":
-    letters, how = list(rng.choice(list(string.ascii_lowercase), rng.integers(1, WORDS + 1))), _how(rng)
+    letters, how = rng.choices(string.ascii_lowercase, k=rng.randint(1, WORDS)), _how(rng)
     return _example("M", f"{','.join(letters)}#{_SIGNS[how]}", shapes.DELIMITERS[how].join(letters))
   (name,) = some(1, 1)
   pairs = _pairs(name)
@@ -77,11 +78,11 @@ def _example(tag: str, question: str, answer: str) -> str:
 
 
 def _how(rng) -> str:
-  return str(rng.choice([name for name in _SIGNS if name != "a semi-colon"]))
+  return rng.choice([name for name in _SIGNS if name != "a semi-colon"])
 
 
 def _position(rng, names) -> str:
-  return "l" if rng.random() < 0.2 else str(rng.integers(1, min(map(len, names)) + 1))
+  return "l" if rng.random() < 0.2 else str(rng.randint(1, min(map(len, names))))
 
 
 def _letter(name: str, position: str) -> str:
@@ -125,7 +126,7 @@ class Examples:
 
   def __next__(self):
     self._next += 1
-    rng = np.random.default_rng([self._seed, MODELS.index(self._kind), self._next])
+    rng = random.Random(f"{self._seed} {self._kind} {self._next}")
     t = self._config.train
     rows = [self._row(rng, t.length + 1) for _ in range(t.batch)]
     inputs, counted = (np.stack(part) for part in zip(*rows, strict=True))
