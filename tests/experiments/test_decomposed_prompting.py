@@ -55,7 +55,8 @@ def test_models_that_know_answer_everything_so_the_characters_carry_all_there_is
   report = run_and_continue("decomposed_prompting", tmp_path, monkeypatch, "learn", "symbolic", "retrieval.measure")
   for found in report.metrics["learned"].values():
     assert all(share == 1 for share in found["0"]["right"].values())
-  assert set(report.metrics["learned"]["leaves"]["0"]["leaves"].values()) == {1}
+  leaves = report.metrics["learned"]["leaves"]["0"]["leaves"]
+  assert set(leaves.values()) == {1} and set(report.metrics["learned"]["mixed"]["0"]["leaves"]) < set(leaves)
   assert [claim.holds for claim in report.claims[-2:]] == [True, True]
 
 

@@ -101,7 +101,7 @@ def noisy(context, item, tries, key):
   return jnp.where(flagged[:, None], jnp.uint32(77), said), flagged  # a flagged vote would be seen
 
 
-def decide(eps, items, *, wrong=1, flags=0.0, margin=3, width=8192, capacity=200_000, **options):
+def decide(eps, items, *, wrong=1, flags=0.0, margin=3, width=1024, capacity=20_000, **options):
   """All of one shape, so that one program serves them."""
   context = (jnp.float32(eps), jnp.int32(wrong), jnp.float32(flags))
   options = dict(margin=margin, key=KEY, width=width, capacity=capacity) | options
@@ -110,7 +110,7 @@ def decide(eps, items, *, wrong=1, flags=0.0, margin=3, width=8192, capacity=200
 
 @pytest.fixture(scope="module")
 def race():
-  return decide(0.3, 200_000, flags=0.1)
+  return decide(0.3, 200_000, flags=0.1, width=8192, capacity=200_000)
 
 
 def test_the_race_of_two_answers_follows_the_law(race):
@@ -139,17 +139,17 @@ def test_a_source_that_knows_takes_exactly_k_votes():
 
 
 def test_more_than_one_wrong_answer_only_helps():
-  right = [(decide(0.3, 40_000, wrong=wrong).said[:, 1] == 0).mean() for wrong in (1, 2, 3)]
-  np.testing.assert_allclose(right, [0.927, 0.985, 0.994], atol=0.005)
+  right = [(decide(0.3, 20_000, wrong=wrong).said[:, 1] == 0).mean() for wrong in (1, 2, 3)]
+  np.testing.assert_allclose(right, [0.927, 0.985, 0.994], atol=0.008)
 
 
 def test_the_other_rules_count_as_they_say():
   first = decide(0.3, 2000, margin=4, rule="first")
   assert first.votes.min() == 4 and first.votes.max() <= 7
-  majority = decide(0.3, 20_000, margin=5, rule="majority")
+  majority = decide(0.3, 10_000, margin=5, rule="majority")
   assert (majority.votes == 5).all()
   best = sum(math.comb(5, i) * 0.7**i * 0.3 ** (5 - i) for i in (3, 4, 5))
-  assert abs((majority.said[:, 1] == 0).mean() - best) < 0.015
+  assert abs((majority.said[:, 1] == 0).mean() - best) < 0.02
 
 
 def test_a_race_without_an_end_stops_at_the_most_samples_and_is_counted():
@@ -159,10 +159,10 @@ def test_a_race_without_an_end_stops_at_the_most_samples_and_is_counted():
 
 def test_results_do_not_depend_on_what_is_kept_for_more_items_or_told_between():
   told = []
-  a = decide(0.2, 30_000, capacity=30_000)
-  b = decide(0.2, 30_000, stretch=7, progress=told.append)
+  a = decide(0.2, 3000, capacity=3000)
+  b = decide(0.2, 3000, stretch=3, progress=told.append)
   np.testing.assert_array_equal(a.votes, b.votes)
-  assert told == sorted(told) and told[-1] == 30_000 and len(told) >= 4
+  assert told == sorted(told) and told[-1] == 3000 and len(told) >= 4
 
 
 def reference(answers, k):
