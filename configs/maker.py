@@ -69,7 +69,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       agent_steps=pick(test=(1, 2), cpu=(1, 2, 4), gpu=(1, 2, 4)),
       lengths=pick(test=(3, 4), cpu=(3, 4, 5, 6), gpu=(8, 10, 12, 14, 16, 18, 20)),
       width=pick(test=16, cpu=256, gpu=65_536),
-      most_samples=pick(test=4, cpu=500, gpu=500),
+      most_samples=pick(test=4, cpu=500, gpu=200),
       flags=dict(
         stage=pick(test=4, cpu=500, gpu=2000),
         rambling=0.2,

@@ -200,8 +200,8 @@ def finding(config, metrics: dict) -> str:
   text = (
     f"Trained on lists of at most {learned.LISTS}, a program over small trained leaves reverses "
     f"{share('leaves', lists)} of lists of {lists.split()[1]}, and {share('mixed', lists)} with functions for what "
-    f"copies (one chain {share('chain', lists)}, at once {share('direct', lists)}); letters of {letters.split()[1]} words "
-    f"{share('leaves', letters)} and {share('mixed', letters)} (chain {share('chain', letters)}); hop by hop "
+    f"copies (one chain {share('chain', lists)}, at once {share('direct', lists)}); letters of {letters.split()[1]} "
+    f"words {share('leaves', letters)} and {share('mixed', letters)} (chain {share('chain', letters)}); hop by hop "
     f"BM25 finds both documents of {found['hop by hop']:.0%} of questions (at once {found['at once']:.0%})"
   )
   if pretrained_found := metrics.get("pretrained"):
