@@ -13,7 +13,7 @@ import numpy as np
 from experiments import results
 from experiments.maker import flags, multiplication, speed, training, voting
 from experiments.maker.drawing import draw
-from experiments.maker.voting import MAIN, SCHEMES
+from experiments.maker.voting import MAIN, SCHEMES, voted_eps
 from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.core.checks import require
@@ -121,9 +121,8 @@ def one_less(config, metrics: dict) -> dict:
 
 
 def law(config, metrics: dict, run: dict) -> float:
-  """Success that the law foretells from the mean error rate."""
-  mean = metrics["stages"][f"{config.main}"]["schemes"][MAIN]["mean"]
-  return maker.success(mean, run["margin"], run["steps"])
+  """Success that the law foretells from the mean error rate of votes."""
+  return maker.success(voted_eps(config, metrics, run), run["margin"], run["steps"])
 
 
 def growth(metrics: dict) -> dict[str, float]:
@@ -156,7 +155,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   schemes, eps = stage["schemes"], stage["schemes"][MAIN]
   own = metrics["runs"][f"{MAIN}, k = {eps['margin_of_steps'] or main['margin']}"]
   plain = metrics["runs"].get(PLAIN)
-  expected = maker.expected_votes(eps["mean"], main["margin"])
+  expected = maker.expected_votes(voted_eps(config, metrics, main), main["margin"])
   flat, fits = stage["by_disks"], growth(metrics)
   flagged, free = (metrics["flags"][name] for name in ("flagged", "unflagged"))
   earlier = {s: early_success(metrics, s) for s in metrics["stages"] if s != f"{config.main}"}
@@ -176,8 +175,8 @@ def claims(config, metrics: dict) -> list[Claim]:
       "How far success at one vote less is from what the law foretells", "", "lower",
       ours=abs(less["success"] - law(config, metrics, less)), threshold=0.2,
       baseline=f"the law: {law(config, metrics, less):.3g}",
-      note=f"{told(less)}; with every step's own error rate the law says "
-      f"{eps['law'].get(str(less['margin']), 0):.3g}; {sum(less['wrong'])} wrong steps in all",
+      note=f"{told(less)}; error rate of votes {voted_eps(config, metrics, less):.3g}; by every step's own error rate, "
+      f"flags as errors, {eps['law'].get(str(less['margin']), 0):.3g}; {sum(less['wrong'])} wrong steps in all",
     ),
     Claim(
       "Votes a step over those of the law, distance from 1", "", "lower", ours=abs(main["votes"] / expected - 1),

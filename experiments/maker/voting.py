@@ -116,3 +116,9 @@ def windows(wrong: np.ndarray) -> dict[str, float]:
       sums = np.cumsum(np.pad(wrong, ((0, 0), (1, 0))), axis=1)
       found[f"{disks}"] = float((sums[:, size:] == sums[:, :-size]).mean())
   return found
+
+
+def voted_eps(config, metrics: dict, run: dict) -> float:
+  """The mean error rate of a sample that was a vote: those with a red flag are wrong too, but do not count."""
+  mean = metrics["stages"][f"{config.main}"]["schemes"][MAIN]["mean"]
+  return max(0.0, 1 - (1 - mean) / (1 - run["flagged"]))

@@ -133,14 +133,14 @@ def test_every_item_is_decided_once_with_its_own_answer_and_flags_never_enter(ra
 
 
 def test_a_source_that_knows_takes_exactly_k_votes():
-  for margin in (1, 2, 5):
+  for margin in (1, 4):
     found = decide(0.0, 3000, margin=margin)
     assert (found.votes == margin).all() and (found.said[:, 1] == 0).all()
 
 
 def test_more_than_one_wrong_answer_only_helps():
-  right = [(decide(0.3, 20_000, wrong=wrong).said[:, 1] == 0).mean() for wrong in (1, 2, 3)]
-  np.testing.assert_allclose(right, [0.927, 0.985, 0.994], atol=0.008)
+  right = [(decide(0.3, 8000, wrong=wrong).said[:, 1] == 0).mean() for wrong in (1, 2, 3)]
+  np.testing.assert_allclose(right, [0.927, 0.985, 0.994], atol=0.012)
 
 
 def test_the_other_rules_count_as_they_say():
@@ -207,7 +207,7 @@ def test_an_answer_without_a_slot_takes_that_of_the_fewest_votes_and_is_counted(
 # --- The Towers of Hanoi.
 
 
-@pytest.mark.parametrize("disks", [1, 2, 3, 6, 9, 10])
+@pytest.mark.parametrize("disks", [2, 9, 10])
 def test_the_closed_form_is_the_run_of_the_rule_and_ends_where_parity_says(disks):
   closed = hanoi.state_before(jnp.arange(2**disks), disks)
 
