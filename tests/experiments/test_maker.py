@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import maker as config_file
-from experiments.maker import sampling, training, voting
+from experiments.console import Console
+from experiments.maker import flags, sampling, training, voting
 from jaxlab.models import TransformerConfig, inference
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.tasks import hanoi
@@ -57,17 +58,19 @@ def test_attention_of_one_query_is_dot_product_attention():
 
 def test_at_temperature_0_samples_are_the_likeliest_tokens_one_after_the_other(model):
   prompt = jnp.arange(10).reshape(2, 5) % 7 + 9
-  network = inference.take_apart(model)
-  made = sampling.generated(network, prompt, jax.random.key(0), jnp.array([0.0, 0.0]), tokens=4)
-  row = prompt
-  for _ in range(4):
-    row = jnp.concatenate([row, jnp.argmax(model(row)[:, -1], axis=-1)[:, None]], axis=1)
-  np.testing.assert_array_equal(made, row[:, 5:])
+
+  @jax.jit
+  def both(model):
+    network = inference.take_apart(model)
+    made = sampling.generated(network, prompt, jax.random.key(0), jnp.zeros(2), tokens=4)
+    return made, jnp.argmax(model(jnp.concatenate([prompt, made], axis=1)), axis=-1)[:, 4:8]
+
+  np.testing.assert_array_equal(*both(model))
 
 
 def test_error_rates_are_those_of_a_model_that_knows_each_token_with_probability_q(config, model):
   """1 - q^12: M, three entries, N, four disks, two bars and the full stop."""
-  q, vocabulary = 0.9, hanoi.vocabulary(NAMES)
+  q, vocabulary, steps = 0.9, hanoi.vocabulary(NAMES), (jnp.arange(15), jnp.full(15, DISKS))
   agent = sampling.agent(config, model, period=15, renamed="pegs and disks")
 
   def knows(tokens):
@@ -76,9 +79,9 @@ def test_error_rates_are_those_of_a_model_that_knows_each_token_with_probability
     right = jax.nn.one_hot(following, vocabulary)
     return jnp.log(q * right + (1 - q) / (vocabulary - 1) * (1 - right))
 
-  found = sampling.error_rates.__wrapped__(
-    knows, agent, jnp.arange(15), jnp.full(15, DISKS), jax.random.key(0), draws=2, disks=DISKS, names=NAMES
-  )
+  sizes = dict(draws=2, disks=DISKS, names=NAMES)
+  rates = jax.jit(lambda agent: sampling.error_rates.__wrapped__(knows, agent, *steps, jax.random.key(0), **sizes))
+  found = rates(agent)
   np.testing.assert_allclose(found, 1 - q**12, rtol=1e-5)
 
 
@@ -92,9 +95,26 @@ def test_runs_past_the_period_ask_about_the_same_steps(config, model):
   assert len(np.unique(right, axis=0)) == 4
 
 
-def test_maker_writes_claims_and_figures_and_resumes(tmp_path, monkeypatch):
-  """Whatever the model of six steps says; its error rates, which would forbid to vote, are given."""
-  monkeypatch.setattr(voting, "rates", lambda config, model, scheme, step, **_: np.full(len(step), 0.01))
+def given_rates(config, model, scheme, step, **_):
+  """Those of a model of six steps would forbid to vote."""
+  return np.full(len(step), 0.01)
+
+
+def test_maker_writes_claims_and_figures_and_resumes(model, tmp_path, monkeypatch):
+  """Whatever a model without training says."""
+  monkeypatch.setattr(voting, "rates", given_rates)
+  monkeypatch.setattr(training, "stages", lambda config, *_: [model] * len(config.train.stages))
+  found = dict(eps=0.1, collisions=0.01, share=0.2)
+  monkeypatch.setattr(flags, "measure", lambda *_: {"flagged": found, "unflagged": found})
   report = run_and_continue("maker", tmp_path, monkeypatch, "voting.run", "flags.measure", "multiplication.measure")
   assert report.metrics["runs"]["renamed, k = 2"]["steps"] == 15
   assert "without one wrong step" in report.claims[0].name and report.finding
+
+
+@pytest.mark.slow
+def test_the_models_are_trained_and_kept(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(voting, "rates", given_rates)
+  report = run_and_continue("maker", tmp_path, monkeypatch, "voting.run", "flags.measure")
+  assert 0 <= report.metrics["flags"]["flagged"]["share"] <= 1
+  again = list(training.stages(config, tmp_path / "model", Console()))
+  assert len(again) == 2 and (again[0].embedding[...] != again[1].embedding[...]).any()
