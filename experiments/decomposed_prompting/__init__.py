@@ -186,7 +186,7 @@ def pretrained_claims(config, found: dict | None) -> list[Claim]:
   return [
     Claim(
       f"What programs add to {config.pretrained.model} by a few examples, worst of two tasks", "points", "higher",
-      ours=100 * gain, threshold=0.0, baseline=f"at once: {both('direct')}",
+      ours=100 * gain, threshold=10.0, baseline=f"at once: {both('direct')}",
       note=f"decomposed: {both('decomposed')}; leaves by themselves: "
       + ", ".join(f"{name} {share:.2g}" for name, share in found["leaves"].items())
       + f"; {found['count']} questions each",
