@@ -70,7 +70,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   per_step = found["runs"][f"{MAIN}, k = {margin}"]["votes"]
   found["rivals"] = {
     "first to k": run("first to k", rule="first"),
-    "majority": run("majority", rule="majority", margin=round(per_step)),
+    "majority": run("majority", rule="majority", margin=max(1, round(per_step))),
     "repairing": run("repairing", forgiving=True),
   }
   found["agents"] = {}

@@ -121,4 +121,4 @@ def windows(wrong: np.ndarray) -> dict[str, float]:
 def voted_eps(config, metrics: dict, run: dict) -> float:
   """The mean error rate of a sample that was a vote: those with a red flag are wrong too, but do not count."""
   mean = metrics["stages"][f"{config.main}"]["schemes"][MAIN]["mean"]
-  return max(0.0, 1 - (1 - mean) / (1 - run["flagged"]))
+  return max(0.0, 1 - (1 - mean) / max(1 - run["flagged"], 1e-9))
