@@ -2,98 +2,24 @@
 
 import json
 import re
+import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.decomposed_prompting import shapes
 from jaxlab.core.checks import InputError
 from jaxlab.tasks import answers, handlers, programs
 from jaxlab.tasks import decomposed_prompting as decomp
 from jaxlab.tasks.decomposed_prompting import Answer, Decomposer, Failure, Limits, Proposal, Question, solve
 from jaxlab.tasks.programs import END, apply_sub, collect, expand, parse_step
 
-# --- Symbolic decomposers that write the programs of the published tasks, and the leaves they call.
+# --- The programs of the published tasks by symbolic decomposers and leaves.
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def quoted(text):
-  return re.findall(r'"([^"]*)"', text)[-1]
-
-
-def letter_cat(level):
-  """Split the words, the letter at the position of each, merge them."""
-  place, words, how = re.fullmatch(
-    r'Take (.*) of the words in "(.*)" and concatenate them using (.*)\.', level.question
-  ).groups()
-  place = "the last letter" if "last" in place else f"the letter at position {place.split()[-1]}"
-  return [
-    f'[split] What are the words in "{words}"?',
-    f'(project_values) [str_position] What is {place} of "#1"?',
-    f"[merge] Concatenate #2 using {how}.",
-    END,
-  ][len(level.steps)]
-
-
-def str_position(level):
-  """Decomposed once more: the letters with their positions, then the one that is wanted."""
-  place, word = re.fullmatch(r'What is the (.*) of "(.*)"\?', level.question).groups()
-  return [
-    f'[letters] What are the letters and their positions in "{word}"?',
-    f"[arr_position] What is the {place} in #1?",
-    END,
-  ][len(level.steps)]
-
-
-def at_position(text):
-  pairs = json.loads(text[text.index("[") : text.rindex("]") + 1])
-  return pairs[-1][0] if "last" in text else dict((p, c) for c, p in pairs)[int(re.search(r"position (\d+)", text)[1])]
-
-
-def merge(text):
-  words, how = re.fullmatch(r"Concatenate (\[.*\]) using (.*)\.", text).groups()
-  between = {"a space": " ", "a comma": ",", "a semi-colon": ";", "nothing": ""}[how]
-  return between.join(json.loads(words))
-
-
-LETTER_CAT = {
-  "letter_cat": handlers.policy(letter_cat),
-  "str_position": handlers.policy(str_position),
-  "split": handlers.function(lambda text: quoted(text).split()),
-  "letters": handlers.function(lambda text: [[c, i + 1] for i, c in enumerate(quoted(text))]),
-  "arr_position": handlers.function(at_position),
-  "merge": handlers.function(merge),
-}
-
-
-def reverse(level):
-  """Halves with numbers, without them, each reversed by this very program, joined; below 4 items a model does it."""
-  items = quoted(level.question).split(", ")
-  half = len(items) // 2
-  numbered = [f"{i + 1}. {item}" for i, item in enumerate(items)]
-  part = lambda some: f'[extract] The items are {" ".join(numbered)}. The half is "{", ".join(some)}".'
-  if len(items) < 4:
-    return [part(numbered), f'[cot] Reverse the sequence "{", ".join(items)}".', END][len(level.steps)]
-  return [
-    part(numbered[:half]),
-    part(numbered[half:]),
-    "[remove_numbers] Remove the numbers from #1.",
-    "[remove_numbers] Remove the numbers from #2.",
-    "[reverse] Reverse the sequence #3.",
-    "[reverse] Reverse the sequence #4.",
-    "[join] #6 #5",
-    END,
-  ][len(level.steps)]
-
-
-REVERSE = {
-  "reverse": handlers.policy(reverse),
-  "extract": handlers.function(lambda text: handlers.extract(r'"([^"]*)"', text)),
-  "cot": handlers.function(lambda text: ", ".join(quoted(text).split(", ")[::-1])),
-  "remove_numbers": handlers.function(lambda text: re.sub(r"\d+\. ", "", quoted(text))),
-  "join": handlers.function(lambda text: ", ".join(re.findall(r'"([^"]*)"', text))),
-}
+LETTERS = string.ascii_lowercase
+LETTER_CAT = shapes.decomposers() | shapes.symbolic_leaves()
+REVERSE = LETTER_CAT
 
 
 def world(seed):
@@ -132,11 +58,6 @@ def test_letters_are_concatenated_whatever_the_number_of_words_the_position_and_
   assert [outcome.answer for outcome in solve(questions, "letter_cat", LETTER_CAT)] == expected
 
 
-def model_calls(n):
-  """L(n): below 4 items a level of 3 generations and the base case; else 8 generations, 3 leaves, and both halves."""
-  return 4 if n < 4 else 11 + model_calls(n // 2) + model_calls(n - n // 2)
-
-
 def depth(trace):
   inside = [call for step in trace.steps for call in step.calls if isinstance(call, decomp.Level)]
   return 1 + max(map(depth, inside)) if inside else 0
@@ -152,7 +73,7 @@ def test_reversal_calls_itself_as_often_and_as_deep_as_the_program_says():
   questions = [f'Reverse the sequence "{", ".join(items)}".' for items in lists]
   for items, outcome in zip(lists, solve(questions, "reverse", REVERSE), strict=True):
     assert outcome.answer == ", ".join(items[::-1])
-    assert sum(count for name, count in outcome.calls.items() if name != "extract") == model_calls(len(items))
+    assert sum(count for name, count in outcome.calls.items() if name != "extract") == shapes.model_calls(len(items))
     assert depth(outcome.trace) == expected_depth(len(items)) and outcome.cost == 0
 
 

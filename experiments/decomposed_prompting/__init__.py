@@ -1,0 +1,224 @@
+"""Decomposed prompting: programs over leaves that are functions, small trained models, or a pretrained one.
+
+A module here is a part of the run: `shapes` has the published programs, `learned` trains models on generated tasks,
+`pretrained` prompts a checkpoint, `retrieval` searches hop by hop.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from experiments import figures, results
+from experiments.decomposed_prompting import evaluation, learned, pretrained, retrieval, shapes
+from experiments.report import rounded
+from experiments.results import Claim
+from jaxlab.core.checks import require
+
+# How a question is answered; the first two by the same model.
+WAYS = {
+  "leaves": "decomposed",
+  "mixed": "decomposed, copying by functions",
+  "chain": "one chain of all sub-steps",
+  "direct": "the answer at once",
+}
+COPYING = ("split", "merge", "remove_numbers", "join")
+
+
+def measure(config, workdir: Path, cache: Path, console) -> dict:
+  """Runs all parts; what the workdir holds is not measured again."""
+  e = config.eval
+  require(e.lists and e.words, "eval.lists and eval.words need at least one size each")
+  part = functools.partial(results.part, workdir)
+  tests = generated_tests(config)
+  found = {"programs": part("programs", lambda: symbolic(config, tests, console))}
+  found["retrieval"] = part("retrieval", lambda: retrieval.measure(config))
+  found["learned"] = {
+    way: {
+      f"{seed}": part(f"{way}.{seed}", lambda w=way, s=seed: learn(config, w, s, tests, workdir, console))
+      for seed in range(config.seed, config.seed + config.train.seeds)
+    }
+    for way in WAYS
+  }
+  if config.pretrained.count:
+    names = [f"reverse {config.pretrained.lists}", f"letters {config.pretrained.words}"]
+    real = {name: english(config, *name.split()) for name in names}
+    found["pretrained"] = part("pretrained", lambda: pretrained.measure(config, real, console))
+  return rounded(found)
+
+
+def generated_tests(config) -> dict[str, list[tuple[str, str]]]:
+  """{"reverse 16": pairs, ...} over words that are in no training example."""
+  vocabulary = learned.words(config, held_out=True)
+  sizes = [("reverse", size) for size in config.eval.lists] + [("letters", size) for size in config.eval.words]
+  make = lambda kind, size: shapes.generated(
+    np.random.default_rng([config.seed, size]), kind, size, config.eval.count, vocabulary
+  )
+  return {f"{kind} {size}": make(kind, size) for kind, size in sizes}
+
+
+def english(config, kind: str, size: str) -> list[tuple[str, str]]:
+  """Questions over English words, for a model that knows them."""
+  words = [
+    *("apple", "river", "stone", "chair", "music", "paper", "cloud", "bread"),
+    *("horse", "glass", "light", "tiger", "ocean", "grape", "candle", "window"),
+  ]
+  return shapes.generated(np.random.default_rng(config.seed), kind, int(size), config.pretrained.count, words)
+
+
+def symbolic(config, tests: dict, console) -> dict:
+  """{"tests", "given": {name: right, f1, calls}}, every leaf a function; given are the files of config.data.path."""
+  library = shapes.decomposers() | shapes.symbolic_leaves()
+  files = sorted(Path(config.data.path).rglob("*.json")) if config.data.path else []
+  given = {}
+  for file in files:
+    pairs = shapes.given(file)
+    if pairs and pairs[0][0].startswith(("Reverse the sequence", "Take the l")):
+      console.say(f"programs on {file.name}: {len(pairs)} questions")
+      given[file.stem] = evaluation.decomposed(pairs, library)
+  return {"tests": {name: evaluation.decomposed(pairs, library) for name, pairs in tests.items()}, "given": given}
+
+
+def learn(config, way: str, seed: int, tests: dict, workdir: Path, console) -> dict:
+  """Trains a model and answers the tests with it: {"right": {test: share}, "leaves": {leaf: share}}."""
+  kind = "leaves" if way == "mixed" else way
+  ask = learned.trained(config, kind, seed, workdir, console)
+  tally, right = evaluation.Tally(), {}
+  leaves = {name: leaf for name, leaf in learned.leaves(ask).items() if way == "leaves" or name not in COPYING}
+  library = shapes.decomposers() | shapes.symbolic_leaves() | tally.graded(leaves)
+  for name, pairs in tests.items():
+    if kind == "leaves":
+      right[name] = evaluation.decomposed(pairs, library)["right"]
+    else:
+      answers = learned.monolithic(ask, [question for question, _ in pairs])
+      right[name] = evaluation.right(answers, pairs)
+    console.say(f"{way}, {name}: {right[name]:.0%}")
+  return {"right": right, "leaves": tally.shares()}
+
+
+def mean(metrics: dict, kind: str, test: str) -> float:
+  """Over the seeds."""
+  return float(np.mean([found["right"][test] for found in metrics["learned"][kind].values()]))
+
+
+def longest(config, beyond: str) -> str:
+  """The test by which a claim is judged: of lists 16 or the longest, of words 8 or the most."""
+  sizes, wanted = (config.eval.lists, 16) if beyond == "reverse" else (config.eval.words, 8)
+  return f"{beyond} {wanted if wanted in sizes else max(sizes)}"
+
+
+def table(metrics: dict, kind: str, task: str) -> str:
+  tests = next(iter(metrics["learned"][kind].values()))["right"]
+  return ", ".join(f"{name.split()[1]}: {mean(metrics, kind, name):.0%}" for name in tests if name.startswith(task))
+
+
+def claims(config, metrics: dict) -> list[Claim]:
+  lists, letters = longest(config, "reverse"), longest(config, "letters")
+  at = lambda way, test: mean(metrics, way, test)
+  spread = lambda kind, test: tuple(
+    pick(found["right"][test] for found in metrics["learned"][kind].values()) for pick in (min, max)
+  )
+  programs, found = metrics["programs"], metrics["retrieval"]
+  of_all = [row["right"] for rows in programs.values() for row in rows.values()]
+  reversals = {int(name.split()[1]): row["calls"] for name, row in programs["tests"].items() if "reverse" in name}
+  leaves = {
+    name: float(np.mean([f["leaves"].get(name, 0) for f in metrics["learned"]["leaves"].values()]))
+    for name in next(iter(metrics["learned"]["leaves"].values()))["leaves"]
+  }
+  size, seeds = lists.split()[1], len(metrics["learned"]["leaves"])
+  made = [
+    Claim(
+      f"Lists of {size} reversed by a program over leaves trained on at most {learned.LISTS} items", "", "higher",
+      ours=at("leaves", lists), threshold=0.95, spread=spread("leaves", lists),
+      baseline=f"one chain {at('chain', lists):.3g}, at once {at('direct', lists):.3g}",
+      note=f"{seeds} seeds; decomposed {table(metrics, 'leaves', 'reverse')}; chain "
+      f"{table(metrics, 'chain', 'reverse')}; at once {table(metrics, 'direct', 'reverse')}",
+    ),
+    Claim(
+      f"The same with functions for what copies ({', '.join(COPYING)}), lists of {size} and letters of "
+      f"{letters.split()[1]} words, the worse", "", "higher",
+      ours=min(at("mixed", lists), at("mixed", letters)), threshold=0.95,
+      baseline=f"all leaves learned {min(at('leaves', lists), at('leaves', letters)):.3g}",
+      note=f"lists {table(metrics, 'mixed', 'reverse')}; words {table(metrics, 'mixed', 'letters')}",
+    ),
+    Claim(
+      f"Lists of {size} reversed by the model that writes the whole recursion as one chain", "", "lower",
+      ours=at("chain", lists), threshold=0.5, spread=spread("chain", lists), baseline="the program above",
+    ),
+    Claim(
+      f"Letters of {letters.split()[1]} words: the program's share right less that of the chain", "points", "higher",
+      ours=100 * (at("leaves", letters) - at("chain", letters)), threshold=20.0,
+      baseline=f"chain {at('chain', letters):.3g}, at once {at('direct', letters):.3g}",
+      note=f"trained on at most {learned.WORDS} words; decomposed {table(metrics, 'leaves', 'letters')}; chain "
+      f"{table(metrics, 'chain', 'letters')}; at once {table(metrics, 'direct', 'letters')}",
+    ),
+    Claim(
+      "Share of its own questions that the weakest trained leaf answers rightly", "", "higher",
+      ours=min(leaves.values()), threshold=0.95, baseline="the symbolic leaf on the same question",
+      note=", ".join(f"{name} {share:.3g}" for name, share in leaves.items()),
+    ),
+    Claim(
+      "Questions whose two documents are both found hop by hop, less those found by the whole question", "points",
+      "higher", ours=100 * (found["hop by hop"] - found["at once"]), threshold=20.0,
+      baseline=f"{found['at once']:.3g} by one search for as many documents",
+      note=f"BM25, {found['documents']} documents, {found['questions']} questions, {found['answered']:.3g} answered",
+    ),
+    Claim(
+      "Share right with every leaf a function, worst test", "", "higher", ours=min(of_all), threshold=1.0,
+      baseline="none",
+      note="; ".join(f"{name} {row['right']:.3g}" for rows in programs.values() for name, row in rows.items()),
+    ),
+    Claim(
+      "Model calls of a reversal over the count of the program, distance from 1, worst size", "", "lower",
+      ours=max(abs(calls / shapes.model_calls(n) - 1) for n, calls in reversals.items()), threshold=0.0,
+      baseline="L(n) = 11 + L(n / 2) + L(n - n / 2), 4 below 4 items",
+      note=", ".join(f"{n}: {calls:.4g}" for n, calls in reversals.items()),
+    ),
+  ]  # fmt: skip
+  return made + pretrained_claims(config, metrics.get("pretrained"))
+
+
+def pretrained_claims(config, found: dict | None) -> list[Claim]:
+  if not found:
+    return []
+  both = lambda how: ", ".join(f"{name} {share:.3g}" for name, share in found[how].items())
+  gain = min(found["decomposed"][name] - found["direct"][name] for name in found["direct"])
+  return [
+    Claim(
+      f"What programs add to {config.pretrained.model} by a few examples, worst of two tasks", "points", "higher",
+      ours=100 * gain, threshold=10.0, baseline=f"at once: {both('direct')}",
+      note=f"decomposed: {both('decomposed')}; leaves by themselves: "
+      + ", ".join(f"{name} {share:.2g}" for name, share in found["leaves"].items())
+      + f"; {found['count']} questions each",
+    )
+  ]  # fmt: skip
+
+
+def finding(config, metrics: dict) -> str:
+  lists, letters, found = longest(config, "reverse"), longest(config, "letters"), metrics["retrieval"]
+  share = lambda way, test: f"{mean(metrics, way, test):.0%}"
+  text = (
+    f"Trained on lists of at most {learned.LISTS}, a program over small trained leaves reverses "
+    f"{share('leaves', lists)} of lists of {lists.split()[1]}, and {share('mixed', lists)} with functions for what "
+    f"copies (one chain {share('chain', lists)}, at once {share('direct', lists)}); letters of {letters.split()[1]} "
+    f"words {share('leaves', letters)} and {share('mixed', letters)} (chain {share('chain', letters)}); hop by hop "
+    f"BM25 finds both documents of {found['hop by hop']:.0%} of questions (at once {found['at once']:.0%})"
+  )
+  if pretrained_found := metrics.get("pretrained"):
+    told = lambda how: " and ".join(f"{share:.0%}" for share in pretrained_found[how].values())
+    text += f"; {config.pretrained.model} gets {told('decomposed')} decomposed, {told('direct')} at once"
+  return f"{text}."
+
+
+def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  figure, axes = figures.subplots(2)
+  for axis, task, limit in zip(axes, ("reverse", "letters"), (learned.LISTS, learned.WORDS), strict=True):
+    sizes = config.eval.lists if task == "reverse" else config.eval.words
+    for kind, label in WAYS.items():
+      axis.plot(sizes, [mean(metrics, kind, f"{task} {size}") for size in sizes], "o-", label=label)
+    axis.axvline(limit, color="black", ls=":", lw=1)
+    axis.set(xlabel="items" if task == "reverse" else "words", ylabel="share right", ylim=(-0.03, 1.03))
+    axis.set_title("list reversal" if task == "reverse" else "letters of words")
+  axes[0].legend(fontsize=8)
+  caption = "Share right against length, beyond the longest trained on (dotted), on words that were held out"
+  return {figures.save(figure, workdir, "length"): caption}
