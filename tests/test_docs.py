@@ -11,7 +11,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "methods").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", [*PAGES, DOCS / "long_context.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, DOCS / "long_context.md", DOCS / "weights.md"], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
   blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
   assert blocks, "show three lines on one's own data"
