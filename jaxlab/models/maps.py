@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import InputError, require, require_choice, require_divides
 from jaxlab.models.layers import Linear
@@ -83,7 +83,61 @@ class Quantised(nnx.Module):
     return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits)
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised)}
+class SignStack(nnx.Module):
+  """y = (x / s) W^T,  W = sum_{i < count} S_i * (U_i V_i): blocks of signs, each with a matrix of low rank.
+
+  signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
+  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs); count: int32 (*stack),
+  the blocks in use: data, so that a change compiles nothing.
+  """
+
+  kind = "sign_stack"
+
+  def __init__(self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"]):
+    self.signs = nnx.Param(signs, axes=(None, None, None))
+    self.u = nnx.Param(u, axes=(None, None, None))
+    self.v = nnx.Param(v, axes=(None, None, None))
+    self.scale = nnx.Param(scale, axes=(None,))
+    self.count = nnx.Param(count, axes=())
+
+  def weight(self) -> Float[Array, "outputs inputs"]:
+    """W in float32, block after block, of a map that is not stacked."""
+
+    def add(total, block):
+      signs, u, v, i = block
+      product = u.astype(jnp.float32) @ v.astype(jnp.float32)
+      return total + jnp.where(i < self.count[...], unpack_signs(signs, v.shape[-1]) * product, 0), None
+
+    blocks, outputs, inputs = self.u.shape[0], self.u.shape[1], self.v.shape[2]
+    parts = self.signs[...], self.u[...], self.v[...], jnp.arange(blocks)
+    return jax.lax.scan(add, jnp.zeros((outputs, inputs)), parts)[0]
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return (x / self.scale[...].astype(x.dtype)) @ self.weight().T.astype(x.dtype)
+
+  @property
+  def spec(self) -> dict:
+    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1]}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int) -> "SignStack":
+    zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
+    signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
+    u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
+    return cls(signs, u, v, zeros(jnp.float16, inputs), zeros(jnp.int32))
+
+
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack)}
+
+
+def pack_signs(x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
+  """One bit an entry, 1 for x >= 0; the last byte is filled with 0."""
+  return jnp.packbits(x >= 0, axis=-1)
+
+
+def unpack_signs(packed: UInt8[Array, "*rows bytes"], n: int) -> Float[Array, "*rows n"]:
+  """+1 and -1 of `pack_signs`, float32."""
+  return jnp.unpackbits(packed, axis=-1, count=n).astype(jnp.float32) * 2 - 1
 
 
 def pack_codes(codes: UInt8[Array, "*stack inputs outputs"], bits: int) -> UInt8[Array, "*stack packed outputs"]:
@@ -114,7 +168,7 @@ def named(blocks) -> dict[str, nnx.Module]:
   for name in NAMES:
     owner, attribute = _owner(blocks, name)
     one = getattr(owner, attribute, None)
-    if isinstance(one, Linear | Factored | Quantised):
+    if isinstance(one, (Linear, *FORMS.values())):
       found[name] = one
   return found
 

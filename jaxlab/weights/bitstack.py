@@ -1,0 +1,224 @@
+r"""BitStack: a weight as a stack of blocks of about one bit, any number of which is a model (Wang et al. 2024,
+arXiv 2410.23918).
+
+  R_0 = W diag(s),  S_i = sign(R_i),  U_i V_i = the first k singular triplets of |R_i|,  R_{i+1} = R_i - S_i * (U_i V_i)
+
+s_c is 1e-3 + the L2 norm of input c over the tokens of a row, averaged over rows, here over its geometric mean, so that
+the factors stay in the range of float16. Activations are divided by s where a map is called, which is exact for every
+architecture; the bytes of s count.
+
+  stacks = decompose(model, tokens, blocks=8)                          # the model with all blocks
+  order = sort_blocks(score_blocks(stacks, loss))                      # once; the next to load comes first
+  small = at_budget(stacks, order, budget=bytes)                       # any size, and `with_counts` within it
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.models import Transformer, maps
+from jaxlab.models.maps import SignStack, pack_signs
+from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+
+ORDERS = ("average", "greedy", "random")
+_FLOOR = 1e-3  # of an input's norm
+Place = tuple[str, int]  # a map and its layer
+Block = tuple[str, int, int]  # and the number of the block, from 1 on
+
+
+@functools.partial(jax.jit, static_argnames=("blocks", "rank", "from_stored"))
+def absolute_value_decomposition(
+  weight: Float[Array, "outputs inputs"], *, blocks: int, rank: int, from_stored: bool = True
+) -> tuple[Array, Array, Array, Float[Array, "blocks_plus_1"]]:
+  """(signs packed, U, V in float16, squared Frobenius norms of the residuals R_0 .. R_blocks).
+
+  Args:
+    from_stored: residuals are of the factors as they are stored, so that the next block takes up their rounding; False
+      is the published code's way.
+  """
+
+  def one(residual, _):
+    left, values, right = jnp.linalg.svd(jnp.abs(residual), full_matrices=False)
+    root = jnp.sqrt(values[:rank])
+    u, v = left[:, :rank] * root, root[:, None] * right[:rank]
+    stored = u.astype(jnp.float16), v.astype(jnp.float16)
+    u, v = (a.astype(jnp.float32) for a in stored) if from_stored else (u, v)
+    after = residual - jnp.where(residual < 0, -1.0, 1.0) * (u @ v)
+    return after, (pack_signs(residual), *stored, (residual**2).sum())
+
+  last, (signs, u, v, energy) = jax.lax.scan(one, weight.astype(jnp.float32), length=blocks)
+  return signs, u, v, jnp.append(energy, (last**2).sum())
+
+
+def input_scale(x: Moments) -> Float[Array, "inputs"]:
+  """s of the inputs of one map, its geometric mean 1."""
+  scale = x.norm + _FLOOR
+  return scale / jnp.exp(jnp.log(scale).mean())
+
+
+def decompose(
+  model: Transformer,
+  tokens: Int[Array, "rows time"],
+  *,
+  blocks: int = 16,
+  rank: int = 16,
+  scaled: bool = True,
+  from_stored: bool = True,
+  batch: int = 8,
+) -> Transformer:
+  """The model with every linear map of its blocks as a stack of all `blocks`, all in use.
+
+  Args:
+    scaled: False takes s = 1 (a comparison); from_stored: as `absolute_value_decomposition`.
+
+  Raises:
+    InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
+  """
+  require_counts(blocks=blocks, rank=rank)
+  least = min(min(one.weight.shape[-2:]) for one in maps.named(model.blocks).values())
+  require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
+
+  def visit(layer, block, inputs):
+    forms = {}
+    for name, one in maps.named(block).items():
+      # The factors are of what is stored: s in float16.
+      scale = input_scale(inputs[name]).astype(jnp.float16) if scaled else jnp.ones(one.weight.shape[0], jnp.float16)
+      weight = one.weight[...].astype(jnp.float32).T * scale.astype(jnp.float32)
+      how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
+      forms[name] = SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
+    return forms
+
+  return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
+
+
+def stacks_of(model: Transformer) -> dict[str, SignStack]:
+  """The stacks of a decomposed model by their map.
+
+  Raises:
+    InputError: a model that has none.
+  """
+  found = {name: one for name, one in maps.named(model.blocks).items() if isinstance(one, SignStack)}
+  require(bool(found), "this model holds no stacks of blocks; decompose it first")
+  return found
+
+
+def with_counts(model: Transformer, counts: Mapping[str, Int[Array, "layers"]]) -> Transformer:
+  """The model with other numbers of blocks in use, of those it holds; traced counts are allowed."""
+  stacks = stacks_of(model)
+  new = lambda one, count: SignStack(
+    *(a[...] for a in (one.signs, one.u, one.v, one.scale)), jnp.asarray(count, jnp.int32)
+  )
+  return with_maps(model, {name: new(stacks[name], count) for name, count in counts.items()})
+
+
+def score_blocks(model: Transformer, loss: Callable[[Transformer], Float[Array, ""]]) -> dict[Block, float]:
+  """{block: loss with it added while every stack holds one block less}; the lower, the more it is worth.
+
+  One compiled program; depth x maps x (blocks - 1) evaluations. A loss that is not a number counts as the next level's
+  plus the level's largest.
+
+  Args:
+    loss: mean negative log-likelihood on text like the calibration's, other rows of it.
+
+  Raises:
+    InputError: a loss that is no number at the last level.
+  """
+  stacks = stacks_of(model)
+  blocks = next(iter(stacks.values())).u.shape[-3]
+  evaluate = jax.jit(lambda model, counts: loss(with_counts(model, counts)))
+  places = [(name, layer) for name, one in stacks.items() for layer in range(one.u.shape[0])]
+  scores: dict[Block, float] = {}
+  for level in range(blocks - 1, 0, -1):
+    base = {name: np.full(one.u.shape[0], level, np.int32) for name, one in stacks.items()}
+    found = {}
+    for name, layer in places:
+      counts = base | {name: np.where(np.arange(len(base[name])) == layer, level + 1, level).astype(np.int32)}
+      found[name, layer] = float(evaluate(model, counts))
+    scores |= {(*place, level + 1): value for place, value in _filled(found, scores, level, blocks).items()}
+  return scores
+
+
+def _filled(found: Mapping[Place, float], scores: Mapping[Block, float], level: int, blocks: int) -> dict[Place, float]:
+  """Losses of a level with a number for each."""
+  finite = [value for value in found.values() if not np.isnan(value)]
+  if len(finite) == len(found):
+    return dict(found)
+  name, layer = next(place for place, value in found.items() if np.isnan(value))
+  require(
+    level < blocks - 1 and bool(finite), f"the loss with {level + 1} blocks of {name}, layer {layer}, is no number"
+  )
+  return {
+    place: scores[*place, level + 2] + max(finite) if np.isnan(value) else value for place, value in found.items()
+  }
+
+
+def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: int = 0) -> list[Block]:
+  """Blocks in the order in which they are loaded; the first block of every map is always there and in no order.
+
+  "average": level after level, within a level by score (the published way). "greedy": by score over all levels.
+  "random": at random. In each a map's blocks stay in their own order.
+  """
+  require_choice("how", how, ORDERS)
+  if how == "average":
+    return sorted(scores, key=lambda block: (block[2], scores[block]))
+  if how == "random":
+    rank = dict(zip(scores, np.random.default_rng(seed).permutation(len(scores)), strict=True))
+  else:
+    rank = scores
+  # The next block of each map competes; a later one cannot pass it.
+  waiting = {place: 2 for place in {block[:2] for block in scores}}
+  order = []
+  while waiting:
+    place = min(waiting, key=lambda place: (rank[*place, waiting[place]], place))
+    order.append((*place, waiting[place]))
+    waiting[place] += 1
+    if (*place, waiting[place]) not in scores:
+      del waiting[place]
+  return order
+
+
+def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int, dict[str, np.ndarray]]]:
+  """(bytes, blocks in use of every map and layer) after each block of the order, from one block each on.
+
+  Bytes are of everything: what is not decomposed in its own dtype, scales, counts, and the blocks in use.
+  """
+  stacks = stacks_of(model)
+  block = {name: maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0])) for name, one in stacks.items()}
+  counts = {name: np.ones(one.u.shape[0], np.int32) for name, one in stacks.items()}
+  held = sum(maps.bytes_of((one.signs, one.u, one.v)) for one in stacks.values())
+  size = maps.bytes_of(model) - held + sum(block[name] * len(count) for name, count in counts.items())
+  made = [(size, dict(counts))]
+  for name, layer, number in order:
+    count = counts[name].copy()
+    require(
+      number == count[layer] + 1, f"block {number} of {name}, layer {layer}, comes before block {count[layer] + 1}"
+    )
+    count[layer] = number
+    counts = counts | {name: count}
+    size += block[name]
+    made.append((size, dict(counts)))
+  return made
+
+
+def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Transformer:
+  """The largest configuration of at most `budget` bytes, in use.
+
+  The stacks keep room for the most blocks that one layer of a map has in use, so that `with_counts` may shrink it.
+
+  Raises:
+    InputError: a budget below the smallest configuration.
+  """
+  made = configurations(model, order)
+  require(budget >= made[0][0], f"budget is {budget} bytes; one block of every map takes {made[0][0]}")
+  _, counts = max((one for one in made if one[0] <= budget), key=lambda one: one[0])
+  forms = {}
+  for name, one in stacks_of(model).items():
+    most = int(counts[name].max())
+    cut = (a[...][:, :most] for a in (one.signs, one.u, one.v))
+    forms[name] = SignStack(*cut, one.scale[...], jnp.asarray(counts[name]))
+  return with_maps(model, forms)

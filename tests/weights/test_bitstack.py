@@ -1,0 +1,162 @@
+"""BitStack: the energies of the paper, any size within a budget, blocks in the order of their worth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import generate, hub, maps
+from jaxlab.weights import bitstack
+from jaxlab.weights.bitstack import absolute_value_decomposition as avd
+from tests.common import configs, random_model, random_tokens
+
+TOKENS = random_tokens(16, 24)
+BLOCKS = 4
+
+
+def rebuilt(signs, u, v, count):
+  """The sum of the first blocks, in numpy."""
+  signs = np.unpackbits(np.asarray(signs), axis=-1)[..., : v.shape[-1]] * 2.0 - 1
+  return sum(signs[i] * (np.asarray(u[i], np.float64) @ np.asarray(v[i], np.float64)) for i in range(count))
+
+
+@pytest.mark.parametrize("n", [8, 13, 16])
+def test_signs_are_packed_in_the_published_order(n):
+  x = np.random.default_rng(n).normal(size=(3, n)).astype(np.float32)
+  x[0, :2] = 0, -1
+  packed = maps.pack_signs(x)
+  assert packed.shape == (3, -(-n // 8)) and packed[0, 0] >> 6 == 0b10  # the first entry is the highest bit, 0 is +1
+  np.testing.assert_array_equal(maps.unpack_signs(packed, n), np.where(x < 0, -1, 1))
+
+
+def test_every_block_takes_the_energy_of_its_singular_values():
+  weight = jnp.asarray(np.random.default_rng(0).normal(size=(24, 40)), jnp.float32)
+  signs, u, v, energy = avd(weight, blocks=3, rank=4, from_stored=False)
+  residual = np.asarray(weight, np.float64)
+  for i in range(3):
+    values = np.linalg.svd(np.abs(residual), compute_uv=False)
+    np.testing.assert_allclose(energy[i + 1], (values[4:] ** 2).sum(), rtol=1e-3)
+    assert energy[i + 1] < energy[i]
+    residual = np.asarray(weight, np.float64) - rebuilt(signs, u, v, i + 1)
+  whole = avd(weight, blocks=1, rank=24)
+  np.testing.assert_allclose(rebuilt(*whole[:3], 1), weight, atol=5e-3)
+
+
+def test_rounding_of_the_stored_factors_is_taken_up_by_the_next_block():
+  weight = jnp.asarray(np.random.default_rng(0).normal(size=(32, 48)), jnp.float32)
+  left = lambda made: float(((rebuilt(*made[:3], 6) - np.asarray(weight, np.float64)) ** 2).sum())
+  stored, published = (avd(weight, blocks=6, rank=8, from_stored=flag) for flag in (True, False))
+  np.testing.assert_allclose(left(stored), stored[3][-1], rtol=1e-2)
+  assert left(stored) < left(published)
+
+
+@pytest.mark.parametrize("rank, expected", [(1, (0.362, 0.130, 0.058)), (16, (0.323, 0.105, 0.040))])
+def test_a_gaussian_matrix_loses_what_the_paper_says(rank, expected):
+  weight = jax.random.normal(jax.random.key(0), (512, 512))
+  energy = avd(weight, blocks=3, rank=rank)[3]
+  np.testing.assert_allclose(energy[1:] / energy[0], expected, atol=4e-3)
+  if rank == 16:
+    values = np.linalg.svd(np.asarray(weight), compute_uv=False) ** 2
+    assert values[20:].sum() / values.sum() > 0.85  # what as many bytes leave without signs, at k = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_model(dataclasses.replace(configs()["qwen3"], depth=2))
+
+
+@pytest.fixture(scope="module")
+def stacks(model):
+  return bitstack.decompose(model, TOKENS, blocks=BLOCKS, rank=4, batch=16)
+
+
+def loss_of(model):
+  logp = jax.nn.log_softmax(model(TOKENS[:, :-1]))
+  return -jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1).mean()
+
+
+def test_blocks_add_up_to_the_model(model, stacks):
+  """More blocks are nearer; with as many triplets as there are, one block is the model."""
+  logits = model(TOKENS)
+  run = jax.jit(lambda model, counts: bitstack.with_counts(model, counts)(TOKENS))
+  level = lambda count: {name: np.full(2, count, np.int32) for name in bitstack.stacks_of(stacks)}
+  apart = [float(jnp.abs(run(stacks, level(count)) - logits).mean()) for count in (1, 2, BLOCKS)]
+  assert apart == sorted(apart, reverse=True) and run._cache_size() == 1
+  np.testing.assert_array_equal(run(stacks, level(BLOCKS)), run(bitstack.with_counts(stacks, level(1)), level(BLOCKS)))
+  full = bitstack.decompose(model, TOKENS, blocks=1, rank=32, batch=16)
+  np.testing.assert_allclose(full(TOKENS), logits, atol=0.05 * float(jnp.abs(logits).max()))
+
+
+def test_inputs_that_are_large_weigh_more(model, stacks):
+  """s follows the norms, its geometric mean is 1, and it is divided out again."""
+  one = bitstack.stacks_of(stacks)["q"]
+  start = model.embed(TOKENS)[0]
+  block = jax.tree.map(lambda a: a[0], model.blocks)
+  norm = jnp.sqrt((block.attention_norm(start) ** 2).sum(axis=1)).mean(axis=0) + 1e-3
+  np.testing.assert_allclose(one.scale[0], norm / jnp.exp(jnp.log(norm).mean()), rtol=2e-3)
+  plain = bitstack.decompose(model, TOKENS, blocks=1, rank=4, scaled=False, batch=16)
+  np.testing.assert_array_equal(bitstack.stacks_of(plain)["q"].scale[...], 1)
+
+
+def test_a_budget_gives_the_largest_model_within_it(stacks, tmp_path):
+  scores = bitstack.score_blocks(stacks, loss_of)
+  assert len(scores) == 7 * 2 * (BLOCKS - 1)
+  counts = {name: np.full(2, 2, np.int32) for name in bitstack.stacks_of(stacks)}
+  counts["mlp.up"][1] = 3
+  np.testing.assert_allclose(scores["mlp.up", 1, 3], loss_of(bitstack.with_counts(stacks, counts)), rtol=1e-5)
+  order = bitstack.sort_blocks(scores)
+  made = bitstack.configurations(stacks, order)
+  sizes = [size for size, _ in made]
+  assert sizes == sorted(set(sizes)) and sizes[-1] == maps.bytes_of(stacks)
+  for _, counts in made:
+    levels = np.concatenate([*counts.values()])
+    assert levels.max() - levels.min() <= 1
+  for budget in (sizes[0], sizes[20] + 1, sizes[-1]):
+    small = bitstack.at_budget(stacks, order, budget=budget)
+    size, counts = max((one for one in made if one[0] <= budget), key=lambda one: one[0])
+    for name, one in bitstack.stacks_of(small).items():
+      np.testing.assert_array_equal(one.count[...], counts[name])
+    level = counts.values()
+    assert size <= budget and maps.bytes_of(small) - size <= sum(max(c) * len(c) - sum(c) for c in level) * 2**13
+  small = bitstack.at_budget(stacks, order, budget=sizes[20])
+  np.testing.assert_allclose(small(TOKENS), bitstack.with_counts(stacks, made[20][1])(TOKENS), rtol=1e-4, atol=1e-4)
+  hub.save(small, tmp_path)
+  again = hub.load(tmp_path)
+  np.testing.assert_array_equal(again(TOKENS), small(TOKENS))
+  np.testing.assert_array_equal(generate(again, TOKENS[:2], tokens=3), generate(small, TOKENS[:2], tokens=3))
+
+
+def test_orders_of_known_scores():
+  scores = {("q", 0, 2): 3.0, ("q", 0, 3): 1.0, ("o", 0, 2): 2.0, ("o", 0, 3): 2.5}
+  order = lambda how: bitstack.sort_blocks(scores, how=how)
+  assert order("average") == [("o", 0, 2), ("q", 0, 2), ("q", 0, 3), ("o", 0, 3)]
+  assert order("greedy") == [("o", 0, 2), ("o", 0, 3), ("q", 0, 2), ("q", 0, 3)]
+  shuffled = order("random")
+  assert sorted(shuffled) == sorted(scores)
+  assert all(shuffled.index((name, 0, 2)) < shuffled.index((name, 0, 3)) for name in "qo")
+  with pytest.raises(InputError, match="how is 'best'"):
+    order("best")
+
+
+def test_losses_that_are_no_number(stacks):
+  """At a lower level they come after all others; at the last one nothing is left to say."""
+  nan = float("nan")
+  found = bitstack._filled({("q", 0): nan, ("q", 1): 5.0}, {("q", 0, 3): 2.0, ("q", 1, 3): 1.0}, 1, 3)
+  assert found == {("q", 0): 7.0, ("q", 1): 5.0}
+  with pytest.raises(InputError, match="the loss with 4 blocks of q, layer 0, is no number"):
+    bitstack.score_blocks(stacks, lambda model: jnp.nan * model.norm.gain[0])
+
+
+def test_wrong_input_is_one_line(model, stacks):
+  order = bitstack.sort_blocks({("q", 0, 3): 1.0})
+  with pytest.raises(InputError, match="block 3 of q, layer 0, comes before block 2"):
+    bitstack.configurations(stacks, order)
+  with pytest.raises(InputError, match=r"budget is 10 bytes; one block of every map takes \d+"):
+    bitstack.at_budget(stacks, [], budget=10)
+  with pytest.raises(InputError, match="holds no stacks"):
+    bitstack.configurations(model, [])
+  with pytest.raises(InputError, match=r"rank is 64; the smallest map takes 1\.\.32"):
+    bitstack.decompose(model, TOKENS, rank=64)
