@@ -28,7 +28,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
   def label(name, rows):
     bpe = every()[name].tokenizer
-    bytes_of = tokenizer.token_bytes(bpe)
+    bytes_of = tokenizer.token_bytes(bpe, complete=False)
     return jax.numpy.stack([training.sentence_tokens(row, bpe, bytes_of) for row in rows])
 
   def untrained(name):

@@ -11,6 +11,7 @@ from experiments.text import load_text
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.attention.chunkllm_training import adapter_loss, sentence_ends
 from jaxlab.core import mesh as meshes
+from jaxlab.data import tokenizer
 from jaxlab.models import hub, inference
 from jaxlab.training import loop
 from jaxlab.training.optimizers import adam
@@ -23,7 +24,7 @@ def trained(config, name: str, initial: ChunkAdapters, workdir: Path, cache: Pat
   config.data.name = "local_text" if config.data.path else config.data.name
   folder = hub.find((config.model or name).removeprefix("hf:"))
   text = load_text(config, cache, given=folder)
-  bytes_of = text.token_bytes
+  bytes_of = tokenizer.token_bytes(text.bpe, complete=False)
 
   def labelled(row: np.ndarray) -> dict[str, np.ndarray]:
     return {"inputs": row[:-1], "labels": sentence_tokens(row[:-1], text.bpe, bytes_of)}
@@ -65,13 +66,13 @@ def _chunks(config) -> dict:
   return {name: config.method[name] for name in ("sink", "min_chunk", "max_chunk")}
 
 
-def sentence_tokens(ids: np.ndarray, tokenizer: Tokenizer, bytes_of: np.ndarray) -> np.ndarray:
+def sentence_tokens(ids: np.ndarray, bpe: Tokenizer, bytes_of: np.ndarray) -> np.ndarray:
   """bool like ids: the tokens that end a sentence. Where a row is cut no sentence ends.
 
   Args:
-    bytes_of: `data.tokenizer.token_bytes`.
+    bytes_of: `data.tokenizer.token_bytes`, of the text that ids decode to.
   """
-  text, labels = tokenizer.decode(ids.tolist()), np.zeros(len(ids), bool)
+  text, labels = bpe.decode(ids.tolist()), np.zeros(len(ids), bool)
   last = [len(text[: end + 1].encode()) - 1 for end in sentence_ends(text) if end + 1 < len(text)]
   token = np.searchsorted(np.cumsum(bytes_of[ids]), last, side="right")
   labels[token[token < len(ids)]] = True

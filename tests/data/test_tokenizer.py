@@ -126,6 +126,15 @@ def test_bits_per_byte_that_cannot_be_counted_are_refused(made, message):
     tokenizer.token_bytes(made)
 
 
+def test_a_tokenizer_that_drops_bytes_counts_those_of_what_its_ids_decode_to():
+  bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "Ġ": 3}, [("a", "b")]))
+  bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+  ids = bpe.encode("abü ba").ids
+  assert tokenizer.token_bytes(bpe, complete=False)[ids].sum() == len(bpe.decode(ids).encode()) == 5
+  with pytest.raises(InputError, match="no token for every byte"):
+    tokenizer.token_bytes(bpe)
+
+
 def test_ids_are_compared_with_the_vocabulary_by_the_largest():
   bpe = byte_level("plain")
   largest = tokenizer.largest_id(bpe)
