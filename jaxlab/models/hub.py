@@ -106,7 +106,7 @@ def from_tensors(
       require(tensor.shape == expected, f"{where}: {name} has shape {tensor.shape}; config.json makes it {expected}")
       floating = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
       stored = jnp.issubdtype(leaf.dtype, jnp.integer)
-      wanted = str(leaf.dtype) if stored else "16, 32 or 64 bit floats"
+      wanted = str(leaf.dtype) if stored else "16, 32 and 64 bit floats"
       fits = tensor.dtype == leaf.dtype if stored else floating
       require(fits, f"{where}: {name} holds {tensor.dtype}; only {wanted} can be loaded")
       keep = any(parameter.startswith(f"blocks.{form}.") for form in forms)

@@ -387,7 +387,7 @@ def test_long_multiplication_is_solved_in_parts_and_votes_make_it_right():
   agents = multiplication.agents(0.1, np.random.default_rng(2))
   once, voted = (maker_general.solve(problems, agents, votes=votes) for votes in (1, 3))
   right = lambda found: np.mean([s.answer == product for s, product in zip(found, products, strict=True)])
-  assert right(once) < 0.5 and right(voted) > 0.8
+  assert right(once) < 0.7 and right(voted) > 0.9
 
 
 def test_agents_that_say_nothing_usable_are_named():
