@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments import figures
+from experiments import figures, results
 from experiments.overlap import overlapped
 from experiments.text import load_text
-from jaxlab.core.checks import require
+from jaxlab.core.checks import InputError, require
 from jaxlab.data.tokens import Tokens
 from jaxlab.evaluation.long_context import answered, continuation_losses, interval, question
 from jaxlab.models import hub, inference
@@ -44,6 +44,35 @@ def subjects(config, cache: Path) -> list[Subject]:
 def subject_names(config) -> list[str]:
   """The names of `subjects(config)`, before any is read."""
   return [_short(name) for name in _given(config)]
+
+
+def parse(text: str) -> tuple[str, float]:
+  """A method and its budget, "compact 0.06", as its name and that number.
+
+  Raises:
+    InputError: not of that form.
+  """
+  name, _, value = text.partition(" ")
+  try:
+    return name, float(value)
+  except ValueError:
+    raise InputError(f"the method {text!r} is not of the form 'compact 0.06': a name and a number") from None
+
+
+def by_model(config, workdir, names, measures: Mapping[str, tuple[Callable, list[str]]], alone: Mapping) -> dict:
+  """{part: {model: what it measured}} of config.parts, all of the first model before the next one's.
+
+  Args:
+    measures: {part: (of a model's name, the names it is for)}; alone: {part: of no model}, kept by `results.part`.
+  """
+  metrics = {part: {} for part in config.parts}
+  for name in names:
+    for part in config.parts:
+      if part in alone:
+        metrics[part] = results.part(workdir, part, alone[part])
+      elif name in measures[part][1]:
+        metrics[part][name] = measures[part][0](name)
+  return metrics
 
 
 def _given(config) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from experiments.chelsea import quality, speed
 from experiments.chelsea.decoders import DENSE, formula
 from experiments.chelsea.drawing import pictures
 from experiments.chelsea.quality import SEEN
-from experiments.long_context import subject_names, subjects
+from experiments.long_context import by_model, subject_names, subjects
 from experiments.results import Claim
 
 LOSSES, QUESTIONS, MERGINGS, SIMILARITY, SPEED = "losses", "questions", "mergings", "similarity", "speed"
@@ -22,25 +22,22 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts, all of the first model before the next one's; none is measured again in this workdir."""
   called = subject_names(config)
   found = functools.cache(lambda: dict(zip(called, subjects(config, cache), strict=True)))
+  asked = [name for name in called if config.model or name in config.questions.subjects]
+
+  def kept(part, measure_one):
+    def run(name):
+      console.say(f"{part} of {name}")
+      return measure_one(config, found()[name])
+
+    return lambda name: results.part(workdir, f"{part}.{name}", functools.partial(run, name))
+
   measures = {
-    LOSSES: (quality.losses_of, called),
-    QUESTIONS: (quality.questions_of, [name for name in called if config.model or name in config.questions.subjects]),
-    MERGINGS: (quality.mergings_of, called[:1]),
-    SIMILARITY: (quality.similarity_of, called),
+    LOSSES: (kept(LOSSES, quality.losses_of), called),
+    QUESTIONS: (kept(QUESTIONS, quality.questions_of), asked),
+    MERGINGS: (kept(MERGINGS, quality.mergings_of), called[:1]),
+    SIMILARITY: (kept(SIMILARITY, quality.similarity_of), called),
   }
-
-  def measured(part, name):
-    console.say(f"{part} of {name}")
-    return measures[part][0](config, found()[name])
-
-  metrics = {part: {} for part in config.parts}
-  for name in called:
-    for part in config.parts:
-      if part == SPEED:
-        metrics[part] = results.part(workdir, part, lambda: speed.measure(config, console))
-      elif name in measures[part][1]:
-        metrics[part][name] = results.part(workdir, f"{part}.{name}", functools.partial(measured, part, name))
-  return metrics
+  return by_model(config, workdir, called, measures, {SPEED: lambda: speed.measure(config, console)})
 
 
 def claims(config, metrics: dict) -> list[Claim]:

@@ -13,7 +13,7 @@ from experiments import results
 from experiments.chunkllm import quality, speed, training
 from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, Adapted, named
 from experiments.chunkllm.drawing import pictures
-from experiments.long_context import documents, subject_names, subjects
+from experiments.long_context import by_model, documents, subject_names, subjects
 from experiments.results import Claim
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.data import tokenizer
@@ -81,14 +81,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     QUESTIONS: (questions_of, asked),
     CONSISTENCY: (consistency_of, called),
   }
-  metrics = {part: {} for part in config.parts}
-  for name in called:
-    for part in config.parts:
-      if part == SPEED:
-        metrics[part] = results.part(workdir, part, lambda: speed.measure(config, console))
-      elif name in measures[part][1]:
-        metrics[part][name] = measures[part][0](name)
-  return metrics
+  return by_model(config, workdir, called, measures, {SPEED: lambda: speed.measure(config, console)})
 
 
 def claims(config, metrics: dict) -> list[Claim]:

@@ -7,9 +7,10 @@ import jax
 
 from experiments import beside, long_context, results
 from experiments.compact_attention import choosing, executing
-from experiments.compact_attention.choosing import DENSE, QUOKA, parse
+from experiments.compact_attention.choosing import DENSE, QUOKA
 from experiments.compact_attention.drawing import accuracies, choices, times
 from experiments.compact_attention.executing import COPY, FULL, IN_PLACE, PLANTED, SELECTION, SPARSE, WHOLE
+from experiments.long_context import parse
 from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.attention.seer_gate import SeerGate, gate_loss

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.long_context import Subject
+from experiments.long_context import Subject, parse
 from experiments.overlap import overlapped
 from jaxlab.attention.compact_attention import block_union, compact, density, quoka, summary_of
 from jaxlab.attention.seer_gate import SeerGate, seer
 from jaxlab.attention.selection import flash_prefill, flex_prefill, grouped_products, minference, x_attention
-from jaxlab.core.checks import InputError, require
+from jaxlab.core.checks import require
 from jaxlab.evaluation.long_context import question
 from jaxlab.models import paged
 from jaxlab.models.attention import dot_product_attention
@@ -20,19 +20,6 @@ from jaxlab.models.inference import Network, run_layers
 
 DENSE, QUOKA, BLOCKS = "dense", "quoka", "block_sparse"
 _SLASHES = 6  # diagonals a column, about as MInference has them
-
-
-def parse(text: str) -> tuple[str, float]:
-  """ "compact 0.06" as its name and budget.
-
-  Raises:
-    InputError: not of that form.
-  """
-  name, _, value = text.partition(" ")
-  try:
-    return name, float(value)
-  except ValueError:
-    raise InputError(f"the method {text!r} is not of the form 'compact 0.06': a name and a number") from None
 
 
 def selector(text: str, config, gate: SeerGate | None = None) -> Callable | tuple[Callable, ...]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments import figures
-from experiments.compact_attention.choosing import DENSE, QUOKA, parse
+from experiments.compact_attention.choosing import DENSE, QUOKA
 from experiments.compact_attention.executing import PLANTED
+from experiments.long_context import parse
 
 _MARKS = dict(zip(("compact", "x_attention", "flex_prefill", "minference", "seer"), "os^Dv", strict=True))
 

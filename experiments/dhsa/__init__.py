@@ -8,7 +8,8 @@ import jax
 from experiments import beside, long_context, results
 from experiments.dhsa import predicting, prefilling
 from experiments.dhsa.drawing import accuracies, prefills
-from experiments.dhsa.methods import BLOCKS, DENSE, OURS, decoders, parse
+from experiments.dhsa.methods import BLOCKS, DENSE, OURS, decoders
+from experiments.long_context import parse
 from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.attention.dhsa_boundaries import BoundaryPredictor, boundary_loss

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import figures
-from experiments.dhsa.methods import DENSE, parse
+from experiments.dhsa.methods import DENSE
+from experiments.long_context import parse
 
 
 def accuracies(found: dict, workdir: Path) -> dict[str, str]:

@@ -5,27 +5,15 @@ from collections.abc import Callable
 
 import jax
 
+from experiments.long_context import parse
 from jaxlab.attention.dhsa import block_sparse, dhsa, sliding_window
 from jaxlab.attention.dhsa_boundaries import attention_ratio, evenly, randomly
-from jaxlab.core.checks import InputError, require
+from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.generate import power_of_two
 
 DENSE, OURS, BLOCKS = "dense", "dhsa", "blocks"
 KINDS = (OURS, "mean", "max", "oracle", "even", "random", "two_layers", BLOCKS, "block_oracle", "tokens", "window")
-
-
-def parse(text: str) -> tuple[str, float]:
-  """ "dhsa 0.125" as its kind and its share of the prompt.
-
-  Raises:
-    InputError: not of that form.
-  """
-  kind, _, share = text.partition(" ")
-  try:
-    return kind, float(share)
-  except ValueError:
-    raise InputError(f"the method {text!r} is not of the form 'dhsa 0.125': a kind and a share of the prompt") from None
 
 
 def decoders(methods, config, score: Callable, *, longest: int) -> dict:

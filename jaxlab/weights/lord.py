@@ -8,7 +8,7 @@ the map of rank r with the least squared error of its outputs, T sum_{i > r} lam
 SVD-LLM's (`svd.svd_llm`) in another way.
 
   bases = decompose(model, tokens)                                       # one pass, one eigh a map
-  small = truncate(model, bases, choose(model, bases, perplexity, budget=0.8))
+  small = truncate(model, bases, choose(bases, sweep(model, bases, loss), budget=0.8))
 """
 
 import dataclasses
@@ -175,7 +175,6 @@ def sweep(
 
 
 def choose(
-  model: Transformer,
   bases: Mapping[str, Basis],
   found: tuple[float, Mapping[str, Mapping[int, float]]],
   *,

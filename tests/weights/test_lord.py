@@ -136,14 +136,14 @@ def test_ranks_are_chosen_by_loss_until_the_budget_is_met(made):
   np.testing.assert_allclose(dense, loss(model), rtol=1e-5)
   one = truncate(model, bases, {"mlp.down": 4})
   np.testing.assert_allclose(table["mlp.down"][4], loss(one), rtol=1e-4)
-  assert choose(model, bases, found, budget=1.0) == {}
+  assert choose(bases, found, budget=1.0) == {}
   for budget in (0.9, 0.6):
-    ranks = choose(model, bases, found, budget=budget)
+    ranks = choose(bases, found, budget=budget)
     small = truncate(model, bases, ranks)
     of_maps = lambda model: maps.bytes_of(maps.named(model.blocks))
     assert of_maps(small) <= budget * of_maps(model)
   with pytest.raises(InputError, match=r"budget is 0.01; the smallest ranks of the sweep take 0\.\d+"):
-    choose(model, bases, found, budget=0.01)
+    choose(bases, found, budget=0.01)
 
 
 def test_a_cheap_map_is_taken_before_a_dear_one():
@@ -152,7 +152,7 @@ def test_a_cheap_map_is_taken_before_a_dear_one():
   bases = {"q": one, "o": one}
   found = (1.0, {"q": {2: 1.5}, "o": {2: 1.01, 1: 9.0}})
   small = one.cost(2, bias=True) / 64
-  pick = functools.partial(choose, None, bases, found)
+  pick = functools.partial(choose, bases, found)
   assert pick(budget=(small + 1) / 2) == {"o": 2}
   assert pick(budget=small) == {"o": 2, "q": 2}
 
