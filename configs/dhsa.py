@@ -44,7 +44,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       parts=pick(
         test=("predictor", "accuracy", "losses", "prefill"),
         cpu=("accuracy", "losses", "predictor"),
-        gpu=("accuracy", "prefill", "predictor", "losses"),
+        gpu=("prefill", "accuracy", "predictor", "losses"),
       ),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
       page=pick(cpu=16, gpu=64),

@@ -1,7 +1,6 @@
 """Decoding steps through layers of an 8B model's shapes: random weights, a long cache, whatever attention."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -100,16 +99,11 @@ def dense_contestants(s, *, rows: int, context: int, layers: int, dtype) -> dict
     view = paged.View(layer, None, *pair, table, at, jnp.full(rows, at + 1, jnp.int32), x)
     used = jnp.full(rows, at // PAGE + 1, jnp.int32)
     places = jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32), table.shape)  # of a row's own pages
-    out = attend_units(q, view, places, used, PAGE, splits=splits_of(s, rows))
+    out = attend_units(q, view, places, used, PAGE)
     return out, (*state[:layer], pair, *state[layer + 1 :])
 
   made = {"XLA": Contestant(_over_rows(_by_xla), whole), "pages": Contestant(over_pages, pools)}
   return ({"cuDNN": Contestant(_over_rows(_by_cudnn), whole)} if jax.default_backend() == "gpu" else {}) | made
-
-
-def splits_of(s, rows: int) -> int:
-  """Parts of a row that make some 512 programs for the GPU."""
-  return max(1, 2 ** round(math.log2(max(1, 512 / (rows * s.kv_heads)))))
 
 
 def _over_rows(attention):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import timing
-from experiments.decode_layer import PAGE, Contestant, dense_contestants, splits_of, time_steps, weight_bytes
+from experiments.decode_layer import PAGE, Contestant, dense_contestants, time_steps, weight_bytes
 from jaxlab.attention.chunkllm import Prompt, chunkllm
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.models import paged
@@ -52,9 +52,7 @@ def _chunked(s, keep: float, pools) -> tuple[Contestant, float]:
   shape = dict(vocab_size=8, depth=_LAYERS, width=s.width, mlp_width=s.mlp_width, head_dim=s.head_dim)
   model = TransformerConfig(**shape, q_heads=s.q_heads, kv_heads=s.kv_heads, context=s.context)
   adapters = ChunkAdapters(model, jax.random.key(7))
-  options = dict(
-    keep=keep, threshold=1.0, min_chunk=s.chunk, max_chunk=s.chunk, grain=s.grain, splits=splits_of(s, s.rows)
-  )
+  options = dict(keep=keep, threshold=1.0, min_chunk=s.chunk, max_chunk=s.chunk, grain=s.grain)
   first, pages = s.context - s.steps, s.context // PAGE
   table = jnp.arange(s.rows * pages, dtype=jnp.int32).reshape(s.rows, pages)
   lengths = jnp.full(s.rows, first, jnp.int32)

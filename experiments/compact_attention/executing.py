@@ -16,8 +16,9 @@ from jaxlab.attention.selection import block_means, flash_prefill
 from jaxlab.models import paged
 from jaxlab.training.metrics import peak_flops
 
-DENSE, FULL, SPARSE, COPY, IN_PLACE, SELECTION, WHOLE = (
-  "dense", "full table", "block-sparse", "copied", "in place", "selection", "selection and in place",
+DENSE, FULL, SPARSE, COPY, IN_PLACE, TRITON, SELECTION, WHOLE = (
+  "dense", "full table", "block-sparse", "copied", "in place", "in place by Triton", "selection",
+  "selection and in place",
 )  # fmt: skip
 PLANTED = "planted"
 _TOPICS, _OF_CHUNK, _OF_BLOCK = 16, 5, 2  # what keys are about; what a chunk asks for; what a head's query block does
@@ -87,7 +88,7 @@ def measure(config, problem: Problem) -> dict:
     "before": float(density(chosen, past)),
     "after": float(density(_for_heads(wanted, chosen), past)),
     "milliseconds": times.summary(),
-    "tflops": {name: work[name] / times.median(name) / 1e12 for name in work},
+    "tflops": {name: work[name] / times.median(name) / 1e12 for name in work if name in forms},
     "speedup": {name: [ratio, *spread] for name, (ratio, spread) in over.items()},
     "peak": peak_flops() / 1e12,
     "temporaries": forms[WHOLE].memory()["temporaries"],
@@ -123,7 +124,7 @@ def _forms(choose: Callable, alpha: float, most: int) -> dict[str, Callable]:
     chosen = choose(jnp.swapaxes(problem.q, 1, 2), means, past=view.start, alpha=alpha)
     return block_union(chosen, kv_heads=problem.k.shape[2], past=view.start // page)
 
-  return {
+  forms = {
     DENSE: dense,
     FULL: lambda a: attend_union(a[0].q, a[1], jnp.ones_like(a[4]))[0],
     SPARSE: lambda a: attend_blocks(a[0].q, a[1], a[3])[0],
@@ -132,6 +133,8 @@ def _forms(choose: Callable, alpha: float, most: int) -> dict[str, Callable]:
     SELECTION: selected,
     WHOLE: lambda a: attend_union(a[0].q, a[1], selected(a))[0],
   }
+  by_triton = {TRITON: lambda a: attend_union(a[0].q, a[1], a[4], implementation="triton")[0]}
+  return forms | (by_triton if backend == "cudnn" else {})
 
 
 def _at_density(choose: Callable, kv_heads: int, past: int, target: float) -> tuple[float, jax.Array]:
@@ -171,5 +174,6 @@ def _flops(problem: Problem, chosen, wanted, page: int) -> dict[str, float]:
     SPARSE: blocks,
     COPY: union,
     IN_PLACE: union,
+    TRITON: union,
   }
   return {name: 4 * size * count for name, count in (pairs | {WHOLE: union}).items()}

@@ -37,7 +37,6 @@ from jaxlab.attention.chunkllm_chunks import (
 from jaxlab.attention.chunkllm_prefill import attend_chosen, choices
 from jaxlab.attention.compact_attention import page_table
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
-from jaxlab.kernels.paged_attention import paged_attention
 from jaxlab.models import paged
 from jaxlab.models.inference import Network
 
@@ -112,7 +111,7 @@ def chunkllm(
   evict: bool = False,
   sparse_prefill: bool = False,
   grain: int | None = None,
-  splits: int = 1,
+  splits: int | None = None,
   implementation: str | None = None,
 ) -> paged.Method:
   """The method for a paged cache. It must read the prompt itself: as the `decode` of a `paged.decoder` behind
@@ -133,8 +132,7 @@ def chunkllm(
     sparse_prefill: the prompt, read as one chunk of the decoder, is sparse as well (`chunkllm_prefill`).
     grain: chunks are rounded out to this many tokens, a divisor of the page; 1 is exact, None the whole page, which
       the kernel reads fastest. What is read in excess is attended to and counted.
-    splits: parts in which the units of a row are read side by side: where rows times key heads are few for a GPU.
-    implementation: as in `paged_attention`.
+    splits, implementation: as in `kernels.paged_attention`.
 
   Raises:
     InputError: sizes out of range, an unknown choice; a network of one layer, or of other sizes than the adapters'.
@@ -142,7 +140,7 @@ def chunkllm(
   require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
   require(0 <= threshold <= 1, f"threshold is {threshold}; it must be a probability, 0 to 1")
   require(sink >= 0, f"sink is {sink}; it must be at least 0")
-  require_counts(min_chunk=min_chunk, local=local, splits=splits)
+  require_counts(min_chunk=min_chunk, local=local)
   require(max_chunk >= min_chunk, f"max_chunk is {max_chunk}; it must be at least min_chunk={min_chunk}")
   require(most is None or most >= 1, f"most is {most}; choose at least 1 chunk, or give None for any number")
   require_choice("cross_layer", cross_layer, CROSS_LAYER)
@@ -332,36 +330,20 @@ def _contents(adapters: ChunkAdapters, layer: int, state: paged.State, ids, last
   return adapters.joined(content, jnp.concatenate([means[:, :-1], mine], axis=1))
 
 
-def attend_units(q, view: paged.View, table, used, unit: int, *, splits: int = 1, implementation: str | None = None):
+def attend_units(q, view: paged.View, table, used, unit: int, **how):
   """Attention of one token a row over the units of `unit` tokens that a table names, read where they lie.
 
   Args:
     q: (batch, 1, q_heads, head_dim) at positions view.lengths - 1.
     table: int32[batch, places], used: int32[batch]: logical units of the row, the last one the token's own.
-    splits: every splits-th unit is a row of the kernel of its own; their parts are put together by their log-sum-exp.
+    how: `splits` and `implementation` of `kernels.paged_attention`.
   """
-  batch, _, heads, size = q.shape
-  kv_heads, pages, page, _ = view.keys.shape
-  each, places, group = page // unit, table.shape[1], heads // kv_heads  # units of a page
+  kv_heads, pages, page, size = view.keys.shape
+  each = page // unit  # units of a page
   physical = jnp.take_along_axis(view.table, table // each, axis=1) * each + table % each
-  physical = jnp.pad(physical, ((0, 0), (0, -places % splits))).reshape(batch, 1, -1, splits)
-  head = jnp.arange(kv_heads)[:, None, None] * pages * each
-  physical = jnp.swapaxes(physical + head, 2, 3).reshape(batch * kv_heads * splits, -1)
-  ahead = jnp.stack([used - 1, used], axis=1)[:, None] - jnp.arange(splits)[:, None]
-  count = jnp.maximum(-(-ahead // splits), 0)  # (batch, splits, 2)
-  flat = lambda pool: pool.reshape(kv_heads * pages * each, unit, size)
-  by_row = lambda a, times: jnp.repeat(a, times, axis=0)
-  out, total = paged_attention(
-    by_row(q.reshape(batch * kv_heads, group, size), splits),
-    flat(view.keys),
-    flat(view.values),
-    physical,
-    by_row(count, kv_heads).reshape(-1, 2),
-    by_row(view.lengths - 1, kv_heads * splits),
-    heads=group,
-    implementation=implementation,
-  )
-  if splits > 1:
-    share = jax.nn.softmax(total.reshape(-1, splits, group), axis=1)[..., None]
-    out = (share * out.reshape(-1, splits, group, size)).sum(axis=1).astype(q.dtype)
-  return out.reshape(q.shape)
+  cut = lambda pool: pool.reshape(kv_heads, pages * each, unit, size)
+  by_head = lambda a: jnp.repeat(a[:, None], kv_heads, axis=1)
+  count = jnp.stack([used - 1, used], axis=1)
+  pools = cut(view.keys), cut(view.values)
+  out, _ = paged.attend_tables(q, *pools, by_head(physical), by_head(count), view.lengths - 1, **how)
+  return out

@@ -72,28 +72,21 @@ def attend_union(
   Returns:
     (attention like q, log-sum-exp float32[batch, time, q_heads]).
   """
-  batch, time, heads, size = q.shape
-  kv_heads, pages, page, _ = view.keys.shape
-  groups = wanted.shape[1]
-  share = heads // groups
-  past = view.start // page
+  batch, time = q.shape[:2]
+  kv_heads, _, page, size = view.keys.shape
+  groups, past = wanted.shape[1], view.start // page
   table, count = page_table(wanted.reshape(batch * groups, -1), past, past + -(-time // page))
-  table = table[:, :capacity]
-  mine = jnp.repeat(view.table, groups, axis=0)
-  head = jnp.tile(jnp.arange(groups) // (groups // kv_heads), batch)[:, None]
-  physical = head * pages + jnp.take_along_axis(mine, table, axis=1)
-  rows = jnp.moveaxis(q.reshape(batch, time, groups, share, size), 2, 1).reshape(batch * groups, time * share, size)
-  flat = lambda pool: pool.reshape(kv_heads * pages, page, size)
-  keys, values = flat(view.keys), flat(view.values)
+  table, count = table[:, :capacity].reshape(batch, groups, -1), count.reshape(batch, groups, 2)
+  physical = jnp.take_along_axis(jnp.repeat(view.table[:, None], groups, axis=1), table, axis=2)
+  keys, values = view.keys, view.values
   if copy:
-    keys, values = (pool[physical.reshape(-1)] for pool in (keys, values))
-    physical = jnp.arange(physical.size, dtype=jnp.int32).reshape(physical.shape)
-  start = jnp.broadcast_to(jnp.asarray(view.start, jnp.int32), (batch * groups,))
-  out, total = paged_attention(rows, keys, values, physical, count, start, heads=share, implementation=implementation)
-  back = lambda a: jnp.moveaxis(a.reshape(batch, groups, time, share, *a.shape[2:]), 1, 2).reshape(
-    batch, time, heads, *a.shape[2:]
-  )
-  return back(out), back(total)
+    head = jnp.arange(groups)[:, None] // (groups // kv_heads)
+    # The copies of a group are a pool of its own, and every group reads one key head.
+    keys, values = (jnp.moveaxis(pool[head, physical], 1, 0).reshape(groups, -1, page, size) for pool in (keys, values))
+    capacity = physical.shape[2]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * capacity + jnp.arange(capacity, dtype=jnp.int32)
+    physical = jnp.broadcast_to(rows, physical.shape)
+  return paged.attend_tables(q, keys, values, physical, count, view.start, implementation=implementation)
 
 
 def attend_blocks(q, view: paged.View, chosen: Selection, *, implementation: str | None = None):

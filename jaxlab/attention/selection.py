@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require
+from jaxlab.kernels.block_mass import block_mass
 
 Selection = Bool[Array, "batch q_heads query_blocks key_blocks"]
 
@@ -41,16 +42,11 @@ def flash_prefill(
   over queries t of block i that stand at or past the last key of block j. Kept: s[i, j] >= alpha max_j s[i, j], the
   first `sink` blocks, and the `window` blocks that end with the query's own.
   """
-  z, query = _scores(q, means, past)
-  blocks = means.shape[2]
-  valid = query[:, None] >= (jnp.arange(blocks) + 1) * block - 1
-  z = _by_block(jnp.where(valid, z, -jnp.inf), block)  # (batch, heads, query blocks, block, key blocks)
-  top = z.max(axis=(3, 4), keepdims=True)
-  mass = jnp.exp(z - jnp.where(jnp.isfinite(top), top, 0)).sum(axis=3)
-  score = mass / (mass.sum(axis=-1, keepdims=True) + 1e-9)
-  behind = blocks_behind(past, score.shape[2], blocks, block)
-  near = (behind < window) | (jnp.arange(blocks) < sink)
-  return ((score >= alpha * score.max(axis=-1, keepdims=True)) | near) & (behind >= 0)
+  mass = block_mass(q, means, past=past, block=block)
+  behind = blocks_behind(past, mass.shape[2], means.shape[2], block)
+  near = (behind < window) | (jnp.arange(means.shape[2]) < sink)
+  # What the row's sum divides by is the same on both sides.
+  return ((mass >= jnp.log(alpha) + mass.max(axis=-1, keepdims=True)) | near) & (behind >= 0)
 
 
 def x_attention(q, k, *, past, block: int, stride: int = 8, threshold: float = 0.9) -> Selection:
@@ -143,16 +139,6 @@ def grouped_products(q, k):
   return score.reshape(batch, heads, queries, k.shape[2])
 
 
-def _scores(q, k, past):
-  """(scaled products, positions of the queries)."""
-  return grouped_products(q, k) / math.sqrt(q.shape[3]), past + jnp.arange(q.shape[2])
-
-
-def _by_block(a, block: int):
-  """(..., queries, keys) as (..., query blocks, block, keys)."""
-  return a.reshape(*a.shape[:-2], -1, block, a.shape[-1])
-
-
 def blocks_behind(past, query_blocks: int, key_blocks: int, block: int):
   """How many blocks a key block lies behind the query's own; negative where it lies ahead."""
   return past // block + jnp.arange(query_blocks)[:, None] - jnp.arange(key_blocks)
@@ -160,7 +146,7 @@ def blocks_behind(past, query_blocks: int, key_blocks: int, block: int):
 
 def _vertical_slash(q, k, start, weights: bool = False):
   """(mass of every column, mass of every diagonal by its distance from the main one[, attention]) of these queries."""
-  z, query = _scores(q, k, start)
+  z, query = grouped_products(q, k) / math.sqrt(q.shape[3]), start + jnp.arange(q.shape[2])
   weight = jax.nn.softmax(jnp.where(query[:, None] >= jnp.arange(k.shape[2]), z, -jnp.inf), axis=-1)
   place = query[:, None] - jnp.arange(k.shape[2])
   along = jnp.take_along_axis(weight, jnp.broadcast_to(jnp.maximum(place, 0), weight.shape), axis=-1)

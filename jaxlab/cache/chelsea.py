@@ -25,11 +25,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
+from jaxlab.kernels.paged_attention import combine, gpu, paged_attention
 from jaxlab.models import paged
 from jaxlab.models.inference import Network
 
 PARTITIONS = ("alternating", "halves", "random")
 LIKENESS = ("cosine", "neighbours", "chance")
+PAGE = 64  # centroids that the kernel reads at once
 
 
 class Entries(NamedTuple):
@@ -190,6 +192,11 @@ def attend_entries(
 
   The parts are read where they lie: only scores are put together.
   """
+  return _attend(q, parts, size_bias, see)[0]
+
+
+def _attend(q, parts: tuple[Entries, ...], size_bias: bool, see):
+  """(`attend_entries`, log-sum-exp float32[batch, time, q_heads])."""
   batch, time, _, width = q.shape
   grouped = q.reshape(batch, time, parts[0].keys.shape[1], -1, width)
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -199,11 +206,46 @@ def attend_entries(
   full = size > 0
   bias = jnp.log(jnp.where(full, size, 1.0)) if size_bias else 0.0
   full = full if see is None else full & see[:, None, None]
-  weight = jax.nn.softmax(jnp.where(full, score + bias, -jnp.inf), axis=-1).astype(q.dtype)
+  score = jnp.where(full, score + bias, -jnp.inf)
+  weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
   ends = np.cumsum([part.size.shape[-1] for part in parts])
   weights = jnp.split(weight, ends[:-1], axis=-1)
   out = sum(dot("bgrtn,bgnd->btgrd", w, part.values) for w, part in zip(weights, parts, strict=True))
-  return out.reshape(q.shape).astype(q.dtype)
+  total = jnp.moveaxis(jax.nn.logsumexp(score, axis=-1), 3, 1).reshape(q.shape[:3])
+  return out.reshape(q.shape).astype(q.dtype), total
+
+
+def attend_centroids(
+  q: Float[Array, "batch 1 q_heads head_dim"],
+  body: Entries,
+  used: Int[Array, "batch"],
+  *,
+  size_bias: bool = True,
+  implementation: str | None = None,
+):
+  """`attend_entries` of one token over the first `used` places of a row, by `kernels.paged_attention`.
+
+  Args:
+    body: (batch, kv_heads, places, ...), their number a multiple of `PAGE`; those past `used` are empty.
+
+  Returns:
+    (attention like q; its log-sum-exp, float32[batch, 1, q_heads]). A row without entries is zeros, and -inf.
+  """
+  batch, kv_heads, places, width = body.keys.shape
+  rows, pages = batch * kv_heads, places // PAGE
+  sizes = body.size if size_bias else (body.size > 0).astype(jnp.float32)
+  filled = jnp.repeat(-(-used // PAGE), kv_heads)
+  out, total = paged_attention(
+    q.reshape(rows, -1, width),
+    *(a.reshape(rows * pages, PAGE, width) for a in (body.keys, body.values)),
+    jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages),
+    jnp.stack([filled, filled], axis=1),
+    jnp.zeros(rows, jnp.int32),
+    heads=q.shape[2] // kv_heads,
+    sizes=sizes.reshape(rows * pages, PAGE),
+    implementation=implementation,
+  )
+  return out.reshape(q.shape), total.reshape(q.shape[:3])
 
 
 @jax.tree_util.register_dataclass
@@ -232,6 +274,7 @@ def chelsea(
   skip_layers: tuple[int, ...] = (),
   during_prefill: bool = False,
   merging: Callable[..., Entries] = compress,
+  implementation: str | None = None,
 ) -> paged.Method:
   """The method for the tokens after a prompt (`paged.decoder(..., decode=)`); one token a step.
 
@@ -246,6 +289,8 @@ def chelsea(
       part of the prompt sees of an earlier one is centroids. The cache is never whole.
     merging: (entries, keep=, chunk=, rounds=) -> `kept(n, keep, chunk, rounds)` entries in the place of n, for one
       head.
+    implementation: of a token's attention over the centroids, as in `kernels.paged_attention`; None: its kernel on a
+      GPU, `attend_entries` elsewhere.
 
   Raises:
     InputError: sizes out of range.
@@ -269,7 +314,7 @@ def chelsea(
 
     def layer(i):
       places = max(0, capacity - sink - recent) // chunk * kept(chunk, **budget(i))
-      return Layer(part(places), part(sink), part(recent + 2 * chunk), blank, blank)
+      return Layer(part(_whole_pages(places)), part(sink), part(recent + 2 * chunk), blank, blank)
 
     return tuple(map(layer, range(config.depth)))
 
@@ -293,7 +338,8 @@ def chelsea(
       place = jnp.arange(chunks * chunk)
       body = part(valid(place, (taken * chunk)[:, None]), lambda a: a[:, :, sink : sink + chunks * chunk])
       body = squeeze(i, body)
-      room = later * kept(chunk, **budget(i))
+      taken_up = body.size.shape[2]
+      room = _whole_pages(taken_up + later * kept(chunk, **budget(i))) - taken_up
       body = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, room), *[(0, 0)] * (a.ndim - 3))), body)
       first = part(valid(jnp.arange(sink), state.length[:, None]), lambda a: a[:, :, :sink])
       begin = sink + taken * chunk
@@ -307,6 +353,21 @@ def chelsea(
     memory = tuple(layer(i, pair) for i, pair in enumerate(state.pools))
     return dataclasses.replace(state, pools=(), memory=memory)
 
+  def by_kernel(q, body: Entries) -> bool:
+    usable = jax.default_backend() == "gpu" and gpu.supports(q, body.keys[0, :, :PAGE])
+    return q.shape[1] == 1 and body.size.shape[2] > 0 and (usable or implementation is not None)
+
+  def in_parts(q, layer: Layer, see):
+    """The centroids by the kernel, and beside them the few first and recent tokens."""
+    first, places = layer.sink.size.shape[2], layer.recent.size.shape[2]
+    rest = jnp.concatenate([see[..., :first], see[..., -places:]], axis=2)
+    parts = (
+      attend_centroids(q, layer.body, layer.used, size_bias=size_bias, implementation=implementation),
+      _attend(q, (layer.sink, layer.recent), size_bias, rest),
+    )
+    out, total = (jnp.stack([part[i][:, 0] for part in parts], axis=1) for i in range(2))
+    return combine(out, total)[0][:, None]
+
   def attend(q, k, v, view: paged.View, memory):
     if not memory:  # the prompt
       return paged.attend_densely(q, k, v, view, memory)
@@ -319,7 +380,10 @@ def chelsea(
       """The next tokens of every row, as many as are in `part`."""
       (q, k, v), begin = part
       layer, see = _append(layer, k, v, begin, end)
-      out = attend_entries(q, layer.sink, layer.body, layer.recent, size_bias=size_bias, see=see)
+      if by_kernel(q, layer.body):
+        out = in_parts(q, layer, see)
+      else:
+        out = attend_entries(q, layer.sink, layer.body, layer.recent, size_bias=size_bias, see=see)
       return _merge_oldest(layer, recent + chunk, chunk, functools.partial(squeeze, view.layer)), out
 
     size = min(chunk, time)
@@ -331,6 +395,10 @@ def chelsea(
     return out, (*memory[: view.layer], mine, *memory[view.layer + 1 :])
 
   return paged.Method(attend, empty=empty, ready=ready, pooled=not during_prefill)
+
+
+def _whole_pages(places: int) -> int:
+  return -(-places // PAGE) * PAGE
 
 
 def _append(layer: Layer, keys, values, begin: Int[Array, "batch"], end) -> tuple[Layer, Array]:

@@ -239,8 +239,48 @@ def rows(pool: Float[Array, "kv_heads pages page head_dim"], table) -> Float[Arr
   return jnp.moveaxis(pool[:, table], 0, 1).reshape(table.shape[0], kv_heads, -1, size)
 
 
+def attend_tables(q, keys, values, table, count, start, *, implementation: str | None = None, **how):
+  """Attention over the pages of every group of heads by `kernels.paged_attention`, which has the other options.
+
+  Args:
+    q: (batch, time, q_heads, head_dim), at positions start, start + 1, ... of their rows.
+    keys, values: (kv_heads, pages, page, head_dim).
+    table: int32[batch, groups, capacity], numbers of pages; groups are of q_heads / groups heads each, a multiple of
+      kv_heads. count: int32[batch, groups, 2]; start: int32[] or int32[batch].
+
+  Returns:
+    (attention like q; its log-sum-exp, float32[batch, time, q_heads]).
+  """
+  from jaxlab.kernels.paged_attention import paged_attention  # late, as in `attend_pages`
+
+  batch, time, heads, size = q.shape
+  (kv_heads, pages), (groups, capacity) = keys.shape[:2], table.shape[1:]
+  share = heads // groups
+  flat = lambda a: a.reshape(kv_heads * pages, *a.shape[2:])
+  head = jnp.arange(groups)[:, None] // (groups // kv_heads)
+  rows = jnp.moveaxis(q.reshape(batch, time, groups, share, size), 2, 1)
+  if how.get("sizes") is not None:
+    how["sizes"] = flat(how["sizes"])
+  out, total = paged_attention(
+    rows.reshape(batch * groups, time * share, size),
+    flat(keys),
+    flat(values),
+    (table + head * pages).reshape(batch * groups, capacity),
+    count.reshape(batch * groups, 2),
+    jnp.repeat(jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,)), groups),
+    heads=share,
+    implementation=implementation,
+    **how,
+  )
+  back = lambda a: jnp.moveaxis(a.reshape(batch, groups, time, share, *a.shape[2:]), 1, 2).reshape(
+    batch, time, heads, *a.shape[2:]
+  )
+  return back(out), back(total)
+
+
 def attend_pages(q, keys, values, table, *, start, window: int | None = None):
-  """Causal attention of new tokens over paged keys, some pages at a time: no score matrix of the whole context.
+  """Causal attention of new tokens over paged keys: by a kernel on a GPU, else some pages at a time, so that there is
+  no score matrix of the whole context. Where the kernel is used there is no derivative.
 
   Args:
     q: (batch, time, q_heads, head_dim), at positions start, start + 1, ... of their rows.
@@ -252,10 +292,17 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None):
   """
   batch, time, q_heads, size = q.shape
   kv_heads, _, page, _ = keys.shape
+  start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
+  # Imported late: other kernels import their reference functions from this package.
+  from jaxlab.kernels.paged_attention import gpu
+
+  if jax.default_backend() == "gpu" and window is None and gpu.supports(q, keys[0]):
+    count = jnp.stack([start // page, (start + time - 1) // page + 1], axis=1)
+    by_head = lambda a: jnp.repeat(a[:, None], kv_heads, axis=1)
+    return attend_tables(q, keys, values, by_head(table), by_head(count), start)
   each = min(max(1, _KEYS // page), table.shape[1])
   groups = -(-table.shape[1] // each)
   table = jnp.pad(table, ((0, 0), (0, groups * each - table.shape[1])))
-  start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
   query = (start[:, None] + jnp.arange(time))[:, None, None, :, None]
   wide = jnp.promote_types(q.dtype, jnp.float32)
   grouped = q.reshape(batch, time, kv_heads, -1, size)

@@ -1,21 +1,28 @@
 """Attention of new tokens over the pages that a table names, read where they lie.
 
 A row is one key head (or a share of its query heads) of one sequence. Softmax is over all the positions of its pages.
+An entry of a page may stand for several tokens, as centroids do.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.kernels.paged_attention import gpu, tpu
+from jaxlab.kernels.paged_attention import cudnn, gpu, tpu
 
-IMPLEMENTATIONS = (None, "reference", "triton", "mosaic_tpu")
+KERNELS = {"cudnn": cudnn, "triton": gpu, "mosaic_tpu": tpu}
+IMPLEMENTATIONS = (None, "reference", *KERNELS)
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that the difference of two is no NaN
+_PREFILL = 64  # tokens from which cuDNN's kernel, with its two launches, is the quicker one
+_PROGRAMS = 512  # of one token over many pages, by splitting rows
 
 
-def paged_attention(q, keys, values, table, count, start, *, heads=1, implementation=None, interpret=False):
+def paged_attention(
+  q, keys, values, table, count, start, *, heads=1, sizes=None, splits=None, implementation=None, interpret=False
+):
   """Attention of every row's queries over the pages of its table.
 
   Args:
@@ -27,7 +34,11 @@ def paged_attention(q, keys, values, table, count, start, *, heads=1, implementa
       them. Those from `open` to `all` hold the positions from page * (start // page) on, in order, and are masked
       causally; the new tokens are among them.
     start: int32[rows], position of the first new token.
-    implementation: "reference" (XLA), "triton" or "mosaic_tpu"; None picks what runs best where it is called.
+    sizes: float32[pages, page], tokens that every entry stands for: what its weight in the softmax is multiplied by.
+      Where it is 0 there must be numbers, but they are not seen.
+    splits: parts of a row's pages that are read side by side, for one token a row; None: as many as fill a GPU.
+    implementation: "reference" (XLA), "cudnn" (Hopper and later; a table that has room for as many pages as there
+      are), "triton" or "mosaic_tpu"; None picks what runs best where it is called.
     interpret: run the kernel in Pallas' interpreter, on any machine.
 
   Returns:
@@ -45,16 +56,55 @@ def paged_attention(q, keys, values, table, count, start, *, heads=1, implementa
     "expected (rows, queries, d), (pages, page, d) twice, (rows, capacity) and (rows, 2)",
   )
   require(heads >= 1 and queries % heads == 0, f"{queries} queries are no whole number of tokens of {heads} heads")
+  one_token = queries == heads
+  require(splits in (None, 1) or (one_token and splits > 1), f"splits is {splits}; only rows of one token have parts")
+  require(
+    sizes is None or sizes.shape == keys.shape[:2],
+    f"sizes must be given as (pages, page) {keys.shape[:2]}",
+  )
+  problem = q, keys, values, table, count.astype(jnp.int32), jnp.asarray(start, jnp.int32), sizes
   if implementation is None:
-    implementation = {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "reference")
-    usable = dict(triton=gpu, mosaic_tpu=tpu, reference=None)[implementation]
-    implementation = implementation if usable and usable.supports(q, keys) else "reference"
-  args = q, keys, values, table, count.astype(jnp.int32), jnp.asarray(start, jnp.int32)
+    implementation = _best(problem, heads)
   if implementation == "reference":
-    return _reference(*args, heads=heads)
-  module = gpu if implementation == "triton" else tpu
-  require(module.supports(q, keys), f"the {implementation} kernel {module.NEEDS}; use implementation='reference'")
-  return _without_derivative(lambda *args: module.paged_attention(*args, heads=heads, interpret=interpret))(*args)
+    return _reference(*problem, heads=heads)
+  module = KERNELS[implementation]
+  require(module.supports(*problem), f"the {implementation} kernel {module.NEEDS}; use implementation='reference'")
+  if implementation == "cudnn":
+    return combine(*_without_derivative(functools.partial(cudnn.paged_attention, heads=heads))(*problem))
+  run = _without_derivative(functools.partial(module.paged_attention, heads=heads, interpret=interpret))
+  if splits is None and one_token and jax.default_backend() == "gpu":
+    splits = 2 ** max(0, round(math.log2(_PROGRAMS / rows)))
+  splits = min(splits or 1, table.shape[1])
+  if splits == 1:
+    return run(*problem)
+  out, total = run(*_split(problem, splits))
+  out, total = (a.reshape(rows, splits, *a.shape[1:]) for a in (out, total))
+  return combine(out, total)
+
+
+def _best(problem, heads: int) -> str:
+  if jax.default_backend() == "gpu":
+    if problem[0].shape[1] >= _PREFILL * heads and cudnn.supports(*problem):
+      return "cudnn"
+    return "triton" if gpu.supports(*problem) else "reference"
+  return "mosaic_tpu" if jax.default_backend() == "tpu" and tpu.supports(*problem) else "reference"
+
+
+def _split(problem, splits: int):
+  """Rows whose pages lie every splits-th: the last page of a row, the token's own, is the last one of its part."""
+  q, keys, values, table, count, start, sizes = problem
+  repeat = lambda a: jnp.repeat(a, splits, axis=0)
+  table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % splits)))
+  table = jnp.swapaxes(table.reshape(len(table), -1, splits), 1, 2).reshape(len(table) * splits, -1)
+  count = jnp.maximum(-(-(count[:, None] - jnp.arange(splits)[:, None]) // splits), 0).reshape(-1, 2)
+  return repeat(q), keys, values, table, count, repeat(start), sizes
+
+
+def combine(out, total):
+  """Attention over the union of parts, from (rows, parts, queries, head_dim) and log-sum-exp (rows, parts, queries)."""
+  whole = jax.nn.logsumexp(total, axis=1)
+  share = jnp.exp(total - jnp.where(jnp.isfinite(whole), whole, 0)[:, None])[..., None]
+  return (share * out).sum(axis=1).astype(out.dtype), whole
 
 
 def _without_derivative(function):
@@ -68,7 +118,7 @@ def _without_derivative(function):
   return wrapped
 
 
-def _reference(q, keys, values, table, count, start, *, heads: int):
+def _reference(q, keys, values, table, count, start, sizes, *, heads: int):
   page, size = keys.shape[1:]
   rows, queries, _ = q.shape
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -88,6 +138,8 @@ def _reference(q, keys, values, table, count, start, *, heads: int):
   score = jnp.where(see, score, LOWEST)
   top = score.max(axis=-1, keepdims=True)
   weight = jnp.where(see, jnp.exp(score - top), 0)
+  if sizes is not None:
+    weight = weight * sizes[table].reshape(rows, 1, -1)
   total = weight.sum(axis=-1)
   out = jnp.einsum("rqk,rkd->rqd", weight.astype(value.dtype), value, preferred_element_type=wide)
   some = total > 0

@@ -13,12 +13,12 @@ _QUERIES = 128  # of a program, at most
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that the difference of two is no NaN
 
 
-def supports(q, keys) -> bool:
+def supports(q, keys, *_) -> bool:
   power = lambda size: size >= 16 and size & (size - 1) == 0
   return power(keys.shape[1]) and power(keys.shape[2]) and q.dtype == keys.dtype and q.dtype.itemsize in (2, 4)
 
 
-def paged_attention(q, keys, values, table, count, start, *, heads: int, interpret: bool = False):
+def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int, interpret: bool = False):
   """As `jaxlab.kernels.paged_attention.paged_attention`; softmax and sums are float32."""
   rows, queries, size = q.shape
   block = min(_QUERIES, max(16, pl.next_power_of_2(queries)))
@@ -26,10 +26,14 @@ def paged_attention(q, keys, values, table, count, start, *, heads: int, interpr
   tile = pl.BlockSpec((None, block, size), lambda r, i: (r, i, 0))
   row = lambda *tail: pl.BlockSpec((None, *tail), lambda r, i: (r, *[0] * len(tail)))
   pad = lambda a: jnp.pad(a, ((0, 0), (0, tiles * block - queries), (0, 0)))
+  weighted = [] if sizes is None else [sizes]
   out, total = pl.pallas_call(
     functools.partial(_kernel, heads=heads, block=block, tokens=queries // heads),
     grid=(rows, tiles),
-    in_specs=[tile, pl.BlockSpec(), pl.BlockSpec(), row(table.shape[1]), row(2), pl.BlockSpec((1,), lambda r, i: (r,))],
+    in_specs=[
+      *[tile, pl.BlockSpec(), pl.BlockSpec(), row(table.shape[1]), row(2), pl.BlockSpec((1,), lambda r, i: (r,))],
+      *[pl.BlockSpec() for _ in weighted],
+    ],
     out_specs=[tile, pl.BlockSpec((None, block), lambda r, i: (r, i))],
     out_shape=[
       jax.ShapeDtypeStruct((rows, tiles * block, size), q.dtype),
@@ -38,11 +42,12 @@ def paged_attention(q, keys, values, table, count, start, *, heads: int, interpr
     compiler_params=triton.CompilerParams(num_warps=4 if block * size <= 64 * 128 else 8, num_stages=2),
     interpret=interpret,
     name="paged_attention",
-  )(pad(q), keys, values, table, count, start)
+  )(pad(q), keys, values, table, count, start, *weighted)
   return out[:, :queries], total[:, :queries]
 
 
-def _kernel(q, keys, values, table, count, start, out, total, *, heads: int, block: int, tokens: int):
+def _kernel(q, keys, values, table, count, start, *rest, heads: int, block: int, tokens: int):
+  *sizes, out, total = rest
   page, size = keys.shape[1:]
   opened, pages = count[0], count[1]
   # In powers of two, as the kernel computes exp2.
@@ -69,6 +74,8 @@ def _kernel(q, keys, values, table, count, start, out, total, *, heads: int, blo
     top = jnp.maximum(m, jnp.max(score, axis=1))
     weight = jnp.exp2(score - top[:, None])
     weight = jnp.where(see, weight, 0.0) if masked else weight
+    for tokens_of in sizes:
+      weight = weight * tokens_of[where][None]
     fade = jnp.exp2(m - top)
     return fade[:, None] * o + dot(weight.astype(value.dtype), value), top, fade * l + jnp.sum(weight, axis=1)
 

@@ -14,11 +14,11 @@ _LANES = 128
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that the difference of two is no NaN
 
 
-def supports(q, keys) -> bool:
+def supports(q, keys, *_) -> bool:
   return keys.shape[1] % 8 == 0 and keys.shape[2] % _LANES == 0 and q.dtype == keys.dtype and q.dtype.itemsize in (2, 4)
 
 
-def paged_attention(q, keys, values, table, count, start, *, heads: int, interpret: bool = False):
+def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int, interpret: bool = False):
   """As `jaxlab.kernels.paged_attention.paged_attention`; softmax and sums are float32."""
   rows, queries, size = q.shape
   page, capacity = keys.shape[1], table.shape[1]
@@ -29,13 +29,15 @@ def paged_attention(q, keys, values, table, count, start, *, heads: int, interpr
   table = jnp.take_along_axis(table, jnp.minimum(jnp.arange(capacity), last), axis=1)
   tile = pl.BlockSpec((None, block, size), lambda r, i, j, *_: (r, i, 0))
   pages = pl.BlockSpec((None, page, size), lambda r, i, j, table, *_: (table[r, j], 0, 0))
+  line = pl.BlockSpec((None, 1, page), lambda r, i, j, table, *_: (table[r, j], 0, 0))
+  weighted = [] if sizes is None else [sizes[:, None]]
   lanes = pl.BlockSpec((None, block, _LANES), lambda r, i, j, *_: (r, i, 0))
   out, total = pl.pallas_call(
     functools.partial(_kernel, heads=heads, capacity=capacity, tokens=queries // heads),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=(rows, tiles, capacity),
-      in_specs=[tile, pages, pages],
+      in_specs=[tile, pages, pages, *[line for _ in weighted]],
       out_specs=[tile, lanes],
       scratch_shapes=[pltpu.VMEM((block, n), jnp.float32) for n in (size, _LANES, _LANES)],
     ),
@@ -46,11 +48,12 @@ def paged_attention(q, keys, values, table, count, start, *, heads: int, interpr
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name="paged_attention",
-  )(table, count, start, jnp.pad(q, ((0, 0), (0, tiles * block - queries), (0, 0))), keys, values)
+  )(table, count, start, jnp.pad(q, ((0, 0), (0, tiles * block - queries), (0, 0))), keys, values, *weighted)
   return out[:, :queries], total[:, :queries, 0]
 
 
-def _kernel(table, count, start, q, keys, values, out, total, o, m, l, *, heads: int, capacity: int, tokens: int):  # noqa: E741
+def _kernel(table, count, start, q, keys, values, *rest, heads: int, capacity: int, tokens: int):
+  *sizes, out, total, o, m, l = rest  # noqa: E741 (the field's name)
   r, i, j = (pl.program_id(axis) for axis in range(3))
   block, size = q.shape
   page = keys.shape[0]
@@ -79,6 +82,8 @@ def _kernel(table, count, start, q, keys, values, out, total, o, m, l, *, heads:
     score = jnp.where(see, score, _LOWEST)
     top = jnp.maximum(m[:, :1], jnp.max(score, axis=1, keepdims=True))
     weight = jnp.where(see, jnp.exp(score - top), 0.0)
+    for tokens_of in sizes:
+      weight = weight * tokens_of[...]
     fade = jnp.exp(m[:, :1] - top)
     sums = jax.lax.dot_general(
       weight.astype(value.dtype), value, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32

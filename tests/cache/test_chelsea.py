@@ -253,6 +253,19 @@ def test_entries_grow_by_the_rule_and_first_and_recent_tokens_stay():
   assert state.pools == ()
 
 
+@pytest.mark.parametrize("options", [dict(keep=0.5), dict(keep=0.5, size_bias=False)])
+def test_centroids_are_read_by_the_kernel_as_by_xla(options):
+  """By the kernel's reference: rows of different lengths, one without a centroid, and others that gain some."""
+  prompts, lengths, found = random_tokens(3, 21), np.array([21, 3, 10]), []
+  for implementation in (None, "reference"):
+    chosen = decoder(**options, implementation=implementation)
+    _, state = jax.jit(functools.partial(chosen.prefill, capacity=40))(network(), prompts, lengths)
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, t: chosen.step(network(), t, s)[::-1], state, inputs))  # noqa: B023
+    inputs = jnp.moveaxis(prompts[:, :9, None], 1, 0)
+    found.append(run(state)[1])
+  np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 def read_in_turn(q, k, v, keep, chunk, sink, recent):
   """Attention of one head's queries while the tokens are read `chunk` at a time, from the definition."""
   scale, out = q.shape[1] ** -0.5, []
@@ -299,7 +312,7 @@ def test_a_prompt_merged_while_it_is_read_needs_no_whole_cache():
   network_, options = network(), dict(keep=0.25, **SMALL)
   bytes_of = lambda **more: cache_bytes(
     jax.eval_shape(
-      lambda: paged.empty_state(network_, batch=1, capacity=400, page=4, method=chelsea(**options, **more))
+      lambda: paged.empty_state(network_, batch=1, capacity=1600, page=4, method=chelsea(**options, **more))
     )
   )
   assert bytes_of(during_prefill=True) < 0.35 * bytes_of()

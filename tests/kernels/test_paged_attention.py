@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
-from jaxlab.kernels.paged_attention import paged_attention
+from jaxlab.kernels.paged_attention import cudnn, paged_attention
 from jaxlab.models.attention import dot_product_attention
 from tests.common import INTERPRET
 
@@ -28,7 +28,7 @@ def problem(seed, *, dtype=jnp.float32, heads=2, tokens=20, page=16, size=128):
   return *(jnp.asarray(a, dtype) for a in (q, *pools)), jnp.asarray(table), jnp.asarray(count), jnp.asarray(start)
 
 
-def by_hand(q, keys, values, table, count, start, heads):
+def by_hand(q, keys, values, table, count, start, heads, sizes=None):
   """Row by row and query by query, from the definition, in float64."""
   q, keys, values = (np.asarray(a, np.float64) for a in (q, keys, values))
   page = keys.shape[1]
@@ -40,15 +40,16 @@ def by_hand(q, keys, values, table, count, start, heads):
       place = (start[r] // page + j - opened) * page + np.arange(page)
       seen += [(table[r, j], k) for k in range(page) if j < opened or place[k] <= at]
     score = np.array([q[r, i] @ keys[p] for p in seen]) / np.sqrt(q.shape[2])
+    score = score if sizes is None else score + np.log([sizes[p] for p in seen])
     total[r, i] = np.logaddexp.reduce(score)
     out[r, i] = np.exp(score - total[r, i]) @ np.array([values[p] for p in seen])
   return out, total
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "implementation"))
-def run(arrays, heads, implementation):
-  interpret = implementation != "reference" and INTERPRET
-  return paged_attention(*arrays, heads=heads, implementation=implementation, interpret=interpret)
+@functools.partial(jax.jit, static_argnames=("heads", "implementation", "splits"))
+def run(arrays, heads, implementation, sizes=None, splits=1):
+  how = dict(implementation=implementation, interpret=implementation != "reference" and INTERPRET)
+  return paged_attention(*arrays, heads=heads, sizes=sizes, splits=splits, **how)
 
 
 @given(st.integers(0, 10_000))
@@ -76,6 +77,41 @@ def test_kernels_equal_the_reference(implementation, dtype, tolerance, heads, to
     for a, b in zip(found, expected, strict=True):
       assert a.dtype == b.dtype
       np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_entries_that_stand_for_several_tokens_weigh_as_many(implementation, splits):
+  """log s is added to their scores; those of size 0 are not there. In parts it is the same, rows without pages too."""
+  heads, page = 4, 16
+  q, keys, values, table, count, start = arrays = problem(1, heads=heads, tokens=1, page=page)
+  sizes = jnp.asarray(np.random.default_rng(0).integers(0, 5, (PAGES, page)), jnp.float32)
+  with np.errstate(divide="ignore"):
+    expected = by_hand(*map(np.asarray, arrays), heads, np.asarray(sizes))
+  found = run(arrays, heads, implementation, sizes, splits)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  plain = run(arrays, heads, implementation, None, splits)
+  for a, b in zip(plain, run(arrays, heads, "reference"), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  out, total = run((q, keys, values, table, count.at[1].set(0), start), heads, implementation, sizes, splits)
+  assert not np.asarray(out[1]).any() and np.isneginf(total[1]).all() and np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("heads, tokens, page", [(1, 128, 64), (4, 96, 32), (4, 200, 128)])
+def test_cudnn_equals_the_reference(heads, tokens, page):
+  """At positions within a page, too; where there is a GPU that has it."""
+  q, keys, values, _, count, start = problem(0, dtype=jnp.bfloat16, heads=heads, tokens=tokens, page=page)
+  capacity = CAPACITY + -(-tokens // page)
+  keys, values = (jnp.resize(a, (ROWS * capacity, *a.shape[1:])) for a in (keys, values))
+  table = jax.random.permutation(jax.random.key(0), ROWS * capacity).reshape(ROWS, -1).astype(jnp.int32)
+  arrays = q, keys, values, table, count, start
+  if not cudnn.supports(*arrays, None):
+    with pytest.raises(InputError, match="the cudnn kernel takes 16-bit numbers"):
+      run(arrays, heads, "cudnn")
+    pytest.skip("no GPU that has it")
+  for a, b in zip(run(arrays, heads, "cudnn"), run(arrays, heads, "reference"), strict=True):
+    np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=2e-2, atol=2e-2)
 
 
 def test_all_pages_are_dense_attention():
@@ -113,6 +149,10 @@ def test_what_it_cannot_do_is_named():
     paged_attention(q, keys[..., :8], values, table, count, start)
   with pytest.raises(InputError, match="41 heads"):
     paged_attention(q, keys, values, table, count, start, heads=41)
+  with pytest.raises(InputError, match="splits is 2; only rows of one token"):
+    paged_attention(q, keys, values, table, count, start, splits=2)
+  with pytest.raises(InputError, match=r"sizes must be given as \(pages, page\) \(14, 16\)"):
+    paged_attention(q, keys, values, table, count, start, sizes=jnp.ones(14))
   arrays = problem(0)
   with pytest.raises(InputError, match="has no derivative"):
     jax.grad(lambda q: run((q, *arrays[1:]), 2, "triton")[0].sum())(arrays[0])
