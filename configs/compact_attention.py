@@ -69,7 +69,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         width=pick(test=16, cpu=128),
       ),
       choices=dict(
-        subjects=pick(cpu=("base", "smollm2"), gpu=("base",)),
+        subjects=pick(cpu=("base", "smollm2")),
         task="multi_key",
         length=pick(test=192, cpu=512, gpu=4096, paper=131_072),
         rows=pick(test=1, cpu=4),

@@ -31,6 +31,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["experiments.snlp", "experiments.base", "jaxlab.training.loop"])
 
 INTERPRET = os.environ["JAX_PLATFORMS"] == "cpu"  # Pallas kernels, where there is no GPU to run them
+interpreted = lambda implementation: implementation == "mosaic_tpu" or (implementation == "triton" and INTERPRET)
 CLOSE = {"float32": 1e-4, "float64": 1e-9}  # where the same numbers are summed in another order
 SHAPE = dict(depth=6, width=32, q_heads=4, kv_heads=2, head_dim=16, mlp_width=64, vocab_size=64)
 

@@ -16,7 +16,7 @@ from experiments.decode_layer import (
   weight_bytes,
 )
 from experiments.overlap import overlapped
-from jaxlab.cache.chelsea import Entries, Layer, chelsea, compress, kept
+from jaxlab.cache.chelsea import PAGE, Entries, Layer, chelsea, compress, kept
 from jaxlab.models import paged
 from jaxlab.models.attention import dot_product_attention
 
@@ -67,7 +67,7 @@ def _merged(config, rows: int, first: int, dtype) -> Contestant:
     size = jnp.broadcast_to((jnp.arange(places) < taken).astype(jnp.float32), shape)
     return Entries(draw(2 * i), draw(2 * i + 1), size)
 
-  parts = part(2, count + room, count), part(3, m.sink, m.sink), part(4, m.recent + m.chunk, left)
+  parts = part(2, -(-(count + room) // PAGE) * PAGE, count), part(3, m.sink, m.sink), part(4, m.recent + m.chunk, left)
   layer = Layer(*parts, *(jnp.full(rows, number, jnp.int32) for number in (count, left)))
 
   def attend(layer, q, k, v, x, memory, at):

@@ -49,6 +49,7 @@ def choices(found: dict, workdir: Path) -> dict[str, str]:
 def accuracies(found: dict, chosen: dict, workdir: Path) -> dict[str, str]:
   """Questions answered against the share of the past that is read, mean over tasks of the longest prompts."""
   figure, axes = figures.subplots(len(found), squeeze=False)
+  colours = {}
   for axis, (subject, measured) in zip(axes[0], found.items(), strict=True):
     longest = max(row["length"] for row in measured["rows"])
     groups = {}
@@ -68,7 +69,8 @@ def accuracies(found: dict, chosen: dict, workdir: Path) -> dict[str, str]:
     for i, (kind, points) in enumerate(lines.items()):
       x, y, *error = zip(*sorted(points), strict=True)
       x = np.array(x) + 0.008 * i  # bars beside each other
-      axis.errorbar(x, y, yerr=error, fmt="o-", ms=4, capsize=2, color=f"C{i}", label=kind.replace("_", " "))
+      color = colours.setdefault(kind, f"C{len(colours)}")
+      axis.errorbar(x, y, yerr=error, fmt="o-", ms=4, capsize=2, color=color, label=kind.replace("_", " "))
     axis.set(xlabel="share of the past read", ylabel="share answered", title=f"{subject}, {longest} tokens")
     axis.set_ylim(0, 1.03)
     axis.legend(fontsize=7, loc="lower right")

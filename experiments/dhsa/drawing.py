@@ -28,7 +28,7 @@ def accuracies(found: dict, workdir: Path) -> dict[str, str]:
         continue
       x, y, *error = zip(*sorted(points), strict=True)
       x = np.array(x) * (1 + 0.015 * i)  # bars beside each other
-      axis.errorbar(x, y, yerr=error, fmt="o-", ms=4, capsize=2, color=f"C{i % 6}", label=kind.replace("_", " "))
+      axis.errorbar(x, y, yerr=error, fmt="o-", ms=4, capsize=2, color=f"C{i}", label=kind.replace("_", " "))
     axis.set(xlabel="keys a block sees, share of the prompt", ylabel="share answered", xscale="log")
     axis.set(title=f"{subject}, {longest} tokens", ylim=(0, 1.03))
     axis.legend(fontsize=7)

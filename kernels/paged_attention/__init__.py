@@ -84,7 +84,7 @@ def paged_attention(
 
 def _best(problem, heads: int) -> str:
   if jax.default_backend() == "gpu":
-    if problem[0].shape[1] >= _PREFILL * heads and cudnn.supports(*problem):
+    if problem[0].shape[1] >= _PREFILL * heads and cudnn.preferred(*problem):
       return "cudnn"
     return "triton" if gpu.supports(*problem) else "reference"
   return "mosaic_tpu" if jax.default_backend() == "tpu" and tpu.supports(*problem) else "reference"

@@ -1,8 +1,10 @@
 """By cuDNN's paged attention: what lies before the new tokens, unmasked, and they themselves, causally."""
 
+import contextlib
 import functools
 import importlib
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,28 @@ NEEDS = (
   "takes 16-bit numbers, head_dim in 8s up to 256, pages of 16 positions or more, a table with room for as many pages "
   "as there are, no sizes, and a Hopper GPU or a later one"
 )
+
+
+_left_out = 0
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+  """Programs made meanwhile do without cuDNN where they have a choice.
+
+  cuDNN loads a program's graph, when it first runs, by capturing a stream, and what other threads of the process do on
+  the device meanwhile breaks the capture.
+  """
+  global _left_out
+  _left_out += 1
+  try:
+    yield
+  finally:
+    _left_out -= 1
+
+
+def preferred(*problem) -> bool:
+  return not _left_out and supports(*problem)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.block_mass import block_mass
-from tests.common import INTERPRET
+from tests.common import interpreted
 
 
 def problem(seed, *, heads=(4, 2), queries=48, blocks=9, size=128, dtype=jnp.float32):
@@ -32,7 +32,7 @@ def by_hand(q, means, past, block):
 
 @functools.partial(jax.jit, static_argnames=("block", "implementation"))
 def run(q, means, past, block, implementation):
-  how = dict(implementation=implementation, interpret=implementation != "reference" and INTERPRET)
+  how = dict(implementation=implementation, interpret=interpreted(implementation))
   return block_mass(q, means, past=past, block=block, **how)
 
 

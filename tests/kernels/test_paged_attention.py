@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.paged_attention import cudnn, paged_attention
 from jaxlab.models.attention import dot_product_attention
-from tests.common import INTERPRET
+from tests.common import interpreted
 
 ROWS, PAGES, CAPACITY = 3, 14, 6
 
@@ -48,7 +48,7 @@ def by_hand(q, keys, values, table, count, start, heads, sizes=None):
 
 @functools.partial(jax.jit, static_argnames=("heads", "implementation", "splits"))
 def run(arrays, heads, implementation, sizes=None, splits=1):
-  how = dict(implementation=implementation, interpret=implementation != "reference" and INTERPRET)
+  how = dict(implementation=implementation, interpret=interpreted(implementation))
   return paged_attention(*arrays, heads=heads, sizes=sizes, splits=splits, **how)
 
 
