@@ -26,14 +26,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       paper="kernels",
       experiment="kernels",
       scale=scale,
-      kernels=(
-        "decode_block",
-        "decode_attention",
-        "paged_attention",
-        "block_mass",
-        "rotary_qkv",
-        "residual_norm",
-      ),  # fmt: skip
+      kernels=("decode_block", "decode_attention", "paged_attention", "block_mass", "rotary_qkv", "residual_norm"),
       tiny=pick(cpu=True, gpu=False),
       repetitions=pick(test=2, cpu=10, gpu=30),
     )
