@@ -1,6 +1,6 @@
 """Training a small module beside a frozen network, for a few minutes: a gate, a predictor, adapters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -10,36 +10,41 @@ import optax
 
 from experiments.long_context import Subject
 from experiments.text import Text
+from jaxlab.core import modules
 from jaxlab.core.checks import require
-from jaxlab.core.files import write_files
-from jaxlab.core.foreign import foreign
 from jaxlab.data import packing
 from jaxlab.training.optimizers import adam
 
 _REPORTED = 20  # losses that are kept of a run
 
 
-def trained(module, loss: Callable, subject: Subject, train, *, data, cache: Path, file: Path, seed: int, console):
+def trained(
+  make: Callable,
+  loss: Callable,
+  subject: Subject,
+  train,
+  *,
+  options: Mapping[str, object],
+  data,
+  cache: Path,
+  file: Path,
+  seed: int,
+  console,
+):
   """(the module after Adam on `loss(module, network, tokens)`, mean losses over the run): kept in `file`, made once.
 
   Args:
-    module: any tree of float32 arrays; the network is a constant of the loss.
+    make: (**options) -> any tree of float32 arrays; the network is a constant of the loss.
     train: split of `data`, steps, batch, length of rows, rate.
-    file: ends in .npz.
+    file: ends in .npz, for `modules.load`.
 
   Raises:
     InputError: a loss that is no number, a file of another module.
   """
-  leaves, structure = jax.tree.flatten(module)
   if not file.exists():
-    leaves, losses = _fit(module, loss, subject, train, _rows(subject, train, data, cache, seed), console)
-    arrays = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)} | {"losses": losses}
-    write_files(file.parent, {file.name: lambda stream: np.savez(stream, **arrays)})
-  with foreign(file, "remove it to train anew"), np.load(file) as kept:
-    made, losses = [kept[f"{i}"] for i in range(len(leaves))], kept["losses"].tolist()
-  same = [a.shape for a in made] == [a.shape for a in leaves]
-  require(same, f"{file} holds a module of other shapes; remove it to train anew")
-  return jax.tree.unflatten(structure, map(jax.numpy.asarray, made)), losses
+    module, losses = _fit(make(**options), loss, subject, train, _rows(subject, train, data, cache, seed), console)
+    modules.save(file, module, options, losses=np.asarray(losses))
+  return modules.load(file, make), modules.beside(file, "losses").tolist()
 
 
 def _rows(subject: Subject, train, data, cache: Path, seed: int):
@@ -64,4 +69,4 @@ def _fit(module, loss: Callable, subject: Subject, train, rows, console):
     found.append(value)
   found = np.array(found, np.float32)
   require(np.isfinite(found).all(), f"the loss is {found[-1]} after {train.steps} steps; lower the learning rate")
-  return jax.tree.leaves(module), [float(part.mean()) for part in np.array_split(found, min(_REPORTED, len(found)))]
+  return module, [float(part.mean()) for part in np.array_split(found, min(_REPORTED, len(found)))]

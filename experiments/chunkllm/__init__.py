@@ -11,11 +11,13 @@ import jax
 
 from experiments import results
 from experiments.chunkllm import quality, speed, training
-from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, Adapted, named
+from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, named
 from experiments.chunkllm.drawing import pictures
 from experiments.long_context import by_model, documents, subject_names, subjects
 from experiments.results import Claim
+from jaxlab.attention.chunkllm import Adapted
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
+from jaxlab.core import modules
 from jaxlab.data import tokenizer
 
 ADAPTERS, LOSSES, QUESTIONS, CONSISTENCY, SPEED = "adapters", "losses", "questions", "consistency", "speed"
@@ -40,6 +42,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     """With its adapters trained."""
     one = every()[name]
     adapters = training.trained(config, name, untrained(name), workdir, cache, console)
+    modules.save(workdir / f"adapters.{name}.npz", adapters, config.adapters.to_dict())  # for `methods.subject`
     network = Adapted(one.network.model, one.network.blocks, jax.device_put(adapters, jax.devices()[0]))
     return dataclasses.replace(one, network=network)
 

@@ -1,40 +1,11 @@
-"""A network with its adapters, and the decoders that are compared on it."""
+"""The decoders that are compared on a network with its adapters."""
 
-import dataclasses
-import functools
-
-import jax
-
-from jaxlab.attention.chunkllm import chunkllm
-from jaxlab.attention.chunkllm_chunks import ChunkAdapters
-from jaxlab.models import inference, paged
+from jaxlab.attention.chunkllm import decoder
+from jaxlab.models import paged
 from jaxlab.models.generate import Decoder
 
 DENSE = "dense"
 FIXED, EVERY, TRUE, CHANCE, WINDOW = "fixed chunks", "every token", "true attention", "by chance", "sliding window"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adapted(inference.Network):
-  """Adapters are arguments of every program, as the network is, not constants in it."""
-
-  adapters: ChunkAdapters
-
-
-@functools.cache
-def adapted(**options) -> Decoder:
-  """ChunkLLM for an `Adapted` network."""
-  method = lambda network: chunkllm(network.adapters, **options)
-
-  def prefill(network, prompts, lengths=None, *, capacity):
-    how = dict(capacity=capacity, chunk=256, page=64, method=method(network))
-    return paged.prefill(network, prompts, lengths, **how)
-
-  def step(network, tokens, state):
-    return paged.step(network, tokens, state, method=method(network))
-
-  return Decoder(prefill, step)
 
 
 def compared(config, mean: float, names: tuple[str, ...]) -> dict[str, Decoder]:
@@ -52,7 +23,7 @@ def compared(config, mean: float, names: tuple[str, ...]) -> dict[str, Decoder]:
     CHANCE: main | dict(choose="random"),
   }
   one = lambda name: special.get(name) or dict(keep=float(name.split()[1]))
-  return {name: paged.decoder(chunk=256, page=64) if name == DENSE else adapted(**how | one(name)) for name in names}
+  return {name: paged.decoder(chunk=256, page=64) if name == DENSE else decoder(**how | one(name)) for name in names}
 
 
 def named(keep: float) -> str:

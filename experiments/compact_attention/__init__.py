@@ -32,10 +32,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     if not any(parse(text)[0] == "seer" for text in methods):
       return None
     subject, train = all_subjects()[name], config.gate
-    made = SeerGate(subject.network.model.config, jax.random.key(config.seed), width=train.width)
+    make = functools.partial(SeerGate, subject.network.model.config, jax.random.key(config.seed))
     loss = functools.partial(gate_loss, block=config.page)
     how = dict(data=config.data, cache=cache, file=workdir / f"gate.{name}.npz", seed=config.seed, console=console)
-    return beside.trained(made, loss, subject, train, **how)[0]
+    return beside.trained(make, loss, subject, train, options=dict(width=train.width), **how)[0]
 
   def chosen(name: str) -> dict:
     console.say(f"what selectors choose in {name}")

@@ -29,16 +29,11 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   def predictor(name: str, encoder: str):
     """(the predictor of a subject, its losses in training), trained or read."""
     subject, p = subjects()[name], config.predictor
-    made = BoundaryPredictor(
-      subject.network.model.config,
-      jax.random.key(config.seed),
-      heads=predicting.fitting_heads(subject, p.heads),
-      hidden=p.hidden,
-      encoder=encoder,
-    )
+    make = functools.partial(BoundaryPredictor, subject.network.model.config, jax.random.key(config.seed))
+    options = dict(heads=predicting.fitting_heads(subject, p.heads), hidden=p.hidden, encoder=encoder)
     file = workdir / f"predictor.{name}.{encoder}.npz"
     how = dict(data=config.data, cache=cache, file=file, seed=config.seed, console=console)
-    return beside.trained(made, boundary_loss, subject, p, **how)
+    return beside.trained(make, boundary_loss, subject, p, options=options, **how)
 
   def predicted(name: str) -> dict:
     found, encoders = {}, config.predictor.encoders

@@ -38,6 +38,7 @@ from jaxlab.attention.chunkllm_prefill import attend_chosen, choices
 from jaxlab.attention.compact_attention import page_table
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.models import paged
+from jaxlab.models.generate import Decoder
 from jaxlab.models.inference import Network
 
 CHOICES = ("adapters", "oracle", "random", "ends")
@@ -328,6 +329,29 @@ def _contents(adapters: ChunkAdapters, layer: int, state: paged.State, ids, last
   means = chunk_means(adapters.content(keys, jnp.arange(keys.shape[1])), ids, state.length, last.shape[1])
   mine = jnp.take_along_axis(means, count[:, None, None, None], axis=1)
   return adapters.joined(content, jnp.concatenate([means[:, :-1], mine], axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted(Network):
+  """Adapters are arguments of every program, as the network is, not constants in it."""
+
+  adapters: ChunkAdapters
+
+
+@functools.cache
+def decoder(*, chunk: int = 256, page: int = 64, **options) -> Decoder:
+  """`chunkllm` for an `Adapted` network, as `paged.decoder`."""
+  method = lambda network: chunkllm(network.adapters, **options)
+
+  def prefill(network, prompts, lengths=None, *, capacity):
+    how = dict(capacity=capacity, chunk=chunk, page=page, method=method(network))
+    return paged.prefill(network, prompts, lengths, **how)
+
+  def step(network, tokens, state):
+    return paged.step(network, tokens, state, method=method(network))
+
+  return Decoder(prefill, step)
 
 
 def attend_units(q, view: paged.View, table, used, unit: int, **how):

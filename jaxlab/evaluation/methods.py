@@ -12,15 +12,20 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxlab.attention import dhsa, selection
+import jax
+
+from jaxlab.attention import chunkllm, dhsa, selection
+from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.attention.compact_attention import compact, quoka
 from jaxlab.attention.dhsa_blocks import top_blocks
-from jaxlab.attention.dhsa_boundaries import evenly
+from jaxlab.attention.dhsa_boundaries import BoundaryPredictor, evenly
+from jaxlab.attention.seer_gate import SeerGate
 from jaxlab.cache import eviction
 from jaxlab.cache.chelsea import chelsea
+from jaxlab.core import modules
 from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp_inference, snlp_suffix
-from jaxlab.models import Transformer, inference, paged
+from jaxlab.models import Transformer, TransformerConfig, inference, paged
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.generate import Decoder
 
@@ -73,12 +78,49 @@ def snlp(
   return Subject(snlp_inference.split(model, suffix), logits, snlp_inference.decoder(**options))
 
 
-METHODS = {"snlp": snlp}
+def chunk_llm(
+  model: Transformer,
+  *,
+  adapters: str,
+  keep: float = 0.4,
+  most: int | None = None,
+  sink: int = 4,
+  local: int = 64,
+  threshold: float = 0.5,
+  min_chunk: int = 4,
+  max_chunk: int = 128,
+  cross_layer: str = "per_layer",
+  grain: int | None = None,
+  prefill_chunk: int = 256,
+  page: int = 64,
+) -> Subject:
+  """As `jaxlab.attention.chunkllm.chunkllm`, with the adapters in a file that its experiment left."""
+  made = modules.load(adapters, functools.partial(ChunkAdapters, model.config, jax.random.key(0)))
+  options = dict(keep=keep, most=most, sink=sink, local=local, threshold=threshold, grain=grain)
+  options |= dict(min_chunk=min_chunk, max_chunk=max_chunk, cross_layer=cross_layer)
+  network = inference.take_apart(model)
+  decoder = chunkllm.decoder(chunk=prefill_chunk, page=page, **options)
+  return Subject(chunkllm.Adapted(network.model, network.blocks, made), None, decoder)
 
 
-def _dhsa(*, size: int = 32, budget: int = 2048, block: int = 128) -> paged.Method:
-  """Chunks of `size` tokens each: a learned boundary predictor comes with a training run, not with a name."""
-  return dhsa.dhsa(evenly(size), budget=budget, block=block)
+METHODS = {"snlp": snlp, "chunkllm": chunk_llm}
+
+
+def _dhsa(
+  config: TransformerConfig, *, predictor: str = "", size: int = 32, budget: int = 2048, block: int = 128
+) -> paged.Method:
+  """Boundaries by the predictor in a file that its experiment left, or chunks of `size` tokens each."""
+  if not predictor:
+    return dhsa.dhsa(evenly(size), budget=budget, block=block)
+  made = modules.load(predictor, functools.partial(BoundaryPredictor, config, jax.random.key(0)))
+  return dhsa.dhsa(made.score, budget=budget, block=block)
+
+
+def _seer(config: TransformerConfig, *, gate: str = "", tau: float = 5e-4, recent: int = 2) -> tuple:
+  """SeerAttention's gate from a file that CompactAttention's experiment left."""
+  require(gate, "select=seer needs gate=..., the file of a trained gate")
+  made = modules.load(gate, functools.partial(SeerGate, config, jax.random.key(0)))
+  return made.selectors(tau=tau, recent=recent)
 
 
 PAGED = {
@@ -99,6 +141,7 @@ SELECTORS = {
   "flex_prefill": selection.flex_prefill,
   "minference": selection.minference,
   "top_blocks": top_blocks,
+  "seer": _seer,
 }
 _SIMPLE = (bool, int, float, str)
 
@@ -139,10 +182,13 @@ def over_pages(
     )
   given = {part: {k: v for k, v in options.items() if k in known} for part, known in knobs.items()}
   if name == "compact_attention":
-    given["method"]["select"] = functools.partial(SELECTORS[select], **given["select"])
-  method = PAGED[name](**given["method"])
+    chosen = SELECTORS[select]
+    made = _seer(model.config, **given["select"]) if chosen is _seer else functools.partial(chosen, **given["select"])
+    given["method"]["select"] = made
+  make = lambda name, part: PAGED[name](*[model.config] * (PAGED[name] is _dhsa), **given[part])
+  method = make(name, "method")
   chunk = -(-model.config.context // page) * page if method.whole else prefill_chunk
-  after = PAGED[decode](**given["decode"]) if decode else None
+  after = make(decode, "decode") if decode else None
   return Subject(inference.take_apart(model), None, paged.decoder(method, decode=after, chunk=chunk, page=page))
 
 

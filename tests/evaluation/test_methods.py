@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.attention.compact_attention import compact
+from jaxlab.attention.dhsa_boundaries import BoundaryPredictor
+from jaxlab.attention.seer_gate import SeerGate
 from jaxlab.attention.selection import flash_prefill
 from jaxlab.cache.chelsea import chelsea
+from jaxlab.core import modules
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp
 from jaxlab.evaluation.long_context import continuation_scores
@@ -98,6 +102,25 @@ def test_one_method_reads_the_prompt_and_another_goes_on(model):
 
 
 @pytest.mark.parametrize(
+  "made, sizes, name, options",
+  [
+    (ChunkAdapters, dict(hidden=8, size=4), "chunkllm", dict(adapters="{}", keep=1.0, min_chunk=2)),
+    (BoundaryPredictor, dict(half=2, hidden=8), "dhsa", dict(predictor="{}", budget=256)),
+    (SeerGate, dict(width=8), "compact_attention", dict(select="seer", gate="{}", tau=0.0)),
+  ],
+)
+def test_methods_with_trained_parts_by_the_files_that_hold_them(model, tmp_path, made, sizes, name, options):
+  """At full budget the model's tokens; an option that says so reaches the module: other sizes are its file's."""
+  part = made(model.config, jax.random.key(3), **sizes)
+  modules.save(tmp_path / "part.npz", part, sizes)
+  options = {key: value.format(tmp_path / "part.npz") if value == "{}" else value for key, value in options.items()}
+  network, logits, decoder = subject(model, name, page=4, prefill_chunk=8, **options)
+  assert logits is None
+  found = generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder)
+  assert found.tolist() == generate(model, TOKENS, LENGTHS, tokens=4).tolist()
+
+
+@pytest.mark.parametrize(
   "method, options, message",
   [
     ("snap", {}, "method is 'snap'; it must be one of snlp"),
@@ -106,6 +129,9 @@ def test_one_method_reads_the_prompt_and_another_goes_on(model):
     ("compact_attention", dict(select="best"), "select is 'best'; it must be one of flash_prefill"),
     (None, dict(layers=2), "options of a method need method="),
     ("snlp", {}, "method snlp needs layers="),
+    ("chunkllm", {}, "method chunkllm needs adapters="),
+    ("chunkllm", dict(adapters="none.npz"), "none.npz: No such file"),
+    ("compact_attention", dict(select="seer"), "select=seer needs gate="),
     ("snlp", dict(layers=2, depth=3), "an option of method snlp is 'depth'; it must be one of layers, "),
     ("snlp", dict(layers=7), "layers"),
   ],
