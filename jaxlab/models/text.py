@@ -60,34 +60,78 @@ def raw_prompt(vocabulary: Vocabulary, text: str) -> list[int]:
   return ids
 
 
-def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+class Pieces:
   """The text of tokens as they come, in pieces of whole characters; special tokens have none."""
-  pending: list[int] = []
-  before: list[int] = []  # the last piece's: some decoders treat the first token of a text in another way
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._decode = tokenizer.decode
+    self._pending: list[int] = []
+    self._before: list[int] = []  # the last piece's: some decoders treat the first token of a text in another way
+
+  def push(self, token: int) -> str | None:
+    """The piece that this token completes, or None while bytes are missing."""
+    self._pending.append(token)
+    text = self._decode(self._before + self._pending)
+    if text.endswith(_UNFINISHED):
+      return None
+    return self._take(text)
+
+  def end(self) -> str:
+    """What is left."""
+    return self._take(self._decode(self._before + self._pending)) if self._pending else ""
+
+  def _take(self, text: str) -> str:
+    known = self._decode(self._before)
+    self._before, self._pending = self._pending, []
+    return text[len(known) :]
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+  """`Pieces` of an iterable."""
+  pieces = Pieces(tokenizer)
   for token in tokens:
-    pending.append(token)
-    known, text = tokenizer.decode(before), tokenizer.decode(before + pending)
-    if not text.endswith(_UNFINISHED):
-      yield text[len(known) :]
-      before, pending = pending, []
-  if pending:
-    yield tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
+    if (piece := pieces.push(token)) is not None:
+      yield piece
+  if piece := pieces.end():
+    yield piece
+
+
+class Until:
+  """The text before the stop string that is complete first, in pieces; what may begin one is held back.
+
+  `found` says whether one was met: nothing comes after it.
+  """
+
+  def __init__(self, stop: Sequence[str]):
+    self._stop, self._held, self.found = stop, "", False
+
+  def push(self, piece: str) -> str:
+    if self.found:
+      return ""
+    held = self._held + piece
+    found = [(at + len(text), at) for text in self._stop if (at := held.find(text)) >= 0]
+    if found:
+      self.found = True
+      return held[: min(found)[1]]
+    sizes = lambda text: range(min(len(text) - 1, len(held)), 0, -1)
+    beginnings = (n for text in self._stop for n in sizes(text) if held.endswith(text[:n]))
+    size = len(held) - max(beginnings, default=0)
+    self._held = held[size:]
+    return held[:size]
+
+  def end(self) -> str:
+    """What was held back, where no stop string came."""
+    return "" if self.found else self._held
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-  """The text before the stop string that is complete first, in pieces; what may begin one is held back."""
-  held = ""
+  """`Until` of an iterable, which is read no further than to the stop string."""
+  text = Until(stop)
   for piece in pieces:
-    held += piece
-    found = [(at + len(text), at) for text in stop if (at := held.find(text)) >= 0]
-    if found:
-      yield held[: min(found)[1]]
+    yield text.push(piece)
+    if text.found:
       return
-    beginnings = (n for text in stop for n in range(min(len(text) - 1, len(held)), 0, -1) if held.endswith(text[:n]))
-    size = len(held) - max(beginnings, default=0)
-    yield held[:size]
-    held = held[size:]
-  yield held
+  yield text.end()
 
 
 def require_stops(stop: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""Requests of many people on one network: an engine, its policies, and a server."""

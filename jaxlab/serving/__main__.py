@@ -1,0 +1,146 @@
+"""A server for a checkpoint: python -m jaxlab.serving --model=smollm2 --port=8000
+
+Clients of OpenAI's API find it at http://127.0.0.1:8000/v1. SIGTERM or Ctrl-C: nothing new is taken, what runs may end
+within --drain seconds; a second one stops at once.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.models import hub
+from jaxlab.models.vocabulary import load_vocabulary
+from jaxlab.serving.engine import Engine
+from jaxlab.serving.policies import POLICIES
+
+try:
+  import uvicorn
+
+  from jaxlab.serving.runner import Runner
+  from jaxlab.serving.server import Metrics, app
+except ImportError as missing:
+  sys.exit(f"error: {missing.name} is not installed; pip install 'jaxlab[serve]'")
+
+_PORTS = range(65536)
+
+
+class _Server(uvicorn.Server):
+  """Ends with status 0 when asked to."""
+
+  def __init__(self, config: uvicorn.Config, drain):
+    super().__init__(config)
+    self._drain = drain
+
+  @contextlib.contextmanager
+  def capture_signals(self):
+    before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+  def handle_exit(self, sig, frame) -> None:
+    if self.should_exit:
+      os._exit(1)
+    self.should_exit = True
+    self._drain()
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(f"{message}; see --help")
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Serves until it is told to stop. Returns the exit status."""
+  try:
+    _serve(_parse(arguments))
+    return 0
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = _Parser("python -m jaxlab.serving", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
+  add = parser.add_argument
+  add("--model", default="smollm2", help='"smollm2", "base", a folder, a .gguf file, or owner/name (%(default)s)')
+  add("--host", default="127.0.0.1", help="0.0.0.0 lets others in (%(default)s)")
+  add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+  add("--dtype", choices=("float32", "bfloat16"), help="of the parameters (bfloat16; on a CPU float32)")
+  add("--cache-gb", type=float, help="memory of keys and values (half of what a GPU has free; on a CPU 0.5)")
+  add("--page", type=int, default=32, help="tokens of a page (%(default)s)")
+  add("--rows", type=int, default=32, help="sequences that run at once (%(default)s)")
+  add("--budget", type=int, default=256, help="tokens of a step (%(default)s)")
+  add("--length", type=int, help="tokens of a request, prompt and answer (the model's context)")
+  add("--queue", type=int, default=256, help="sequences that may wait (%(default)s)")
+  add("--policy", default="sarathi", help=f"{', '.join(POLICIES)} (%(default)s)")
+  add("--timeout", type=float, default=600, help="seconds that a request may take (%(default)s)")
+  add("--drain", type=float, default=30, help="seconds that requests may go on after SIGTERM (%(default)s)")
+  add("--no-warm-up", action="store_true", help="compile programs when they are first needed")
+  return parser.parse_args(arguments)
+
+
+def _serve(options: argparse.Namespace) -> None:
+  cache = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  require(options.port in _PORTS, f"--port is {options.port}; it must lie in 0 .. 65535")
+  require(options.timeout > 0 and options.drain >= 0, "--timeout must be positive, and --drain not negative")
+  require_choice("--policy", options.policy, POLICIES)
+  vocabulary = load_vocabulary(options.model)
+  dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  model = hub.load(options.model, dtype=dtype)
+  engine = Engine(
+    model,
+    pages=_pages(model, options),
+    page=options.page,
+    length=options.length,
+    rows=options.rows,
+    budget=max(options.budget, options.rows),
+    policy=options.policy,
+    salt=f"{options.model}, {dtype}",
+  )
+  if not options.no_warm_up:
+    print(f"compiled {engine.warm_up()} programs", flush=True)
+  name = Path(options.model).name
+  metrics = Metrics()
+  runner = Runner(engine, queue_length=options.queue, ended=metrics.ended)
+  token = os.environ.get("JAXLAB_SERVING_TOKEN")
+  served = app(runner, vocabulary, name, metrics=metrics, token=token, timeout=options.timeout)
+  config = uvicorn.Config(
+    served,
+    host=options.host,
+    port=options.port,
+    log_level="warning",
+    timeout_graceful_shutdown=max(1, int(options.drain) + 5),
+  )
+  server = _Server(config, lambda: runner.begin_close(options.drain))
+  socket = config.bind_socket()
+  print(f"serving {name} at http://{options.host}:{socket.getsockname()[1]}/v1", flush=True)
+  server.run(sockets=[socket])
+  runner.close(0)
+
+
+def _pages(model, options: argparse.Namespace) -> int:
+  """How many pages fit into the memory that is given, or that there is."""
+  c = model.config
+  each = 2 * model.depth * c.kv_heads * c.head_dim * options.page * jax.numpy.dtype(model.dtype).itemsize
+  size = None if options.cache_gb is None else options.cache_gb * 1e9
+  if size is None:
+    stats = jax.devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    size = free / 2 if free > 0 else 5e8
+  require(size >= 2 * each, f"--cache-gb has no room for two pages of {each} bytes; raise it")
+  return int(size // each)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

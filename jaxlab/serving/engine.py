@@ -1,0 +1,261 @@
+"""The engine: requests come and go, every step is a batch of what the policy chose.
+
+  engine = Engine(hub.load("smollm2", dtype="bfloat16"), pages=4096)
+  engine.add(Request("a", prompt, tokens=64))
+  while engine.busy:
+    for event in engine.step():
+      print(event.id, event.token)
+
+Which tokens a request gets depends on nothing but itself: neither on the policy nor on what is served beside it, up to
+the rounding of products of other shapes.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.models import inference
+from jaxlab.models.generate import power_of_two
+from jaxlab.models.transformer import Transformer
+from jaxlab.serving import batch, policies
+from jaxlab.serving.batch import Shape
+from jaxlab.serving.pages import Pages
+from jaxlab.serving.requests import Event, Request, Served
+
+_LEAST = 16  # tokens of a chunk, in a program
+
+
+class Engine:
+  """Serves one network; not for several threads at once.
+
+  Args:
+    model: or a network taken apart. Models that smear need every token's predecessor and are refused.
+    pages: of the cache, all layers'; page: tokens of one.
+    length: prompt and new tokens of a request at most; None: the model's context, or the cache where that is smaller.
+    rows: sequences that run at most; budget: tokens of a step at most; chunks: prompts that are read at once.
+    steps: tokens that are made in one call where nobody reads or waits.
+    policy: a name of `policies.POLICIES` or a function of that kind.
+    prefix: pages of prompts are shared with later prompts that begin alike.
+    salt: as in `Pages`.
+    clock: seconds; a test's may stand still.
+
+  Raises:
+    InputError: sizes out of range, no room for a single page a row, or a model that cannot be served.
+  """
+
+  def __init__(
+    self,
+    model: Transformer | inference.Network,
+    *,
+    pages: int = 1024,
+    page: int = 16,
+    length: int | None = None,
+    rows: int = 32,
+    budget: int = 256,
+    chunks: int = 4,
+    steps: int = 8,
+    policy: str | Callable = "sarathi",
+    prefix: bool = True,
+    salt: str = "",
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    require_counts(rows=rows, budget=budget, chunks=chunks, steps=steps)
+    require(budget >= rows, f"budget is {budget}; it must have room for a token of each of the {rows} rows")
+    if isinstance(policy, str):
+      require_choice("policy", policy, policies.POLICIES)
+    self.network = jax.jit(inference.take_apart)(model) if isinstance(model, Transformer) else model
+    c = self.network.model.config
+    require(not c.smear, "models that smear embeddings cannot be served yet; use jaxlab.generate")
+    self.pages = Pages(pages, page, salt=salt, index=prefix)
+    self._watermark = max(1, pages // 100)
+    room = (pages - 1 - self._watermark) * page
+    self.length = min(c.context if length is None else length, room)
+    require(self.length >= 2, f"{pages} pages of {page} tokens have no room for a request; raise pages")
+    self.policy = policies.POLICIES[policy] if isinstance(policy, str) else policy
+    self.rows, self.budget, self.chunks, self.steps, self.clock = rows, budget, chunks, steps, clock
+    self.waiting: deque[Served] = deque()
+    self.running: list[Served] = []
+    self.ended: list[Served] = []  # since `take_ended`
+    self.counters = dict(steps=0, tokens=0, padding=0, preempted=0, reused=0, programs=0)
+    self._of_id: dict[str, Served] = {}
+    self._added = 0
+    self._table = -(-self.length // page)
+    self._pools = batch.empty_pools(self.network, pages, page)
+    self._leaves = jax.tree.leaves(self.network)
+    self._programs: dict[Shape, Callable] = {}
+
+  @property
+  def busy(self) -> bool:
+    """Whether somebody is served or waits."""
+    return bool(self.running or self.waiting)
+
+  def check(self, request: Request) -> None:
+    """Raises InputError for token ids that the model lacks, and for more tokens than there is room for."""
+    vocab = self.network.model.config.vocab_size
+    low, high = min(request.prompt), max(request.prompt)
+    require(low >= 0 and high < vocab, f"the prompt has ids {low}..{high}, the model 0..{vocab - 1}")
+    wanted = len(request.prompt) + request.tokens
+    require(
+      wanted <= self.length,
+      f"the prompt has {len(request.prompt)} tokens and {request.tokens} new ones are wanted; there is room for "
+      f"{self.length} in all",
+    )
+
+  def add(self, request: Request) -> None:
+    """Lets a request wait.
+
+    Raises:
+      InputError: an id that is served already, and what `check` finds.
+    """
+    require(request.id not in self._of_id, f"a request named {request.id!r:.80} is served already")
+    self.check(request)
+    served = Served(request, list(request.prompt), order=self._added)
+    self._added += 1
+    self._of_id[request.id] = served
+    self.waiting.append(served)
+
+  def abort(self, id: str) -> bool:
+    """Ends a request; its pages are free at once. False: it is not served (any more)."""
+    served = self._of_id.get(id)
+    if served is None:
+      return False
+    self._end(served)
+    return True
+
+  def take_ended(self) -> list[Served]:
+    """Those that ended since the last call, for metrics."""
+    ended, self.ended = self.ended, []
+    return ended
+
+  def warm_up(self, *, score: bool = False) -> int:
+    """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
+    for shape in self._shapes(score):
+      self._program(shape)
+    return len(self._programs)
+
+  def step(self) -> list[Event]:
+    """Runs one step and returns the new tokens, none where nothing can run."""
+    view = policies.View(self.running, self.waiting, self.pages, self.rows, self.budget, self.chunks, self._watermark)
+    reused = {id(s): 0 for s in self.waiting}
+    plan = self.policy(view)
+    policies.check(plan, view)
+    self.counters["preempted"] += len(plan.preempt)
+    self.counters["reused"] += sum(s.computed for s, _ in plan.chunks if id(s) in reused)
+    if not plan.decode and not plan.chunks:
+      return []
+    now = self.clock()
+    for served in (*plan.decode, *(s for s, _ in plan.chunks)):
+      served.scheduled = now if math.isnan(served.scheduled) else served.scheduled
+    steps = self._steps(view, plan)
+    return self._run(plan, steps)
+
+  def _steps(self, view: policies.View, plan: policies.Plan) -> int:
+    """Several tokens at once where nobody reads or waits, and the pages are there."""
+    if plan.chunks or self.waiting or self.steps == 1:
+      return 1
+    longest = max(s.request.tokens - s.made for s in plan.decode)
+    steps = self.steps if longest > 1 else 1
+    ahead = lambda s: min(len(s.tokens) + steps - 1, len(s.request.prompt) + s.request.tokens)
+    return steps if all([view.hold(s, ahead(s)) for s in plan.decode]) else 1
+
+  def _run(self, plan: policies.Plan, steps: int) -> list[Event]:
+    score = any(s.request.score and not s.made for s, _ in plan.chunks)
+    longest = max((count for _, count in plan.chunks), default=0)
+    shape = self._fitting(len(plan.decode), len(plan.chunks), longest, steps, score)
+    decode = batch.blank(shape.decode, 1, self._table)
+    chunks = batch.blank(shape.chunks, max(shape.length, 1), self._table)
+    for i, served in enumerate(plan.decode):
+      self._fill(decode, i, served, 1)
+    for i, (served, count) in enumerate(plan.chunks):
+      self._fill(chunks, i, served, count)
+    self._pools, drawn, scores = self._program(shape)(self._leaves, self._pools, decode, chunks)
+    drawn, scores = jax.device_get((drawn, scores))
+    now, events = self.clock(), []
+    useful = len(plan.decode) * shape.steps + sum(count for _, count in plan.chunks)
+    self.counters["steps"] += 1
+    self.counters["tokens"] += useful
+    self.counters["padding"] += shape.decode * shape.steps + shape.chunks * shape.length - useful
+    for i, served in enumerate(plan.decode):
+      events += self._made(served, [a[i] for a in drawn], now)
+    for i, (served, count) in enumerate(plan.chunks):
+      if score and served.request.score and not served.made:
+        served.scores += zip(*(a[i, :count].tolist() for a in scores), strict=True)
+      served.computed += count
+      if served.pending == 0:
+        events += self._made(served, [a[shape.decode + i] for a in drawn], now, computed=0)
+      else:
+        self._publish(served)
+    return events
+
+  def _fill(self, rows: batch.Rows, i: int, served: Served, count: int) -> None:
+    """Row i of the arrays: the next `count` pending tokens."""
+    first, sampling = served.computed, served.request.sampling
+    rows.tokens[i, :count] = served.tokens[first : first + count]
+    after = served.tokens[first + 1 : first + count + 1]
+    rows.targets[i, : len(after)] = after
+    rows.start[i], rows.count[i] = first, count
+    rows.table[i, : len(served.pages)] = served.pages
+    rows.temperature[i] = sampling.temperature
+    rows.top_p[i] = 1 if sampling.top_p is None else sampling.top_p
+    rows.top_k[i] = 0 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
+    rows.seed[i] = np.uint32(sampling.seed % 2**32).astype(np.int32)
+    rows.number[i] = served.made
+
+  def _made(self, served: Served, drawn, now: float, *, computed: int = 1) -> list[Event]:
+    """Takes the tokens of one sequence, up to its end; a step that decoded worked out each one's predecessor."""
+    events, request = [], served.request
+    for token, logprob, *best in zip(*(a.tolist() for a in drawn), strict=True):
+      served.computed += computed
+      served.tokens.append(token)
+      served.times.append(now)
+      finish = "stop" if token in request.stop else "length" if served.made >= request.tokens else None
+      scores = tuple(served.scores[: len(request.prompt) - 1]) if request.score and served.made == 1 else ()
+      events.append(Event(request.id, token, logprob, tuple(best), finish, scores))
+      if finish:
+        self._publish(served)
+        self._end(served)
+        return events
+    self._publish(served)
+    return events
+
+  def _publish(self, served: Served) -> None:
+    full = served.computed // self.pages.size
+    if full > served.published:
+      self.pages.publish(served.tokens[: full * self.pages.size], served.pages, served.published)
+      served.published = full
+
+  def _end(self, served: Served) -> None:
+    self.pages.release(served.pages)
+    served.pages = []
+    (self.running if served in self.running else self.waiting).remove(served)
+    del self._of_id[served.request.id]
+    self.ended.append(served)
+
+  def _program(self, shape: Shape) -> Callable:
+    if shape not in self._programs:
+      self._programs[shape] = batch.compiled(self.network, self._pools, self._table, shape)
+      self.counters["programs"] += 1
+    return self._programs[shape]
+
+  def _fitting(self, decode: int, chunks: int, longest: int, steps: int, score: bool) -> Shape:
+    """The smallest program that the step fits into."""
+    decoding = 0 if chunks and not decode else min(power_of_two(max(decode, 1), 4), power_of_two(self.rows, 4))
+    if not chunks:
+      return Shape(decoding, 0, 0, steps)
+    length = min(power_of_two(longest, _LEAST), power_of_two(self.budget, _LEAST))
+    # Few programs: rows that decode beside a chunk are none or all there can be.
+    return Shape(power_of_two(self.rows, 4) if decoding else 0, 1 if chunks == 1 else self.chunks, length, 1, score)
+
+  def _shapes(self, score: bool) -> set[Shape]:
+    sizes = lambda most, least: {min(power_of_two(n, least), power_of_two(most, least)) for n in range(1, most + 1)}
+    made = {Shape(rows, 0, 0, steps) for rows in sizes(self.rows, 4) for steps in {1, self.steps}}
+    for length in sizes(self.budget, _LEAST):
+      for decode in (0, power_of_two(self.rows, 4)):
+        for count in {1, self.chunks}:
+          made |= {Shape(decode, count, length, 1, s) for s in {False, score}}
+    return made

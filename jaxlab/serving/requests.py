@@ -1,0 +1,112 @@
+"""What is asked for, and how far it has come."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxlab.core.checks import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the tokens of a request are drawn; they depend on nothing else, not on who is served beside it.
+
+  Attributes:
+    temperature: 0 is the argmax; top_k, top_p: as in `models.generate.sample`, None for all.
+    seed: token number i is drawn by fold_in(key(seed), i), as `generate(key=jax.random.key(seed))` draws it.
+  """
+
+  temperature: float = 0.0
+  top_k: int | None = None
+  top_p: float | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+      known = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+      require(known, f"{name} is {value!r:.80}; it must be a number")
+    require(0 <= self.temperature <= 100, f"temperature is {self.temperature}; it must lie in 0 .. 100")
+    require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in 0 < top_p <= 1")
+    require(
+      self.top_k is None or (type(self.top_k) is int and self.top_k >= 1),
+      f"top_k is {self.top_k!r:.80}; it must be a whole number from 1 on",
+    )
+    whole = type(self.seed) is int and -(2**31) <= self.seed < 2**32
+    require(whole, f"seed is {self.seed!r:.80}; it must be a whole number of 32 bits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A prompt and what is wanted of it.
+
+  Attributes:
+    id: different from those of all others that are served.
+    prompt: token ids, at least one; tokens: how many new ones at most, at least 1.
+    stop: ids that end it; the one it met is its last token.
+    score: the log-probability of every prompt token is wanted too, and the likeliest in its place.
+    arrival: seconds on the engine's clock.
+  """
+
+  id: str
+  prompt: Sequence[int]
+  tokens: int
+  sampling: Sampling = Sampling()
+  stop: frozenset[int] = frozenset()
+  score: bool = False
+  arrival: float = 0.0
+
+  def __post_init__(self):
+    require(len(self.prompt) > 0, "the prompt is empty; give at least one token")
+    require(self.tokens >= 1, f"{self.tokens} new tokens are wanted; ask for at least 1")
+
+
+@dataclasses.dataclass(eq=False)
+class Served:
+  """A request that is served.
+
+  Attributes:
+    tokens: prompt and what was made; order: of those that came.
+    computed: how many tokens have their keys and values in the pages.
+    pages: in the order of their positions; published: how many were, from the first on.
+    times: when the request was first scheduled, then when each token was read.
+  """
+
+  request: Request
+  tokens: list[int]
+  order: int
+  computed: int = 0
+  pages: list[int] = dataclasses.field(default_factory=list)
+  published: int = 0
+  scheduled: float = math.nan
+  times: list[float] = dataclasses.field(default_factory=list)
+  scores: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)
+
+  @property
+  def made(self) -> int:
+    """Tokens so far."""
+    return len(self.tokens) - len(self.request.prompt)
+
+  @property
+  def pending(self) -> int:
+    """Tokens whose keys and values are still to be worked out: one of a sequence that decodes."""
+    return len(self.tokens) - self.computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """A new token of a request, or its end.
+
+  Attributes:
+    token, logprob: the model's own log-probability, before temperature, top_k and top_p; best: the likeliest token and
+      its. None with an end that brings no token.
+    finish: "stop" (it met one of its stop ids), "length", "error: ..." or None while it goes on.
+    scores: with the first token of a request that wants them: (log-probability, likeliest id, that one's) of every
+      prompt token from the second on.
+  """
+
+  id: str
+  token: int | None
+  logprob: float | None
+  best: tuple[int, float] | None
+  finish: str | None = None
+  scores: tuple = ()

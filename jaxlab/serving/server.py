@@ -1,0 +1,332 @@
+"""An OpenAI-compatible server over the engine: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+
+python -m jaxlab.serving --model=smollm2 --port=8000
+"""
+
+import asyncio
+import dataclasses
+import hmac
+import itertools
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from jaxlab.core.checks import InputError, require
+from jaxlab.models.text import Pieces, Until
+from jaxlab.models.vocabulary import Vocabulary
+from jaxlab.serving import protocol
+from jaxlab.serving.protocol import Asked
+from jaxlab.serving.requests import Event, Request, Served
+from jaxlab.serving.runner import Full, Runner
+
+_BODY = 4_000_000  # bytes
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+  """What /metrics tells; times are those at which the host read a token."""
+
+  def __init__(self):
+    self.registry = CollectorRegistry()
+    make = lambda kind, name, what, **more: kind(f"jaxlab_{name}", what, registry=self.registry, **more)
+    self.requests = make(Counter, "requests", "requests that ended", labelnames=("finish",))
+    self.prompt = make(Counter, "prompt_tokens", "tokens of prompts that were served")
+    self.generated = make(Counter, "generated_tokens", "tokens that were made")
+    self.first = make(Histogram, "time_to_first_token_seconds", "from arrival", buckets=_SECONDS)
+    self.between = make(Histogram, "time_between_tokens_seconds", "of one request", buckets=_SECONDS)
+    self.running = make(Gauge, "running", "sequences that run")
+    self.waiting = make(Gauge, "waiting", "sequences that wait")
+    self.free = make(Gauge, "free_pages", "pages that could be given away")
+
+  def ended(self, served: Served) -> None:
+    """Counts a request."""
+    limit = served.made >= served.request.tokens
+    stopped = served.made > 0 and served.tokens[-1] in served.request.stop
+    self.requests.labels("stop" if stopped else "length" if limit else "abort").inc()
+    self.prompt.inc(len(served.request.prompt))
+    self.generated.inc(served.made)
+    if served.times:
+      self.first.observe(max(0.0, served.times[0] - served.request.arrival))
+    for before, after in itertools.pairwise(served.times):
+      self.between.observe(after - before)
+
+  def text(self, engine) -> bytes:
+    """In Prometheus' format."""
+    self.running.set(len(engine.running))
+    self.waiting.set(len(engine.waiting))
+    self.free.set(engine.pages.free)
+    return generate_latest(self.registry)
+
+
+class _Refused(Exception):
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+class _Answer:
+  """The text of one sequence as it comes."""
+
+  def __init__(self, index: int, vocabulary: Vocabulary, asked: Asked, prompt: list[int], limit: int):
+    self.index, self.prompt, self.limit = index, prompt, limit
+    self._tokenizer, self._pieces = vocabulary.tokenizer, Pieces(vocabulary.tokenizer)
+    self._until, self._asked = Until(asked.stop), asked
+    self.finish: str | None = None
+    self.made = 0
+    self.tokens: list[tuple[int, float | None, tuple[int, float] | None]] = []  # not yet told
+
+  def take(self, event: Event) -> str:
+    """The new text, with `finish` set where it ends."""
+    text = ""
+    if event.scores or (self._asked.echo and not self.made):
+      scores = event.scores or [(None, None, None)] * (len(self.prompt) - 1)
+      rest = zip(self.prompt[1:], scores, strict=True)
+      self.tokens.append((self.prompt[0], None, None))
+      self.tokens += [(i, lp, None if best is None else (best, top)) for i, (lp, best, top) in rest]
+      text = self._tokenizer.decode(self.prompt, skip_special_tokens=False) if self._asked.echo else ""
+    self.made += 1
+    if self.made <= self.limit:
+      self.tokens.append((event.token, event.logprob, event.best))
+      if event.finish != "stop":  # the stop token is no text
+        text += self._until.push(self._pieces.push(event.token) or "")
+    if self._until.found:
+      self.finish = "stop"
+    elif event.finish:
+      self.finish = event.finish
+      text += self._until.push(self._pieces.end()) + self._until.end()
+    return text
+
+  def logprobs(self, chat: bool) -> dict | None:
+    """Of the tokens since the last call, in the form of the API."""
+    tokens, self.tokens = self.tokens, []
+    if not self._asked.logprobs:
+      return None
+    name = lambda i: self._tokenizer.decode([i], skip_special_tokens=False)
+    if chat:
+      entry = lambda i, lp: {"token": name(i), "logprob": lp, "bytes": list(name(i).encode())}
+      best = lambda top: [] if top is None else [entry(*top)]
+      return {"content": [entry(i, lp) | {"top_logprobs": best(top)} for i, lp, top in tokens]}
+    names = [name(i) for i, *_ in tokens]
+    offsets = [0, *itertools.accumulate(map(len, names))][:-1]
+    return {
+      "tokens": names,
+      "token_logprobs": [lp for _, lp, _ in tokens],
+      "top_logprobs": [None if top is None else {name(top[0]): top[1]} for *_, top in tokens],
+      "text_offset": offsets,
+    }
+
+
+def app(
+  runner: Runner,
+  vocabulary: Vocabulary,
+  name: str,
+  *,
+  metrics: Metrics | None = None,
+  token: str | None = None,
+  timeout: float = 600.0,
+) -> Starlette:
+  """The application.
+
+  Args:
+    name: of the model; token: what clients must send as a bearer; timeout: seconds that a request may take.
+  """
+  metrics, created = metrics or Metrics(), int(time.time())
+
+  async def models(request: HTTPRequest) -> Response:
+    _permit(request)
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "jaxlab"}
+    return JSONResponse({"object": "list", "data": [entry]})
+
+  async def health(request: HTTPRequest) -> Response:
+    return JSONResponse({"status": runner.failed or "ok"}, 503 if runner.failed else 200)
+
+  async def tell_metrics(request: HTTPRequest) -> Response:
+    _permit(request)
+    return Response(metrics.text(runner.engine), media_type="text/plain; version=0.0.4")
+
+  def _permit(request: HTTPRequest) -> None:
+    given = request.headers.get("authorization", "")
+    if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+      raise _Refused(401, "a bearer token is needed, or another one")
+
+  async def complete(request: HTTPRequest) -> Response:
+    return await _answer(request, chat=False)
+
+  async def answer_chat(request: HTTPRequest) -> Response:
+    return await _answer(request, chat=True)
+
+  async def _answer(request: HTTPRequest, chat: bool) -> Response:
+    _permit(request)
+    asked = (protocol.chat if chat else protocol.completion)(await _body(request), vocabulary, name)
+    served = _Served(runner, vocabulary, asked, chat, name, timeout)
+    served.begin()
+    if asked.stream:
+      return StreamingResponse(served.stream(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    return JSONResponse(await served.whole(request))
+
+  async def refused(request: HTTPRequest, error: Exception) -> Response:
+    status = error.status if isinstance(error, _Refused) else 429 if isinstance(error, Full) else 400
+    kind = {401: "authentication_error", 413: "request_too_large", 429: "rate_limit_error", 503: "server_error"}
+    message = "too many requests wait; try again later" if isinstance(error, Full) else str(error)
+    body = {"message": message, "type": kind.get(status, "invalid_request_error"), "param": None, "code": None}
+    return JSONResponse({"error": body}, status, {"retry-after": "1"} if status == 429 else None)
+
+  routes = [
+    Route("/v1/completions", complete, methods=["POST"]),
+    Route("/v1/chat/completions", answer_chat, methods=["POST"]),
+    Route("/v1/models", models),
+    Route("/health", health),
+    Route("/metrics", tell_metrics),
+  ]
+
+  async def gone(request: HTTPRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+  handlers = {InputError: refused, _Refused: refused, Full: refused, ClientDisconnect: gone}
+  return Starlette(routes=routes, exception_handlers=handlers)
+
+
+async def _body(request: HTTPRequest) -> object:
+  data = bytearray()
+  async for part in request.stream():
+    data += part
+    if len(data) > _BODY:
+      raise _Refused(413, f"the body has more than {_BODY} bytes")
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"the body is not JSON: {error}") from None
+
+
+class _Served:
+  """A body that is being answered: its sequences, and the queue through which the engine's thread tells of them."""
+
+  def __init__(self, runner: Runner, vocabulary: Vocabulary, asked: Asked, chat: bool, name: str, timeout: float):
+    self._runner, self._asked, self._chat, self._name = runner, asked, chat, name
+    self._end = asyncio.get_running_loop().time() + timeout
+    self._events: asyncio.Queue[Event] = asyncio.Queue()
+    self._id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+    self._created, self._answers, self._requests = int(time.time()), {}, []
+    room = runner.engine.length
+    for i, prompt in enumerate(asked.prompts):
+      limit = room - len(prompt) if asked.tokens is None else asked.tokens
+      require(
+        limit >= 0 and len(prompt) < room, f"the prompt has {len(prompt)} tokens; there is room for {room} in all"
+      )
+      for k in range(asked.n):
+        answer = _Answer(i * asked.n + k, vocabulary, asked, prompt, limit)
+        sampling = dataclasses.replace(asked.sampling, seed=(asked.sampling.seed + k) % 2**32)
+        id = f"{self._id}-{answer.index}"
+        score = asked.echo and asked.logprobs
+        made = Request(id, prompt, max(1, limit), sampling, frozenset(vocabulary.eos), score, runner.engine.clock())
+        self._requests.append(made)
+        self._answers[id] = answer
+
+  def begin(self) -> None:
+    """Hands all sequences in, or none.
+
+    Raises:
+      Full, InputError: as `Runner.submit`, or the first sequence that the engine refuses at once.
+    """
+    loop = asyncio.get_running_loop()
+    tell = lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
+    for i, request in enumerate(self._requests):
+      try:
+        self._runner.engine.check(request)
+        self._runner.submit(request, tell)
+      except (Full, InputError):
+        for before in self._requests[:i]:
+          self._runner.abort(before.id)
+        raise
+
+  async def _texts(self) -> AsyncIterator[tuple[_Answer, str]]:
+    """(a sequence, its new text); all of them are ended when this is left, however that is."""
+    open_ids = set(self._answers)
+    try:
+      while open_ids:
+        left = self._end - asyncio.get_running_loop().time()
+        try:
+          event = await asyncio.wait_for(self._events.get(), max(left, 0))
+        except TimeoutError:
+          raise _Refused(503, "the request took too long; ask for fewer tokens") from None
+        if event.finish and event.finish.startswith("error: "):
+          open_ids.discard(event.id)
+          raise _Refused(503, event.finish.removeprefix("error: "))
+        if event.id not in open_ids:
+          continue
+        answer = self._answers[event.id]
+        text = answer.take(event)
+        if answer.finish:
+          open_ids.discard(event.id)
+          if not event.finish:
+            self._runner.abort(event.id)
+        yield answer, text
+    finally:
+      for id in open_ids:
+        self._runner.abort(id)
+
+  async def whole(self, request: HTTPRequest) -> dict:
+    """The answer as one object; it is given up when the client leaves."""
+    texts = {answer.index: [] for answer in self._answers.values()}
+
+    async def read():
+      async for answer, text in self._texts():
+        texts[answer.index].append(text)
+
+    async def gone():
+      while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+
+    tasks = asyncio.ensure_future(read()), asyncio.ensure_future(gone())
+    try:
+      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+      if not tasks[0].done():
+        raise ClientDisconnect
+      tasks[0].result()
+    finally:
+      for task in tasks:
+        task.cancel()
+      await asyncio.gather(*tasks, return_exceptions=True)
+    choices = [self._choice(a, "".join(texts[a.index]), "message") for a in self._answers.values()]
+    return self._object(choices, stream=False) | {"usage": self._usage()}
+
+  async def stream(self) -> AsyncIterator[str]:
+    """The answer as server-sent events; a fault after the beginning is one, too."""
+    line = lambda data: f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    try:
+      if self._chat:
+        for answer in self._answers.values():
+          first = {"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+          yield line(self._object([first], stream=True))
+      async for answer, text in self._texts():
+        if text or answer.finish or (answer.tokens and self._asked.logprobs):
+          yield line(self._object([self._choice(answer, text, "delta")], stream=True))
+      if self._asked.usage:
+        yield line(self._object([], stream=True) | {"usage": self._usage()})
+      yield "data: [DONE]\n\n"
+    except _Refused as error:
+      yield line({"error": {"message": str(error), "type": "server_error"}})
+
+  def _object(self, choices: list, *, stream: bool) -> dict:
+    kind = ("chat.completion" + ".chunk" * stream) if self._chat else "text_completion"
+    return {"id": self._id, "object": kind, "created": self._created, "model": self._name, "choices": choices}
+
+  def _choice(self, answer: _Answer, text: str, field: str) -> dict:
+    finish = answer.finish or None
+    made = {"index": answer.index, "finish_reason": finish, "logprobs": answer.logprobs(self._chat)}
+    if not self._chat:
+      return made | {"text": text}
+    return made | {field: {"content": text} | ({"role": "assistant"} if field == "message" else {})}
+
+  def _usage(self) -> dict:
+    prompt = sum(map(len, self._asked.prompts))
+    made = sum(min(answer.made, answer.limit) for answer in self._answers.values())
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
