@@ -1,7 +1,7 @@
 # Each target sets up .venv by itself; PYTHON picks the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
-PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py)
+PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py serving/test_smollm2.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
 .PHONY: demo test test-gpu parity parity-kvpress lint format docs report

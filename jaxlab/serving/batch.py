@@ -190,12 +190,17 @@ def _scores(head, x, backout, chunks, shape: Shape):
 def compiled(network: Network, pools, pages_per_row: int, shape: Shape):
   """(leaves of the network, pools, decode, chunks) -> `run`, compiled; the pools are overwritten."""
   leaves, structure = jax.tree.flatten(network)
+  shaped = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
+  return _compiled(structure, tuple(map(shaped, leaves)), jax.tree.map(shaped, pools), pages_per_row, shape)
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape):
+  """Engines of one network share it."""
 
   @functools.partial(jax.jit, donate_argnums=1)
   def program(leaves, pools, decode, chunks):
     return run(jax.tree.unflatten(structure, leaves), pools, decode, chunks, shape)
 
-  shaped = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
-  like = functools.partial(jax.tree.map, shaped)
   rows = blank(shape.decode, 1, pages_per_row), blank(shape.chunks, max(shape.length, 1), pages_per_row)
-  return program.lower(like(leaves), like(pools), *map(like, rows)).compile()
+  return program.lower(list(leaves), pools, *rows).compile()

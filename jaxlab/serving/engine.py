@@ -141,11 +141,11 @@ class Engine:
   def step(self) -> list[Event]:
     """Runs one step and returns the new tokens, none where nothing can run."""
     view = policies.View(self.running, self.waiting, self.pages, self.rows, self.budget, self.chunks, self._watermark)
-    reused = {id(s): 0 for s in self.waiting}
+    waiting = set(self.waiting)
     plan = self.policy(view)
     policies.check(plan, view)
     self.counters["preempted"] += len(plan.preempt)
-    self.counters["reused"] += sum(s.computed for s, _ in plan.chunks if id(s) in reused)
+    self.counters["reused"] += sum(s.computed for s in self.running if s in waiting)
     if not plan.decode and not plan.chunks:
       return []
     now = self.clock()

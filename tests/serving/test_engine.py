@@ -1,0 +1,199 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import generate, inference
+from jaxlab.serving import policies
+from jaxlab.serving.batch import sample_rows
+from jaxlab.serving.engine import Engine
+from jaxlab.serving.requests import Request, Sampling
+from tests.common import configs, random_model
+
+SMALL = dict(pages=40, page=4, length=48, rows=4, budget=16, chunks=2, steps=4)
+
+
+@functools.cache
+def network():
+  return jax.jit(inference.take_apart)(random_model(configs()["qwen3"]))
+
+
+@functools.cache
+def requests():
+  """Greedy and sampled ones, of one token and of many."""
+  rng = np.random.default_rng(0)
+  how = (Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=5, seed=4), Sampling(1.3, top_p=0.6, seed=5))
+  prompts = [rng.integers(0, 64, size).tolist() for size in (1, 29, 5, 17, 12, 3, 30, 8)]
+  prompts[6][:20] = prompts[1][:20]  # a beginning that is shared
+  return [Request(f"{i}", p, int(rng.integers(1, 13)), how[i % 4]) for i, p in enumerate(prompts)]
+
+
+@functools.cache
+def expected():
+  made = {}
+  for r in requests():
+    s = r.sampling
+    how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, key=jax.random.key(s.seed))
+    made[r.id] = generate(network(), np.array([r.prompt]), tokens=r.tokens, **how)[0].tolist()
+  return made
+
+
+def serve(engine, asked, arrivals=None):
+  """{id: tokens}; request i is added before step arrivals[i]."""
+  made, waiting, step = {r.id: [] for r in asked}, list(zip(arrivals or [0] * len(asked), asked, strict=True)), 0
+  while waiting or engine.busy:
+    for _, request in [w for w in waiting if w[0] <= step]:
+      engine.add(request)
+    waiting = [w for w in waiting if w[0] > step]
+    for event in engine.step():
+      made[event.id].append(event.token)
+    assert engine.pages.free + engine.pages.held == len(engine.pages.holders) - 1
+    step += 1
+    assert step < 500
+  return made
+
+
+@pytest.mark.parametrize("policy", policies.POLICIES)
+@pytest.mark.parametrize("options", [{}, dict(budget=5, chunks=1, steps=1), dict(pages=16, prefix=False)])
+def test_tokens_do_not_depend_on_the_schedule(policy, options):
+  """Those that each request gets by itself, under every policy, in chunks of 16 and of 5, with pages for all and with
+  so few that sequences have to be computed again."""
+  engine = Engine(network(), **SMALL | options, policy=policy)
+  assert serve(engine, requests(), [0, 0, 0, 1, 2, 5, 9, 9]) == expected()
+  assert engine.pages.held == 0 and not engine.busy
+  if options.get("pages") and policy == "sarathi":
+    assert engine.counters["preempted"] > 0
+  if not options:
+    assert engine.counters["reused"] >= 16  # four pages of the shared beginning, at least
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 10_000))
+def test_any_order_of_arrivals_and_ends(seed):
+  """Some are aborted on the way: the others' tokens are their own, and no page is lost."""
+  rng, engine, asked = np.random.default_rng(seed), Engine(network(), **SMALL | dict(pages=20)), requests()
+  arrivals, made, gone = rng.integers(0, 12, len(asked)), {r.id: [] for r in asked}, set()
+  for step in range(200):
+    for r in (r for r, at in zip(asked, arrivals, strict=True) if at == step):
+      engine.add(r)
+    if rng.random() < 0.1 and (ids := [s.request.id for s in (*engine.running, *engine.waiting)]):
+      gone.add(ids[rng.integers(len(ids))])
+      assert engine.abort([*gone][-1]) or True
+    for id in gone:
+      engine.abort(id)
+    for event in engine.step():
+      assert event.id not in gone
+      made[event.id].append(event.token)
+  assert not engine.busy and engine.pages.held == 0
+  for r in asked:
+    assert made[r.id] == (expected()[r.id][: len(made[r.id])] if r.id in gone else expected()[r.id])
+
+
+def test_nobody_reads_the_page_of_padding_and_the_cache_is_not_copied():
+  engine = Engine(network(), **SMALL)
+  engine.warm_up()
+  engine._pools = jax.tree.map(lambda a: a.at[:, 0].set(jnp.nan), engine._pools)
+  programs, address = len(engine._programs), engine._pools[0][0].unsafe_buffer_pointer()
+  assert serve(engine, requests()) == expected()
+  assert len(engine._programs) == programs, "a step compiled a program that warm_up had not"
+  assert engine._pools[0][0].unsafe_buffer_pointer() == address
+
+
+def test_scores_of_a_prompt_are_the_models_own():
+  """In chunks, beside others, and computed although their pages are known."""
+  engine, prompt = Engine(network(), **SMALL), requests()[1].prompt
+  serve(engine, requests())
+  engine.add(dataclasses.replace(requests()[4], id="beside"))
+  engine.add(Request("a", prompt, 1, score=True))
+  events = [e for _ in range(9) for e in engine.step() if e.id == "a"]
+  (event,) = events
+  logp = jax.nn.log_softmax(inference.step(network(), jnp.array([prompt]))[0][0].astype(jnp.float32))
+  found, best, top = map(np.array, zip(*event.scores, strict=True))
+  np.testing.assert_allclose(found, logp[np.arange(len(prompt) - 1), prompt[1:]], rtol=1e-4, atol=1e-4)
+  np.testing.assert_array_equal(best, logp[:-1].argmax(axis=1))
+  np.testing.assert_allclose(top, logp[:-1].max(axis=1), rtol=1e-4, atol=1e-4)
+  assert event.token == int(logp[-1].argmax()) and event.finish == "length"
+  np.testing.assert_allclose(event.logprob, logp[-1].max(), rtol=1e-4, atol=1e-4)
+
+
+def test_it_stops_at_a_stop_token_and_counts_what_it_did():
+  engine, r = Engine(network(), **SMALL, clock=iter(range(99)).__next__), requests()[6]
+  r = dataclasses.replace(r, tokens=8, sampling=Sampling())
+  asked = serve(Engine(network(), **SMALL), [r])[r.id]
+  stop = asked[3]
+  first = asked.index(stop)
+  engine.add(dataclasses.replace(r, stop=frozenset([stop])))
+  events = [e for _ in range(9) for e in engine.step()]
+  assert [e.token for e in events] == asked[: first + 1]
+  assert [e.finish for e in events] == [None] * first + ["stop"]
+  (served,) = engine.take_ended()
+  assert engine.take_ended() == [] and served.scheduled == 0 and served.times[0] == 3  # chunks of 16 and 14
+  assert engine.counters["tokens"] + engine.counters["padding"] > 0
+
+
+def test_settings_of_a_row_are_its_own():
+  """Each row of a batch as if it were alone, and top_k and top_p as `generate.sample` has them."""
+  logits = jax.random.normal(jax.random.key(0), (5, 40))
+
+  class Rows:
+    temperature, top_p = jnp.array([0, 1.0, 0.5, 1, 2]), jnp.array([1, 1, 0.3, 0.9, 1.0])
+    top_k, seed, number = jnp.array([0, 3, 0, 4, 0]), jnp.array([1, 2, 3, -4, 5]), jnp.array([0, 7, 2, 3, 1])
+
+  token, logprob, best, _ = sample_rows(logits, Rows)
+  for i in range(5):
+    key = jax.random.fold_in(jax.random.key(int(Rows.seed[i]) % 2**32), int(Rows.number[i]))
+    how = dict(temperature=float(Rows.temperature[i]), top_k=int(Rows.top_k[i]) or None, top_p=float(Rows.top_p[i]))
+    assert int(token[i]) == int(generate_sample(logits[i : i + 1], key, **how)[0])
+  np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[jnp.arange(5), token], rtol=1e-5)
+  np.testing.assert_array_equal(best, logits.argmax(axis=1))
+
+
+def generate_sample(*arguments, **options):
+  from jaxlab.models.generate import sample
+
+  return sample(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+  "request_, message",
+  [
+    (dict(prompt=[1, 64]), r"the prompt has ids 1\.\.64, the model 0\.\.63"),
+    (dict(prompt=[]), "the prompt is empty"),
+    (dict(tokens=0), "0 new tokens are wanted; ask for at least 1"),
+    (dict(prompt=[1] * 40, tokens=9), "40 tokens and 9 new ones are wanted; there is room for 48 in all"),
+    (dict(sampling=dict(temperature=-1)), "temperature is -1"),
+    (dict(sampling=dict(top_p=0)), "top_p is 0"),
+    (dict(sampling=dict(top_k=0)), "top_k is 0"),
+    (dict(sampling=dict(seed=0.5)), "seed is 0.5"),
+  ],
+)
+def test_requests_that_cannot_be_served_are_named(request_, message):
+  engine = Engine(network(), **SMALL)
+  with pytest.raises(InputError, match=message):
+    sampling = Sampling(**request_.pop("sampling", {}))
+    engine.add(Request(**dict(id="a", prompt=[1], tokens=1, sampling=sampling) | request_))
+  assert not engine.busy
+
+
+def test_engines_and_policies_that_cannot_be_are_named():
+  for options, message in (
+    (dict(budget=3), "budget is 3; it must have room for a token of each of the 4 rows"),
+    (dict(policy="fair"), "policy is 'fair'; it must be one of sarathi"),
+    (dict(pages=2), "have no room for a request"),
+  ):
+    with pytest.raises(InputError, match=message):
+      Engine(network(), **SMALL | options)
+  with pytest.raises(InputError, match="smear"):
+    Engine(random_model(configs()["nanochat"]), **SMALL)
+  engine = Engine(network(), **SMALL, policy=lambda view: policies.Plan(decode=[view.waiting[0]]))
+  engine.add(requests()[0])
+  with pytest.raises(InputError, match="is served already"):
+    engine.add(requests()[0])
+  with pytest.raises(InputError, match="that is not running; admit it first"):
+    engine.step()

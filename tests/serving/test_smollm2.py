@@ -1,0 +1,74 @@
+"""The README's server with a real model: its command, the clients that people use, and the evaluation harness."""
+
+import json
+import re
+
+import httpx
+import jax
+import pytest
+
+from jaxlab.models import inference
+from tests.common import start, wait
+from tests.serving.conftest import Running, until
+from tests.test_readme import BLOCKS, SHELL
+
+pytestmark = pytest.mark.smollm2
+
+
+def test_the_command_of_the_readme_answers_its_example(capsys):
+  """As the README has it, at another port and in less memory; then a stream that is left, and the end."""
+  (line,) = [line for line in SHELL if "jaxlab.serving" in line]
+  options = [*line.split()[3:-1], "--port=0", "--rows=4", "--length=512", "--cache-gb=0.1", "--no-warm-up"]
+  process = start("jaxlab.serving", *options)
+  said = lambda: (process.folder / "1").read_text() if (process.folder / "1").exists() else ""
+  until(lambda: "\n" in said() or not process.is_alive(), 300)
+  url = said().split()[-1]
+  (block,) = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
+  exec(re.sub(r"http://[\d.:]+/v1", url, block), {})
+  assert capsys.readouterr().out == "The capital of France is Paris.\n"
+  body = dict(model="smollm2", messages=[{"role": "user", "content": "Count."}], max_tokens=400, stream=True)
+  with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=300) as response:
+    assert next(response.iter_lines()).startswith("data: ")
+  free = lambda: re.search(r"jaxlab_running (\S+)", httpx.get(url.replace("/v1", "/metrics")).text)[1]
+  until(lambda: free() == "0.0")
+  process.terminate()
+  assert wait(process, 60).returncode == 0
+
+
+def test_the_harness_scores_the_server_as_it_scores_the_model(smollm2, tmp_path):
+  pytest.importorskip("transformers")
+  harness = pytest.importorskip("lm_eval")
+  from lm_eval.tasks import TaskManager
+
+  model, vocabulary = smollm2
+  rows = [
+    {"question": "The capital of France is", "choices": [" Paris", " Berlin", " a river"]},
+    {"question": "Two and two make", "choices": [" five", " four"]},
+  ]
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = dict(dataset_path="json", dataset_kwargs=dict(data_files=str(tmp_path / "rows.jsonl")), test_split="train")
+  task = dict(task="choice", output_type="multiple_choice", doc_to_text="{{question}}", doc_to_target=0)
+  (tmp_path / "choice.yaml").write_text(json.dumps(data | task | dict(doc_to_choice="{{choices}}")))
+  vocabulary.tokenizer.save(str(tmp_path / "tokenizer.json"))
+  end = vocabulary.tokenizer.id_to_token(vocabulary.eos[0])
+  names = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=end, bos_token=end)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+
+  def evaluate(kind, arguments):
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    done = harness.simple_evaluate(
+      model=kind, model_args=arguments, tasks=["choice"], task_manager=tasks, log_samples=True, bootstrap_iters=0
+    )
+    return [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in done["samples"]["choice"]]
+
+  server = Running(jax.jit(inference.take_apart)(model), vocabulary, rows=2, length=64)
+  try:
+    url = dict(model="tiny", base_url=f"{server.url}/v1/completions", tokenizer=str(tmp_path), max_length=64)
+    served = evaluate("local-completions", url | dict(num_concurrent=1, max_retries=1))
+  finally:
+    server.close()
+  import jaxlab.evaluation.lm_eval  # noqa: F401 (registers the model)
+
+  direct = evaluate("jaxlab", dict(model="smollm2", dtype="float32"))
+  for a, b in zip(served, direct, strict=True):
+    assert a == pytest.approx(b, abs=2e-3)
