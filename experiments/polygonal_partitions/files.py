@@ -1,6 +1,7 @@
 """Real trees: the files of a package or folder, or the nouns of WordNet, as polygons and as rectangles."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import matplotlib.colors
@@ -37,7 +38,7 @@ def file_sizes(name: str, path: str) -> tuple[dict[str, float], Path]:
     require(bool(found), f"config.data.path is {path!r}, not an installed package; try numpy, or data.name=directory")
     folder = Path(next(iter(spec.submodule_search_locations)))
   else:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     require(folder.is_dir(), f"config.data.path {path!r} is not a folder; give one for data.name=directory")
   skip = lambda p: "__pycache__" in p.parts or p.is_symlink() or not p.is_file()
   sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if not skip(p)}

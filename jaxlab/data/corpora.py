@@ -142,13 +142,13 @@ def _stdlib_files() -> dict[str, Path]:
 
 def _local_files(path: str) -> dict[str, Path]:
   require(path != "", "data.name is local_text but data.path is empty; give a file, a folder or a glob")
-  given = Path(path).expanduser()
-  if given.is_dir():
+  given = Path(os.path.expanduser(path))
+  if os.path.isdir(given):  # False of a name too long for a path, too
     # As in a glob: what is hidden (.git, .ipynb_checkpoints) has to be asked for.
     hidden = lambda p: any(part.startswith(".") for part in p.relative_to(given).parts)
     files = [p for p in given.rglob("*") if _kind(p) in _SUFFIXES and not hidden(p)]
   else:
-    files = [given] if given.is_file() else map(Path, glob.iglob(str(given), recursive=True))
+    files = [given] if os.path.isfile(given) else map(Path, glob.iglob(str(given), recursive=True))
   files = sorted({p for p in files if p.is_file()})
   require(bool(files), f"data.path {path} matches no {', '.join(_SUFFIXES)} file (also .xz, .gz)")
   root = Path(os.path.commonpath([p.parent for p in files]))

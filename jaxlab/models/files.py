@@ -32,7 +32,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
     InputError: there is no such checkpoint, and no such repository can be had.
   """
   path = Path(path_or_name)
-  if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+  if os.path.isdir(path) or (os.path.isfile(path) and path.suffix == ".gguf"):  # names too long for a path do not exist
     return path
   name = str(path_or_name)
   if name in _PACKAGED:
@@ -40,7 +40,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
     spec = importlib.util.find_spec(module)
     require(spec is not None, f"the checkpoint {name!r} is not installed; {command}")
     return Path(spec.submodule_search_locations[0])
-  if (_SHIPPED / path).is_dir() and len(path.parts) == 1:
+  if os.path.isdir(_SHIPPED / path) and len(path.parts) == 1:
     return _SHIPPED / path
   if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
     import huggingface_hub
@@ -52,7 +52,7 @@ def find(path_or_name: str | os.PathLike) -> Path:
       except Exception:  # whichever of its many errors: the one line below says what to do
         continue
       # The cache may hold a part: what another program wanted of the repository.
-      if not local or all((folder / name).exists() for name in ("config.json", *saved_files(folder))):
+      if not local or all(os.path.exists(folder / name) for name in ("config.json", *saved_files(folder))):
         return folder
   require(name != "base", "the checkpoint 'base' is not in the installed package: clone the repository, and run there")
   known = ", ".join(map(repr, ["base", *_PACKAGED]))
@@ -89,7 +89,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return dict.fromkeys(_tensor_names(single), single)
   weight_map = _weight_map(folder)
   for name in sorted(set(weight_map.values())):
-    require((folder / name).is_file(), f"{folder} lacks {plain(name)}, which {INDEX} lists; fetch it again")
+    require(os.path.isfile(folder / name), f"{folder} lacks {plain(name)}, which {INDEX} lists; fetch it again")
     listed = {tensor for tensor, file in weight_map.items() if file == name}
     differ = sorted(listed.symmetric_difference(_tensor_names(folder / name)))
     require(not differ, f"{folder}: {INDEX} and {plain(name)} disagree about {plain(*differ)}; fetch both again")

@@ -4,6 +4,7 @@ python -m jaxlab.serving --model=smollm2 --port=8000
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import itertools
@@ -28,6 +29,7 @@ from jaxlab.serving.requests import Event, Request, Served
 from jaxlab.serving.runner import Full, Runner
 
 _BODY = 4_000_000  # bytes
+_LOOK = 0.2  # seconds between two looks whether the client is there
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -169,8 +171,11 @@ def app(
     served = _Served(runner, vocabulary, asked, chat, name, timeout)
     served.begin()
     if asked.stream:
-      return StreamingResponse(served.stream(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-    return JSONResponse(await served.whole(request))
+      return _Stream(served, request)
+    try:
+      return JSONResponse(await served.whole(request))
+    finally:
+      served.close()
 
   async def refused(request: HTTPRequest, error: Exception) -> Response:
     status = error.status if isinstance(error, _Refused) else 429 if isinstance(error, Full) else 400
@@ -206,13 +211,27 @@ async def _body(request: HTTPRequest) -> object:
     raise InputError(f"the body is not JSON: {error}") from None
 
 
+class _Stream(StreamingResponse):
+  """The stream of a body that is being answered; however it is left, before its first line too, nothing stays open."""
+
+  def __init__(self, served: "_Served", request: HTTPRequest):
+    super().__init__(served.stream(request), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    self._served = served
+
+  async def __call__(self, *where) -> None:
+    try:
+      await super().__call__(*where)
+    finally:
+      self._served.close()
+
+
 class _Served:
   """A body that is being answered: its sequences, and the queue through which the engine's thread tells of them."""
 
   def __init__(self, runner: Runner, vocabulary: Vocabulary, asked: Asked, chat: bool, name: str, timeout: float):
     self._runner, self._asked, self._chat, self._name = runner, asked, chat, name
     self._end = asyncio.get_running_loop().time() + timeout
-    self._events: asyncio.Queue[Event] = asyncio.Queue()
+    self._events: asyncio.Queue[Event | None] = asyncio.Queue()  # None: the client has left
     self._id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
     self._created, self._answers, self._requests = int(time.time()), {}, []
     room = runner.engine.length
@@ -229,6 +248,7 @@ class _Served:
         made = Request(id, prompt, max(1, limit), sampling, frozenset(vocabulary.eos), score, runner.engine.clock())
         self._requests.append(made)
         self._answers[id] = answer
+    self._open = set(self._answers)  # those that have not ended
 
   def begin(self) -> None:
     """Hands all sequences in, or none.
@@ -247,58 +267,59 @@ class _Served:
           self._runner.abort(before.id)
         raise
 
-  async def _texts(self) -> AsyncIterator[tuple[_Answer, str]]:
-    """(a sequence, its new text); all of them are ended when this is left, however that is."""
-    open_ids = set(self._answers)
+  async def _texts(self, request: HTTPRequest) -> AsyncIterator[tuple[_Answer, str]]:
+    """(a sequence, its new text).
+
+    Raises:
+      ClientDisconnect: the client has left. _Refused: the time is over, or the engine says so.
+    """
+    clock = asyncio.get_running_loop().time
+
+    async def watch():
+      while not await request.is_disconnected():
+        await asyncio.sleep(_LOOK)
+      self._events.put_nowait(None)
+
+    watching = asyncio.ensure_future(watch())
     try:
-      while open_ids:
-        left = self._end - asyncio.get_running_loop().time()
+      while self._open:
         try:
-          event = await asyncio.wait_for(self._events.get(), max(left, 0))
+          event = await asyncio.wait_for(self._events.get(), max(self._end - clock(), 0))
         except TimeoutError:
           raise _Refused(503, "the request took too long; ask for fewer tokens") from None
+        if event is None:
+          raise ClientDisconnect
         if event.finish and event.finish.startswith("error: "):
-          open_ids.discard(event.id)
+          self._open.discard(event.id)
           raise _Refused(503, event.finish.removeprefix("error: "))
-        if event.id not in open_ids:
+        if event.id not in self._open:
           continue
         answer = self._answers[event.id]
         text = answer.take(event)
         if answer.finish:
-          open_ids.discard(event.id)
+          self._open.discard(event.id)
           if not event.finish:
             self._runner.abort(event.id)
         yield answer, text
     finally:
-      for id in open_ids:
-        self._runner.abort(id)
+      watching.cancel()
+
+  def close(self) -> None:
+    """Ends what has not ended: nobody waits for it any more."""
+    for id in self._open:
+      self._runner.abort(id)
+    self._open.clear()
 
   async def whole(self, request: HTTPRequest) -> dict:
-    """The answer as one object; it is given up when the client leaves."""
+    """The answer as one object."""
     texts = {answer.index: [] for answer in self._answers.values()}
-
-    async def read():
-      async for answer, text in self._texts():
+    async with contextlib.aclosing(self._texts(request)) as made:
+      async for answer, text in made:
         texts[answer.index].append(text)
-
-    async def gone():
-      while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
-
-    tasks = asyncio.ensure_future(read()), asyncio.ensure_future(gone())
-    try:
-      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-      if not tasks[0].done():
-        raise ClientDisconnect
-      tasks[0].result()
-    finally:
-      for task in tasks:
-        task.cancel()
-      await asyncio.gather(*tasks, return_exceptions=True)
     choices = [self._choice(a, "".join(texts[a.index]), "message") for a in self._answers.values()]
     return self._object(choices, stream=False) | {"usage": self._usage()}
 
-  async def stream(self) -> AsyncIterator[str]:
+  async def stream(self, request: HTTPRequest) -> AsyncIterator[str]:
     """The answer as server-sent events; a fault after the beginning is one, too."""
     line = lambda data: f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
     try:
@@ -306,12 +327,15 @@ class _Served:
         for answer in self._answers.values():
           first = {"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
           yield line(self._object([first], stream=True))
-      async for answer, text in self._texts():
-        if text or answer.finish or (answer.tokens and self._asked.logprobs):
-          yield line(self._object([self._choice(answer, text, "delta")], stream=True))
+      async with contextlib.aclosing(self._texts(request)) as made:
+        async for answer, text in made:
+          if text or answer.finish or (answer.tokens and self._asked.logprobs):
+            yield line(self._object([self._choice(answer, text, "delta")], stream=True))
       if self._asked.usage:
         yield line(self._object([], stream=True) | {"usage": self._usage()})
       yield "data: [DONE]\n\n"
+    except ClientDisconnect:
+      pass  # nobody reads what would be said
     except _Refused as error:
       yield line({"error": {"message": str(error), "type": "server_error"}})
 

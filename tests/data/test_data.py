@@ -133,6 +133,9 @@ def test_globs_are_globs_and_hidden_files_have_to_be_named(tmp_path, cache):
   assert read("**/*.txt") == read("") == ["1", "2", "3", "6"]
   patterns = ("*.txt", "a/*.txt", "*/*/?.txt", "a/.*", "a/.h", "x[1]")
   assert [read(p) for p in patterns] == [["1"], ["2"], ["3"], ["5"], ["4"], ["6"]]
+  for path in (300 * "a", "a\0b", f"~{300 * 'a'}"):  # no path of any file
+    with pytest.raises(InputError, match="matches no"):
+      corpora.documents("local_text", split="train", cache=cache, path=path)
   with pytest.raises(InputError, match=r"data\.path ~/no/such/\*\*/\*\.md matches no"):
     corpora.documents("local_text", split="train", cache=cache, path="~/no/such/**/*.md")
 

@@ -177,6 +177,12 @@ def test_a_damaged_index_names_nothing_to_delete(folder):
     (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     (lambda f: [p.unlink() for p in f.glob("*.safetensors")], "lacks model-00001-of-00006.safetensors, which .* lists"),
     (lambda f: (f / "model.safetensors.index.json").unlink(), "has neither .* nor model.safetensors"),
+    (
+      lambda f: (f / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": 300 * "a" + ".safetensors"}})
+      ),
+      "lacks 'aaa.*', which .* lists",
+    ),
     (lambda f: edit_tensors(f, "model-00003-of-00006.safetensors", x=np.zeros(1, np.float32)), "disagree about x"),
     (lambda f: _truncate(next(f.glob("*00002-of*"))), "damaged or truncated"),
   ],

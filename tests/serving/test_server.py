@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import os
 import signal
+import threading
+import time
 
 import httpx
 import jax
@@ -78,9 +80,8 @@ def test_several_prompts_and_answers_come_in_their_order(running):
 def test_the_prompt_is_scored_where_it_is_echoed(running):
   """As the evaluation harness asks for log-likelihoods."""
   ids = raw_prompt(running.vocabulary, "def add(a, b): return")
-  answer = client(running).completions.create(
-    model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
-  )
+  asked = dict(model="tiny", prompt=ids, echo=True, logprobs=1)
+  answer = client(running).completions.create(**asked, max_tokens=1, temperature=0)
   found = answer.choices[0].logprobs
   logp = jax.nn.log_softmax(inference.step(running.network, jnp.array([ids]))[0][0].astype(jnp.float32))
   np.testing.assert_allclose(found.token_logprobs[1:-1], logp[np.arange(len(ids) - 1), ids[1:]], rtol=1e-4, atol=1e-4)
@@ -92,15 +93,37 @@ def test_the_prompt_is_scored_where_it_is_echoed(running):
   assert len(none.choices[0].logprobs.tokens) == len(ids) and none.usage.completion_tokens == 0
 
 
-def test_a_client_that_leaves_frees_its_pages(running):
-  body = dict(model="tiny", prompt="import", max_tokens=100, temperature=1)
-  with httpx.stream("POST", f"{running.url}/v1/completions", json=body | dict(stream=True), timeout=60) as response:
-    assert next(response.iter_lines()).startswith("data: ")
-    assert not running.idle()
-  until(running.idle)
-  with pytest.raises(httpx.ReadTimeout):
-    httpx.post(f"{running.url}/v1/completions", json=body | dict(n=16), timeout=0.05)
-  until(running.idle)
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_pages(network, vocabulary, stream, path):
+  """In the middle of answers that would take for ever: a step waits until the client has gone. A chat's stream begins
+  before there is a token."""
+  server = Running(network, vocabulary)
+  step, gone, steps = server.runner.engine.step, threading.Event(), []
+
+  def slow():
+    steps.append(0)
+    if len(steps) > 3:
+      gone.wait(60)
+      time.sleep(0.3)
+    return step()
+
+  server.runner.engine.step = slow
+  try:
+    asked = dict(prompt="import") if path == "completions" else dict(messages=[dict(role="user", content="import")])
+    body = dict(model="tiny", max_tokens=100, n=4, temperature=1, stream=stream) | asked
+    if stream:
+      with httpx.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=60) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+    else:
+      with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/{path}", json=body, timeout=httpx.Timeout(60, read=1))
+    gone.set()
+    until(server.idle)
+    assert len(steps) < 20, "they were made to their end"
+  finally:
+    gone.set()
+    server.close()
 
 
 def test_what_it_serves_and_how_it_is(running):
@@ -223,10 +246,9 @@ def test_the_command_serves_a_folder_and_ends_its_streams_when_told_to(tmp_path,
   options = ("--port=0", "--rows=4", "--cache-gb=0.05", "--no-warm-up", "--drain=2", "--budget=16")
   process = start("jaxlab.serving", f"--model={tmp_path}", *options)
   said = lambda: (process.folder / "1").read_text() if (process.folder / "1").exists() else ""
-  until(lambda: "\n" in said() or not process.is_alive(), 120)
-  url = said().split()[-1]
+  seen = set()
 
-  def stream(tokens):
+  def stream(url, tokens):
     lines, body = [], dict(prompt="import", max_tokens=tokens, stream=True, temperature=1)
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
       for line in response.iter_lines():
@@ -234,15 +256,18 @@ def test_the_command_serves_a_folder_and_ends_its_streams_when_told_to(tmp_path,
         seen.add(tokens)
     return [line for line in lines if line]
 
-  seen = set()
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    found = [pool.submit(stream, tokens) for tokens in (40, 50_000)]
-    until(lambda: len(seen) == 2, 120)
-    os.kill(process.pid, signal.SIGTERM)
-    short, long = (future.result() for future in found)
+  try:
+    until(lambda: "\n" in said() or not process.is_alive(), 120)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      found = [pool.submit(stream, said().split()[-1], tokens) for tokens in (40, 50_000)]
+      until(lambda: len(seen) == 2, 120)
+      os.kill(process.pid, signal.SIGTERM)
+      short, long = (future.result() for future in found)
+    process.join(60)
+  finally:
+    done = wait(process, 0)  # a process that is left would be waited for
   assert short[-1] == "data: [DONE]" and '"finish_reason": "length"' in short[-2]
   assert "the server is shutting down" in long[-1]
-  done = wait(process, 60)
   assert done.returncode == 0, done.stderr
 
 

@@ -21,18 +21,22 @@ def test_the_command_of_the_readme_answers_its_example(capsys):
   options = [*line.split()[3:-1], "--port=0", "--rows=4", "--length=512", "--cache-gb=0.1", "--no-warm-up"]
   process = start("jaxlab.serving", *options)
   said = lambda: (process.folder / "1").read_text() if (process.folder / "1").exists() else ""
-  until(lambda: "\n" in said() or not process.is_alive(), 300)
-  url = said().split()[-1]
-  (block,) = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
-  exec(re.sub(r"http://[\d.:]+/v1", url, block), {})
-  assert capsys.readouterr().out == "The capital of France is Paris.\n"
-  body = dict(model="smollm2", messages=[{"role": "user", "content": "Count."}], max_tokens=400, stream=True)
-  with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=300) as response:
-    assert next(response.iter_lines()).startswith("data: ")
-  free = lambda: re.search(r"jaxlab_running (\S+)", httpx.get(url.replace("/v1", "/metrics")).text)[1]
-  until(lambda: free() == "0.0")
-  process.terminate()
-  assert wait(process, 60).returncode == 0
+  try:
+    until(lambda: "\n" in said() or not process.is_alive(), 300)
+    url = said().split()[-1]
+    (block,) = [block for kind, block in BLOCKS if kind == "python" and "openai" in block]
+    exec(re.sub(r"http://[\d.:]+/v1", url, block), {})
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+    body = dict(model="smollm2", messages=[{"role": "user", "content": "Count."}], max_tokens=400, stream=True)
+    with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=300) as response:
+      assert next(response.iter_lines()).startswith("data: ")
+    running = lambda: re.search(r"^jaxlab_running (\S+)", httpx.get(url.replace("/v1", "/metrics")).text, re.M)[1]
+    until(lambda: running() == "0.0", 300)  # the engine may be compiling
+    process.terminate()
+    process.join(60)
+  finally:
+    done = wait(process, 0)  # a process that is left would be waited for
+  assert done.returncode == 0, done.stderr
 
 
 def test_the_harness_scores_the_server_as_it_scores_the_model(smollm2, tmp_path):
@@ -67,8 +71,9 @@ def test_the_harness_scores_the_server_as_it_scores_the_model(smollm2, tmp_path)
     served = evaluate("local-completions", url | dict(num_concurrent=1, max_retries=1))
   finally:
     server.close()
-  import jaxlab.evaluation.lm_eval  # noqa: F401 (registers the model)
+  from jaxlab.evaluation import lm_eval
 
+  lm_eval.register()
   direct = evaluate("jaxlab", dict(model="smollm2", dtype="float32"))
   for a, b in zip(served, direct, strict=True):
     assert a == pytest.approx(b, abs=2e-3)
