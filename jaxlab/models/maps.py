@@ -5,6 +5,7 @@ arrays), and says in `spec` what `hub` needs to read it. `named` and `replaced` 
 and give others back.
 """
 
+import operator
 from collections.abc import Mapping
 
 import jax
@@ -127,7 +128,35 @@ class SignStack(nnx.Module):
     return cls(signs, u, v, zeros(jnp.float16, inputs), zeros(jnp.int32))
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack)}
+class Product(nnx.Module):
+  """y = up(down(x)) + b: a map of low rank, each factor in another form.
+
+  b: (*stack, outputs) or None.
+  """
+
+  kind = "product"
+
+  def __init__(self, down: nnx.Module, up: nnx.Module, bias=None, *, rank: int):
+    self.rank = rank
+    self.down, self.up = down, up
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = self.up(self.down(x))
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def spec(self) -> dict:
+    part = lambda one: {"kind": one.kind} | one.spec
+    return {"rank": self.rank, "bias": self.bias is not None, "down": part(self.down), "up": part(self.up)}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, rank: int, bias: bool, down: Mapping, up: Mapping) -> "Product":
+    parts = _empty("down", down, stack, inputs, rank), _empty("up", up, stack, rank, outputs)
+    return cls(*parts, jnp.zeros((*stack, outputs)) if bias else None, rank=rank)
+
+
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Product)}
 
 
 def pack_signs(x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
@@ -174,7 +203,7 @@ def named(blocks) -> dict[str, nnx.Module]:
 
 
 def replaced(blocks, maps: Mapping[str, nnx.Module]):
-  """The block or stacked blocks with other maps in the places of those named."""
+  """The block or stacked blocks with other maps in the places of those named; "q.up" is a factor of a Product."""
   blocks = jax.tree.map(lambda a: a, blocks)
   for name, one in maps.items():
     owner, attribute = _owner(blocks, name)
@@ -226,19 +255,26 @@ def shaped(model, spec: Mapping[str, Mapping]):
   maps, plain = {}, named(model.blocks)
   for name, fields in spec.items():
     require_choice("compression: the map", name, plain)
-    require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
-    require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
     *layers, inputs, outputs = plain[name].weight.shape
-    sizes = {key: value for key, value in fields.items() if key != "kind"}
-    whole = all(type(value) in (int, bool) and value >= 0 for value in sizes.values())
-    require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
-    try:
-      maps[name] = FORMS[fields["kind"]].empty(layers, inputs, outputs, **sizes)
-    except (TypeError, ValueError) as error:
-      raise InputError(f"compression.{name} is not a {fields['kind']} map: {error}") from None
+    maps[name] = _empty(name, fields, layers, inputs, outputs)
   return with_blocks(model, replaced(model.blocks, maps))
+
+
+def _empty(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.Module:
+  """A map of that form, filled with zeros."""
+  require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
+  require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
+  sizes = {key: value for key, value in fields.items() if key != "kind"}
+  whole = all(isinstance(value, Mapping) or (type(value) in (int, bool) and value >= 0) for value in sizes.values())
+  require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
+  try:
+    return FORMS[fields["kind"]].empty(stack, inputs, outputs, **sizes)
+  except (TypeError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"compression.{name} is not a {fields['kind']} map: {error}") from None
 
 
 def _owner(blocks, name: str):
   owner, _, attribute = name.rpartition(".")
-  return (getattr(blocks, owner) if owner else blocks), attribute
+  return (operator.attrgetter(owner)(blocks) if owner else blocks), attribute

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import SignStack, pack_signs
+from jaxlab.models.layers import Linear
+from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
 
 ORDERS = ("average", "greedy", "random")
@@ -43,9 +44,9 @@ def absolute_value_decomposition(
   """
 
   def one(residual, _):
-    left, values, right = jnp.linalg.svd(jnp.abs(residual), full_matrices=False)
-    root = jnp.sqrt(values[:rank])
-    u, v = left[:, :rank] * root, root[:, None] * right[:rank]
+    left, values, right = _leading(jnp.abs(residual), rank)
+    root = jnp.sqrt(values)
+    u, v = left * root, root[:, None] * right
     stored = u.astype(jnp.float16), v.astype(jnp.float16)
     u, v = (a.astype(jnp.float32) for a in stored) if from_stored else (u, v)
     after = residual - jnp.where(residual < 0, -1.0, 1.0) * (u @ v)
@@ -53,6 +54,19 @@ def absolute_value_decomposition(
 
   last, (signs, u, v, energy) = jax.lax.scan(one, weight.astype(jnp.float32), length=blocks)
   return signs, u, v, jnp.append(energy, (last**2).sum())
+
+
+def _leading(matrix, rank: int):
+  """The first singular triplets, by an eigendecomposition of the smaller side's Gram matrix: those of |R| are far above
+  the rounding of its squares, and an SVD takes several times as long."""
+  tall = matrix.shape[0] > matrix.shape[1]
+  wide = matrix.T if tall else matrix
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  left = jnp.linalg.eigh(product(wide, wide.T))[1][:, : -rank - 1 : -1]
+  right = product(left.T, wide)
+  values = jnp.linalg.norm(right, axis=1)
+  right = right / jnp.maximum(values, jnp.finfo(values.dtype).tiny)[:, None]
+  return (right.T, values, left.T) if tall else (left, values, right)
 
 
 def input_scale(x: Moments) -> Float[Array, "inputs"]:
@@ -71,7 +85,8 @@ def decompose(
   from_stored: bool = True,
   batch: int = 8,
 ) -> Transformer:
-  """The model with every linear map of its blocks as a stack of all `blocks`, all in use.
+  """The model with every linear map of its blocks as a stack of all `blocks`, all in use; of a map of low rank both
+  factors become one.
 
   Args:
     scaled: False takes s = 1 (a comparison); from_stored: as `absolute_value_decomposition`.
@@ -80,29 +95,48 @@ def decompose(
     InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
   """
   require_counts(blocks=blocks, rank=rank)
-  least = min(min(one.weight.shape[-2:]) for one in maps.named(model.blocks).values())
+  split = {name: _matrices(one) for name, one in maps.named(model.blocks).items()}
+  least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
   require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
 
+  def stack(matrix, x: Moments) -> SignStack:
+    # The factors are of what is stored: s in float16.
+    scale = input_scale(x).astype(jnp.float16) if scaled else jnp.ones(matrix.shape[0], jnp.float16)
+    weight = matrix.astype(jnp.float32).T * scale.astype(jnp.float32)
+    how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
+    return SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
+
+  def other(one, x: Moments):
+    first, *second = _matrices(one)
+    if not second:
+      return stack(first, x)
+    bias = None if one.bias is None else one.bias[...]
+    return Product(stack(first, x), stack(second[0], x.through(first)), bias, rank=first.shape[1])
+
   def visit(layer, block, inputs):
-    forms = {}
-    for name, one in maps.named(block).items():
-      # The factors are of what is stored: s in float16.
-      scale = input_scale(inputs[name]).astype(jnp.float16) if scaled else jnp.ones(one.weight.shape[0], jnp.float16)
-      weight = one.weight[...].astype(jnp.float32).T * scale.astype(jnp.float32)
-      how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
-      forms[name] = SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
-    return forms
+    return {name: other(one, inputs[name]) for name, one in maps.named(block).items()}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
 
+def _matrices(one) -> tuple[Array, ...]:
+  """Of a plain map, or the two of a map of low rank."""
+  require(
+    isinstance(one, Linear | Factored), f"a map is a {type(one).__name__}; only plain and low-rank ones have stacks"
+  )
+  return (one.weight[...],) if isinstance(one, Linear) else (one.down[...], one.up[...])
+
+
 def stacks_of(model: Transformer) -> dict[str, SignStack]:
-  """The stacks of a decomposed model by their map.
+  """The stacks of a decomposed model by their map; of a map of low rank "q.down" and "q.up".
 
   Raises:
     InputError: a model that has none.
   """
-  found = {name: one for name, one in maps.named(model.blocks).items() if isinstance(one, SignStack)}
+  found = {}
+  for name, one in maps.named(model.blocks).items():
+    parts = {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
+    found |= {part: stack for part, stack in parts.items() if isinstance(stack, SignStack)}
   require(bool(found), "this model holds no stacks of blocks; decompose it first")
   return found
 
@@ -180,6 +214,19 @@ def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: in
     if (*place, waiting[place]) not in scores:
       del waiting[place]
   return order
+
+
+def level_order(model: Transformer) -> list[Block]:
+  """An order without scores: one more block of every map in turn."""
+  stacks = stacks_of(model)
+  most = max(one.u.shape[-3] for one in stacks.values())
+  return [
+    (name, layer, number)
+    for number in range(2, most + 1)
+    for name, one in stacks.items()
+    for layer in range(one.u.shape[0])
+    if number <= one.u.shape[-3]
+  ]
 
 
 def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int, dict[str, np.ndarray]]]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import Quantised, pack_codes
+from jaxlab.models.layers import Linear
+from jaxlab.models.maps import Factored, Product, Quantised, pack_codes
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
@@ -90,14 +91,30 @@ def quantise(
 ) -> Transformer:
   """Every linear map of the blocks in `bits` bits; later layers are calibrated behind the earlier ones' quantised maps.
 
+  Of a map of low rank both factors are quantised, the second one behind the first.
+
   Raises:
     InputError: bits outside 1..8, a group that does not divide the inputs of a map; and as `layer_by_layer`.
   """
   require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
   for name, one in maps.named(model.blocks).items():
-    require_divides("group", group, f"the inputs of {name}", one.weight.shape[-2])
+    require(
+      isinstance(one, Linear | Factored),
+      f"{name} is a {type(one).__name__}; only plain and low-rank maps are quantised",
+    )
+    factors = {name: one.weight} if isinstance(one, Linear) else {f"{name}.down": one.down, f"{name}.up": one.up}
+    for factor, weight in factors.items():
+      require_divides("group", group, f"the inputs of {factor}", weight.shape[-2])
+  how = functools.partial(how, bits=bits, group=group)
+
+  def other(one, x: Moments):
+    if isinstance(one, Linear):
+      return how(one.weight[...], x)
+    down = how(one.down[...], x)
+    up = how(one.up[...], x.through(down.weight()))
+    return Product(down, up, None if one.bias is None else one.bias[...], rank=one.down.shape[-1])
 
   def visit(layer, block, inputs):
-    return {n: how(one.weight[...], inputs[n], bits=bits, group=group) for n, one in maps.named(block).items()}
+    return {name: other(one, inputs[name]) for name, one in maps.named(block).items()}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch, sequential=True))

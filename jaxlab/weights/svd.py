@@ -3,7 +3,7 @@
 Each takes W (inputs, outputs), y = W^T x, and gives (V, U) with W ~ V U.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -42,31 +42,30 @@ def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
   return jax.scipy.linalg.solve_triangular(root.T, left * half, lower=False), half[:, None] * right
 
 
-def low_rank(
-  model: Transformer,
-  tokens: Int[Array, "rows time"],
-  how: Callable = svd_llm,
-  *,
-  budget: float,
-  multiple: int = 1,
-  batch: int = 8,
-) -> Transformer:
-  """Every linear map of the blocks by `how` at the same share of its parameters.
-
-  Raises:
-    InputError: a budget outside (0, 1), or one so small that a map would have no rank left; and as `layer_by_layer`.
-  """
-  require(0 < budget < 1, f"budget is {budget}; it must be between 0 and 1")
+def decompose(
+  model: Transformer, tokens: Int[Array, "rows time"], how: Callable = svd_llm, *, batch: int = 8
+) -> dict[str, Factored]:
+  """Every linear map of the blocks by `how` at full rank, stacked over layers: lower ranks are prefixes."""
   made = jax.jit(how)
 
   def visit(layer, block, inputs):
-    forms = {}
-    for name, one in maps.named(block).items():
-      n, m = one.weight.shape
-      rank = int(budget * n * m / (n + m)) // multiple * multiple
-      require(rank >= 1, f"budget {budget} leaves {name} no rank; its smallest is {multiple * (n + m) / (n * m):.3f}")
-      down, up = made(one.weight[...], inputs[name])
-      forms[name] = Factored(down[:, :rank].astype(model.dtype), up[:rank].astype(model.dtype))
-    return forms
+    return {name: Factored(*made(one.weight[...], inputs[name])) for name, one in maps.named(block).items()}
 
-  return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
+  return layer_by_layer(model, tokens, visit, batch=batch)
+
+
+def truncate(model: Transformer, full: Mapping[str, Factored], *, budget: float, multiple: int = 1) -> Transformer:
+  """The model with every map at the same share of its parameters, in its own dtype.
+
+  Raises:
+    InputError: a budget outside (0, 1), or one so small that a map would have no rank left.
+  """
+  require(0 < budget < 1, f"budget is {budget}; it must be between 0 and 1")
+  forms = {}
+  for name, one in full.items():
+    n, m = one.down.shape[-2], one.up.shape[-1]
+    rank = int(budget * n * m / (n + m)) // multiple * multiple
+    require(rank >= 1, f"budget {budget} leaves {name} no rank; its smallest is {multiple * (n + m) / (n * m):.3f}")
+    down, up = one.down[..., :rank], one.up[..., :rank, :]
+    forms[name] = Factored(down.astype(model.dtype), up.astype(model.dtype))
+  return with_maps(model, forms)

@@ -1,0 +1,129 @@
+"""What LoRD and its rivals lose at a share of the parameters or in few bits, and what the calibration text does."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.compression import Subject, row, selection_loss, stored
+from experiments.long_context import parse
+from experiments.text import Text
+from jaxlab.core.checks import require_choice
+from jaxlab.data import tokenizer
+from jaxlab.models import Transformer, hub, maps
+from jaxlab.weights import bitstack, lord, svd
+from jaxlab.weights.calibration import rows_of
+from jaxlab.weights.quantise import gptq, quantise, rtn
+
+_SVDS = {"svd": svd.plain_svd, "asvd": svd.asvd, "svd_llm": svd.svd_llm}
+
+
+def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callable[[float], Transformer]]:
+  """{method: its budget -> the compressed model}; what several budgets share is made once.
+
+  Args:
+    bases, table: centred, and their sweep.
+  """
+  model, text, batch = subject.model, subject.calibration, sizes(config.text, subject).batch
+  multiple = config.sweep.multiple
+  plain = functools.cache(lambda: lord.decompose(model, text, centre=False, batch=batch))
+  full = functools.cache(lambda how: svd.decompose(model, text, _SVDS[how], batch=batch))
+
+  def at_ranks(bases, budget):
+    return lord.truncate(model, bases, lord.choose(bases, table, budget=budget))
+
+  def in_bits(model, how, bits):
+    return quantise(model, text, how, bits=int(bits), group=config.group, batch=batch)
+
+  def stacked(model, blocks):
+    return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
+
+  @functools.cache
+  def both() -> Transformer:
+    """LoRD in stacks of all blocks."""
+    return stacked(at_ranks(bases, config.budget), config.blocks)
+
+  def like_both(_) -> Transformer:
+    """BitStack alone, one more block of every map in turn while it takes no more bytes."""
+    whole = stored(stacked(model, config.blocks))
+    return bitstack.at_budget(whole, bitstack.level_order(whole), budget=maps.bytes_of(stored(both())))
+
+  return {
+    "lord": lambda budget: at_ranks(bases, budget),
+    "uncentred": lambda budget: at_ranks(plain(), budget),
+    "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
+    "rtn": lambda bits: in_bits(model, rtn, bits),
+    "gptq": lambda bits: in_bits(model, gptq, bits),
+    "lord+rtn": lambda budget: in_bits(at_ranks(bases, budget), rtn, 4),
+    "lord+bitstack": lambda _: both(),
+    "bitstack": like_both,
+  } | {how: lambda budget, how=how: svd.truncate(model, full(how), budget=budget) for how in _SVDS}
+
+
+def sizes(fields, subject: Subject):
+  """Those of `base`, or of other models."""
+  return fields.base if subject.name == "base" else fields.others
+
+
+def swept(config, subject: Subject):
+  """(bases, the sweep over ranks by type of map)."""
+  bases = lord.decompose(subject.model, subject.calibration, batch=sizes(config.text, subject).batch)
+  how = dict(shares=sizes(config.sweep, subject), multiple=config.sweep.multiple)
+  return bases, lord.sweep(subject.model, bases, selection_loss(subject), **how)
+
+
+def chosen(config, subject: Subject) -> Transformer:
+  """LoRD at config.budget."""
+  bases, table = swept(config, subject)
+  return lord.truncate(subject.model, bases, lord.choose(bases, table, budget=config.budget))
+
+
+def frontier(config, subject: Subject, *, console) -> dict:
+  """Rows of `compression.row` by method; the sweep; seconds to the bases."""
+  start = time.perf_counter()
+  bases = jax.block_until_ready(
+    lord.decompose(subject.model, subject.calibration, batch=sizes(config.text, subject).batch)
+  )
+  seconds = time.perf_counter() - start
+  how = dict(shares=sizes(config.sweep, subject), multiple=config.sweep.multiple)
+  table = lord.sweep(subject.model, bases, selection_loss(subject), **how)
+  make = makers(config, subject, bases, table)
+  rows = [row(subject, "dense", 1, subject.model)]
+  for text in sizes(config.methods, subject):
+    method, budget = parse(text)
+    require_choice("a method", method, make)
+    rows.append(row(subject, method, budget, make[method](budget)))
+    console.say(f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes")
+  shape = lambda one: dict(full=one.up.shape[-2], even=one.weights / (one.down.shape[-2] + one.up.shape[-1]))
+  budgets = sorted({row["budget"] for row in rows if row["method"] == "lord"})
+  return {
+    "rows": rows,
+    "sweep": {"dense": table[0], "losses": table[1]},
+    "sizes": {name: shape(one) for name, one in bases.items()},
+    "ranks": {f"{budget:g}": lord.choose(bases, table, budget=budget) for budget in budgets},
+    "seconds": seconds,
+  }
+
+
+def texts(config, subject: Subject, *, cache: Path) -> dict[str, float]:
+  """{calibration text: perplexity at config.budget, at the ranks chosen on the subject's own}."""
+  bases, table = swept(config, subject)
+  ranks = lord.choose(bases, table, budget=config.budget)
+  rows, time = subject.calibration.shape
+  batch = sizes(config.text, subject).batch
+  other = Text(config.other, tokenizer.of_text(hub.load_vocabulary(subject.folder).tokenizer), cache)
+  given = {
+    "other": rows_of(other.split(config.other.split).ids, rows=rows, time=time, seed=config.seed),
+    "no BOS": subject.calibration[:, 1:],
+    "a quarter": subject.calibration[: max(batch, rows // 4 // batch * batch)],
+  }
+  given["other"][:, 0] = subject.calibration[:, 0]
+
+  def judged(bases) -> float:
+    return row(subject, "lord", config.budget, lord.truncate(subject.model, bases, ranks))["perplexity"]
+
+  found = {name: judged(lord.decompose(subject.model, np.asarray(text), batch=batch)) for name, text in given.items()}
+  return {"own": judged(bases)} | found

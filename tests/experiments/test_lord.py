@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from configs import lord as config_file
+from experiments import compression, results
+from experiments.lord import quality
+from jaxlab.models import hub, maps
+from tests.common import run_and_continue
+
+METHODS = (*config_file.METHODS, "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+
+
+@pytest.fixture
+def config(tiny_checkpoint):
+  made = config_file.get_config("test")
+  made.data.path, made.data.calibration, made.data.test = "docs/**/*.md", "train", "train"
+  made.subjects = (f"hf:{tiny_checkpoint}",)
+  made.of.frontier = made.of.texts = (tiny_checkpoint.name,)
+  made.methods.others = METHODS
+  return made
+
+
+def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypatch):
+  report = run_and_continue(
+    "lord", tmp_path, monkeypatch, "quality.frontier", "quality.texts", "speed.measure", config=config
+  )
+  results.write(report, config, tmp_path, 1.0, "command")
+  assert len(report.claims) == 12
+  rows = report.metrics["frontier"][tiny_checkpoint.name]["rows"]
+  assert [row["method"] for row in rows] == ["dense", *(text.split()[0] for text in METHODS)]
+  dense, *others = rows
+  assert dense["share"] == 1 and all(row["bytes"] < dense["bytes"] for row in others)
+  of = {row["method"]: row for row in others}
+  assert all(of[name]["share"] <= 0.8 for name in ("lord", "uniform", "uncentred", "svd_llm", "asvd", "svd"))
+  assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
+
+
+def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monkeypatch):
+  config.model, config.budget = f"hf:{tiny_checkpoint}", 0.7
+  report = run_and_continue("lord", tmp_path, monkeypatch, "quality.chosen", config=config)
+  (found,) = report.metrics["compressed"].values()
+  small = hub.load(tmp_path / "compressed")
+  dense = compression.stored(hub.load(tiny_checkpoint))
+  assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"] == maps.bytes_of(dense)
+  assert maps.bytes_of(maps.named(small.blocks)) <= 0.7 * maps.bytes_of(maps.named(dense.blocks))
+  assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
+  assert hub.load_vocabulary(tmp_path / "compressed").tokenizer.get_vocab_size() > 0
+
+
+def test_one_program_judges_every_form(config, tmp_path):
+  """The matrices that stand for other forms give their logits."""
+  (read,) = compression.subjects(config, tmp_path).values()
+  subject = read()
+  bases, table = quality.swept(config, subject)
+  make = quality.makers(config, subject, bases, table)
+  tokens = subject.calibration[:1]
+  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+bitstack", 0)):
+    model = make[method](budget)
+    np.testing.assert_allclose(compression.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
+    stored = compression.stored(model)
+    assert maps.bytes_of(stored) < maps.bytes_of(model)
