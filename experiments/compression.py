@@ -20,6 +20,7 @@ from jaxlab.data import packing
 from jaxlab.models import Transformer, generate, hub, maps
 from jaxlab.models.layers import Linear
 from jaxlab.training import losses
+from jaxlab.weights.bitstack import bytes_in_use
 from jaxlab.weights.calibration import with_maps
 
 COMPRESSED = "compressed"  # the part that a user's model goes through, and its folder
@@ -64,7 +65,7 @@ def _subject(config, name: str, cache: Path) -> Subject:
   return Subject(name, folder, hub.load(folder, dtype="float32"), rows[: size.rows, :-1], rows[size.rows :], batches)
 
 
-def stored(model: Transformer, dtype="bfloat16") -> Transformer:
+def stored(model, dtype="bfloat16"):
   """As a file holds it: float32 parameters in `dtype`; codes, scales and sign blocks keep their own."""
   return jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, model)
 
@@ -121,9 +122,10 @@ def selection_loss(subject: Subject) -> Callable[[Transformer], jax.Array]:
 
 def row(subject: Subject, method: str, budget: float, model: Transformer) -> dict:
   """{subject, method, budget, bytes, share of the dense blocks' bytes, perplexity} of a model as it is stored."""
-  small, dense = stored(model), stored(subject.model)
-  share = maps.bytes_of(maps.named(small.blocks)) / maps.bytes_of(maps.named(dense.blocks))
-  found = dict(subject=subject.name, method=method, budget=budget, bytes=maps.bytes_of(small), share=share)
+  small, size = stored(model), maps.bytes_of(stored(subject.model))
+  blocks = maps.bytes_of(stored(maps.named(subject.model.blocks)))
+  used = bytes_in_use(small)
+  found = dict(subject=subject.name, method=method, budget=budget, bytes=used, share=(used - size + blocks) / blocks)
   return found | {"perplexity": perplexity(subject, small)}
 
 

@@ -133,10 +133,7 @@ def stacks_of(model: Transformer) -> dict[str, SignStack]:
   Raises:
     InputError: a model that has none.
   """
-  found = {}
-  for name, one in maps.named(model.blocks).items():
-    parts = {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
-    found |= {part: stack for part, stack in parts.items() if isinstance(stack, SignStack)}
+  found = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
   require(bool(found), "this model holds no stacks of blocks; decompose it first")
   return found
 
@@ -216,6 +213,25 @@ def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: in
   return order
 
 
+def bytes_in_use(model: Transformer) -> int:
+  """Bytes of all arrays but for the blocks that are not in use, if it holds any."""
+  stacks = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
+  spare = {name: one.signs.shape[1] - np.asarray(one.count[...]) for name, one in stacks.items()}
+  return maps.bytes_of(model) - sum(int(spare[name].sum()) * _block_bytes(one) for name, one in stacks.items())
+
+
+def _block_bytes(one: SignStack) -> int:
+  return maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0]))
+
+
+def _parts(model: Transformer) -> dict:
+  """Maps by name, of products their factors."""
+  found = {}
+  for name, one in maps.named(model.blocks).items():
+    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
+  return found
+
+
 def level_order(model: Transformer) -> list[Block]:
   """An order without scores: one more block of every map in turn."""
   stacks = stacks_of(model)
@@ -235,10 +251,9 @@ def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int
   Bytes are of everything: what is not decomposed in its own dtype, scales, counts, and the blocks in use.
   """
   stacks = stacks_of(model)
-  block = {name: maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0])) for name, one in stacks.items()}
+  block = {name: _block_bytes(one) for name, one in stacks.items()}
   counts = {name: np.ones(one.u.shape[0], np.int32) for name, one in stacks.items()}
-  held = sum(maps.bytes_of((one.signs, one.u, one.v)) for one in stacks.values())
-  size = maps.bytes_of(model) - held + sum(block[name] * len(count) for name, count in counts.items())
+  size = bytes_in_use(with_counts(model, counts))
   made = [(size, dict(counts))]
   for name, layer, number in order:
     count = counts[name].copy()

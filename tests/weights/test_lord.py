@@ -170,7 +170,7 @@ def test_a_rival_at_a_budget(made):
 
 
 def test_one_share_for_all_maps(made):
-  model, bases = made
+  _, bases = made
   ranks = uniform(bases, budget=0.5)
   for name, rank in ranks.items():
     one = bases[name]
