@@ -108,6 +108,5 @@ METHODS = ("lord 0.8", "uniform 0.8", "uncentred 0.8", "svd_llm 0.8", "asvd 0.8"
 MORE = ("svd 0.8", "lord+bitstack 0.8", "bitstack 1")
 SWEPT = (
   *(f"{name} {budget}" for name in ("lord", "svd_llm", "asvd", "svd") for budget in (0.95, 0.9, 0.85, 0.7)),
-  *(f"{name} {budget}" for name in ("uncentred", "lord+rtn") for budget in (0.9, 0.7)),
-  *("rtn 8", "rtn 3", "gptq 3", "rtn 2", "gptq 2"),
+  *("uncentred 0.9", "uncentred 0.7", "lord+rtn 0.9", "rtn 8", "rtn 3", "gptq 3", "rtn 2", "gptq 2"),
 )

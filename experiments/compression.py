@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import figures, results, timing
-from experiments.long_context import given, opened, subject_names
-from experiments.results import Claim
-from experiments.text import save_vocabulary
-from jaxlab.core.checks import require
+from experiments import figures, results
+from experiments.long_context import given, opened, parse, subject_names
+from jaxlab.core.checks import require, require_choice
 from jaxlab.data import packing
-from jaxlab.models import Transformer, generate, hub, maps
+from jaxlab.models import Transformer, hub, maps
 from jaxlab.models.layers import Linear
 from jaxlab.training import losses
 from jaxlab.weights.bitstack import bytes_in_use
 from jaxlab.weights.calibration import with_maps
+from jaxlab.weights.quantise import awq, gptq, quantise, rtn
 
-COMPRESSED = "compressed"  # the part that a user's model goes through, and its folder
+COMPRESSED = "compressed"  # the part that a model of one's own goes through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,8 @@ def _matrix(one: nnx.Module) -> np.ndarray:
     return _matrix(one.down) @ _matrix(one.up)
   if isinstance(one, maps.Quantised):
     return np.asarray(jax.jit(maps.Quantised.weight)(one))
-  return np.swapaxes(np.asarray(_stacks(one)), 1, 2) / wide(one.scale)[:, :, None]
+  weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
+  return weight if one.scale is None else weight / wide(one.scale)[:, :, None]
 
 
 _stacks = jax.jit(jax.vmap(maps.SignStack.weight))
@@ -129,55 +129,34 @@ def row(subject: Subject, method: str, budget: float, model: Transformer) -> dic
   return found | {"perplexity": perplexity(subject, small)}
 
 
+def rivals(config, subject: Subject) -> dict[str, Callable[[int], Transformer]]:
+  """{"rtn", "gptq", "awq": bits -> the model in them, in groups of config.group}."""
+  how = dict(group=config.group, batch=sizes(config.text, subject).batch)
+  made = lambda method: lambda bits: method(subject.model, subject.calibration, bits=int(bits), **how)
+  return {name: made(functools.partial(quantise, how=one)) for name, one in (("rtn", rtn), ("gptq", gptq))} | {
+    "awq": made(awq)
+  }
+
+
+def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Callable], console) -> list[dict]:
+  """The row of the dense model, then one of every method named with its budget."""
+  rows = [row(subject, "dense", 1, subject.model)]
+  for text in methods:
+    method, budget = parse(text)
+    require_choice("a method", method, make)
+    rows.append(row(subject, method, budget, make[method](budget)))
+    console.say(f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes")
+  return rows
+
+
+def sizes(fields, subject: Subject):
+  """Those of `base`, or of other models."""
+  return fields.base if subject.name == "base" else fields.others
+
+
 def at(rows: list[dict], method: str, budget: float | None = None) -> dict:
   """The row of a method, or that at a budget."""
   return next(row for row in rows if row["method"] == method and budget in (None, row["budget"]))
-
-
-def written(config, subject: Subject, model: Transformer, workdir: Path, console) -> dict:
-  """Saves a compressed model as workdir/compressed, reads it again, and measures it beside the original.
-
-  Returns:
-    {bytes, files, perplexity, tokens_per_second: {"original", "compressed"} each}; files: bytes on disk.
-  """
-  folder = workdir / COMPRESSED
-  hub.save(stored(model), folder)
-  save_vocabulary(subject.folder, folder)
-  pair = {"original": stored(subject.model), COMPRESSED: hub.load(folder)}
-  prompt = jnp.asarray(subject.selection[:1, : min(32, subject.selection.shape[1])])
-  b = config.bench
-  dtype = lambda one: jax.tree.map(lambda a: a.astype(b.dtype) if a.dtype == jnp.bfloat16 else a, one)
-  run = lambda one: functools.partial(generate, dtype(one), prompt, tokens=b.tokens)
-  times = timing.compare({name: run(one) for name, one in pair.items()}, repetitions=b.repetitions, warmup=1)
-  size = lambda where: sum(file.stat().st_size for file in where.glob("*.safetensors"))
-  found = {
-    "bytes": {name: maps.bytes_of(one) for name, one in pair.items()},
-    "files": {"original": size(subject.folder), COMPRESSED: size(folder)},
-    "perplexity": {name: perplexity(subject, one) for name, one in pair.items()},
-    "tokens_per_second": {name: b.tokens / times.median(name) for name in pair},
-  }
-  for name in pair:
-    console.say(", ".join([name, *(f"{what} {found[what][name]:.5g}" for what in found if what != "files")]))
-  console.say(f"written: {folder}; the next command reads it: python -m jaxlab.generate --model={folder} TEXT")
-  return found
-
-
-def written_claims(found: dict, most: float) -> list[Claim]:
-  """Of `written`: the folder holds what was counted, and its perplexity."""
-  of = lambda what: found[what][COMPRESSED] / found[what]["original"]
-  speed = ", ".join(f"{name} {rate:.4g}" for name, rate in found["tokens_per_second"].items())
-  return [
-    Claim(
-      "Perplexity of the folder that was written and read again over the original's", "ratio", "lower",
-      ours=of("perplexity"), threshold=most, baseline=f"the original's {found['perplexity']['original']:.4g}",
-      note=f"{of('bytes'):.3f} of the bytes; tokens/s of one text: {speed}",
-    ),
-    Claim(
-      "Bytes on disk over those counted", "ratio", "lower",
-      ours=found["files"][COMPRESSED] / found["bytes"][COMPRESSED], threshold=1.02,
-      baseline=f"{found['bytes'][COMPRESSED]} counted", note="the rest are the files' headers",
-    ),
-  ]  # fmt: skip
 
 
 def parts_of(config) -> tuple[str, ...]:
@@ -222,13 +201,3 @@ def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str], *,
     axis.yaxis.set_major_formatter("{x:.4g}")
     axis.legend(fontsize=7)
   return figures.save(figure, workdir, name)
-
-
-def draw_pair(found: dict, workdir: Path) -> str:
-  """Perplexity against bytes of the original and of the folder that was written; the file's name."""
-  figure, axis = figures.subplots()
-  for name in ("original", COMPRESSED):
-    axis.plot(found["bytes"][name] / 1e6, found["perplexity"][name], "o", label=name)
-  axis.set(xlabel="MB, all parameters", ylabel="perplexity", xlim=(0, 1.1 * found["bytes"]["original"] / 1e6))
-  axis.legend()
-  return figures.save(figure, workdir, "pair")

@@ -6,8 +6,8 @@ A module here is a part of the run.
 import math
 from pathlib import Path
 
-from experiments import compression
-from experiments.compression import COMPRESSED, at, draw_frontier, subjects, written, written_claims
+from experiments.compression import COMPRESSED, at, draw_frontier, measured, subjects
+from experiments.compression_folder import draw_pair, written, written_claims, written_finding
 from experiments.lord import quality, speed
 from experiments.lord.drawing import draw_sweep
 from experiments.results import Claim
@@ -29,7 +29,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     SPEED: lambda subject: speed.measure(config, subject),
     COMPRESSED: lambda subject: written(config, subject, quality.chosen(config, subject), workdir, console),
   }
-  return compression.measured(config, workdir, measures, subjects(config, cache), console)
+  return measured(config, workdir, measures, subjects(config, cache), console)
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -169,10 +169,7 @@ def speed_claims(metrics: dict) -> list[Claim]:
 
 def finding(config, metrics: dict) -> str:
   if COMPRESSED in metrics:
-    ((name, found),) = metrics[COMPRESSED].items()
-    before, after = (found["perplexity"][who] for who in ("original", COMPRESSED))
-    size = found["bytes"][COMPRESSED] / found["bytes"]["original"]
-    return f"{name} in {size:.1%} of its bytes: perplexity {after:.4g}, {before:.4g} before."
+    return written_finding(metrics)
   by_model = {name: found["rows"] for name, found in metrics[FRONTIER].items()}
   losses = " and ".join(f"{added(rows, config.budget):.3g} % ({name})" for name, rows in by_model.items())
   rival = frontier_claims(config, by_model)[0]
@@ -188,7 +185,7 @@ def finding(config, metrics: dict) -> str:
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   if FRONTIER not in metrics:
-    return {compression.draw_pair(*metrics[COMPRESSED].values(), workdir): "Before and after"}
+    return draw_pair(metrics, workdir)
   rows = [row for found in metrics[FRONTIER].values() for row in found["rows"]]
   return {
     draw_frontier(rows, workdir, TITLES): "Perplexity on held-out text against the bytes of the whole model",

@@ -8,15 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.compression import Subject, row, selection_loss, stored
-from experiments.long_context import parse
+from experiments.compression import Subject, made_rows, rivals, row, selection_loss, sizes, stored
 from experiments.text import Text
-from jaxlab.core.checks import require_choice
 from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.weights import bitstack, lord, svd
 from jaxlab.weights.calibration import rows_of
-from jaxlab.weights.quantise import gptq, quantise, rtn
+from jaxlab.weights.quantise import quantise, rtn
 
 _SVDS = {"svd": svd.plain_svd, "asvd": svd.asvd, "svd_llm": svd.svd_llm}
 
@@ -35,9 +33,6 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
   def at_ranks(bases, budget):
     return lord.truncate(model, bases, lord.choose(bases, table, budget=budget))
 
-  def in_bits(model, how, bits):
-    return quantise(model, text, how, bits=int(bits), group=config.group, batch=batch)
-
   def stacked(model, blocks):
     return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
 
@@ -51,21 +46,18 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     whole = stored(stacked(model, config.blocks))
     return bitstack.at_budget(whole, bitstack.level_order(whole), budget=maps.bytes_of(stored(both())))
 
-  return {
-    "lord": lambda budget: at_ranks(bases, budget),
-    "uncentred": lambda budget: at_ranks(plain(), budget),
-    "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
-    "rtn": lambda bits: in_bits(model, rtn, bits),
-    "gptq": lambda bits: in_bits(model, gptq, bits),
-    "lord+rtn": lambda budget: in_bits(at_ranks(bases, budget), rtn, 4),
-    "lord+bitstack": lambda _: both(),
-    "bitstack": like_both,
-  } | {how: lambda budget, how=how: svd.truncate(model, full(how), budget=budget) for how in _SVDS}
-
-
-def sizes(fields, subject: Subject):
-  """Those of `base`, or of other models."""
-  return fields.base if subject.name == "base" else fields.others
+  return (
+    {
+      "lord": lambda budget: at_ranks(bases, budget),
+      "uncentred": lambda budget: at_ranks(plain(), budget),
+      "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
+      "lord+rtn": lambda budget: quantise(at_ranks(bases, budget), text, rtn, bits=4, group=config.group, batch=batch),
+      "lord+bitstack": lambda _: both(),
+      "bitstack": like_both,
+    }
+    | rivals(config, subject)
+    | {how: lambda budget, how=how: svd.truncate(model, full(how), budget=budget) for how in _SVDS}
+  )
 
 
 def swept(config, subject: Subject):
@@ -90,13 +82,7 @@ def frontier(config, subject: Subject, *, console) -> dict:
   seconds = time.perf_counter() - start
   how = dict(shares=sizes(config.sweep, subject), multiple=config.sweep.multiple)
   table = lord.sweep(subject.model, bases, selection_loss(subject), **how)
-  make = makers(config, subject, bases, table)
-  rows = [row(subject, "dense", 1, subject.model)]
-  for text in sizes(config.methods, subject):
-    method, budget = parse(text)
-    require_choice("a method", method, make)
-    rows.append(row(subject, method, budget, make[method](budget)))
-    console.say(f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes")
+  rows = made_rows(subject, sizes(config.methods, subject), makers(config, subject, bases, table), console)
   shape = lambda one: dict(full=one.up.shape[-2], even=one.weights / (one.down.shape[-2] + one.up.shape[-1]))
   budgets = sorted({row["budget"] for row in rows if row["method"] == "lord"})
   return {

@@ -88,8 +88,8 @@ class SignStack(nnx.Module):
   """y = (x / s) W^T,  W = sum_{i < count} S_i * (U_i V_i): blocks of signs, each with a matrix of low rank.
 
   signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
-  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs); count: int32 (*stack),
-  the blocks in use: data, so that a change compiles nothing.
+  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
+  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing.
   """
 
   kind = "sign_stack"
@@ -98,7 +98,7 @@ class SignStack(nnx.Module):
     self.signs = nnx.Param(signs, axes=(None, None, None))
     self.u = nnx.Param(u, axes=(None, None, None))
     self.v = nnx.Param(v, axes=(None, None, None))
-    self.scale = nnx.Param(scale, axes=(None,))
+    self.scale = None if scale is None else nnx.Param(scale, axes=(None,))
     self.count = nnx.Param(count, axes=())
 
   def weight(self) -> Float[Array, "outputs inputs"]:
@@ -114,18 +114,19 @@ class SignStack(nnx.Module):
     return jax.lax.scan(add, jnp.zeros((outputs, inputs)), parts)[0]
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    return (x / self.scale[...].astype(x.dtype)) @ self.weight().T.astype(x.dtype)
+    x = x if self.scale is None else x / self.scale[...].astype(x.dtype)
+    return x @ self.weight().T.astype(x.dtype)
 
   @property
   def spec(self) -> dict:
-    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1]}
+    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int) -> "SignStack":
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool) -> "SignStack":
     zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
     signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
     u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
-    return cls(signs, u, v, zeros(jnp.float16, inputs), zeros(jnp.int32))
+    return cls(signs, u, v, zeros(jnp.float16, inputs) if scaled else None, zeros(jnp.int32))
 
 
 class Product(nnx.Module):

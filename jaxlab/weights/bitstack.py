@@ -5,7 +5,7 @@ arXiv 2410.23918).
 
 s_c is 1e-3 + the L2 norm of input c over the tokens of a row, averaged over rows, here over its geometric mean, so that
 the factors stay in the range of float16. Activations are divided by s where a map is called, which is exact for every
-architecture; the bytes of s count.
+architecture and counted, or, with `folded`, in what comes before where there is something (`folding`), as published.
 
   stacks = decompose(model, tokens, blocks=8)                          # the model with all blocks
   order = sort_blocks(score_blocks(stacks, loss))                      # once; the next to load comes first
@@ -25,6 +25,8 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.folding import fold, foldable
+from jaxlab.weights.svd import triplets
 
 ORDERS = ("average", "greedy", "random")
 _FLOOR = 1e-3  # of an input's norm
@@ -44,7 +46,7 @@ def absolute_value_decomposition(
   """
 
   def one(residual, _):
-    left, values, right = _leading(jnp.abs(residual), rank)
+    left, values, right = triplets(jnp.abs(residual), rank)
     root = jnp.sqrt(values)
     u, v = left * root, root[:, None] * right
     stored = u.astype(jnp.float16), v.astype(jnp.float16)
@@ -54,19 +56,6 @@ def absolute_value_decomposition(
 
   last, (signs, u, v, energy) = jax.lax.scan(one, weight.astype(jnp.float32), length=blocks)
   return signs, u, v, jnp.append(energy, (last**2).sum())
-
-
-def _leading(matrix, rank: int):
-  """The first singular triplets, by an eigendecomposition of the smaller side's Gram matrix: those of |R| are far above
-  the rounding of its squares, and an SVD takes several times as long."""
-  tall = matrix.shape[0] > matrix.shape[1]
-  wide = matrix.T if tall else matrix
-  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  left = jnp.linalg.eigh(product(wide, wide.T))[1][:, : -rank - 1 : -1]
-  right = product(left.T, wide)
-  values = jnp.linalg.norm(right, axis=1)
-  right = right / jnp.maximum(values, jnp.finfo(values.dtype).tiny)[:, None]
-  return (right.T, values, left.T) if tall else (left, values, right)
 
 
 def input_scale(x: Moments) -> Float[Array, "inputs"]:
@@ -82,6 +71,7 @@ def decompose(
   blocks: int = 16,
   rank: int = 16,
   scaled: bool = True,
+  folded: bool = False,
   from_stored: bool = True,
   batch: int = 8,
 ) -> Transformer:
@@ -89,7 +79,8 @@ def decompose(
   factors become one.
 
   Args:
-    scaled: False takes s = 1 (a comparison); from_stored: as `absolute_value_decomposition`.
+    scaled: False takes s = 1 (a comparison); folded: s goes into norms and earlier maps where they take it, which
+      rounds it to the model's dtype; from_stored: as `absolute_value_decomposition`.
 
   Raises:
     InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
@@ -99,22 +90,30 @@ def decompose(
   least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
   require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
 
-  def stack(matrix, x: Moments) -> SignStack:
+  whole = set()  # maps whose inputs are scaled already
+  if folded:
+    groups = foldable(model)
+    norms = lambda layer, block, inputs: {group[0]: input_scale(inputs[group[0]]) for group in groups}
+    model = fold(model, layer_by_layer(model, tokens, norms, batch=batch))
+    whole = {name for group in groups for name in group}
+
+  def stack(matrix, x: Moments, plain: bool = False) -> SignStack:
     # The factors are of what is stored: s in float16.
-    scale = input_scale(x).astype(jnp.float16) if scaled else jnp.ones(matrix.shape[0], jnp.float16)
-    weight = matrix.astype(jnp.float32).T * scale.astype(jnp.float32)
+    scale = input_scale(x).astype(jnp.float16) if scaled and not plain else None
+    weight = matrix.astype(jnp.float32).T
+    weight = weight if scale is None else weight * scale.astype(jnp.float32)
     how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
     return SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
 
-  def other(one, x: Moments):
+  def other(name: str, one, x: Moments):
     first, *second = _matrices(one)
     if not second:
-      return stack(first, x)
+      return stack(first, x, name in whole)
     bias = None if one.bias is None else one.bias[...]
     return Product(stack(first, x), stack(second[0], x.through(first)), bias, rank=first.shape[1])
 
   def visit(layer, block, inputs):
-    return {name: other(one, inputs[name]) for name, one in maps.named(block).items()}
+    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items()}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
@@ -141,10 +140,16 @@ def stacks_of(model: Transformer) -> dict[str, SignStack]:
 def with_counts(model: Transformer, counts: Mapping[str, Int[Array, "layers"]]) -> Transformer:
   """The model with other numbers of blocks in use, of those it holds; traced counts are allowed."""
   stacks = stacks_of(model)
-  new = lambda one, count: SignStack(
-    *(a[...] for a in (one.signs, one.u, one.v, one.scale)), jnp.asarray(count, jnp.int32)
-  )
+  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32))
   return with_maps(model, {name: new(stacks[name], count) for name, count in counts.items()})
+
+
+def _arrays(one: SignStack) -> tuple[Array, Array, Array]:
+  return one.signs[...], one.u[...], one.v[...]
+
+
+def _scale(one: SignStack) -> Array | None:
+  return None if one.scale is None else one.scale[...]
 
 
 def score_blocks(model: Transformer, loss: Callable[[Transformer], Float[Array, ""]]) -> dict[Block, float]:
@@ -281,6 +286,37 @@ def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Tra
   forms = {}
   for name, one in stacks_of(model).items():
     most = int(counts[name].max())
-    cut = (a[...][:, :most] for a in (one.signs, one.u, one.v))
-    forms[name] = SignStack(*cut, one.scale[...], jnp.asarray(counts[name]))
+    cut = (a[:, :most] for a in _arrays(one))
+    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(counts[name]))
   return with_maps(model, forms)
+
+
+def to_published(one: SignStack) -> list[dict[str, np.ndarray]]:
+  """The blocks of one map in the order of bits of the published code: [{sign, u, vt}].
+
+  sign: uint8, all signs row after row as one run of bits, the most significant first; u: (outputs, rank); vt: (rank,
+  inputs); both float16.
+  """
+  outputs, inputs = one.u.shape[-2], one.v.shape[-1]
+  bits = np.unpackbits(np.asarray(one.signs[...]), axis=-1, count=inputs)
+  flat = np.packbits(bits.reshape(-1, outputs * inputs), axis=-1)
+  parts = zip(flat, np.asarray(one.u[...]), np.asarray(one.v[...]), strict=True)
+  return [dict(sign=sign, u=u, vt=vt) for sign, u, vt in parts]
+
+
+def from_published(blocks: Sequence[Mapping[str, np.ndarray]], scale: Array | None = None) -> SignStack:
+  """One map of blocks like those of `to_published`, all in use.
+
+  Raises:
+    InputError: no block, or signs that are not those of a matrix of u's rows and vt's columns.
+  """
+  require(len(blocks) > 0, "no block was given; give at least one")
+  outputs, inputs = blocks[0]["u"].shape[0], blocks[0]["vt"].shape[1]
+  size = -(-outputs * inputs // 8)
+  for i, block in enumerate(blocks):
+    found = block["sign"].shape
+    require(found == (size,), f"the signs of block {i} have shape {found}; a {outputs} x {inputs} map takes ({size},)")
+  bits = np.stack([np.unpackbits(block["sign"], count=outputs * inputs) for block in blocks])
+  signs = np.packbits(bits.reshape(-1, outputs, inputs), axis=-1)
+  u, v = (np.stack([block[name] for block in blocks]).astype(np.float16) for name in ("u", "vt"))
+  return SignStack(jnp.asarray(signs), jnp.asarray(u), jnp.asarray(v), scale, jnp.int32(len(blocks)))

@@ -3,6 +3,7 @@
 Each takes W (inputs, outputs), y = W^T x, and gives (V, U) with W ~ V U.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -17,9 +18,26 @@ from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
 _TINY = 1e-6
 
 
+def triplets(matrix: Float[Array, "m n"], rank: int | None = None):
+  """(left, values, right): the first singular triplets, all without a rank.
+
+  By an eigendecomposition of the smaller side's Gram matrix, several times as fast as an SVD. That side's vectors are
+  orthonormal, the other's what they take of the matrix, so that all triplets give it back; values below 1e-3 of the
+  largest are in no exact order.
+  """
+  tall = matrix.shape[0] > matrix.shape[1]
+  wide = matrix.T if tall else matrix
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  left = jnp.linalg.eigh(product(wide, wide.T))[1][:, ::-1][:, :rank]
+  right = product(left.T, wide)
+  values = jnp.linalg.norm(right, axis=1)
+  right = right / jnp.maximum(values, jnp.finfo(values.dtype).tiny)[:, None]
+  return (right.T, values, left.T) if tall else (left, values, right)
+
+
 def plain_svd(weight: Float[Array, "inputs outputs"], x: Moments):
   """W alone: the singular values split evenly. All ranks at once, as those below."""
-  left, values, right = jnp.linalg.svd(weight.astype(jnp.float32), full_matrices=False)
+  left, values, right = triplets(weight.astype(jnp.float32))
   root = jnp.sqrt(values)
   return left * root, root[:, None] * right
 
@@ -37,7 +55,7 @@ def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
   lowest = jnp.linalg.eigvalsh(second)[0]
   floor = jnp.where(lowest > 0, 0, _TINY * jnp.trace(second) / len(second) - lowest)
   root = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
-  left, values, right = jnp.linalg.svd(root.T @ weight.astype(second.dtype), full_matrices=False)
+  left, values, right = triplets(root.T @ weight.astype(second.dtype))
   half = jnp.sqrt(values)
   return jax.scipy.linalg.solve_triangular(root.T, left * half, lower=False), half[:, None] * right
 
