@@ -131,7 +131,7 @@ def finding(config, metrics: dict) -> str:
   two, _, three, _, four = frontier_claims(metrics[FRONTIER])
   return (
     f"At the bytes of 2, 3 and 4 bits BitStack's perplexity is {two.ours:.3g}, {three.ours:.3g} and {four.ours:.3g} "
-    f"times GPTQ's (paper {two.paper:.2g}, {three.paper:.3g} and {four.paper:.3g}), any size between from the same blocks."
+    f"times GPTQ's (paper {two.paper:.2g}, {three.paper:.3g} and {four.paper:.3g}), any size between from one file."
   )
 
 

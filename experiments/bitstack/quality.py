@@ -37,8 +37,8 @@ def wide(model: Transformer) -> Transformer:
 
 
 def frontier(config, subject: Subject, *, console) -> dict:
-  """{"rows": of the rivals, and of BitStack at their bytes and at sizes between; "order": how blocks were sorted; "seconds":
-  to all blocks, unsorted}."""
+  """{"rows": of the rivals, and of BitStack at their bytes and at sizes between; "order": how blocks were sorted;
+  "seconds": to all blocks, unsorted}."""
   rows = made_rows(subject, sizes(config.rivals, subject), rivals(config, subject), console)
   start = time.perf_counter()
   stacks = jax.block_until_ready(whole(config, subject))
