@@ -193,11 +193,14 @@ def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str], *,
     dense = at(mine, "dense")
     for i, method in enumerate(methods):
       points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in mine if row["method"] == method)
-      axis.plot(*zip(*points, strict=True), marker=marks[i % len(marks)], ms=4, lw=1, label=titles.get(method, method))
+      look = dict(marker=marks[i % len(marks)], ms=5, lw=1, mfc=None if i < 6 else "none")  # six colours there are
+      axis.plot(*zip(*points, strict=True), label=titles.get(method, method), **look)
     axis.axhline(dense["perplexity"], color="0.4", lw=0.8, ls="--", label=f"dense, {dense['bytes'] / 1e6:.3g} MB")
     high = min(max(row["perplexity"] for row in mine), 8 * dense["perplexity"])
     axis.set(xlabel="MB, all parameters", ylabel="perplexity", yscale="log", title=model)
     axis.set_ylim(0.9 * dense["perplexity"], 1.1 * high)
     axis.yaxis.set_major_formatter("{x:.4g}")
+    axis.yaxis.set_minor_formatter("{x:.4g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.legend(fontsize=7)
   return figures.save(figure, workdir, name)
