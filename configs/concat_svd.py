@@ -20,7 +20,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (all maps of smollm2), paper (the paper's collections)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (attention of smollm2), paper (the paper's collections)."""
   pick = scales.picker(scale)
 
   def text(*, judged):
@@ -61,7 +61,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           pairs=pick(test=((0.8, 0.4),), cpu=((0.9, 0.2), (0.8, 0.35), (0.65, 0.5))),
         ),
         others=maps(
-          types=pick(cpu=("k", "v"), gpu=("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")),
+          types=pick(cpu=("k", "v"), gpu=("q", "k", "v", "o")),
           pairs=pick(test=((0.8, 0.4),), cpu=((0.9, 0.2), (0.65, 0.5)), gpu=((0.9, 0.2), (0.8, 0.35), (0.65, 0.5))),
         ),
       ),

@@ -6,6 +6,7 @@ A module here is a part of the run.
 import itertools
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from experiments import figures, results
@@ -21,9 +22,11 @@ _TITLES = dict(shared="a basis shared by a group", plain_svd="SVD of each map", 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """The parts of config.parts; that on models last."""
-  alone = {BOUNDS: bounds, GROUPS: groups}
-  metrics = {part: results.part(workdir, part, lambda part=part: alone[part](config)) for part in config.parts
-             if part in alone}  # fmt: skip
+  alone, metrics = {BOUNDS: bounds, GROUPS: groups}, {}
+  with jax.default_device(jax.devices("cpu")[0]):  # many small SVDs are the host's work
+    for part in (part for part in config.parts if part in alone):
+      console.say(part)
+      metrics[part] = results.part(workdir, part, lambda part=part: alone[part](config))
   if LAYERS in config.parts:
     rest = config.copy_and_resolve_references()
     rest.parts = (LAYERS,)
