@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import InputError, require, require_choice, require_divides
+from jaxlab.kernels.bitstack_matmul import reference
 from jaxlab.models.layers import Linear
 
 NAMES = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")  # of a block
@@ -103,15 +104,7 @@ class SignStack(nnx.Module):
 
   def weight(self) -> Float[Array, "outputs inputs"]:
     """W in float32, block after block, of a map that is not stacked."""
-
-    def add(total, block):
-      signs, u, v, i = block
-      product = u.astype(jnp.float32) @ v.astype(jnp.float32)
-      return total + jnp.where(i < self.count[...], unpack_signs(signs, v.shape[-1]) * product, 0), None
-
-    blocks, outputs, inputs = self.u.shape[0], self.u.shape[1], self.v.shape[2]
-    parts = self.signs[...], self.u[...], self.v[...], jnp.arange(blocks)
-    return jax.lax.scan(add, jnp.zeros((outputs, inputs)), parts)[0]
+    return reference.weight(self.signs[...], self.u[...], self.v[...], self.count[...])
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     x = x if self.scale is None else x / self.scale[...].astype(x.dtype)
