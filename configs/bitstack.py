@@ -42,7 +42,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # A path to local text, or a tfds name; the splits.
       data=dict(name="stdlib_code", path="", calibration="validation", test="test"),
       parts=pick(test=("frontier", "sizes", "ablations"), cpu=("frontier", "sizes", "ablations")),
-      of=dict(frontier=("base", "smollm2"), sizes=("base",), ablations=("base",)),
+      first=("sizes", "ablations"),  # parts that are measured of the first model alone
       text=dict(  # rows to calibrate on, rows to sort blocks by, tokens to be judged on
         base=text(
           rows=pick(test=8, cpu=24, gpu=64, paper=256),

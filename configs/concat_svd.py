@@ -42,7 +42,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # A path to local text, or a tfds name; the splits.
       data=dict(name="stdlib_code", path="", calibration="validation", test="test"),
       parts=("bounds", "groups", "layers"),
-      of=dict(layers=("base", "smollm2")),
+      first=(),  # parts that are measured of the first model alone
       text=dict(
         base=text(judged=pick(test=128, cpu=8192, gpu=131_072)),
         others=text(judged=pick(test=128, cpu=2048, gpu=131_072)),

@@ -44,7 +44,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),  # a path to local text, or a tfds name
       other=dict(name="local_text", path="docs", split="train"),  # calibrated on for comparison
       parts=pick(test=("frontier", "texts", "speed"), cpu=("frontier", "texts"), gpu=("frontier", "speed", "texts")),
-      of=dict(frontier=("base", "smollm2"), texts=("base",)),
+      first=("texts", "speed"),  # parts that are measured of the first model alone
       text=dict(  # rows to calibrate on, rows to choose ranks by, tokens to be judged on
         base=text(
           rows=pick(test=8, cpu=24, gpu=256, paper=512),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import figures, results
+from experiments import results
 from experiments.long_context import given, opened, parse, subject_names
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data import packing
@@ -133,9 +133,8 @@ def rivals(config, subject: Subject) -> dict[str, Callable[[int], Transformer]]:
   """{"rtn", "gptq", "awq": bits -> the model in them, in groups of config.group}."""
   how = dict(group=config.group, batch=sizes(config.text, subject).batch)
   made = lambda method: lambda bits: method(subject.model, subject.calibration, bits=int(bits), **how)
-  return {name: made(functools.partial(quantise, how=one)) for name, one in (("rtn", rtn), ("gptq", gptq))} | {
-    "awq": made(awq)
-  }
+  grids = {name: functools.partial(quantise, how=one) for name, one in (("rtn", rtn), ("gptq", gptq))}
+  return {name: made(method) for name, method in (grids | {"awq": awq}).items()}
 
 
 def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Callable], console) -> list[dict]:
@@ -159,48 +158,24 @@ def at(rows: list[dict], method: str, budget: float | None = None) -> dict:
   return next(row for row in rows if row["method"] == method and budget in (None, row["budget"]))
 
 
-def parts_of(config) -> tuple[str, ...]:
-  """config.parts; of a user's model alone the one that compresses it."""
-  return (COMPRESSED,) if config.model else config.parts
+def chosen_parts(config, measures: Mapping[str, Callable]) -> dict[str, Callable]:
+  """Those of config.parts, in its order; of a model of one's own alone the one that compresses it."""
+  return {part: measures[part] for part in ((COMPRESSED,) if config.model else config.parts)}
 
 
-def measured(config, workdir: Path, measures: Mapping[str, Callable], called: Mapping, console) -> dict:
-  """{part: {model: what measures[part](subject) gave}}, all of the first model before the next one's, each once.
+def measured(config, workdir: Path, parts: Mapping[str, Callable], called: Mapping, console) -> dict:
+  """{part: {model: what parts[part](subject) gave}}, all of the first model before the next one's, each once.
 
-  A part is measured of the models that config.of names for it, of the first one where it names none.
+  Parts of config.first are measured of the first model alone.
   """
-  metrics = {part: {} for part in parts_of(config)}
-  for i, (name, read) in enumerate(called.items()):
-    for part in metrics:
-      if name in config.of.get(part, ()) or (part not in config.of and i == 0) or config.model:
+  metrics = {part: {} for part in parts}
+  for name, read in called.items():
+    for part, found in metrics.items():
+      if not (found and part in config.first):
 
         def run(part=part, name=name, read=read):
           console.say(f"{part} of {name}")
-          return measures[part](read())
+          return parts[part](read())
 
-        metrics[part][name] = results.part(workdir, f"{part}.{name}", run)
+        found[name] = results.part(workdir, f"{part}.{name}", run)
   return metrics
-
-
-def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str], *, name: str = "frontier") -> str:
-  """Perplexity against bytes, an axis a model, a line a method; the file's name."""
-  models = list(dict.fromkeys(row["subject"] for row in rows))
-  figure, axes = figures.subplots(len(models), squeeze=False)
-  marks = "os^vDPX*<>"
-  for axis, model in zip(axes[0], models, strict=True):
-    mine = [row for row in rows if row["subject"] == model]
-    methods = [method for method in dict.fromkeys(row["method"] for row in mine) if method != "dense"]
-    dense = at(mine, "dense")
-    for i, method in enumerate(methods):
-      points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in mine if row["method"] == method)
-      look = dict(marker=marks[i % len(marks)], ms=5, lw=1, mfc=None if i < 6 else "none")  # six colours there are
-      axis.plot(*zip(*points, strict=True), label=titles.get(method, method), **look)
-    axis.axhline(dense["perplexity"], color="0.4", lw=0.8, ls="--", label=f"dense, {dense['bytes'] / 1e6:.3g} MB")
-    high = min(max(row["perplexity"] for row in mine), 8 * dense["perplexity"])
-    axis.set(xlabel="MB, all parameters", ylabel="perplexity", yscale="log", title=model)
-    axis.set_ylim(0.9 * dense["perplexity"], 1.1 * high)
-    axis.yaxis.set_major_formatter("{x:.4g}")
-    axis.yaxis.set_minor_formatter("{x:.4g}")
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.legend(fontsize=7)
-  return figures.save(figure, workdir, name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import figures, timing
+from experiments import timing
 from experiments.compression import COMPRESSED, Subject, perplexity, stored
 from experiments.results import Claim
 from experiments.text import save_vocabulary
@@ -57,17 +57,6 @@ def written_claims(found: dict, most: float) -> list[Claim]:
       baseline=f"{found['bytes'][COMPRESSED]} counted", note="the rest are the files' headers",
     ),
   ]  # fmt: skip
-
-
-def draw_pair(metrics: dict, workdir: Path) -> dict[str, str]:
-  """Perplexity against bytes of the original and of the folder that was written."""
-  (found,) = metrics[COMPRESSED].values()
-  figure, axis = figures.subplots()
-  for name in ("original", COMPRESSED):
-    axis.plot(found["bytes"][name] / 1e6, found["perplexity"][name], "o", label=name)
-  axis.set(xlabel="MB, all parameters", ylabel="perplexity", xlim=(0, 1.1 * found["bytes"]["original"] / 1e6))
-  axis.legend()
-  return {figures.save(figure, workdir, "pair"): "Before and after"}
 
 
 def written_finding(metrics: dict) -> str:

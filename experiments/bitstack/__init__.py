@@ -9,8 +9,9 @@ from pathlib import Path
 from experiments import figures
 from experiments.bitstack import quality
 from experiments.bitstack.quality import MAIN
-from experiments.compression import COMPRESSED, at, draw_frontier, measured, subjects
-from experiments.compression_folder import draw_pair, written, written_claims, written_finding
+from experiments.compression import COMPRESSED, at, chosen_parts, measured, subjects
+from experiments.compression_drawing import draw_frontier, draw_pair
+from experiments.compression_folder import written, written_claims, written_finding
 from experiments.results import Claim
 
 FRONTIER, SIZES, ABLATIONS = "frontier", "sizes", "ablations"
@@ -37,7 +38,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     ABLATIONS: lambda subject: quality.ablations(config, subject, console=console),
     COMPRESSED: lambda subject: written(config, subject, quality.within(config, subject), workdir, console),
   }
-  return measured(config, workdir, measures, subjects(config, cache), console)
+  return measured(config, workdir, chosen_parts(config, measures), subjects(config, cache), console)
 
 
 def claims(config, metrics: dict) -> list[Claim]:

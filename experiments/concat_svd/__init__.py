@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from experiments import figures, results
-from experiments.compression import draw_frontier, measured, subjects
+from experiments.compression import measured, subjects
+from experiments.compression_drawing import draw_frontier
 from experiments.concat_svd.groups import bounds, groups
 from experiments.concat_svd.layers import layers
 from experiments.results import Claim
@@ -27,12 +28,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     for part in (part for part in config.parts if part in alone):
       console.say(part)
       metrics[part] = results.part(workdir, part, lambda part=part: alone[part](config))
-  if LAYERS in config.parts:
-    rest = config.copy_and_resolve_references()
-    rest.parts = (LAYERS,)
-    measures = {LAYERS: lambda subject: layers(config, subject)}
-    metrics |= measured(rest, workdir, measures, subjects(config, cache), console)
-  return metrics
+  rest = {part: lambda subject: layers(config, subject) for part in config.parts if part == LAYERS}
+  return metrics | measured(config, workdir, rest, subjects(config, cache), console)
 
 
 def claims(config, metrics: dict) -> list[Claim]:

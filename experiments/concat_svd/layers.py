@@ -25,11 +25,8 @@ def layers(config, subject: Subject) -> dict:
   width = model.config.width
   blocks = {(name, i): _upright(name, w) for name, weight in dense.items() for i, w in enumerate(weight)}
   rows = [row(subject, "dense", 1, model)]
-  full = {}
-  batch = sizes(config.text, subject).batch
-  for how in (svd.plain_svd, svd.svd_llm):
-    found = svd.decompose(model, subject.calibration, how, batch=batch)
-    full[how.__name__] = {name: found[name] for name in of.types}
+  how = dict(names=of.types, batch=sizes(config.text, subject).batch)
+  full = {one.__name__: svd.decompose(model, subject.calibration, one, **how) for one in (svd.plain_svd, svd.svd_llm)}
   size, total = maps.bytes_of(stored(model)), sum(a.size for a in dense.values())
   with jax.default_device(jax.devices("cpu")[0]):  # SVDs of tall matrices are the host's work
     made = {eps: concat_svd.cluster(list(blocks.values()), rank=int(share * width), eps=eps) for share, eps in of.pairs}

@@ -6,8 +6,9 @@ A module here is a part of the run.
 import math
 from pathlib import Path
 
-from experiments.compression import COMPRESSED, at, draw_frontier, measured, subjects
-from experiments.compression_folder import draw_pair, written, written_claims, written_finding
+from experiments.compression import COMPRESSED, at, chosen_parts, measured, subjects
+from experiments.compression_drawing import draw_frontier, draw_pair
+from experiments.compression_folder import written, written_claims, written_finding
 from experiments.lord import quality, speed
 from experiments.lord.drawing import draw_sweep
 from experiments.results import Claim
@@ -29,7 +30,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     SPEED: lambda subject: speed.measure(config, subject),
     COMPRESSED: lambda subject: written(config, subject, quality.chosen(config, subject), workdir, console),
   }
-  return measured(config, workdir, measures, subjects(config, cache), console)
+  return measured(config, workdir, chosen_parts(config, measures), subjects(config, cache), console)
 
 
 def claims(config, metrics: dict) -> list[Claim]:

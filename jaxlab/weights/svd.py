@@ -4,7 +4,7 @@ Each takes W (inputs, outputs), y = W^T x, and gives (V, U) with W ~ V U.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +61,19 @@ def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
 
 
 def decompose(
-  model: Transformer, tokens: Int[Array, "rows time"], how: Callable = svd_llm, *, batch: int = 8
+  model: Transformer,
+  tokens: Int[Array, "rows time"],
+  how: Callable = svd_llm,
+  *,
+  names: Collection[str] = maps.NAMES,
+  batch: int = 8,
 ) -> dict[str, Factored]:
-  """Every linear map of the blocks by `how` at full rank, stacked over layers: lower ranks are prefixes."""
+  """The linear maps of those names by `how` at full rank, stacked over layers: lower ranks are prefixes."""
   made = jax.jit(how)
 
   def visit(layer, block, inputs):
-    return {name: Factored(*made(one.weight[...], inputs[name])) for name, one in maps.named(block).items()}
+    chosen = {name: one for name, one in maps.named(block).items() if name in names}
+    return {name: Factored(*made(one.weight[...], inputs[name])) for name, one in chosen.items()}
 
   return layer_by_layer(model, tokens, visit, batch=batch)
 

@@ -11,7 +11,6 @@ def config(tiny_checkpoint):
   made = config_file.get_config("test")
   made.data.path, made.data.calibration, made.data.test = "docs/**/*.md", "train", "train"
   made.subjects = (f"hf:{tiny_checkpoint}",)
-  made.of.frontier = made.of.sizes = made.of.ablations = (tiny_checkpoint.name,)
   made.rivals.others, made.orders.others = made.rivals.base, made.orders.base
   return made
 

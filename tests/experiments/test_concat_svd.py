@@ -10,7 +10,7 @@ from tests.common import run_and_continue
 def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
   config = config_file.get_config("test")
   config.data.path, config.data.calibration, config.data.test = "docs/**/*.md", "train", "train"
-  config.subjects, config.of.layers = (f"hf:{tiny_checkpoint}",), (tiny_checkpoint.name,)
+  config.subjects = (f"hf:{tiny_checkpoint}",)
   report = run_and_continue("concat_svd", tmp_path, monkeypatch, "bounds", "groups", "layers", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 11 and report.claims[0].holds and report.claims[5].holds

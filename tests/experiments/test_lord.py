@@ -15,7 +15,6 @@ def config(tiny_checkpoint):
   made = config_file.get_config("test")
   made.data.path, made.data.calibration, made.data.test = "docs/**/*.md", "train", "train"
   made.subjects = (f"hf:{tiny_checkpoint}",)
-  made.of.frontier = made.of.texts = (tiny_checkpoint.name,)
   made.methods.others = METHODS
   return made
 
