@@ -22,7 +22,7 @@ def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str]) ->
       look = dict(marker=marks[i % len(marks)], ms=5, lw=1, mfc=fill, label=titles.get(method, method))
       axis.plot(*zip(*points, strict=True), **look)
     axis.axhline(dense["perplexity"], color="0.4", lw=0.8, ls="--", label=f"dense, {dense['bytes'] / 1e6:.3g} MB")
-    high = min(max(row["perplexity"] for row in mine), 8 * dense["perplexity"])
+    high = min(max(row["perplexity"] for row in mine), 30 * dense["perplexity"])
     axis.set(xlabel="MB, all parameters", ylabel="perplexity", yscale="log", title=model)
     axis.set_ylim(0.9 * dense["perplexity"], 1.1 * high)
     axis.yaxis.set_major_formatter("{x:.4g}")

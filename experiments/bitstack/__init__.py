@@ -153,8 +153,10 @@ def draw_ablations(rows: list[dict], workdir: Path) -> str:
   for i, name in enumerate(names):
     mine = [row for row in rows if row["method"] == name]
     place = [budgets.index(row["budget"]) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in mine]
-    axis.bar(place, [row["perplexity"] for row in mine], 0.8 / len(names), label=_TITLES[name])
+    look = dict(label=_TITLES[name], hatch=None if i < 6 else "///")  # there are six colours
+    axis.bar(place, [row["perplexity"] for row in mine], 0.8 / len(names), **look)
   axis.set_xticks(range(len(budgets)), [f"bytes of {budget:g} bits" for budget in budgets])
-  axis.set(ylabel="perplexity", yscale="log")
+  low = min(row["perplexity"] for row in rows)
+  axis.set(ylabel="perplexity, cut off", yscale="log", ylim=(low / 2, 100 * low))
   axis.legend(fontsize=7, ncols=2)
   return figures.save(figure, workdir, "ablations")
