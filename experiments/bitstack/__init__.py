@@ -158,5 +158,5 @@ def draw_ablations(rows: list[dict], workdir: Path) -> str:
   axis.set_xticks(range(len(budgets)), [f"bytes of {budget:g} bits" for budget in budgets])
   low = min(row["perplexity"] for row in rows)
   axis.set(ylabel="perplexity, cut off", yscale="log", ylim=(low / 2, 100 * low))
-  axis.legend(fontsize=7, ncols=2)
+  axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
   return figures.save(figure, workdir, "ablations")
