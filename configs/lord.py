@@ -43,8 +43,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         name="stdlib_code", path="", calibration="validation", test="test"
       ),  # a path to local text, or a tfds name
       other=dict(name="local_text", path="docs", split="train"),  # calibrated on for comparison
-      parts=pick(test=("frontier", "texts", "speed"), cpu=("frontier", "texts"), gpu=("frontier", "speed", "texts")),
-      first=("texts", "speed"),  # parts that are measured of the first model alone
+      parts=pick(
+        test=("frontier", "texts", "tuning", "speed"),
+        cpu=("frontier", "texts"),
+        gpu=("frontier", "speed", "texts", "tuning"),
+      ),
+      first=("texts", "tuning", "speed"),  # parts that are measured of the first model alone
       text=dict(  # rows to calibrate on, rows to choose ranks by, tokens to be judged on
         base=text(
           rows=pick(test=8, cpu=24, gpu=256, paper=512),
@@ -82,7 +86,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       group=pick(test=8, cpu=32),  # of weights with a scale
       blocks=pick(test=2, cpu=3),  # of sign stacks
       block_rank=pick(test=1, cpu=2),
-      bench=dict(
+      tuning=dict(  # of adapters beside maps in 4 bits, on the calibration's split
+        steps=pick(test=2, cpu=60, gpu=200, paper=1000),
+        batch=pick(test=2, cpu=4, gpu=16),
+        length=pick(test=16, cpu=256, gpu=512),
+        rank=pick(test=2, cpu=16),
+        rate=5e-4,
+      ),
+      bench=dict(  # of a folder that was written
         tokens=pick(test=4, cpu=64), repetitions=pick(test=2, cpu=3), dtype=pick(cpu="float32", gpu="bfloat16")
       ),
       speed=dict(

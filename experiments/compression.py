@@ -18,6 +18,7 @@ from jaxlab.data import packing
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.models.layers import Linear
 from jaxlab.training import losses
+from jaxlab.training.lora import Adapted
 from jaxlab.weights.bitstack import bytes_in_use
 from jaxlab.weights.calibration import with_maps
 from jaxlab.weights.quantise import awq, gptq, quantise, rtn
@@ -88,6 +89,8 @@ def _matrix(one: nnx.Module) -> np.ndarray:
     return wide(one.down) @ wide(one.up)
   if isinstance(one, maps.Product):
     return _matrix(one.down) @ _matrix(one.up)
+  if isinstance(one, Adapted):
+    return _matrix(one.inner) + wide(one.a) @ wide(one.b)
   if isinstance(one, maps.Quantised):
     return np.asarray(jax.jit(maps.Quantised.weight)(one))
   weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
@@ -100,8 +103,8 @@ _stacks = jax.jit(jax.vmap(maps.SignStack.weight))
 def restored(model: Transformer) -> Transformer:
   """The same function with every map as one float32 matrix and a bias: one program judges all methods."""
   forms = {}
-  for name, one in maps.named(model.blocks).items():
-    weight, bias = _matrix(one), getattr(one, "bias", None)
+  for name, one in maps.named(model.blocks, Adapted).items():
+    weight, bias = _matrix(one), getattr(getattr(one, "inner", one), "bias", None)
     forms[name] = _Affine(weight, np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32))
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), with_maps(model, forms))
 

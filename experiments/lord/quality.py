@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments.compression import Subject, made_rows, rivals, row, selection_loss, sizes, stored
+from experiments.lord import tuning
 from experiments.text import Text
 from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
@@ -58,6 +59,12 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     | rivals(config, subject)
     | {how: lambda budget, how=how: svd.truncate(model, full(how), budget=budget) for how in _SVDS}
   )
+
+
+def tuning_of(config, subject: Subject, *, cache: Path) -> dict[str, dict]:
+  """As `tuning.measure`, at the ranks chosen."""
+  bases, table = swept(config, subject)
+  return tuning.measure(config, subject, bases=bases, table=table, cache=cache)
 
 
 def swept(config, subject: Subject):

@@ -39,6 +39,11 @@ class Factored(nnx.Module):
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.down.shape[:-1], self.up.shape[-1])
+
+  @property
   def spec(self) -> dict:
     return {"rank": self.down.shape[-1], "bias": self.bias is not None}
 
@@ -73,6 +78,12 @@ class Quantised(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     return x @ self.weight().astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, packed, outputs = self.codes.shape
+    return (*stack, packed * 8 // self.bits, outputs)
 
   @property
   def spec(self) -> dict:
@@ -111,6 +122,12 @@ class SignStack(nnx.Module):
     return x @ self.weight().T.astype(x.dtype)
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, _, outputs, _ = self.u.shape
+    return (*stack, self.v.shape[-1], outputs)
+
+  @property
   def spec(self) -> dict:
     return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
 
@@ -138,6 +155,11 @@ class Product(nnx.Module):
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     y = self.up(self.down(x))
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.down.shape[:-1], self.up.shape[-1])
 
   @property
   def spec(self) -> dict:
@@ -185,13 +207,17 @@ def unpack_codes(packed: UInt8[Array, "*stack packed outputs"], bits: int) -> UI
   return code.sum(axis=-2).astype(jnp.uint8)
 
 
-def named(blocks) -> dict[str, nnx.Module]:
-  """The linear maps of a block or of stacked ones, by their names (`NAMES`); experts and routers are none of them."""
+def named(blocks, *more: type) -> dict[str, nnx.Module]:
+  """The linear maps of a block or of stacked ones, by their names (`NAMES`); experts and routers are none of them.
+
+  Args:
+    more: other kinds of modules that count as maps.
+  """
   found = {}
   for name in NAMES:
     owner, attribute = _owner(blocks, name)
     one = getattr(owner, attribute, None)
-    if isinstance(one, (Linear, *FORMS.values())):
+    if isinstance(one, (Linear, *FORMS.values(), *more)):
       found[name] = one
   return found
 

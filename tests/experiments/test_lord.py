@@ -1,10 +1,15 @@
+import itertools
+
+import jax
 import numpy as np
 import pytest
 
 from configs import lord as config_file
 from experiments import compression, results
-from experiments.lord import quality
+from experiments.lord import quality, tuning
 from jaxlab.models import hub, maps
+from jaxlab.training import lora
+from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
 METHODS = (*config_file.METHODS, "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
@@ -20,9 +25,8 @@ def config(tiny_checkpoint):
 
 
 def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypatch):
-  report = run_and_continue(
-    "lord", tmp_path, monkeypatch, "quality.frontier", "quality.texts", "speed.measure", config=config
-  )
+  parts = ("quality.frontier", "quality.texts", "quality.tuning_of", "speed.measure")
+  report = run_and_continue("lord", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 12
   rows = report.metrics["frontier"][tiny_checkpoint.name]["rows"]
@@ -44,6 +48,22 @@ def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monk
   assert maps.bytes_of(maps.named(small.blocks)) <= 0.7 * maps.bytes_of(maps.named(dense.blocks))
   assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
   assert hub.load_vocabulary(tmp_path / "compressed").tokenizer.get_vocab_size() > 0
+
+
+def test_tuning_learns(config, tmp_path):
+  """On the same batch again and again the adapters' loss falls; what is in few bits stays."""
+  (read,) = compression.subjects(config, tmp_path).values()
+  subject = read()
+  bases, table = quality.swept(config, subject)
+  small = quality.makers(config, subject, bases, table)["lord+rtn"](0.8)
+  rows = subject.calibration
+  batch = dict(inputs=rows[:, :-1], targets=rows[:, 1:])
+  config.tuning.steps, config.tuning.rate = 30, 1e-2
+  adapters = tuning.tuned(small, itertools.repeat(batch), config.tuning, jax.random.key(0))
+  loss = lambda model: float(language_model_loss(model, batch)[0])
+  merged = lora.merge(small, adapters)
+  assert loss(merged) < loss(small) - 0.1
+  np.testing.assert_allclose(compression.restored(merged)(rows[:1]), merged(rows[:1]), rtol=1e-2, atol=1e-2)
 
 
 def test_one_program_judges_every_form(config, tmp_path):
