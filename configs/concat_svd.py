@@ -50,7 +50,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Of the collections: matrices, and of channels and columns their rank and promised error.
       collections=dict(
         waves=dict(count=pick(test=10, cpu=120, gpu=500, paper=5000), rank=67, eps=0.05),
-        channels=dict(count=pick(test=10, cpu=120, gpu=500, paper=2000), rank=20, eps=0.05),
+        channels=dict(count=pick(test=10, cpu=120, gpu=500, paper=2000), rank=20, eps=0.1),
         columns=dict(count=pick(test=20, cpu=400, gpu=2000, paper=5000), rank=32, eps=0.2),
         wide_columns=dict(count=pick(test=8, cpu=80, gpu=200), rank=32, eps=0.2),
       ),

@@ -13,27 +13,27 @@ def collection(name: str, count: int, *, seed: int = 0) -> list[np.ndarray]:
 
 
 def waves(count: int, rng, *, places: int = 256, times: int = 67) -> list[np.ndarray]:
-  """u(x, t) = u_0(x - beta t) on a circle, (places, times): u_0 of five sines, beta of 0.1 to 1."""
+  """u(x, t) = u_0(x - beta t) on a circle, (places, times): u_0 of five of 40 sines, beta of 0.1 to 1."""
   x, t = np.linspace(0, 1, places, endpoint=False), np.linspace(0, 1, times)
   made = []
   for _ in range(count):
     beta, phases, sizes = rng.uniform(0.1, 1), rng.uniform(0, 2 * np.pi, 5), rng.normal(size=5)
-    waves = rng.integers(1, 9, 5)
+    waves = rng.integers(1, 41, 5)
     angle = 2 * np.pi * waves[:, None, None] * (x[:, None] - beta * t) + phases[:, None, None]
     made.append(np.einsum("s,sxt->xt", sizes, np.sin(angle)))
   return made
 
 
-def channels(count: int, rng, *, antennas: int = 64, subcarriers: int = 64, clusters: int = 20) -> list[np.ndarray]:
+def channels(count: int, rng, *, antennas: int = 64, subcarriers: int = 64, clusters: int = 6) -> list[np.ndarray]:
   """Of users in one cell, (2 antennas, subcarriers), real above imaginary parts.
 
-  A user sees 4 of the cell's clusters of scatterers: 5 rays each, around the cluster's angle and delay, which weaken
+  A user sees 2 of the cell's clusters of scatterers: 10 rays each, around the cluster's angle and delay, which weaken
   with the delay, received by antennas half a wavelength apart.
   """
   angles, delays = rng.uniform(-np.pi / 3, np.pi / 3, clusters), rng.exponential(0.1, clusters)
   made = []
   for _ in range(count):
-    seen = np.repeat(rng.choice(clusters, 4, replace=False), 5)
+    seen = np.repeat(rng.choice(clusters, 2, replace=False), 10)
     angle = angles[seen] + rng.normal(0, 0.02, 20)
     delay = delays[seen] + rng.exponential(0.01, 20)
     gain = (rng.normal(size=20) + 1j * rng.normal(size=20)) * np.exp(-delay / 0.2)
@@ -54,8 +54,8 @@ def columns(count: int, rng, *, width: int = 1) -> list[np.ndarray]:
 
 
 def wide_columns(count: int, rng) -> list[np.ndarray]:
-  """Columns by sixteen next to each other."""
-  return columns(count, rng, width=16)
+  """Columns by four next to each other."""
+  return columns(count, rng, width=4)
 
 
 def at_random(count: int, groups: int, rng) -> list[list[int]]:
