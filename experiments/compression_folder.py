@@ -37,7 +37,7 @@ def written(config, subject: Subject, model: Transformer, workdir: Path, console
   }
   for name in pair:
     console.say(", ".join([name, *(f"{what} {found[what][name]:.5g}" for what in found if what != "files")]))
-  console.say(f"written: {folder}; the next command reads it: python -m jaxlab.generate --model={folder} TEXT")
+  console.say(f"written: {folder}; python -m jaxlab.generate --model={folder} --raw TEXT goes on from a text")
   return found
 
 
