@@ -14,6 +14,7 @@ A lower bound of the sum bounds e from above without an SVD of M; groups grow wh
 Only sums of squares are bounded by the second, not single singular values.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,6 +87,8 @@ def add_residual(state: Residual, block: Float[Array, "m n"]) -> Residual:
   noise = 10 * jnp.finfo(block.dtype).eps * m**0.5 * jnp.linalg.norm(block)
   some = values > noise
   places = jnp.where(some, state.filled + jnp.arange(len(values)), m)  # those past the end are dropped
+  # Directions of small values are rounding as much as they are new: without this the basis slowly stops being one.
+  left = jnp.linalg.qr(out(jnp.where(some, left, 0)))[0]
   basis = state.basis.at[:, places].set(left, mode="drop")
   best = jax.lax.top_k(jnp.concatenate([state.values, jnp.where(some, values, 0)]), len(state.values))[0]
   return Residual(basis, state.filled + some.sum(), best, state.energy + (block**2).sum())
@@ -261,7 +264,9 @@ def compression_ratio(blocks: Sequence[Array], clusters: Sequence[Cluster]) -> f
 
 
 def _error(lower: float, energy: float) -> float:
-  return 0.0 if energy == 0 else max(0.0, 1 - lower / energy) ** 0.5
+  """No number is no bound: infinity."""
+  left = 0.0 if energy == 0 else 1 - lower / energy
+  return math.inf if math.isnan(left) else max(0.0, left) ** 0.5
 
 
 def _checked(blocks: Sequence[Array], rank: int, method: str, methods: Sequence[str] = METHODS) -> list[Array]:

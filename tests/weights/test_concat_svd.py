@@ -88,6 +88,24 @@ def test_every_group_keeps_its_promise(method, order):
       assert lost <= eps + 1e-9
 
 
+def test_in_single_precision_the_basis_stays_one():
+  """Matrices of directions close to each other: what each adds falls quickly, down to rounding."""
+  rng = np.random.default_rng(0)
+  centres, place, blocks = rng.uniform(-2, 2, 6), np.arange(32)[:, None], []
+  for _ in range(64):
+    angle = place * (np.repeat(rng.choice(centres, 2, replace=False), 10) + 0.02 * rng.normal(size=20))
+    blocks.append(jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)]) @ rng.normal(size=(20, 24)), jnp.float32))
+  state = concat_svd.residual_state(blocks, rank=12)
+  basis = np.asarray(state.basis)[:, : min(64, int(state.filled))]
+  np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+  true = relative_error(blocks, rank=12)
+  assert true > 0.05 and all(bound(blocks, rank=12, method=method) >= 0.999 * true for method in METHODS)
+
+
+def test_what_is_no_number_bounds_nothing():
+  assert concat_svd._error(float("nan"), 1.0) == float("inf") and concat_svd._error(2.0, 1.0) == 0
+
+
 def test_how_far_groups_reach():
   blocks = collection(3, count=10, width=2, noise=0.0)
   whole = lambda **options: [len(one.members) for one in cluster(blocks, rank=4, **options)]
