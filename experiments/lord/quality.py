@@ -63,32 +63,29 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
 
 def tuning_of(config, subject: Subject, *, cache: Path) -> dict[str, dict]:
   """As `tuning.measure`, at the ranks chosen."""
-  bases, table = swept(config, subject)
+  bases, table, _ = swept(config, subject)
   return tuning.measure(config, subject, bases=bases, table=table, cache=cache)
 
 
 def swept(config, subject: Subject):
-  """(bases, the sweep over ranks by type of map)."""
-  bases = lord.decompose(subject.model, subject.calibration, batch=sizes(config.text, subject).batch)
+  """(bases, the sweep over ranks by type of map, seconds to the bases)."""
+  start = time.perf_counter()
+  batch = sizes(config.text, subject).batch
+  bases = jax.block_until_ready(lord.decompose(subject.model, subject.calibration, batch=batch))
+  seconds = time.perf_counter() - start
   how = dict(shares=sizes(config.sweep, subject), multiple=config.sweep.multiple)
-  return bases, lord.sweep(subject.model, bases, selection_loss(subject), **how)
+  return bases, lord.sweep(subject.model, bases, selection_loss(subject), **how), seconds
 
 
 def chosen(config, subject: Subject) -> Transformer:
   """LoRD at config.budget."""
-  bases, table = swept(config, subject)
+  bases, table, _ = swept(config, subject)
   return lord.truncate(subject.model, bases, lord.choose(bases, table, budget=config.budget))
 
 
 def frontier(config, subject: Subject, *, console) -> dict:
   """Rows of `compression.row` by method; the sweep; seconds to the bases."""
-  start = time.perf_counter()
-  bases = jax.block_until_ready(
-    lord.decompose(subject.model, subject.calibration, batch=sizes(config.text, subject).batch)
-  )
-  seconds = time.perf_counter() - start
-  how = dict(shares=sizes(config.sweep, subject), multiple=config.sweep.multiple)
-  table = lord.sweep(subject.model, bases, selection_loss(subject), **how)
+  bases, table, seconds = swept(config, subject)
   rows = made_rows(subject, sizes(config.methods, subject), makers(config, subject, bases, table), console)
   shape = lambda one: dict(full=one.up.shape[-2], even=one.weights / (one.down.shape[-2] + one.up.shape[-1]))
   budgets = sorted({row["budget"] for row in rows if row["method"] == "lord"})
@@ -103,13 +100,13 @@ def frontier(config, subject: Subject, *, console) -> dict:
 
 def texts(config, subject: Subject, *, cache: Path) -> dict[str, float]:
   """{calibration text: perplexity at config.budget, at the ranks chosen on the subject's own}."""
-  bases, table = swept(config, subject)
+  bases, table, _ = swept(config, subject)
   ranks = lord.choose(bases, table, budget=config.budget)
-  rows, time = subject.calibration.shape
+  rows, length = subject.calibration.shape
   batch = sizes(config.text, subject).batch
   other = Text(config.other, tokenizer.of_text(hub.load_vocabulary(subject.folder).tokenizer), cache)
   given = {
-    "other": rows_of(other.split(config.other.split).ids, rows=rows, time=time, seed=config.seed),
+    "other": rows_of(other.split(config.other.split).ids, rows=rows, time=length, seed=config.seed),
     "no BOS": subject.calibration[:, 1:],
     "a quarter": subject.calibration[: max(batch, rows // 4 // batch * batch)],
   }

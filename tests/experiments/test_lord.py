@@ -54,7 +54,7 @@ def test_tuning_learns(config, tmp_path):
   """On the same batch again and again the adapters' loss falls; what is in few bits stays."""
   (read,) = compression.subjects(config, tmp_path).values()
   subject = read()
-  bases, table = quality.swept(config, subject)
+  bases, table, _ = quality.swept(config, subject)
   small = quality.makers(config, subject, bases, table)["lord+rtn"](0.8)
   rows = subject.calibration
   batch = dict(inputs=rows[:, :-1], targets=rows[:, 1:])
@@ -70,7 +70,7 @@ def test_one_program_judges_every_form(config, tmp_path):
   """The matrices that stand for other forms give their logits."""
   (read,) = compression.subjects(config, tmp_path).values()
   subject = read()
-  bases, table = quality.swept(config, subject)
+  bases, table, _ = quality.swept(config, subject)
   make = quality.makers(config, subject, bases, table)
   tokens = subject.calibration[:1]
   for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+bitstack", 0)):
