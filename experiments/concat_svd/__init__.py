@@ -169,11 +169,11 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
 
 def draw_bounds(found: dict, workdir: Path) -> str:
   """An axis a collection; the file's name."""
-  figure, axes = figures.subplots(len(found), width=0.8, squeeze=False)
-  for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+  figure, axes = figures.subplots(2, -(-len(found) // 2), squeeze=False)
+  for axis, (name, rows) in zip(axes.ravel(), found.items(), strict=False):
     true = [row["true"] for row in rows]
-    for method in METHODS:
-      axis.plot(true, [row[method] for row in rows], ".", label=method.replace("_", " "))
+    for mark, method in zip("sv+", METHODS, strict=True):
+      axis.plot(true, [row[method] for row in rows], mark, ms=5, label=method.replace("_", " "))
     low, high = min(true), max(true)
     axis.plot([low, high], [low, high], "k--", lw=0.8)
     axis.set(xlabel="true error", ylabel="bound", title=name.replace("_", " "))
