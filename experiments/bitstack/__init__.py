@@ -9,9 +9,9 @@ from pathlib import Path
 from experiments import figures
 from experiments.bitstack import quality
 from experiments.bitstack.quality import MAIN
-from experiments.compression import COMPRESSED, at, chosen_parts, measured, subjects
-from experiments.compression_drawing import draw_frontier, draw_pair
-from experiments.compression_folder import written, written_claims, written_finding
+from experiments.compressing import COMPRESSED, at, chosen_parts, measured, subjects
+from experiments.compressing_drawing import draw_frontier, draw_pair
+from experiments.compressing_folder import written, written_claims, written_finding
 from experiments.results import Claim
 
 FRONTIER, SIZES, ABLATIONS = "frontier", "sizes", "ablations"

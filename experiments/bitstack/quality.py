@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.compression import Subject, made_rows, rivals, row, selection_loss, sizes, stored
+from experiments.compressing import Subject, made_rows, rivals, row, selection_loss, sizes, stored
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
 from jaxlab.weights import bitstack, svd

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from experiments import figures, results
-from experiments.compression import measured, subjects
-from experiments.compression_drawing import draw_frontier
+from experiments.compressing import measured, subjects
+from experiments.compressing_drawing import draw_frontier
 from experiments.concat_svd.groups import bounds, groups
 from experiments.concat_svd.layers import layers
 from experiments.results import Claim

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.compression import Subject, perplexity, row, sizes, stored
+from experiments.compressing import Subject, perplexity, row, sizes, stored
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.weights import concat_svd, svd

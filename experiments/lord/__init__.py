@@ -6,9 +6,9 @@ A module here is a part of the run.
 import math
 from pathlib import Path
 
-from experiments.compression import COMPRESSED, at, chosen_parts, measured, subjects
-from experiments.compression_drawing import draw_frontier, draw_pair
-from experiments.compression_folder import written, written_claims, written_finding
+from experiments.compressing import COMPRESSED, at, chosen_parts, measured, subjects
+from experiments.compressing_drawing import draw_frontier, draw_pair
+from experiments.compressing_folder import written, written_claims, written_finding
 from experiments.lord import quality, speed
 from experiments.lord.drawing import draw_sweep
 from experiments.results import Claim

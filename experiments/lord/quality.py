@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.compression import Subject, made_rows, rivals, row, selection_loss, sizes, stored
+from experiments.compressing import Subject, made_rows, rivals, row, selection_loss, sizes, stored
 from experiments.lord import tuning
 from experiments.text import Text
 from jaxlab.data import tokenizer
@@ -84,7 +84,7 @@ def chosen(config, subject: Subject) -> Transformer:
 
 
 def frontier(config, subject: Subject, *, console) -> dict:
-  """Rows of `compression.row` by method; the sweep; seconds to the bases."""
+  """Rows of `compressing.row` by method; the sweep; seconds to the bases."""
   bases, table, seconds = swept(config, subject)
   rows = made_rows(subject, sizes(config.methods, subject), makers(config, subject, bases, table), console)
   shape = lambda one: dict(full=one.up.shape[-2], even=one.weights / (one.down.shape[-2] + one.up.shape[-1]))

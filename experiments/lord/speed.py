@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import timing
-from experiments.compression import Subject, stored
+from experiments.compressing import Subject, stored
 from jaxlab.models import Transformer, generate
 from jaxlab.models.config import TransformerConfig
 from jaxlab.weights import lord

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.compression import Subject, perplexity, sizes, stored
+from experiments.compressing import Subject, perplexity, sizes, stored
 from experiments.long_context import opened
 from jaxlab.core.checks import require
 from jaxlab.data import packing

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import lord as config_file
-from experiments import compression, results
+from experiments import compressing, results
 from experiments.lord import quality, tuning
 from jaxlab.models import hub, maps
 from jaxlab.training import lora
@@ -43,7 +43,7 @@ def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monk
   report = run_and_continue("lord", tmp_path, monkeypatch, "quality.chosen", config=config)
   (found,) = report.metrics["compressed"].values()
   small = hub.load(tmp_path / "compressed")
-  dense = compression.stored(hub.load(tiny_checkpoint))
+  dense = compressing.stored(hub.load(tiny_checkpoint))
   assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"] == maps.bytes_of(dense)
   assert maps.bytes_of(maps.named(small.blocks)) <= 0.7 * maps.bytes_of(maps.named(dense.blocks))
   assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
@@ -52,7 +52,7 @@ def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monk
 
 def test_tuning_learns(config, tmp_path):
   """On the same batch again and again the adapters' loss falls; what is in few bits stays."""
-  (read,) = compression.subjects(config, tmp_path).values()
+  (read,) = compressing.subjects(config, tmp_path).values()
   subject = read()
   bases, table, _ = quality.swept(config, subject)
   small = quality.makers(config, subject, bases, table)["lord+rtn"](0.8)
@@ -63,18 +63,18 @@ def test_tuning_learns(config, tmp_path):
   loss = lambda model: float(language_model_loss(model, batch)[0])
   merged = lora.merge(small, adapters)
   assert loss(merged) < loss(small) - 0.1
-  np.testing.assert_allclose(compression.restored(merged)(rows[:1]), merged(rows[:1]), rtol=1e-2, atol=1e-2)
+  np.testing.assert_allclose(compressing.restored(merged)(rows[:1]), merged(rows[:1]), rtol=1e-2, atol=1e-2)
 
 
 def test_one_program_judges_every_form(config, tmp_path):
   """The matrices that stand for other forms give their logits."""
-  (read,) = compression.subjects(config, tmp_path).values()
+  (read,) = compressing.subjects(config, tmp_path).values()
   subject = read()
   bases, table, _ = quality.swept(config, subject)
   make = quality.makers(config, subject, bases, table)
   tokens = subject.calibration[:1]
   for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+bitstack", 0)):
     model = make[method](budget)
-    np.testing.assert_allclose(compression.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
-    stored = compression.stored(model)
+    np.testing.assert_allclose(compressing.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
+    stored = compressing.stored(model)
     assert maps.bytes_of(stored) < maps.bytes_of(model)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import timing
-from experiments.compression import COMPRESSED, Subject, perplexity, stored
+from experiments.compressing import COMPRESSED, Subject, perplexity, stored
 from experiments.results import Claim
 from experiments.text import save_vocabulary
 from jaxlab.models import Transformer, generate, hub, maps

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import figures
-from experiments.compression import COMPRESSED, at
+from experiments.compressing import COMPRESSED, at
 
 
 def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str]) -> str:
