@@ -26,7 +26,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       paper="kernels",
       experiment="kernels",
       scale=scale,
-      kernels=("decode_block", "decode_attention", "paged_attention", "block_mass", "rotary_qkv", "residual_norm"),
+      kernels=(
+        *("decode_block", "decode_attention", "paged_attention", "block_mass"),
+        *("rotary_qkv", "residual_norm", "bitstack_matmul"),
+      ),
       tiny=pick(cpu=True, gpu=False),
       repetitions=pick(test=2, cpu=10, gpu=30),
     )

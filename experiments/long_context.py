@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from experiments import figures, results
 from experiments.overlap import overlapped
-from experiments.text import load_text
+from experiments.text import Text, load_text
 from jaxlab.core.checks import InputError, require
 from jaxlab.data.tokens import Tokens
 from jaxlab.evaluation.long_context import answered, continuation_losses, interval, question
@@ -36,14 +36,12 @@ def subjects(config, cache: Path) -> list[Subject]:
 
   Parameters are of config.dtype; the text is config.data.split of config.data, a local one where it has a path.
   """
-  config = config.copy_and_resolve_references()
-  config.data.name = "local_text" if config.data.path else config.data.name
-  return [_subject(config, name, cache) for name in _given(config)]
+  return [_subject(config, name, cache) for name in given(config)]
 
 
 def subject_names(config) -> list[str]:
   """The names of `subjects(config)`, before any is read."""
-  return [_short(name) for name in _given(config)]
+  return [_short(name) for name in given(config)]
 
 
 def parse(text: str) -> tuple[str, float]:
@@ -75,8 +73,17 @@ def by_model(config, workdir, names, measures: Mapping[str, tuple[Callable, list
   return metrics
 
 
-def _given(config) -> tuple[str, ...]:
+def given(config) -> tuple[str, ...]:
+  """The models as they were named: config.model alone, or config.subjects."""
   return (config.model,) if config.model else config.subjects
+
+
+def opened(config, name: str, cache: Path) -> tuple[str, Path, Text]:
+  """(short name, folder, text of config.data in its tokens) of a model; a text with a path is a local one."""
+  config = config.copy_and_resolve_references()
+  config.data.name = "local_text" if config.data.path else config.data.name
+  folder = hub.find(name.removeprefix("hf:"))
+  return _short(name), folder, load_text(config, cache, given=folder)
 
 
 def _short(name: str) -> str:
@@ -84,10 +91,9 @@ def _short(name: str) -> str:
 
 
 def _subject(config, name: str, cache: Path) -> Subject:
-  folder = hub.find(name.removeprefix("hf:"))
-  text = load_text(config, cache, given=folder)
+  name, folder, text = opened(config, name, cache)
   network = jax.jit(inference.take_apart)(hub.load(folder, dtype=config.dtype))
-  return Subject(_short(name), network, text.bpe, text.split(config.data.split))
+  return Subject(name, network, text.bpe, text.split(config.data.split))
 
 
 def accuracy(subject: Subject, decoders: Mapping[str, Decoder], asked) -> list[dict]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import os
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from experiments.console import Console
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
+from jaxlab.core.files import write_text
 from jaxlab.data import corpora, packing, recall, tokenizer, tokens
 from jaxlab.models import LanguageModel, TransformerConfig, hub
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
@@ -61,6 +64,21 @@ def load_text(config, cache: Path, given: Path | None = None) -> Text:
     documents = load_documents(config.data, "train", cache)
     bpe = tokenizer.trained(documents, key=documents.key, vocab_size=config.data.vocab_size, cache=cache)
   return Text(config.data, bpe, cache)
+
+
+def save_vocabulary(source: str | os.PathLike, folder: Path) -> None:
+  """Writes a checkpoint's tokenizer, special tokens and chat template into a folder that holds its weights changed."""
+  given = hub.load_vocabulary(source)
+  name = lambda token: None if token is None else given.tokenizer.id_to_token(token)
+  described = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": name(given.bos),
+    "eos_token": name(next(iter(given.eos), None)),
+    "chat_template": given.chat_template,
+  }
+  write_text(folder / "tokenizer.json", given.tokenizer.to_str())
+  described = {key: value for key, value in described.items() if value is not None}
+  write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
 
 
 def checkpoint_folder(config) -> Path | None:

@@ -1,7 +1,6 @@
 """Training the networks that are compared, on given text and on text the model writes itself, and saving one."""
 
 import functools
-import json
 from pathlib import Path
 
 import grain
@@ -10,7 +9,7 @@ import numpy as np
 
 from experiments.snlp.settings import parse
 from experiments.snlp.training import training_loss
-from experiments.text import Text
+from experiments.text import Text, save_vocabulary
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.files import write_files, write_text
@@ -121,15 +120,5 @@ def own_rows(config, text: Text, model: Transformer, workdir: Path, console) -> 
 def save(config, model: Transformer, folder: Path) -> None:
   """The network in `save_dtype` with its vocabulary, as a folder that `hub.load` and transformers read."""
   hub.save(jax.tree.map(lambda a: a.astype(config.save_dtype), model), folder)
-  source = hub.load_vocabulary(config.model.removeprefix("hf:"))
-  name = lambda token: None if token is None else source.tokenizer.id_to_token(token)
-  described = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": name(source.bos),
-    "eos_token": name(next(iter(source.eos), None)),
-    "chat_template": source.chat_template,
-  }
-  write_text(folder / "tokenizer.json", source.tokenizer.to_str())
-  described = {key: value for key, value in described.items() if value is not None}
-  write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
+  save_vocabulary(config.model.removeprefix("hf:"), folder)
   write_text(folder / "training_config.json", config.to_json_best_effort(indent=1))

@@ -5,6 +5,7 @@ arrays), and says in `spec` what `hub` needs to read it. `named` and `replaced` 
 and give others back.
 """
 
+import operator
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import InputError, require, require_choice, require_divides
+from jaxlab.kernels.bitstack_matmul import reference
 from jaxlab.models.layers import Linear
 
 NAMES = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")  # of a block
@@ -35,6 +37,11 @@ class Factored(nnx.Module):
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     y = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.down.shape[:-1], self.up.shape[-1])
 
   @property
   def spec(self) -> dict:
@@ -73,6 +80,12 @@ class Quantised(nnx.Module):
     return x @ self.weight().astype(x.dtype)
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, packed, outputs = self.codes.shape
+    return (*stack, packed * 8 // self.bits, outputs)
+
+  @property
   def spec(self) -> dict:
     return {"bits": self.bits, "groups": self.scale.shape[-2]}
 
@@ -87,8 +100,8 @@ class SignStack(nnx.Module):
   """y = (x / s) W^T,  W = sum_{i < count} S_i * (U_i V_i): blocks of signs, each with a matrix of low rank.
 
   signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
-  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs); count: int32 (*stack),
-  the blocks in use: data, so that a change compiles nothing.
+  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
+  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing.
   """
 
   kind = "sign_stack"
@@ -97,37 +110,69 @@ class SignStack(nnx.Module):
     self.signs = nnx.Param(signs, axes=(None, None, None))
     self.u = nnx.Param(u, axes=(None, None, None))
     self.v = nnx.Param(v, axes=(None, None, None))
-    self.scale = nnx.Param(scale, axes=(None,))
+    self.scale = None if scale is None else nnx.Param(scale, axes=(None,))
     self.count = nnx.Param(count, axes=())
 
   def weight(self) -> Float[Array, "outputs inputs"]:
     """W in float32, block after block, of a map that is not stacked."""
-
-    def add(total, block):
-      signs, u, v, i = block
-      product = u.astype(jnp.float32) @ v.astype(jnp.float32)
-      return total + jnp.where(i < self.count[...], unpack_signs(signs, v.shape[-1]) * product, 0), None
-
-    blocks, outputs, inputs = self.u.shape[0], self.u.shape[1], self.v.shape[2]
-    parts = self.signs[...], self.u[...], self.v[...], jnp.arange(blocks)
-    return jax.lax.scan(add, jnp.zeros((outputs, inputs)), parts)[0]
+    return reference.weight(self.signs[...], self.u[...], self.v[...], self.count[...])
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    return (x / self.scale[...].astype(x.dtype)) @ self.weight().T.astype(x.dtype)
+    x = x if self.scale is None else x / self.scale[...].astype(x.dtype)
+    return x @ self.weight().T.astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, _, outputs, _ = self.u.shape
+    return (*stack, self.v.shape[-1], outputs)
 
   @property
   def spec(self) -> dict:
-    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1]}
+    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int) -> "SignStack":
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool) -> "SignStack":
     zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
     signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
     u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
-    return cls(signs, u, v, zeros(jnp.float16, inputs), zeros(jnp.int32))
+    return cls(signs, u, v, zeros(jnp.float16, inputs) if scaled else None, zeros(jnp.int32))
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack)}
+class Product(nnx.Module):
+  """y = up(down(x)) + b: a map of low rank, each factor in another form.
+
+  b: (*stack, outputs) or None.
+  """
+
+  kind = "product"
+
+  def __init__(self, down: nnx.Module, up: nnx.Module, bias=None, *, rank: int):
+    self.rank = rank
+    self.down, self.up = down, up
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = self.up(self.down(x))
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.down.shape[:-1], self.up.shape[-1])
+
+  @property
+  def spec(self) -> dict:
+    part = lambda one: {"kind": one.kind} | one.spec
+    return {"rank": self.rank, "bias": self.bias is not None, "down": part(self.down), "up": part(self.up)}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, rank: int, bias: bool, down: Mapping, up: Mapping) -> "Product":
+    parts = _empty("down", down, stack, inputs, rank), _empty("up", up, stack, rank, outputs)
+    return cls(*parts, jnp.zeros((*stack, outputs)) if bias else None, rank=rank)
+
+
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Product)}
 
 
 def pack_signs(x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
@@ -162,19 +207,23 @@ def unpack_codes(packed: UInt8[Array, "*stack packed outputs"], bits: int) -> UI
   return code.sum(axis=-2).astype(jnp.uint8)
 
 
-def named(blocks) -> dict[str, nnx.Module]:
-  """The linear maps of a block or of stacked ones, by their names (`NAMES`); experts and routers are none of them."""
+def named(blocks, *more: type) -> dict[str, nnx.Module]:
+  """The linear maps of a block or of stacked ones, by their names (`NAMES`); experts and routers are none of them.
+
+  Args:
+    more: other kinds of modules that count as maps.
+  """
   found = {}
   for name in NAMES:
     owner, attribute = _owner(blocks, name)
     one = getattr(owner, attribute, None)
-    if isinstance(one, (Linear, *FORMS.values())):
+    if isinstance(one, (Linear, *FORMS.values(), *more)):
       found[name] = one
   return found
 
 
 def replaced(blocks, maps: Mapping[str, nnx.Module]):
-  """The block or stacked blocks with other maps in the places of those named."""
+  """The block or stacked blocks with other maps in the places of those named; "q.up" is a factor of a Product."""
   blocks = jax.tree.map(lambda a: a, blocks)
   for name, one in maps.items():
     owner, attribute = _owner(blocks, name)
@@ -226,19 +275,26 @@ def shaped(model, spec: Mapping[str, Mapping]):
   maps, plain = {}, named(model.blocks)
   for name, fields in spec.items():
     require_choice("compression: the map", name, plain)
-    require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
-    require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
     *layers, inputs, outputs = plain[name].weight.shape
-    sizes = {key: value for key, value in fields.items() if key != "kind"}
-    whole = all(type(value) in (int, bool) and value >= 0 for value in sizes.values())
-    require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
-    try:
-      maps[name] = FORMS[fields["kind"]].empty(layers, inputs, outputs, **sizes)
-    except (TypeError, ValueError) as error:
-      raise InputError(f"compression.{name} is not a {fields['kind']} map: {error}") from None
+    maps[name] = _empty(name, fields, layers, inputs, outputs)
   return with_blocks(model, replaced(model.blocks, maps))
+
+
+def _empty(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.Module:
+  """A map of that form, filled with zeros."""
+  require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
+  require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
+  sizes = {key: value for key, value in fields.items() if key != "kind"}
+  whole = all(isinstance(value, Mapping) or (type(value) in (int, bool) and value >= 0) for value in sizes.values())
+  require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
+  try:
+    return FORMS[fields["kind"]].empty(stack, inputs, outputs, **sizes)
+  except (TypeError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"compression.{name} is not a {fields['kind']} map: {error}") from None
 
 
 def _owner(blocks, name: str):
   owner, _, attribute = name.rpartition(".")
-  return (getattr(blocks, owner) if owner else blocks), attribute
+  return (operator.attrgetter(owner)(blocks) if owner else blocks), attribute

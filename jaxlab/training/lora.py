@@ -3,7 +3,9 @@
   W' = W + scale A B,   A: (inputs, rank) random,   B: (rank, outputs) zero at first,   scale = alpha / rank.
 
 The adapters are a tree of their own: a loss merges them into the model it is given, an optimizer and a checkpoint see
-nothing else, and the merged model is an ordinary one.
+nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.maps`) they stay as
+they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for both
+factors.
 
   lora = init(model, key, rank=16)
   loss = lambda lora, batch: language_model_loss(merge(model, lora), batch)
@@ -14,11 +16,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxlab.core.checks import require
 from jaxlab.models import LanguageModel, LanguageModelConfig
 from jaxlab.models.layers import Linear
+from jaxlab.models.maps import FORMS
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +56,10 @@ def init(
     InputError: a rank below 1 or above what a map can have, or no map picked.
   """
   a, b = {}, {}
-  for name, linear in _linear_maps(model):
+  for name, one in _linear_maps(model):
     if not where(name):
       continue
-    *stack, inputs, outputs = linear.weight.shape
+    *stack, inputs, outputs = one.weight.shape if isinstance(one, Linear) else one.shape
     require(1 <= rank <= min(inputs, outputs), f"lora rank is {rank}; {name} takes 1..{min(inputs, outputs)}")
     stack = [size - start for size in stack]
     require(all(size >= 1 for size in stack), f"lora starts at layer {start}; {name} has layers up to {start - 1}")
@@ -67,13 +71,18 @@ def init(
 
 
 def merge(model: LanguageModel, lora: Lora) -> LanguageModel:
-  """The model with W + scale A B in the place of every adapted W, added in float32, in the dtype of W."""
+  """The model with W + scale A B in the place of every adapted W, added in float32, in the dtype of W; `Adapted` maps
+  where there is no W."""
 
   def one(path, linear):
     name = _name(path)
     if name not in lora.a:
       return linear
     a, b = (part[name].astype(jnp.float32) for part in (lora.a, lora.b))
+    if not isinstance(linear, Linear):
+      skipped = linear.shape[0] - a.shape[0] if a.ndim > 2 else 0
+      late = lambda part: jnp.pad(part, [(skipped, 0)] + [(0, 0)] * (part.ndim - 1))
+      return Adapted(linear, late(lora.scale * a), late(b))
     leaves, structure = jax.tree.flatten(linear)
     (weight,) = leaves
     change = lora.scale * (a @ b)
@@ -84,13 +93,23 @@ def merge(model: LanguageModel, lora: Lora) -> LanguageModel:
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=_is_linear)
 
 
-def _linear_maps(model) -> list[tuple[str, Linear]]:
+class Adapted(nnx.Module):
+  """y = map(x) + (x A) B."""
+
+  def __init__(self, inner: nnx.Module, a: Float[Array, "*stack inputs rank"], b: Float[Array, "*stack rank outputs"]):
+    self.inner, self.a, self.b = inner, nnx.Param(a), nnx.Param(b)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return self.inner(x) + (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype)
+
+
+def _linear_maps(model) -> list[tuple[str, nnx.Module]]:
   leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_linear)
   return [(_name(path), leaf) for path, leaf in leaves if _is_linear(leaf)]
 
 
 def _is_linear(node) -> bool:
-  return isinstance(node, Linear)
+  return isinstance(node, (Linear, *FORMS.values()))
 
 
 def _name(path) -> str:

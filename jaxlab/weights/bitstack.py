@@ -5,7 +5,7 @@ arXiv 2410.23918).
 
 s_c is 1e-3 + the L2 norm of input c over the tokens of a row, averaged over rows, here over its geometric mean, so that
 the factors stay in the range of float16. Activations are divided by s where a map is called, which is exact for every
-architecture; the bytes of s count.
+architecture and counted, or, with `folded`, in what comes before where there is something (`folding`), as published.
 
   stacks = decompose(model, tokens, blocks=8)                          # the model with all blocks
   order = sort_blocks(score_blocks(stacks, loss))                      # once; the next to load comes first
@@ -22,8 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import SignStack, pack_signs
+from jaxlab.models.layers import Linear
+from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.folding import fold, foldable
+from jaxlab.weights.svd import triplets
 
 ORDERS = ("average", "greedy", "random")
 _FLOOR = 1e-3  # of an input's norm
@@ -43,9 +46,9 @@ def absolute_value_decomposition(
   """
 
   def one(residual, _):
-    left, values, right = jnp.linalg.svd(jnp.abs(residual), full_matrices=False)
-    root = jnp.sqrt(values[:rank])
-    u, v = left[:, :rank] * root, root[:, None] * right[:rank]
+    left, values, right = triplets(jnp.abs(residual), rank)
+    root = jnp.sqrt(values)
+    u, v = left * root, root[:, None] * right
     stored = u.astype(jnp.float16), v.astype(jnp.float16)
     u, v = (a.astype(jnp.float32) for a in stored) if from_stored else (u, v)
     after = residual - jnp.where(residual < 0, -1.0, 1.0) * (u @ v)
@@ -68,41 +71,68 @@ def decompose(
   blocks: int = 16,
   rank: int = 16,
   scaled: bool = True,
+  folded: bool = False,
   from_stored: bool = True,
   batch: int = 8,
 ) -> Transformer:
-  """The model with every linear map of its blocks as a stack of all `blocks`, all in use.
+  """The model with every linear map of its blocks as a stack of all `blocks`, all in use; of a map of low rank both
+  factors become one.
 
   Args:
-    scaled: False takes s = 1 (a comparison); from_stored: as `absolute_value_decomposition`.
+    scaled: False takes s = 1 (a comparison); folded: s goes into norms and earlier maps where they take it, which
+      rounds it to the model's dtype; from_stored: as `absolute_value_decomposition`.
 
   Raises:
     InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
   """
   require_counts(blocks=blocks, rank=rank)
-  least = min(min(one.weight.shape[-2:]) for one in maps.named(model.blocks).values())
+  split = {name: _matrices(one) for name, one in maps.named(model.blocks).items()}
+  least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
   require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
 
+  whole = set()  # maps whose inputs are scaled already
+  if folded:
+    groups = foldable(model)
+    norms = lambda layer, block, inputs: {group[0]: input_scale(inputs[group[0]]) for group in groups}
+    model = fold(model, layer_by_layer(model, tokens, norms, batch=batch))
+    whole = {name for group in groups for name in group}
+
+  def stack(matrix, x: Moments, plain: bool = False) -> SignStack:
+    # The factors are of what is stored: s in float16.
+    scale = input_scale(x).astype(jnp.float16) if scaled and not plain else None
+    weight = matrix.astype(jnp.float32).T
+    weight = weight if scale is None else weight * scale.astype(jnp.float32)
+    how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
+    return SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
+
+  def other(name: str, one, x: Moments):
+    first, *second = _matrices(one)
+    if not second:
+      return stack(first, x, name in whole)
+    bias = None if one.bias is None else one.bias[...]
+    return Product(stack(first, x), stack(second[0], x.through(first)), bias, rank=first.shape[1])
+
   def visit(layer, block, inputs):
-    forms = {}
-    for name, one in maps.named(block).items():
-      # The factors are of what is stored: s in float16.
-      scale = input_scale(inputs[name]).astype(jnp.float16) if scaled else jnp.ones(one.weight.shape[0], jnp.float16)
-      weight = one.weight[...].astype(jnp.float32).T * scale.astype(jnp.float32)
-      how = dict(blocks=blocks, rank=rank, from_stored=from_stored)
-      forms[name] = SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
-    return forms
+    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items()}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
 
+def _matrices(one) -> tuple[Array, ...]:
+  """Of a plain map, or the two of a map of low rank."""
+  require(
+    isinstance(one, Linear | Factored), f"a map is a {type(one).__name__}; only plain and low-rank ones have stacks"
+  )
+  return (one.weight[...],) if isinstance(one, Linear) else (one.down[...], one.up[...])
+
+
 def stacks_of(model: Transformer) -> dict[str, SignStack]:
-  """The stacks of a decomposed model by their map.
+  """The stacks of a decomposed model by their map; of a map of low rank "q.down" and "q.up".
 
   Raises:
     InputError: a model that has none.
   """
-  found = {name: one for name, one in maps.named(model.blocks).items() if isinstance(one, SignStack)}
+  found = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
   require(bool(found), "this model holds no stacks of blocks; decompose it first")
   return found
 
@@ -110,10 +140,16 @@ def stacks_of(model: Transformer) -> dict[str, SignStack]:
 def with_counts(model: Transformer, counts: Mapping[str, Int[Array, "layers"]]) -> Transformer:
   """The model with other numbers of blocks in use, of those it holds; traced counts are allowed."""
   stacks = stacks_of(model)
-  new = lambda one, count: SignStack(
-    *(a[...] for a in (one.signs, one.u, one.v, one.scale)), jnp.asarray(count, jnp.int32)
-  )
+  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32))
   return with_maps(model, {name: new(stacks[name], count) for name, count in counts.items()})
+
+
+def _arrays(one: SignStack) -> tuple[Array, Array, Array]:
+  return one.signs[...], one.u[...], one.v[...]
+
+
+def _scale(one: SignStack) -> Array | None:
+  return None if one.scale is None else one.scale[...]
 
 
 def score_blocks(model: Transformer, loss: Callable[[Transformer], Float[Array, ""]]) -> dict[Block, float]:
@@ -182,16 +218,47 @@ def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: in
   return order
 
 
+def bytes_in_use(model: Transformer) -> int:
+  """Bytes of all arrays but for the blocks that are not in use, if it holds any."""
+  stacks = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
+  spare = {name: one.signs.shape[1] - np.asarray(one.count[...]) for name, one in stacks.items()}
+  return maps.bytes_of(model) - sum(int(spare[name].sum()) * _block_bytes(one) for name, one in stacks.items())
+
+
+def _block_bytes(one: SignStack) -> int:
+  return maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0]))
+
+
+def _parts(model: Transformer) -> dict:
+  """Maps by name, of products their factors."""
+  found = {}
+  for name, one in maps.named(model.blocks).items():
+    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
+  return found
+
+
+def level_order(model: Transformer) -> list[Block]:
+  """An order without scores: one more block of every map in turn."""
+  stacks = stacks_of(model)
+  most = max(one.u.shape[-3] for one in stacks.values())
+  return [
+    (name, layer, number)
+    for number in range(2, most + 1)
+    for name, one in stacks.items()
+    for layer in range(one.u.shape[0])
+    if number <= one.u.shape[-3]
+  ]
+
+
 def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int, dict[str, np.ndarray]]]:
   """(bytes, blocks in use of every map and layer) after each block of the order, from one block each on.
 
   Bytes are of everything: what is not decomposed in its own dtype, scales, counts, and the blocks in use.
   """
   stacks = stacks_of(model)
-  block = {name: maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0])) for name, one in stacks.items()}
+  block = {name: _block_bytes(one) for name, one in stacks.items()}
   counts = {name: np.ones(one.u.shape[0], np.int32) for name, one in stacks.items()}
-  held = sum(maps.bytes_of((one.signs, one.u, one.v)) for one in stacks.values())
-  size = maps.bytes_of(model) - held + sum(block[name] * len(count) for name, count in counts.items())
+  size = bytes_in_use(with_counts(model, counts))
   made = [(size, dict(counts))]
   for name, layer, number in order:
     count = counts[name].copy()
@@ -219,6 +286,37 @@ def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Tra
   forms = {}
   for name, one in stacks_of(model).items():
     most = int(counts[name].max())
-    cut = (a[...][:, :most] for a in (one.signs, one.u, one.v))
-    forms[name] = SignStack(*cut, one.scale[...], jnp.asarray(counts[name]))
+    cut = (a[:, :most] for a in _arrays(one))
+    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(counts[name]))
   return with_maps(model, forms)
+
+
+def to_published(one: SignStack) -> list[dict[str, np.ndarray]]:
+  """The blocks of one map in the order of bits of the published code: [{sign, u, vt}].
+
+  sign: uint8, all signs row after row as one run of bits, the most significant first; u: (outputs, rank); vt: (rank,
+  inputs); both float16.
+  """
+  outputs, inputs = one.u.shape[-2], one.v.shape[-1]
+  bits = np.unpackbits(np.asarray(one.signs[...]), axis=-1, count=inputs)
+  flat = np.packbits(bits.reshape(-1, outputs * inputs), axis=-1)
+  parts = zip(flat, np.asarray(one.u[...]), np.asarray(one.v[...]), strict=True)
+  return [dict(sign=sign, u=u, vt=vt) for sign, u, vt in parts]
+
+
+def from_published(blocks: Sequence[Mapping[str, np.ndarray]], scale: Array | None = None) -> SignStack:
+  """One map of blocks like those of `to_published`, all in use.
+
+  Raises:
+    InputError: no block, or signs that are not those of a matrix of u's rows and vt's columns.
+  """
+  require(len(blocks) > 0, "no block was given; give at least one")
+  outputs, inputs = blocks[0]["u"].shape[0], blocks[0]["vt"].shape[1]
+  size = -(-outputs * inputs // 8)
+  for i, block in enumerate(blocks):
+    found = block["sign"].shape
+    require(found == (size,), f"the signs of block {i} have shape {found}; a {outputs} x {inputs} map takes ({size},)")
+  bits = np.stack([np.unpackbits(block["sign"], count=outputs * inputs) for block in blocks])
+  signs = np.packbits(bits.reshape(-1, outputs, inputs), axis=-1)
+  u, v = (np.stack([block[name] for block in blocks]).astype(np.float16) for name in ("u", "vt"))
+  return SignStack(jnp.asarray(signs), jnp.asarray(u), jnp.asarray(v), scale, jnp.int32(len(blocks)))

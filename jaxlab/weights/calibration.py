@@ -51,6 +51,14 @@ class Moments:
     """The mean of x x^T."""
     return self.covariance + jnp.outer(self.mean, self.mean)
 
+  def through(self, weight: Float[Array, "n m"]) -> "Moments":
+    """Of x W: absolute and norm from the second moment, as if it were normal and all rows alike."""
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    mean, scatter = product(self.mean, weight), product(weight.T, product(self.scatter, weight))
+    power = jnp.maximum(jnp.diagonal(scatter) / self.tokens + mean**2, 0)
+    absolute, norm = jnp.sqrt(2 / jnp.pi * power), jnp.sqrt(power * self.tokens / self.rows)
+    return Moments(self.tokens, self.rows, mean, scatter, absolute, norm)
+
 
 def moments(x: Float[Array, "rows time n"]) -> Moments:
   """Of one batch; sums are float32 products of the highest precision."""

@@ -14,6 +14,7 @@ A lower bound of the sum bounds e from above without an SVD of M; groups grow wh
 Only sums of squares are bounded by the second, not single singular values.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import InputError, require, require_choice, require_counts
 
 METHODS = ("max_norm", "residuals", "approximate")
+EXACT = "exact"  # groups by their true error, from M M^T: what the bounds are measured against
 ORDERS = ("norm", "residual")
 _TINY = 1e-12  # eigenvalues and directions below this share of the largest are none
 
@@ -85,6 +87,8 @@ def add_residual(state: Residual, block: Float[Array, "m n"]) -> Residual:
   noise = 10 * jnp.finfo(block.dtype).eps * m**0.5 * jnp.linalg.norm(block)
   some = values > noise
   places = jnp.where(some, state.filled + jnp.arange(len(values)), m)  # those past the end are dropped
+  # Directions of small values are rounding as much as they are new: without this the basis slowly stops being one.
+  left = jnp.linalg.qr(out(jnp.where(some, left, 0)))[0]
   basis = state.basis.at[:, places].set(left, mode="drop")
   best = jax.lax.top_k(jnp.concatenate([state.values, jnp.where(some, values, 0)]), len(state.values))[0]
   return Residual(basis, state.filled + some.sum(), best, state.energy + (block**2).sum())
@@ -164,14 +168,14 @@ def cluster(
   the bound exceeds eps: it stops at the first, as published.
 
   Args:
-    method: of `METHODS`.
+    method: of `METHODS`, or `EXACT`.
     order: of those that join: "norm", the smallest first, or "residual", those nearest to the first ones' basis first.
     patience: rounds in a row in which nothing joins, after which every matrix left is by itself.
 
   Raises:
     InputError: as `bound`; an unknown order, or eps below 0.
   """
-  blocks = _checked(blocks, rank, method)
+  blocks = _checked(blocks, rank, method, (*METHODS, EXACT))
   require_choice("order", order, ORDERS)
   require_counts(patience=patience)
   require(eps >= 0, f"eps is {eps}; it must be at least 0")
@@ -205,6 +209,9 @@ def _grow(blocks, energies, seed, rest, *, rank: int, eps: float, method: str, m
   elif method == "residuals":
     update, state = add_residual, residual_state([jnp.concatenate(first, axis=1)], rank=rank)
     lower = lambda state: float((state.values**2).sum())
+  elif method == EXACT:
+    update, state = _add_gram, sum(block @ block.T for block in first)
+    lower = lambda state: float(jnp.linalg.eigvalsh(state)[-rank:].sum())
   else:
     update, state = _track, tracked(first, rank=rank, oversampling=more)
     lower = lambda state: float(state.values[:rank].sum())
@@ -218,6 +225,9 @@ def _grow(blocks, energies, seed, rest, *, rank: int, eps: float, method: str, m
       break
     members, certified = [*members, i], error
   return tuple(members), certified
+
+
+_add_gram = jax.jit(lambda gram, block: gram + jnp.matmul(block, block.T, precision=jax.lax.Precision.HIGHEST))
 
 
 def _seed(blocks, order: Sequence[int], rank: int) -> list[int]:
@@ -254,11 +264,13 @@ def compression_ratio(blocks: Sequence[Array], clusters: Sequence[Cluster]) -> f
 
 
 def _error(lower: float, energy: float) -> float:
-  return 0.0 if energy == 0 else max(0.0, 1 - lower / energy) ** 0.5
+  """No number is no bound: infinity."""
+  left = 0.0 if energy == 0 else 1 - lower / energy
+  return math.inf if math.isnan(left) else max(0.0, left) ** 0.5
 
 
-def _checked(blocks: Sequence[Array], rank: int, method: str) -> list[Array]:
-  require_choice("method", method, METHODS)
+def _checked(blocks: Sequence[Array], rank: int, method: str, methods: Sequence[str] = METHODS) -> list[Array]:
+  require_choice("method", method, methods)
   require_counts(rank=rank)
   require(len(blocks) > 0, "no matrix was given; give at least one")
   blocks = [jnp.asarray(block) for block in blocks]

@@ -182,7 +182,8 @@ def choose(
 ) -> dict[str, int]:
   """Ranks by map, from `sweep`, at which the blocks' maps take at most `budget` of their dense parameters.
 
-  Step by step the map and rank are taken that save the most parameters for the least additional loss.
+  Step by step the map and rank are taken that save the most parameters for the least additional loss; what the last
+  step saved too much is given back.
 
   Raises:
     InputError: a budget that the smallest ranks of the sweep do not reach.
@@ -204,7 +205,35 @@ def choose(
     require(bool(steps), f"budget is {budget}; the smallest ranks of the sweep take {smallest:.3f} of the parameters")
     _, name, rank = max(steps)
     ranks[name] = rank
+  # The last step may have saved more than it had to: what is left goes where it helps most.
+  while True:
+    left = budget * total - sum(cost(name, rank) for name, rank in ranks.items())
+    steps = [
+      (loss(name, now) - loss(name, rank), name, rank)
+      for name, now in ranks.items()
+      for rank in (0, *table[name])
+      if 0 < cost(name, rank) - cost(name, now) <= left and loss(name, rank) < loss(name, now)
+    ]
+    if not steps:
+      break
+    _, name, rank = max(steps)
+    ranks[name] = rank
   return {name: rank for name, rank in ranks.items() if rank}
+
+
+def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> dict[str, int]:
+  """Ranks by map at which every map takes at most the same share of its parameters.
+
+  Raises:
+    InputError: a budget that leaves a map no rank.
+  """
+  ranks = {}
+  for name, one in bases.items():
+    inputs, outputs = one.down.shape[-2], one.up.shape[-1]
+    bias = outputs if bool(jnp.any(one.mean != 0)) else 0
+    ranks[name] = int((budget * one.weights - bias) / (inputs + outputs)) // multiple * multiple
+    require(ranks[name] >= 1, f"budget {budget} leaves {name} no rank of a multiple of {multiple}; raise it")
+  return ranks
 
 
 def _even(one: Basis) -> float:

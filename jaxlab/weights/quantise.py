@@ -4,18 +4,24 @@ w ~ scale (code - zero),   code in 0 .. 2^bits - 1,   scale and zero for every g
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import Quantised, pack_codes
+from jaxlab.models.layers import Linear
+from jaxlab.models.maps import Factored, Product, Quantised, pack_codes
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.folding import fold, foldable
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
+_ALPHAS = np.arange(20, dtype=np.float32) / 20
+_CLIPS = 1 - np.arange(1, 20, dtype=np.float32) / 40  # shares of a group's range
+_SMALLEST = 1e-4  # mean |x| of an input that is hardly used
 
 
 def _grid(weight: Float[Array, "*groups group outputs"], bits: int):
@@ -57,32 +63,89 @@ def gptq(weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group
   spread = jnp.linalg.cholesky(inverse).T
   weight = jnp.where(dead[:, None], 0, weight.astype(jnp.float32))
 
-  def regrid(j, state):
-    w, _, scales, zeros = state
-    scale, zero = _grid(jax.lax.dynamic_slice_in_dim(w, j, group), bits)
-    write = lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, j // group, 0)
-    return write(scales, scale), write(zeros, zero)
+  def one_group(weight, start):
+    """What the group's rounding costs reaches the groups after it as one product."""
+    part = jax.lax.dynamic_slice_in_dim(weight, start, group)
+    rows = jax.lax.dynamic_slice_in_dim(spread, start, group)
+    inside = jax.lax.dynamic_slice_in_dim(rows, start, group, axis=1)
+    scale, zero = _grid(part, bits)
 
-  def one(j, state):
-    w, codes, scales, zeros = state
-    scales, zeros = jax.lax.cond(j % group == 0, lambda: regrid(j, state), lambda: (scales, zeros))
-    scale, zero = scales[j // group], zeros[j // group]
-    code = _code(w[j], scale, zero, bits)
-    error = (w[j] - scale.astype(jnp.float32) * (code.astype(jnp.float32) - zero)) / spread[j, j]
-    after = jnp.where(jnp.arange(inputs) > j, spread[j], 0)
-    return w - after[:, None] * error, codes.at[j].set(code), scales, zeros
+    def one(j, state):
+      part, codes, errors = state
+      code = _code(part[j], scale, zero, bits)
+      error = (part[j] - scale.astype(jnp.float32) * (code.astype(jnp.float32) - zero)) / inside[j, j]
+      after = jnp.where(jnp.arange(group) > j, inside[j], 0)
+      return part - after[:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
 
-  groups = inputs // group
-  empty = lambda rows, dtype: jnp.zeros((rows, outputs), dtype)
-  state = (weight, empty(inputs, jnp.uint8), empty(groups, jnp.float16), empty(groups, jnp.uint8))
-  _, codes, scales, zeros = jax.lax.fori_loop(0, inputs, one, state)
-  return Quantised(pack_codes(codes, bits), scales, zeros, bits=bits)
+    _, codes, errors = jax.lax.fori_loop(0, group, one, (part, part.astype(jnp.uint8), part))
+    after = jnp.where(jnp.arange(inputs) >= start + group, rows, 0)
+    change = jnp.matmul(after.T, errors, precision=jax.lax.Precision.HIGHEST)
+    return weight - change, (codes, scale, zero)
+
+  _, (codes, scales, zeros) = jax.lax.scan(one_group, weight, jnp.arange(0, inputs, group))
+  return Quantised(pack_codes(codes.reshape(inputs, outputs), bits), scales, zeros, bits=bits)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group"))
+def clipped(weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group: int) -> Quantised:
+  """Round to nearest on a grid that is narrowed, for every group and output, to where its part of y errs least."""
+  grouped = weight.astype(jnp.float32).reshape(-1, group, weight.shape[1])
+  groups = len(grouped)
+  second = x.second.reshape(groups, group, groups, group)[jnp.arange(groups), :, jnp.arange(groups)]
+
+  def of(share):
+    narrow = share * grouped.min(axis=1, keepdims=True), share * grouped.max(axis=1, keepdims=True)
+    scale, zero = _grid(jnp.clip(grouped, *narrow), bits)
+    code = _code(grouped, scale[:, None], zero[:, None], bits)
+    error = scale[:, None].astype(jnp.float32) * (code.astype(jnp.float32) - zero[:, None]) - grouped
+    return (error * (second @ error)).sum(axis=1), (code, scale, zero)
+
+  def better(best, share):
+    loss, made = of(share)
+    keep = lambda a, b: jnp.where((loss < best[0]).reshape(groups, *(1,) * (b.ndim - 2), -1), a, b)
+    return (jnp.minimum(loss, best[0]), jax.tree.map(keep, made, best[1])), None
+
+  (_, (code, scale, zero)), _ = jax.lax.scan(better, of(1.0), _CLIPS)
+  return Quantised(pack_codes(code.reshape(weight.shape), bits), scale, zero, bits=bits)
+
+
+def awq(model: Transformer, tokens: Int[Array, "rows time"], *, bits: int, group: int = 64, batch: int = 8):
+  """AWQ (Lin et al. 2023, arXiv 2306.00978): inputs that are large on average are scaled up before rounding.
+
+  s = (mean |x|)^alpha over the root of its largest times its smallest, alpha of 0, 0.05 .. 0.95 by the error of the
+  outputs, folded into what comes before (`folding`); then every map but q and k on a clipped grid.
+
+  Raises:
+    InputError: as `quantise`.
+  """
+
+  @jax.jit
+  def scale(weights, x: Moments):
+    def of(alpha):
+      s = jnp.maximum(x.absolute, _SMALLEST) ** alpha
+      s = s / jnp.sqrt(s.max() * s.min())
+      error = [rtn(s[:, None] * w, bits=bits, group=group).weight() / s[:, None] - w for w in weights]
+      return sum((e * (x.second @ e)).sum() for e in error), s
+
+    losses, scales = jax.lax.map(of, _ALPHAS)
+    return scales[jnp.nanargmin(losses)]
+
+  groups = foldable(model)
+
+  def visit(layer, block, inputs):
+    found = maps.named(block)
+    weights = lambda group: [found[name].weight[...].astype(jnp.float32) for name in group]
+    return {group[0]: scale(weights(group), inputs[group[0]]) for group in groups}
+
+  folded = fold(model, layer_by_layer(model, tokens, visit, batch=batch)) if groups else model
+  grids = {name: rtn if name in ("q", "k") else clipped for name in maps.named(model.blocks)}
+  return quantise(folded, tokens, grids, bits=bits, group=group, batch=batch)
 
 
 def quantise(
   model: Transformer,
   tokens: Int[Array, "rows time"],
-  how: Callable = gptq,
+  how: Callable | Mapping[str, Callable] = gptq,
   *,
   bits: int,
   group: int = 64,
@@ -90,14 +153,33 @@ def quantise(
 ) -> Transformer:
   """Every linear map of the blocks in `bits` bits; later layers are calibrated behind the earlier ones' quantised maps.
 
+  Of a map of low rank both factors are quantised, the second one behind the first.
+
+  Args:
+    how: `rtn`, `gptq` or `clipped`, of all maps or by map.
+
   Raises:
     InputError: bits outside 1..8, a group that does not divide the inputs of a map; and as `layer_by_layer`.
   """
   require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
   for name, one in maps.named(model.blocks).items():
-    require_divides("group", group, f"the inputs of {name}", one.weight.shape[-2])
+    require(
+      isinstance(one, Linear | Factored),
+      f"{name} is a {type(one).__name__}; only plain and low-rank maps are quantised",
+    )
+    factors = {name: one.weight} if isinstance(one, Linear) else {f"{name}.down": one.down, f"{name}.up": one.up}
+    for factor, weight in factors.items():
+      require_divides("group", group, f"the inputs of {factor}", weight.shape[-2])
+
+  def other(name: str, one, x: Moments):
+    made = functools.partial(how[name] if isinstance(how, Mapping) else how, bits=bits, group=group)
+    if isinstance(one, Linear):
+      return made(one.weight[...], x)
+    down = made(one.down[...], x)
+    up = made(one.up[...], x.through(down.weight()))
+    return Product(down, up, None if one.bias is None else one.bias[...], rank=one.down.shape[-1])
 
   def visit(layer, block, inputs):
-    return {n: how(one.weight[...], inputs[n], bits=bits, group=group) for n, one in maps.named(block).items()}
+    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items()}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch, sequential=True))

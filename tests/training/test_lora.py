@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
+from jaxlab.models import maps
 from jaxlab.training import lora
+from jaxlab.weights.quantise import rtn
 from tests.common import configs, random_model, random_tokens
 
 MODEL = random_model(configs()["llama"])
@@ -46,6 +48,31 @@ def test_gradients_reach_the_adapters_alone_and_the_dtype_stays():
   loss = lambda adapters: jnp.square(lora.merge(MODEL, adapters)(random_tokens(1, 4))).mean()
   gradient = jax.jit(jax.grad(loss))(adapters)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("form", ["factored", "quantised", "product", "sign_stack"])
+def test_beside_a_map_in_another_form_there_is_an_adapter(form):
+  """y = map(x) + 3 (x A) B in the layers from `start` on, whatever the map is; new adapters change nothing."""
+  rng = np.random.default_rng(0)
+  down, up = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 32, 8), (6, 8, 64)))
+  bits = lambda w: jax.vmap(lambda w: rtn(w, bits=4, group=8))(w)
+  made = {
+    "factored": lambda: maps.Factored(down, up, up[:, 0]),
+    "quantised": lambda: bits(down @ up),
+    "product": lambda: maps.Product(bits(down), bits(up), rank=8),
+    "sign_stack": lambda: maps.SignStack.empty((6,), 32, 64, blocks=2, rank=1, scaled=False),
+  }[form]()
+  assert made.kind == form and made.shape == (6, 32, 64)
+  model = maps.with_blocks(MODEL, maps.replaced(MODEL.blocks, {"mlp.up": made}))
+  where = lambda name: name == "blocks.mlp.up"
+  fresh = lora.init(model, jax.random.key(0), rank=2, alpha=6.0, start=4, where=where)
+  merged = lora.merge(model, changed(fresh)).blocks.mlp.up
+  x = jax.random.normal(jax.random.key(1), (5, 32))
+  one = lambda tree, layer: jax.tree.map(lambda a: a[layer], tree)
+  for layer in (0, 5):
+    beside = 0.0 if layer == 0 else 3.0 * (x @ fresh.a["blocks.mlp.up"][1]) @ changed(fresh).b["blocks.mlp.up"][1]
+    np.testing.assert_allclose(one(merged, layer)(x), one(made, layer)(x) + beside, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(one(lora.merge(model, fresh).blocks.mlp.up, layer).b[...], 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.models import maps
 from jaxlab.weights import svd
 from jaxlab.weights.calibration import moments
-from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, sweep, truncate
+from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, sweep, truncate, uniform
 from tests.common import configs, random_model, random_tokens
 
 SHAPES = [(24, 32), (24, 24), (32, 24)]
@@ -159,13 +159,33 @@ def test_a_cheap_map_is_taken_before_a_dear_one():
 
 def test_a_rival_at_a_budget(made):
   model, _ = made
-  small = svd.low_rank(model, TOKENS, budget=0.5, batch=16)
+  full = svd.decompose(model, TOKENS, batch=16)
+  small = svd.truncate(model, full, budget=0.5)
   size = maps.bytes_of(maps.named(small.blocks)) / maps.bytes_of(maps.named(model.blocks))
   assert 0.35 < size <= 0.5
   with pytest.raises(InputError, match="leaves q no rank"):
-    svd.low_rank(model, TOKENS, budget=0.01, batch=16)
+    svd.truncate(model, full, budget=0.01)
   with pytest.raises(InputError, match="budget is 1"):
-    svd.low_rank(model, TOKENS, budget=1.5)
+    svd.truncate(model, full, budget=1.5)
+
+
+def test_one_share_for_all_maps(made):
+  _, bases = made
+  ranks = uniform(bases, budget=0.5)
+  for name, rank in ranks.items():
+    one = bases[name]
+    assert one.cost(rank, bias=True) <= 0.5 * one.weights < one.cost(rank + 1, bias=True)
+  assert all(rank % 4 == 0 for rank in uniform(bases, budget=0.5, multiple=4).values())
+  with pytest.raises(InputError, match="leaves q no rank"):
+    uniform(bases, budget=0.05)
+
+
+def test_what_a_budget_leaves_over_is_given_back():
+  """The dear map has to go to 0.25; then the cheap one, taken at its smallest rank before, has room for more."""
+  one = Basis(*(jnp.zeros(shape) for shape in ((2, 8, 8), (2, 8, 8), (2, 8), (2, 8))))
+  found = (1.0, {"q": {1: 1.01, 2: 1.005}, "o": {1: 3.0}})
+  # Without a mean no bias: rank 1 costs 16 of 64.
+  assert choose({"q": one, "o": one}, found, budget=0.4) == {"o": 1, "q": 2}
 
 
 def test_wrong_input_is_one_line(made):

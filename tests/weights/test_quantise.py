@@ -8,8 +8,9 @@ import pytest
 
 from jaxlab.core.checks import InputError
 from jaxlab.models import maps
+from jaxlab.weights import lord
 from jaxlab.weights.calibration import moments
-from jaxlab.weights.quantise import gptq, quantise, rtn
+from jaxlab.weights.quantise import awq, clipped, gptq, quantise, rtn
 from tests.common import configs, random_model, random_tokens
 
 TOKENS = random_tokens(16, 24)
@@ -70,6 +71,43 @@ def test_an_input_that_is_never_used_costs_nothing():
   x = x.at[..., 5].set(0)
   one = gptq(weight, moments(x), bits=3, group=16)
   assert np.all(np.isfinite(one.weight())) and np.all(np.asarray(one.weight()[5]) == 0)
+
+
+def test_a_clipped_grid_errs_less_on_the_outputs_it_is_chosen_by():
+  x, weight = example()
+  # Inputs that do not vary together: the groups' errors add up.
+  x = x * jnp.where(jnp.arange(32) % 2, 1, 0.3)
+  seen = moments(x)
+  second = np.asarray(seen.second)
+  for bits in (2, 3):
+    plain, narrow = (how(weight, seen, bits=bits, group=8).weight() - weight for how in (rtn, clipped))
+    parts = lambda e: sum(
+      np.einsum("io,ij,jo->o", e[i : i + 8], second[i : i + 8, i : i + 8], e[i : i + 8]) for i in range(0, 32, 8)
+    )
+    assert np.all(parts(narrow) <= parts(plain) * 1.0001) and parts(narrow).sum() < 0.9 * parts(plain).sum()
+
+
+def test_awq_protects_inputs_that_are_large():
+  """One input of the first norm is large: rounding costs less where it is scaled up first."""
+  model = random_model(dataclasses.replace(configs()["llama"], depth=2, kv_heads=4))
+  for norm in (model.blocks.attention_norm, model.blocks.mlp_norm):
+    norm.gain[...] = norm.gain[...].at[:, 3].multiply(30.0)
+  logits = model(TOKENS)
+  apart = lambda small: float(jnp.abs(small(TOKENS) - logits).mean())
+  how = dict(bits=3, group=16, batch=16)
+  small, nearest = awq(model, TOKENS, **how), quantise(model, TOKENS, rtn, **how)
+  assert apart(small) < 0.8 * apart(nearest)
+  assert maps.bytes_of(small) == maps.bytes_of(nearest)  # scales are folded
+
+
+def test_factors_are_quantised_one_behind_the_other():
+  model = random_model(dataclasses.replace(configs()["llama"], depth=2))
+  small = lord.truncate(model, lord.decompose(model, TOKENS, batch=16), {"mlp.up": 16, "q": 8})
+  many, few = (quantise(small, TOKENS, bits=bits, group=8, batch=16) for bits in (8, 3))
+  one = maps.named(many.blocks)["mlp.up"]
+  assert one.spec["rank"] == 16 and one.spec["down"]["bits"] == 8 and one.spec["bias"]
+  apart = lambda one: float(jnp.abs(one(TOKENS) - small(TOKENS)).mean())
+  assert apart(many) < 0.2 * apart(few) and maps.bytes_of(few) < maps.bytes_of(many) < maps.bytes_of(small)
 
 
 def test_a_model_in_many_bits_is_the_model_and_fewer_bits_lose_more():

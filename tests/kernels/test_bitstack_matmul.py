@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from jaxlab.core.checks import InputError
+from jaxlab.kernels.bitstack_matmul import bitstack_matmul
+from jaxlab.models.maps import SignStack, pack_signs
+from tests.common import INTERPRET
+
+
+def problem(*, rows=1, inputs=72, outputs=128, blocks=3, rank=2, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  signs = pack_signs(jnp.asarray(rng.normal(size=(blocks, outputs, inputs))))
+  u, v = (jnp.asarray(rng.normal(size=s), jnp.float16) for s in ((blocks, outputs, rank), (blocks, rank, inputs)))
+  return jnp.asarray(rng.normal(size=(rows, inputs)), dtype), signs, u, v
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton", "mosaic_tpu"])
+@pytest.mark.parametrize("rows, inputs, outputs, rank", [(1, 72, 128, 2), (3, 320, 256, 1), (8, 8, 128, 16)])
+def test_it_is_the_map_of_its_first_blocks(implementation, rows, inputs, outputs, rank):
+  """Inputs that fill no stretch, and every number of blocks; one program for all of them."""
+  x, signs, u, v = problem(rows=rows, inputs=inputs, outputs=outputs, rank=rank)
+  run = jax.jit(
+    lambda count: bitstack_matmul(x, signs, u, v, count, implementation=implementation, interpret=INTERPRET)
+  )
+  for count in (1, 2, 3):
+    expected = SignStack(signs, u, v, None, jnp.int32(count))(x)
+    np.testing.assert_allclose(run(jnp.int32(count)), expected, rtol=1e-4, atol=1e-3)
+  assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_sixteen_bits_come_back_as_they_went_in(implementation):
+  x, *rest = problem(rows=2, dtype=jnp.bfloat16)
+  run = lambda name: bitstack_matmul(x, *rest, jnp.int32(3), implementation=name, interpret=INTERPRET)
+  found, expected = run(implementation), run("reference")
+  assert found.dtype == expected.dtype == jnp.bfloat16
+  wide = lambda a: np.asarray(a, np.float32)
+  assert np.abs(wide(found) - wide(expected)).max() < 2**-6 * np.abs(wide(expected)).max()
+
+
+def test_it_lowers_for_tpus_and_for_cuda():
+  arrays = problem(inputs=576, outputs=1536, rank=16, dtype=jnp.bfloat16)
+  for name, platform, call in ("mosaic_tpu", "tpu", "tpu_custom_call"), ("triton", "cuda", "triton"):
+    run = jax.jit(lambda *given, name=name: bitstack_matmul(*given, jnp.int32(2), implementation=name))
+    if platform == "tpu":
+      text = export.export(run, platforms=["tpu"])(*arrays).mlir_module()
+    else:
+      text = run.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    assert call in text and "bitstack_matmul" in text
+
+
+def test_bad_input():
+  x, *rest = problem(rows=9)
+  with pytest.raises(InputError, match="triton does not take 9 rows of 72 and 128 outputs; it takes 1 to 8 rows"):
+    bitstack_matmul(x, *rest, jnp.int32(1), implementation="triton")
+  with pytest.raises(InputError, match="implementation is 'cuda'"):
+    bitstack_matmul(x, *rest, jnp.int32(1), implementation="cuda")
