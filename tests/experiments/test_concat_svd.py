@@ -7,16 +7,16 @@ from experiments.concat_svd import data
 from tests.common import run_and_continue
 
 
-def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
+def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   config = config_file.get_config("test")
   config.data.path, config.data.calibration, config.data.test = "docs/**/*.md", "train", "train"
-  config.subjects = (f"hf:{tiny_checkpoint}",)
+  config.subjects = (f"hf:{two_layers}",)
   report = run_and_continue("concat_svd", tmp_path, monkeypatch, "bounds", "groups", "layers", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 11 and report.claims[0].holds and report.claims[5].holds
-  rows = report.metrics["layers"][tiny_checkpoint.name]["rows"]
+  rows = report.metrics["layers"][two_layers.name]["rows"]
   shared = next(row for row in rows if row["method"] == "shared")
-  assert report.metrics["layers"][tiny_checkpoint.name]["matrices"] == 4 and shared["worst"] <= shared["budget"]
+  assert report.metrics["layers"][two_layers.name]["matrices"] == 4 and shared["worst"] <= shared["budget"]
 
 
 def test_collections_are_what_they_say():

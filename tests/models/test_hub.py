@@ -181,7 +181,7 @@ def test_a_damaged_index_names_nothing_to_delete(folder):
       lambda f: (f / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": 300 * "a" + ".safetensors"}})
       ),
-      "lacks 'aaa.*', which .* lists",
+      "lacks 'aaa.* which .* lists",
     ),
     (lambda f: edit_tensors(f, "model-00003-of-00006.safetensors", x=np.zeros(1, np.float32)), "disagree about x"),
     (lambda f: _truncate(next(f.glob("*00002-of*"))), "damaged or truncated"),
