@@ -1,6 +1,7 @@
 """Bodies of OpenAI's API, read strictly: what is not known or not done is refused by name."""
 
 import dataclasses
+import secrets
 from collections.abc import Mapping, Sequence
 
 from jaxlab.core.checks import InputError, require
@@ -75,7 +76,8 @@ def _shared(body: Mapping) -> dict:
   sampling = Sampling(
     temperature=_number(body, "temperature", 1.0, 0, 2),
     top_p=None if body.get("top_p") is None else _number(body, "top_p", 1.0, 0, 1),
-    seed=(_whole(body, "seed", None, -(2**63), 2**64) or 0) % 2**32,
+    # Who gives none wants another answer each time.
+    seed=_whole(body, "seed", secrets.randbits(32), -(2**63), 2**64) % 2**32,
   )
   return dict(
     n=_whole(body, "n", 1, 1, _MOST),

@@ -257,7 +257,11 @@ class _Served:
       Full, InputError: as `Runner.submit`, or the first sequence that the engine refuses at once.
     """
     loop = asyncio.get_running_loop()
-    tell = lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def tell(event: Event) -> None:
+      with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who would read
+        loop.call_soon_threadsafe(self._events.put_nowait, event)
+
     for i, request in enumerate(self._requests):
       try:
         self._runner.engine.check(request)

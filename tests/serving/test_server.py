@@ -77,6 +77,14 @@ def test_several_prompts_and_answers_come_in_their_order(running):
   assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
 
 
+def test_answers_differ_where_no_seed_is_given(running):
+  ask = lambda **more: client(running).completions.create(
+    model="tiny", prompt="import", temperature=1, max_tokens=8, **more
+  )
+  seeded = {ask(seed=3).choices[0].text for _ in range(2)}
+  assert len(seeded) == 1 and len({ask().choices[0].text for _ in range(4)}) > 1
+
+
 def test_the_prompt_is_scored_where_it_is_echoed(running):
   """As the evaluation harness asks for log-likelihoods."""
   ids = raw_prompt(running.vocabulary, "def add(a, b): return")

@@ -5,9 +5,13 @@ import re
 
 import httpx
 import jax
+import openai
 import pytest
 
 from jaxlab.models import inference
+from jaxlab.tasks import endpoint, handlers
+from jaxlab.tasks.decomposed_prompting import solve
+from jaxlab.tasks.maker_general import ballots
 from tests.common import start, wait
 from tests.serving.conftest import Running, until
 from tests.test_readme import BLOCKS, SHELL
@@ -77,3 +81,36 @@ def test_the_harness_scores_the_server_as_it_scores_the_model(smollm2, tmp_path)
   direct = evaluate("jaxlab", dict(model="smollm2", dtype="float32"))
   for a, b in zip(served, direct, strict=True):
     assert a == pytest.approx(b, abs=2e-3)
+
+
+def test_programs_and_votes_run_on_the_server(smollm2, tmp_path):
+  """Decomposed prompting and MAKER's votes with a model of 135 M parameters, which knows capitals and little else."""
+  model, vocabulary = smollm2
+  server = Running(jax.jit(inference.take_apart)(model), vocabulary, rows=4, length=128)
+  try:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    shots = "Q: the capital of Italy\nA: Rome\n\nQ: the capital of Japan\nA: Tokyo"
+    capital = handlers.prompted(endpoint.completions(client, "tiny", max_tokens=6), shots, text_only=True)
+    main = handlers.prompted_decomposer(lambda prompts: [[(f" {_next(prompt)}", 0.0)] for prompt in prompts])
+    (found,) = solve(["France?"], "main", {"main": main, "capital": capital, "up": handlers.function(_upper)})
+    assert found.answer == "PARIS"
+    sampled = endpoint.completions(client, "tiny", max_tokens=6, temperature=0.7)
+    ask = ballots(lambda prompts: sampled([f"{shots}\n\nQ: {p}\nA:" for p in prompts]), _word, margin=2, most=20)
+    votes = ask(["the capital of France", "the capital of Germany"])
+    assert [vote.answer for vote in votes] == ["Paris", "Berlin"]
+  finally:
+    server.close()
+
+
+def _next(prompt: str) -> str:
+  """The program's next line: what a larger model would have written."""
+  return "[EOQ]" if "[up]" in prompt else "[up] #1" if "[capital]" in prompt else "[capital] the capital of France"
+
+
+def _word(text: str) -> str | None:
+  found = re.match(r" ?([A-Z][a-z]+)", text)
+  return found[1] if found else None
+
+
+def _upper(question: str) -> str:
+  return json.loads(question).upper()  # an answer is quoted in the next question
