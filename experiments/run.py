@@ -22,8 +22,6 @@ from configs.scales import SCALES
 from experiments import overrides
 from jaxlab.core.checks import InputError, require, require_choice
 
-DEFAULT_CACHE = "~/.cache/jaxlab"
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<paper>.py:<scale>", lock_config=True)
 _DISTRIBUTED = flags.DEFINE_string(
   "distributed", None, "join the other hosts: auto (Slurm, MPI, TPU pods) or ADDRESS:PORT/COUNT/INDEX"
@@ -90,13 +88,12 @@ def _run(config, workdir: Path, command: str) -> None:
 
   from experiments import results
   from experiments.console import Console
+  from jaxlab.core.command import cache_folder
   from jaxlab.training.loop import Interrupted
 
   if _DISTRIBUTED.value:
     _join(_DISTRIBUTED.value)
-  cache = Path(os.environ.get("JAXLAB_CACHE", DEFAULT_CACHE)).expanduser()
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  cache = cache_folder()
   # orbax logs the traceback of a failed save that also reaches `main` as an error of one line.
   logging.set_verbosity(logging.FATAL)
   sys.unraisablehook = _quiet_about_closed_loops

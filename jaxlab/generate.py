@@ -10,11 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
 from jaxlab.core.checks import InputError, require
+from jaxlab.core.command import Parser, cache_folder
 from jaxlab.evaluation.methods import subject
 from jaxlab.models import hub
 from jaxlab.models.generate import stream
@@ -38,13 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 130
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(f"{message}; see --help")
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-  parser = _Parser("python -m jaxlab.generate", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
+  parser = Parser("python -m jaxlab.generate", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
   add = parser.add_argument
   add("text", help="the message, or the text to continue")
   add("--model", default="base", help='"smollm2", "base", a folder, a .gguf file, or owner/name (%(default)s)')
@@ -61,9 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-  cache = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  cache_folder()
   require_stops(options.stop)
   require(
     options.temperature != 0 or options.top_k is options.top_p is None,

@@ -78,32 +78,16 @@ def snlp(
   return Subject(snlp_inference.split(model, suffix), logits, snlp_inference.decoder(**options))
 
 
-def chunk_llm(
-  model: Transformer,
-  *,
-  adapters: str,
-  keep: float = 0.4,
-  most: int | None = None,
-  sink: int = 4,
-  local: int = 64,
-  threshold: float = 0.5,
-  min_chunk: int = 4,
-  max_chunk: int = 128,
-  cross_layer: str = "per_layer",
-  grain: int | None = None,
-  prefill_chunk: int = 256,
-  page: int = 64,
-) -> Subject:
-  """As `jaxlab.attention.chunkllm.chunkllm`, with the adapters in a file that its experiment left."""
+def chunk_llm(model: Transformer, *, adapters: str, prefill_chunk: int = 256, page: int = 64, **options) -> Subject:
+  """`jaxlab.attention.chunkllm.chunkllm` and its options, with the adapters in a file that its experiment left."""
   made = modules.load(adapters, functools.partial(ChunkAdapters, model.config, jax.random.key(0)))
-  options = dict(keep=keep, most=most, sink=sink, local=local, threshold=threshold, grain=grain)
-  options |= dict(min_chunk=min_chunk, max_chunk=max_chunk, cross_layer=cross_layer)
   network = inference.take_apart(model)
   decoder = chunkllm.decoder(chunk=prefill_chunk, page=page, **options)
   return Subject(chunkllm.Adapted(network.model, network.blocks, made), None, decoder)
 
 
 METHODS = {"snlp": snlp, "chunkllm": chunk_llm}
+_PASSED_ON = {chunk_llm: chunkllm.chunkllm}  # whose options a method's **options are
 
 
 def _dhsa(
@@ -211,9 +195,10 @@ def subject(model: Transformer, method: str | None = None, **options) -> Subject
   if method in PAGED:
     return over_pages(model, method, **options)
   function = METHODS[method]
-  known = list(inspect.signature(function).parameters.values())[1:]
+  known = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+  more = _knobs(_PASSED_ON[function]) if function in _PASSED_ON else []
   for name in options:
-    require_choice(f"an option of method {method}", name, [parameter.name for parameter in known])
+    require_choice(f"an option of method {method}", name, [*(parameter.name for parameter in known), *more])
   for parameter in known:
     needed = parameter.default is inspect.Parameter.empty
     require(not needed or parameter.name in options, f"method {method} needs {parameter.name}=...")

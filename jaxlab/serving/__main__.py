@@ -6,14 +6,17 @@ within --drain seconds; a second one stops at once.
 
 import argparse
 import contextlib
+import math
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import jax
 
-from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.core.checks import InputError, require, require_choice, require_counts
+from jaxlab.core.command import Parser, cache_folder
 from jaxlab.models import hub
 from jaxlab.models.vocabulary import load_vocabulary
 from jaxlab.serving.engine import Engine
@@ -53,11 +56,6 @@ class _Server(uvicorn.Server):
     self._drain()
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(f"{message}; see --help")
-
-
 def main(arguments: list[str] | None = None) -> int:
   """Serves until it is told to stop. Returns the exit status."""
   try:
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-  parser = _Parser("python -m jaxlab.serving", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
+  parser = Parser("python -m jaxlab.serving", description=__doc__.partition("\n\n")[2], allow_abbrev=False)
   add = parser.add_argument
   add("--model", default="smollm2", help='"smollm2", "base", a folder, a .gguf file, or owner/name (%(default)s)')
   add("--host", default="127.0.0.1", help="0.0.0.0 lets others in (%(default)s)")
@@ -89,12 +87,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _serve(options: argparse.Namespace) -> None:
-  cache = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  cache_folder()
   require(options.port in _PORTS, f"--port is {options.port}; it must lie in 0 .. 65535")
   require(options.timeout > 0 and options.drain >= 0, "--timeout must be positive, and --drain not negative")
   require_choice("--policy", options.policy, POLICIES)
+  require_counts(**{"--page": options.page, "--rows": options.rows, "--budget": options.budget})
+  require(options.queue >= 0, f"--queue is {options.queue}; it must be at least 0")
+  listening = _listen(options.host, options.port)  # before minutes of loading and compiling
   vocabulary = load_vocabulary(options.model)
   dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   model = hub.load(options.model, dtype=dtype)
@@ -123,10 +122,16 @@ def _serve(options: argparse.Namespace) -> None:
     timeout_graceful_shutdown=max(1, int(options.drain) + 5),
   )
   server = _Server(config, lambda: runner.begin_close(options.drain))
-  socket = config.bind_socket()
-  print(f"serving {name} at http://{options.host}:{socket.getsockname()[1]}/v1", flush=True)
-  server.run(sockets=[socket])
+  print(f"serving {name} at http://{options.host}:{listening.getsockname()[1]}/v1", flush=True)
+  server.run(sockets=[listening])
   runner.close(0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  try:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+  except OSError as error:
+    raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}; take another --port") from None
 
 
 def _pages(model, options: argparse.Namespace) -> int:
@@ -134,6 +139,7 @@ def _pages(model, options: argparse.Namespace) -> int:
   c = model.config
   each = 2 * model.depth * c.kv_heads * c.head_dim * options.page * jax.numpy.dtype(model.dtype).itemsize
   size = None if options.cache_gb is None else options.cache_gb * 1e9
+  require(size is None or math.isfinite(size), f"--cache-gb is {options.cache_gb}; it must be a number")
   if size is None:
     stats = jax.devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)

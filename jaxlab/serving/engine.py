@@ -119,12 +119,16 @@ class Engine:
     self._of_id[request.id] = served
     self.waiting.append(served)
 
-  def abort(self, id: str) -> bool:
-    """Ends a request; its pages are free at once. False: it is not served (any more)."""
+  def abort(self, id: str, finish: str = "abort") -> bool:
+    """Ends a request; its pages are free at once. False: it is not served (any more).
+
+    Args:
+      finish: what `Served.finish` says of it.
+    """
     served = self._of_id.get(id)
     if served is None:
       return False
-    self._end(served)
+    self._end(served, finish)
     return True
 
   def take_ended(self) -> list[Served]:
@@ -218,7 +222,7 @@ class Engine:
       events.append(Event(request.id, token, logprob, tuple(best), finish, scores))
       if finish:
         self._publish(served)
-        self._end(served)
+        self._end(served, finish)
         return events
     self._publish(served)
     return events
@@ -229,7 +233,8 @@ class Engine:
       self.pages.publish(served.tokens[: full * self.pages.size], served.pages, served.published)
       served.published = full
 
-  def _end(self, served: Served) -> None:
+  def _end(self, served: Served, finish: str) -> None:
+    served.finish = finish
     self.pages.release(served.pages)
     served.pages = []
     (self.running if served in self.running else self.waiting).remove(served)

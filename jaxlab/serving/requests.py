@@ -68,6 +68,7 @@ class Served:
     tokens: prompt and what was made; order: of those that came.
     computed: how many tokens have their keys and values in the pages.
     pages: in the order of their positions; published: how many were, from the first on.
+    finish: how it ended, as in `Event`, or "abort".
     times: when the request was first scheduled, then when each token was read.
   """
 
@@ -77,6 +78,7 @@ class Served:
   computed: int = 0
   pages: list[int] = dataclasses.field(default_factory=list)
   published: int = 0
+  finish: str | None = None
   scheduled: float = math.nan
   times: list[float] = dataclasses.field(default_factory=list)
   scores: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)

@@ -17,6 +17,10 @@ class Full(Exception):
   """As many requests wait as may."""
 
 
+class Stopped(Exception):
+  """The engine has failed, or takes nothing new; says which."""
+
+
 class Runner:
   """Runs an engine; all of its methods may be called from any thread.
 
@@ -40,19 +44,19 @@ class Runner:
     """Hands a request in; `receive` is called in the engine's thread with every event, the last one with its finish.
 
     Raises:
-      Full: too many wait. InputError: the engine has stopped.
+      Full: too many wait. Stopped: the engine serves nobody any more.
     """
     with self._lock:
       if self.failed or self._closing:
-        raise InputError(self.failed or "the server is shutting down; ask another one")
+        raise Stopped(self.failed or "the server is shutting down; ask another one")
       if self._open >= self.engine.rows + self.queue_length:
         raise Full
       self._open += 1
     self._commands.put(lambda: self._add(request, receive))
 
-  def abort(self, id: str) -> None:
+  def abort(self, id: str, finish: str = "abort") -> None:
     """Ends a request without a further event; its pages are free before the next step."""
-    self._commands.put(lambda: self._abort(id))
+    self._commands.put(lambda: self._abort(id, finish))
 
   def begin_close(self, seconds: float) -> None:
     """Takes nothing new, lets what runs go on for so long, and then ends the rest with an error; returns at once."""
@@ -85,6 +89,7 @@ class Runner:
         if command is None:
           return
         command()
+        self._report()
       try:
         for event in self.engine.step():
           self._tell(event)
@@ -92,12 +97,16 @@ class Runner:
         _log.exception("a step failed")
         self.failed = f"the engine stopped: {type(error).__name__}"
         self._fail(self.failed)
-        return
-      for served in self.engine.take_ended():
-        self._ended(served)
+      self._report()
+
+  def _report(self) -> None:
+    for served in self.engine.take_ended():
+      self._ended(served)
 
   def _add(self, request: Request, receive) -> None:
     try:
+      if self.failed:  # it was handed in before anybody knew
+        raise InputError(self.failed)
       self.engine.add(request)
     except InputError as error:
       self._close_one()
@@ -105,9 +114,9 @@ class Runner:
       return
     self._receivers[request.id] = receive
 
-  def _abort(self, id: str) -> None:
+  def _abort(self, id: str, finish: str = "abort") -> None:
     if self._receivers.pop(id, None) is not None:
-      self.engine.abort(id)
+      self.engine.abort(id, finish)
       self._close_one()
 
   def _tell(self, event: Event) -> None:

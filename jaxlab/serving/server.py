@@ -26,7 +26,7 @@ from jaxlab.models.vocabulary import Vocabulary
 from jaxlab.serving import protocol
 from jaxlab.serving.protocol import Asked
 from jaxlab.serving.requests import Event, Request, Served
-from jaxlab.serving.runner import Full, Runner
+from jaxlab.serving.runner import Full, Runner, Stopped
 
 _BODY = 4_000_000  # bytes
 _LOOK = 0.2  # seconds between two looks whether the client is there
@@ -50,9 +50,7 @@ class Metrics:
 
   def ended(self, served: Served) -> None:
     """Counts a request."""
-    limit = served.made >= served.request.tokens
-    stopped = served.made > 0 and served.tokens[-1] in served.request.stop
-    self.requests.labels("stop" if stopped else "length" if limit else "abort").inc()
+    self.requests.labels(served.finish).inc()
     self.prompt.inc(len(served.request.prompt))
     self.generated.inc(served.made)
     if served.times:
@@ -178,7 +176,7 @@ def app(
       served.close()
 
   async def refused(request: HTTPRequest, error: Exception) -> Response:
-    status = error.status if isinstance(error, _Refused) else 429 if isinstance(error, Full) else 400
+    status = error.status if isinstance(error, _Refused) else {Full: 429, Stopped: 503}.get(type(error), 400)
     kind = {401: "authentication_error", 413: "request_too_large", 429: "rate_limit_error", 503: "server_error"}
     message = "too many requests wait; try again later" if isinstance(error, Full) else str(error)
     body = {"message": message, "type": kind.get(status, "invalid_request_error"), "param": None, "code": None}
@@ -195,7 +193,7 @@ def app(
   async def gone(request: HTTPRequest, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
-  handlers = {InputError: refused, _Refused: refused, Full: refused, ClientDisconnect: gone}
+  handlers = dict.fromkeys((InputError, _Refused, Full, Stopped), refused) | {ClientDisconnect: gone}
   return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -254,7 +252,7 @@ class _Served:
     """Hands all sequences in, or none.
 
     Raises:
-      Full, InputError: as `Runner.submit`, or the first sequence that the engine refuses at once.
+      Full, Stopped, InputError: as `Runner.submit`, or the first sequence that the engine refuses at once.
     """
     loop = asyncio.get_running_loop()
 
@@ -266,7 +264,7 @@ class _Served:
       try:
         self._runner.engine.check(request)
         self._runner.submit(request, tell)
-      except (Full, InputError):
+      except (Full, Stopped, InputError):
         for before in self._requests[:i]:
           self._runner.abort(before.id)
         raise
@@ -303,7 +301,7 @@ class _Served:
         if answer.finish:
           self._open.discard(event.id)
           if not event.finish:
-            self._runner.abort(event.id)
+            self._runner.abort(event.id, answer.finish)
         yield answer, text
     finally:
       watching.cancel()

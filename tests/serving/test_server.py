@@ -18,6 +18,7 @@ from jaxlab.models import generate, hub, inference
 from jaxlab.models.config import qwen3
 from jaxlab.models.text import raw_prompt
 from jaxlab.serving.__main__ import main
+from jaxlab.serving.requests import Request
 from tests.common import SHAPE, random_model, start, wait
 from tests.serving.conftest import Running, until
 
@@ -66,6 +67,8 @@ def test_a_chat_is_what_the_template_makes_of_it(running):
   stop = expected[4:7]
   ended = client(running).chat.completions.create(**asked, stop=[stop, "never"]).choices[0]
   assert (ended.message.content, ended.finish_reason) == (expected[: expected.index(stop)], "stop")
+  until(running.idle)
+  assert 'jaxlab_requests_total{finish="stop"}' in httpx.get(f"{running.url}/metrics").text
   until(running.idle)
 
 
@@ -242,7 +245,11 @@ def test_an_engine_that_fails_lets_nobody_wait(network, vocabulary):
     ask = lambda: httpx.post(f"{server.url}/v1/completions", json=dict(prompt="a"), timeout=60)
     assert ask().status_code == 503
     assert httpx.get(f"{server.url}/health").status_code == 503
-    assert ask().status_code == 400 and "the engine stopped" in ask().text
+    assert ask().status_code == 503 and "the engine stopped" in ask().text
+    told = []  # one that was handed in while the step failed
+    server.runner._commands.put(lambda: server.runner._add(Request("late", [1], 1), told.append))
+    until(lambda: told)
+    assert told[0].finish == "error: the engine stopped: RuntimeError"
   finally:
     server.close()
 
@@ -282,12 +289,16 @@ def test_the_command_serves_a_folder_and_ends_its_streams_when_told_to(tmp_path,
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--model=nowhere"], "no checkpoint 'nowhere'"),
+    (["--model=nowhere", "--port=0"], "no checkpoint 'nowhere'"),
     (["--model=base", "--port=70000"], "--port is 70000"),
     (["--model=base", "--policy=fair"], "--policy is 'fair'"),
-    (["--model=base", "--cache-gb=0"], "--cache-gb has no room for two pages"),
+    (["--model=base", "--port=0", "--cache-gb=0"], "--cache-gb has no room for two pages"),
     (["--model=base", "--rows=many"], "argument --rows: invalid int value"),
     (["--model=base", "--timeout=0"], "--timeout must be positive"),
+    (["--model=base", "--page=0"], "--page is 0"),
+    (["--model=base", "--queue=-1"], "--queue is -1"),
+    (["--model=base", "--port=0", "--cache-gb=nan"], "--cache-gb is nan"),
+    (["--model=nowhere", "--host=192.0.2.1"], "cannot listen at 192.0.2.1:8000"),
   ],
 )
 def test_commands_that_cannot_serve_end_in_one_line(arguments, message, capsys):
