@@ -32,9 +32,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (more text)."""
   pick = scales.picker(scale)
 
-  def text(*, rows, time, chosen, batch, judged):
-    return dict(rows=rows, time=time, chosen=chosen, batch=batch, judged=judged)
-
   return ml_collections.ConfigDict(
     dict(
       paper="lord",
@@ -55,14 +52,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       first=("texts", "tuning", "speed"),  # parts that are measured of the first model alone
       text=dict(  # rows to calibrate on, rows to choose ranks by, tokens to be judged on
-        base=text(
+        base=dict(
           rows=pick(test=8, cpu=24, gpu=256, paper=512),
           time=pick(test=32, cpu=256, gpu=512),
           chosen=pick(test=2, cpu=8, gpu=32, paper=64),
           batch=pick(test=4, cpu=8, gpu=32),
           judged=pick(test=128, cpu=8192, gpu=131_072, paper=262_144),
         ),
-        others=text(
+        others=dict(
           rows=pick(test=8, cpu=12, gpu=256, paper=512),
           time=pick(test=32, cpu=256, gpu=512),
           chosen=pick(test=2, cpu=3, gpu=32, paper=64),

@@ -82,7 +82,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--policy", default="sarathi", help=f"{', '.join(POLICIES)} (%(default)s)")
   add("--timeout", type=float, default=600, help="seconds that a request may take (%(default)s)")
   add("--drain", type=float, default=30, help="seconds that requests may go on after SIGTERM (%(default)s)")
-  add("--no-warm-up", action="store_true", help="compile programs when they are first needed")
+  warm = "compile all programs before the first request, which takes minutes on a CPU (there only where asked for)"
+  add("--warm-up", action=argparse.BooleanOptionalAction, help=warm)
   return parser.parse_args(arguments)
 
 
@@ -107,8 +108,9 @@ def _serve(options: argparse.Namespace) -> None:
     policy=options.policy,
     salt=f"{options.model}, {dtype}",
   )
-  if not options.no_warm_up:
-    print(f"compiled {engine.warm_up()} programs", flush=True)
+  if options.warm_up if options.warm_up is not None else jax.default_backend() != "cpu":
+    print("compiling", flush=True)
+    print(f"{engine.warm_up()} programs", flush=True)
   name = Path(options.model).name
   metrics = Metrics()
   runner = Runner(engine, queue_length=options.queue, ended=metrics.ended)
