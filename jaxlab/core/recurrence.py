@@ -46,11 +46,11 @@ def linear_recurrence(
 
 
 def matrix_recurrence(
-  transition: Float[Array, "steps *batch state state"],
-  increment: Float[Array, "steps *batch state columns"],
+  transition: Float[Array, "steps #*batch state state"],
+  increment: Float[Array, "steps #*batch state columns"],
   *,
   reverse: bool = False,
-) -> Float[Array, "steps *batch state columns"]:
+) -> Float[Array, "steps *_batch state columns"]:
   """Solves E_t = A_t E_{t-1} + B_t (E_{-1} = 0) for small dense A_t by an associative scan over axis 0.
 
   Work O(T log T state^3), depth O(log T), in float32 or better. Batch axes of `transition` broadcast (use size 1).

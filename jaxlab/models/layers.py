@@ -19,7 +19,7 @@ class Linear(nnx.Module):
   W: (inputs, outputs), with leading axes where maps are stacked; those are taken apart (scan, vmap) before the call.
   """
 
-  def __init__(self, weight: Float[Array, "*stack inputs outputs"], axes: tuple[str | None, str | None]):
+  def __init__(self, weight: Float[Array, "*stack inputs outputs"], axes: tuple[str | tuple[str, int] | None, ...]):
     self.weight = nnx.Param(weight, axes=axes)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:

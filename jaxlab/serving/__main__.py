@@ -104,7 +104,7 @@ def _serve(options: argparse.Namespace) -> None:
     page=options.page,
     length=options.length,
     rows=options.rows,
-    budget=max(options.budget, options.rows),
+    budget=max(options.budget, 2 * options.rows),
     policy=options.policy,
     salt=f"{options.model}, {dtype}",
   )

@@ -27,8 +27,6 @@ from jaxlab.serving.batch import Shape
 from jaxlab.serving.pages import Pages
 from jaxlab.serving.requests import Event, Request, Served
 
-_LEAST = 16  # tokens of a chunk, in a program
-
 
 class Engine:
   """Serves one network; not for several threads at once.
@@ -38,6 +36,7 @@ class Engine:
     pages: of the cache, all layers'; page: tokens of one.
     length: prompt and new tokens of a request at most; None: the model's context, or the cache where that is smaller.
     rows: sequences that run at most; budget: tokens of a step at most; chunks: prompts that are read at once.
+    part: tokens of a prompt that one row of a program reads; a chunk takes as many rows as it needs.
     steps: tokens that are made in one call where nobody reads or waits.
     policy: a name of `policies.POLICIES` or a function of that kind.
     prefix: pages of prompts are shared with later prompts that begin alike.
@@ -58,14 +57,15 @@ class Engine:
     rows: int = 32,
     budget: int = 256,
     chunks: int = 4,
+    part: int = 32,
     steps: int = 8,
     policy: str | Callable = "sarathi",
     prefix: bool = True,
     salt: str = "",
     clock: Callable[[], float] = time.monotonic,
   ):
-    require_counts(rows=rows, budget=budget, chunks=chunks, steps=steps)
-    require(budget >= rows, f"budget is {budget}; it must have room for a token of each of the {rows} rows")
+    require_counts(rows=rows, budget=budget, chunks=chunks, part=part, steps=steps)
+    require(budget > rows, f"budget is {budget}; it must have room for a token of each of the {rows} rows and one more")
     if isinstance(policy, str):
       require_choice("policy", policy, policies.POLICIES)
     self.network = jax.jit(inference.take_apart)(model) if isinstance(model, Transformer) else model
@@ -78,6 +78,7 @@ class Engine:
     require(self.length >= 2, f"{pages} pages of {page} tokens have no room for a request; raise pages")
     self.policy = policies.POLICIES[policy] if isinstance(policy, str) else policy
     self.rows, self.budget, self.chunks, self.steps, self.clock = rows, budget, chunks, steps, clock
+    self.part = min(part, budget - rows)
     self.waiting: deque[Served] = deque()
     self.running: list[Served] = []
     self.ended: list[Served] = []  # since `take_ended`
@@ -144,7 +145,17 @@ class Engine:
 
   def step(self) -> list[Event]:
     """Runs one step and returns the new tokens, none where nothing can run."""
-    view = policies.View(self.running, self.waiting, self.pages, self.rows, self.budget, self.chunks, self._watermark)
+    view = policies.View(
+      self.running,
+      self.waiting,
+      self.pages,
+      self.rows,
+      self.budget,
+      self.chunks,
+      self.part,
+      self._watermark,
+      self.counters["steps"],
+    )
     waiting = set(self.waiting)
     plan = self.policy(view)
     policies.check(plan, view)
@@ -169,14 +180,18 @@ class Engine:
 
   def _run(self, plan: policies.Plan, steps: int) -> list[Event]:
     score = any(s.request.score and not s.made for s, _ in plan.chunks)
-    longest = max((count for _, count in plan.chunks), default=0)
-    shape = self._fitting(len(plan.decode), len(plan.chunks), longest, steps, score)
+    pieces = [
+      (served, first, min(self.part, count - first))
+      for served, count in plan.chunks
+      for first in range(0, count, self.part)
+    ]
+    shape = self._fitting(len(plan.decode), len(pieces), steps, score)
     decode = batch.blank(shape.decode, 1, self._table)
     chunks = batch.blank(shape.chunks, max(shape.length, 1), self._table)
     for i, served in enumerate(plan.decode):
-      self._fill(decode, i, served, 1)
-    for i, (served, count) in enumerate(plan.chunks):
-      self._fill(chunks, i, served, count)
+      self._fill(decode, i, served, 0, 1)
+    for i, piece in enumerate(pieces):
+      self._fill(chunks, i, *piece)
     self._pools, drawn, scores = self._program(shape)(self._leaves, self._pools, decode, chunks)
     drawn, scores = jax.device_get((drawn, scores))
     now, events = self.clock(), []
@@ -186,19 +201,19 @@ class Engine:
     self.counters["padding"] += shape.decode * shape.steps + shape.chunks * shape.length - useful
     for i, served in enumerate(plan.decode):
       events += self._made(served, [a[i] for a in drawn], now)
-    for i, (served, count) in enumerate(plan.chunks):
+    for i, (served, _, count) in enumerate(pieces):
       if score and served.request.score and not served.made:
         served.scores += zip(*(a[i, :count].tolist() for a in scores), strict=True)
       served.computed += count
       if served.pending == 0:
         events += self._made(served, [a[shape.decode + i] for a in drawn], now, computed=0)
-      else:
-        self._publish(served)
+    for served, _ in plan.chunks:
+      self._publish(served)
     return events
 
-  def _fill(self, rows: batch.Rows, i: int, served: Served, count: int) -> None:
-    """Row i of the arrays: the next `count` pending tokens."""
-    first, sampling = served.computed, served.request.sampling
+  def _fill(self, rows: batch.Rows, i: int, served: Served, skip: int, count: int) -> None:
+    """Row i of the arrays: `count` pending tokens after the first `skip`."""
+    first, sampling = served.computed + skip, served.request.sampling
     rows.tokens[i, :count] = served.tokens[first : first + count]
     after = served.tokens[first + 1 : first + count + 1]
     rows.targets[i, : len(after)] = after
@@ -247,20 +262,23 @@ class Engine:
       self.counters["programs"] += 1
     return self._programs[shape]
 
-  def _fitting(self, decode: int, chunks: int, longest: int, steps: int, score: bool) -> Shape:
+  def _fitting(self, decode: int, pieces: int, steps: int, score: bool) -> Shape:
     """The smallest program that the step fits into."""
-    decoding = 0 if chunks and not decode else min(power_of_two(max(decode, 1), 4), power_of_two(self.rows, 4))
-    if not chunks:
-      return Shape(decoding, 0, 0, steps)
-    length = min(power_of_two(longest, _LEAST), power_of_two(self.budget, _LEAST))
+    rows = power_of_two(self.rows, 4)
+    if not pieces:
+      return Shape(min(power_of_two(max(decode, 1), 4), rows), 0, 0, steps)
     # Few programs: rows that decode beside a chunk are none or all there can be.
-    return Shape(power_of_two(self.rows, 4) if decoding else 0, 1 if chunks == 1 else self.chunks, length, 1, score)
+    most = (self.budget - self.rows * bool(decode)) // self.part
+    grain = max(1, power_of_two(pieces, 1) // 8)
+    return Shape(rows if decode else 0, min(-(-pieces // grain) * grain, most), self.part, 1, score)
 
   def _shapes(self, score: bool) -> set[Shape]:
-    sizes = lambda most, least: {min(power_of_two(n, least), power_of_two(most, least)) for n in range(1, most + 1)}
-    made = {Shape(rows, 0, 0, steps) for rows in sizes(self.rows, 4) for steps in {1, self.steps}}
-    for length in sizes(self.budget, _LEAST):
-      for decode in (0, power_of_two(self.rows, 4)):
-        for count in {1, self.chunks}:
-          made |= {Shape(decode, count, length, 1, s) for s in {False, score}}
-    return made
+    decoding = {self._fitting(rows, 0, n, False) for rows in range(1, self.rows + 1) for n in (1, self.steps)}
+    most = lambda decode: (self.budget - self.rows * decode) // self.part
+    reading = {
+      self._fitting(decode, pieces, 1, scored)
+      for decode in (0, 1)
+      for pieces in range(1, most(decode) + 1)
+      for scored in {False, score}
+    }
+    return decoding | reading

@@ -33,6 +33,7 @@ class View:
   Attributes:
     running: in the order of their arrival; waiting: those that were preempted first, then by arrival.
     rows: sequences that may run at most; budget: tokens of a step at most; chunks: sequences that may read at once.
+    part: chunks take room in multiples of so many tokens. step: how many steps have run.
   """
 
   running: list[Served]
@@ -41,7 +42,14 @@ class View:
   rows: int
   budget: int
   chunks: int
+  part: int
   watermark: int
+  step: int = 0
+
+  def room(self, plan: Plan) -> int:
+    """Tokens that one more chunk may have: the budget is that of the program, where all rows decode or none."""
+    parts = (self.budget - self.rows * bool(plan.decode)) // self.part
+    return self.part * (parts - sum(-(-count // self.part) for _, count in plan.chunks))
 
   def hold(self, sequence: Served, tokens: int) -> bool:
     """Sees to it that the sequence has pages for its first `tokens` positions; False where there are not enough."""
@@ -54,15 +62,17 @@ class View:
     sequence.pages.extend(pages)
     return True
 
-  def admit(self) -> Served | None:
-    """The first of those waiting, running now: with pages for all its tokens and one more, what is known of them
-    already in place; or None, where they do not fit beside the watermark or all rows are taken."""
+  def admit(self, *, whole: bool = False) -> Served | None:
+    """The first of those waiting, running now: with pages for all its tokens and one more (whole: for the longest
+    answer), what is known of them already in place; or None, where they do not fit beside the watermark or all rows
+    are taken."""
     if not self.waiting or len(self.running) >= self.rows:
       return None
     sequence = self.waiting[0]
     # Scores are of every prompt token: such a request computes all of it.
     known = [] if sequence.request.score else self.pages.match(sequence.tokens)
-    needed = -(-(len(sequence.tokens) + 1) // self.pages.size) - len(known)
+    longest = len(sequence.request.prompt) + sequence.request.tokens if whole else len(sequence.tokens) + 1
+    needed = -(-longest // self.pages.size) - len(known)
     if self.pages.free - needed < self.watermark:
       self.pages.release(known)
       return None
@@ -97,8 +107,7 @@ def _decodes(view: View, plan: Plan) -> None:
 
 def _chunk(view: View, plan: Plan, sequence: Served) -> bool:
   """Reads as much of a sequence as the budget has left; False where that is nothing."""
-  used = len(plan.decode) + sum(count for _, count in plan.chunks)
-  count = min(sequence.pending, view.budget - used)
+  count = min(sequence.pending, view.room(plan))
   if count < 1 or len(plan.chunks) >= view.chunks:
     return False
   plan.chunks.append((sequence, count))
@@ -109,33 +118,64 @@ def _reading(view: View, plan: Plan) -> list[Served]:
   return [s for s in view.running if s.pending > 1 and s not in plan.preempt]
 
 
+def _read(view: View, plan: Plan) -> None:
+  """Chunks of those that read, then of those waiting, as far as there is room."""
+  for sequence in _reading(view, plan):
+    _chunk(view, plan, sequence)
+  while len(plan.chunks) < view.chunks and view.room(plan) > 0 and (sequence := view.admit()) is not None:
+    _chunk(view, plan, sequence)
+
+
 def sarathi(view: View) -> Plan:
-  """Sarathi (arXiv 2308.16369, as in its successor): all that decode, then prompts in chunks, up to the budget."""
+  """Sarathi (arXiv 2308.16369): all that decode, then prompts in chunks, up to the budget.
+
+  One prompt at a time (chunks=1) is the paper's decode-maximal batch, several are Sarathi-Serve's.
+  """
   plan = Plan()
   _decodes(view, plan)
-  for sequence in _reading(view, plan):
-    if not _chunk(view, plan, sequence):
-      return plan
-  while (
-    not plan.preempt
-    and len(plan.chunks) < view.chunks
-    and len(plan.decode) + sum(count for _, count in plan.chunks) < view.budget
-    and (sequence := view.admit()) is not None
-  ):
-    _chunk(view, plan, sequence)
+  if plan.preempt:  # nobody new takes the pages that were missing
+    for sequence in _reading(view, plan):
+      _chunk(view, plan, sequence)
+  else:
+    _read(view, plan)
   return plan
 
 
 def prefill_first(view: View) -> Plan:
   """vLLM's first policy: prompts before everything, and no token while one is read."""
   plan = Plan()
-  for sequence in _reading(view, plan):
-    _chunk(view, plan, sequence)
-  while len(plan.chunks) < view.chunks and (sequence := view.admit()) is not None:
-    if not _chunk(view, plan, sequence):
-      break
+  _read(view, plan)
   if not plan.chunks:
     _decodes(view, plan)
+  return plan
+
+
+def alternating(view: View) -> Plan:
+  """Chunks without mixing: a step that reads, then one that decodes."""
+  plan = Plan()
+  if view.step % 2 == 0:
+    _read(view, plan)
+  if not plan.chunks:
+    _decodes(view, plan)
+  if not plan.decode and not plan.chunks and not plan.preempt:
+    _read(view, plan)
+  return plan
+
+
+def orca(view: View) -> Plan:
+  """Orca (OSDI 2022): all that decode, and whole prompts; who runs has the pages of its longest answer.
+
+  Raises:
+    InputError: a prompt that is longer than a step.
+  """
+  plan = Plan()
+  _decodes(view, plan)
+  while len(plan.chunks) < view.chunks and view.waiting:
+    length, room = len(view.waiting[0].tokens), view.room(plan)
+    require(length <= room or plan.decode or plan.chunks, f"a prompt of {length} tokens is read whole; raise budget")
+    if length > room or (sequence := view.admit(whole=True)) is None:
+      break
+    _chunk(view, plan, sequence)
   return plan
 
 
@@ -143,7 +183,7 @@ def request_level(view: View) -> Plan:
   """As FasterTransformer: a batch is admitted when the last one has ended, read whole, and decoded to its end."""
   plan = Plan()
   if not view.running:
-    while view.admit() is not None:
+    while view.admit(whole=True) is not None:
       pass
   for sequence in _reading(view, plan):
     _chunk(view, plan, sequence)
@@ -154,7 +194,9 @@ def request_level(view: View) -> Plan:
 
 POLICIES: dict[str, Callable[[View], Plan]] = {
   "sarathi": sarathi,
+  "orca": orca,
   "prefill_first": prefill_first,
+  "alternating": alternating,
   "request_level": request_level,
 }
 
@@ -169,6 +211,6 @@ def check(plan: Plan, view: View) -> None:
     all(1 <= count <= s.pending for s, count in plan.chunks), "a policy reads more tokens of a sequence than it has"
   )
   require(
-    len(plan.chunks) <= view.chunks and sum(count for _, count in plan.chunks) <= view.budget,
-    f"a policy reads {len(plan.chunks)} sequences at once, or more than {view.budget} tokens",
+    len(plan.chunks) <= view.chunks and view.room(plan) >= 0,
+    f"a policy reads {len(plan.chunks)} sequences at once, or more than fits into {view.budget} tokens",
   )

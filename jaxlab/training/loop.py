@@ -47,12 +47,12 @@ class Interrupted(Exception):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that changes: float32 model, optimizer state, steps done, key (raw bits); or all their shapes."""
+  """Everything that changes: float32 model, optimizer state, steps done, key (raw bits); or shapes; or shardings."""
 
   model: LanguageModel
   optimizer: optax.OptState
-  step: jax.Array | jax.ShapeDtypeStruct
-  key: jax.Array | jax.ShapeDtypeStruct
+  step: jax.Array | jax.ShapeDtypeStruct | jax.sharding.Sharding
+  key: jax.Array | jax.ShapeDtypeStruct | jax.sharding.Sharding
 
 
 def train(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
@@ -83,7 +83,7 @@ def _slices(rows: int, time: int, vocab: int) -> int:
   return next(n for n in range(wanted, time + 1) if time % n == 0)
 
 
-def _cut(a: Float[Array, "batch time *rest"], slices: int) -> Float[Array, "slices batch part *rest"]:
+def _cut(a: Shaped[Array, "batch time *rest"], slices: int) -> Shaped[Array, "slices batch part *rest"]:
   return jnp.moveaxis(a.reshape(a.shape[0], slices, a.shape[1] // slices, *a.shape[2:]), 1, 0)
 
 

@@ -69,7 +69,7 @@ def test_a_trace_is_read_from_a_file_and_replayed_on_a_clock_that_stands_still(t
     return now[0]
 
   wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
-  engine = Engine(network, pages=40, page=4, length=48, rows=2, budget=16, chunks=1, steps=1, clock=clock)
+  engine = Engine(network, pages=40, page=4, length=48, rows=2, budget=16, chunks=1, steps=1, part=8, clock=clock)
   asked = traces.requests_of(trace, np.random.default_rng(0), vocab_size=64)
   ended = sorted(traces.replay(engine, asked, wait=wait), key=lambda s: s.request.id)
   assert [s.made for s in ended] == [3, 2] and [s.request for s in ended] == asked
