@@ -13,7 +13,7 @@ class InputError(ValueError):
     super().__init__(" ".join(str(message).splitlines()))
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
   """Raises InputError(message) unless `condition` holds. Conditions are static: shapes, config fields, files."""
   if not condition:
     raise InputError(message)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
@@ -215,14 +215,14 @@ def isotropic(key: jax.Array, r: Vectors) -> Vectors:
   return orthogonal_noise(key, r, jnp.zeros_like(r))
 
 
-def ranks(a: Values) -> Values:
+def ranks(a: Shaped[Array, "tokens"]) -> Values:
   """Ranks from 1, ties get their average."""
   ordered = jnp.sort(a)
   below, upto = (jnp.searchsorted(ordered, a, side=side) for side in ("left", "right"))
   return (below + upto + 1) / 2
 
 
-def spearman(a: Values, b: Values) -> Float[Array, ""]:
+def spearman(a: Shaped[Array, "tokens"], b: Shaped[Array, "tokens"]) -> Float[Array, ""]:
   """Rank correlation with average ties; NaN where one of the two is constant."""
   return _pearson(ranks(a), ranks(b))
 

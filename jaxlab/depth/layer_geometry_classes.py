@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.core.precision import exactly
@@ -72,7 +72,7 @@ def neighbours(
   return index, jnp.exp(-distance / (2 * jnp.maximum(tau, 1e-12) ** 2))
 
 
-def diagonal(x: Float[Array, "width"], near: Near, target: Near, weight: Float[Array, "k"], *, ridge: float = 1e-2):
+def diagonal(x: Float[Array, "width"], near: Near, target: Near, weight: Float[Array, "k"], *, ridge: ArrayLike = 1e-2):
   """T(x) = a * x, a_c = (sum_j w_j x_jc y_jc + lam) / (sum_j w_j x_jc^2 + lam), lam = ridge mean_c sum_j w_j x_jc^2."""
   square = weight @ (near * near)
   lam = ridge * jnp.mean(square)
@@ -86,7 +86,7 @@ def low_rank(
   weight: Float[Array, "k"],
   *,
   rank: int = 16,
-  ridge: float = 1e-2,
+  ridge: ArrayLike = 1e-2,
 ) -> Float[Array, "width"]:
   """T(x) = x + B_R x, B_R the best map of rank R on the neighbours (reduced-rank ridge regression, dual form).
 
@@ -116,7 +116,7 @@ def orthogonal(
   target: Near,
   weight: Float[Array, "k"],
   *,
-  ridge: float = 1e-2,
+  ridge: ArrayLike = 1e-2,
   scaled: bool = False,
 ) -> Float[Array, "width"]:
   """T(x) = s Q x: Procrustes, argmin over Q'Q = I of ||Y - X Q'||^2 + lam ||Q - I||^2, the polar factor of Y'X + lam I.
@@ -207,7 +207,7 @@ def apply_local(
 
 @exactly
 def fit_affine(
-  inputs: Float[Array, "N features"], targets: Float[Array, "N width"], *, ridge: float = 1e-2
+  inputs: Float[Array, "N features"], targets: Float[Array, "N width"], *, ridge: ArrayLike = 1e-2
 ) -> tuple[Float[Array, "features width"], Float[Array, "width"]]:
   """(W, b) of the ridge regression targets ~ inputs W + b, lam = ridge tr(X'X) / features on centred inputs.
 
@@ -223,7 +223,7 @@ def fit_affine(
 
 
 @exactly
-def apply_affine(parameters: tuple[Array, Array], inputs: Float[Array, "M features"]) -> Float[Array, "M width"]:
+def apply_affine(parameters: tuple[Array, Array], inputs: Float[Array, "*M features"]) -> Float[Array, "*M width"]:
   """inputs W + b."""
   weights, bias = parameters
   return inputs @ weights + bias

@@ -85,7 +85,7 @@ def distillation(
   return sequential_weight * kept + reached, {"sequential": kept, "parallel": reached}
 
 
-def trainable(model: Transformer, parameters: str, *, start: int, key: jax.Array, rank: int = 16):
+def trainable(model: Transformer, parameters: str, *, start: int, key: jax.Array | None, rank: int = 16):
   """The tree that is trained, with the model's `config`: "all" of it, the "suffix" from layer `start` on, its "lora".
 
   Raises:

@@ -13,7 +13,7 @@ forward: it attends to final keys of earlier tokens where the forward attends to
 
 import dataclasses
 import functools
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +78,10 @@ class State:
   `traces` hold z_1 .. z_n of every part at the last position, the start "warm" uses.
   """
 
-  prefix: inference.State
-  pairs: tuple[tuple[Pair, ...], ...]
-  traces: tuple[Float[Array, "units batch 1 *state"], ...]
+  # Any: trees of axes and of shardings have this form too.
+  prefix: inference.State | Any
+  pairs: tuple[tuple[Pair | Any, ...], ...]
+  traces: tuple[Float[Array, "units batch 1 *state"] | Any, ...]
 
   @property
   def length(self) -> Int[Array, "*batch"]:

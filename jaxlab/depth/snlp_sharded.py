@@ -133,7 +133,7 @@ def step_seconds(
   b: float,
   message: float,
   bandwidth: float,
-  state_bytes: float,
+  state_bytes: int,
 ) -> float:
   """Time of one step by the latency model: the prefix, then K times a parallel evaluation and a gather.
 

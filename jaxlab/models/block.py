@@ -6,6 +6,7 @@ Parameters of stacked blocks carry a leading layer axis. `evaluate_blocks` runs 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,13 @@ class Side:
   mixing: static hyper-connections of every layer and sublayer, leading axes (L, 2), or None.
   """
 
-  x0: Array
-  cos: Array
-  sin: Array
-  start: Array | int
-  values: Array | None
-  mixing: StreamMaps | None
+  # Any: trees of axes and of shardings have this form too.
+  x0: Array | Any
+  cos: Array | Any
+  sin: Array | Any
+  start: Array | int | Any
+  values: Array | Any | None
+  mixing: StreamMaps | Any | None
 
 
 class Block(nnx.Module):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxlab.core.checks import require
 from jaxlab.models import inference
@@ -80,8 +80,8 @@ def sample(
 
 def generate(
   model: Transformer | inference.Network,
-  prompt: Int[Array, "batch time"],
-  lengths: Int[Array, "batch"] | None = None,
+  prompt: Int[ArrayLike, "batch time"],
+  lengths: Int[ArrayLike, "batch"] | None = None,
   *,
   tokens: int,
   key: jax.Array | None = None,

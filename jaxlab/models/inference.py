@@ -12,6 +12,7 @@ within the prompt looks backwards, and later no further than the row is filled.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,10 @@ class State:
   token's normalised embedding before smearing (models with `smear`), zeros before the first token.
   """
 
-  pairs: tuple[Pair, ...]
-  length: Int[Array, "*batch"]
-  previous: Float[Array, "batch 1 width"] | None
+  # Any: trees of axes and of shardings have this form too.
+  pairs: tuple[Pair | Any, ...]
+  length: Int[Array, "*batch"] | Any
+  previous: Float[Array, "batch 1 width"] | Any | None
 
 
 def kernel_steps(config: TransformerConfig, dtype) -> Steps:

@@ -66,6 +66,13 @@ def inverse_cdf(
   return np.maximum(1, np.round(np.interp(rng.random(count), share, length))).astype(int)
 
 
+def zipf(rng: np.random.Generator, *, low: int, high: int, theta: float, count: int) -> Int[np.ndarray, "count"]:
+  """Lengths from `low` to `high`, the i-th of them as likely as i^-theta."""
+  require(1 <= low <= high, f"low is {low} and high {high}; expected 1 <= low <= high")
+  weights = np.arange(1, high - low + 2, dtype=float) ** -theta
+  return rng.choice(np.arange(low, high + 1), count, p=weights / weights.sum())
+
+
 def read(file: Path) -> Trace:
   """A CSV file with a header: a time stamp or seconds, tokens of the prompt, tokens of the answer (Azure's traces).
 

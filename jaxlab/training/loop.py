@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ class TrainState:
 
   model: LanguageModel
   optimizer: optax.OptState
-  step: jax.Array | jax.ShapeDtypeStruct | jax.sharding.Sharding
-  key: jax.Array | jax.ShapeDtypeStruct | jax.sharding.Sharding
+  step: jax.Array | Any
+  key: jax.Array | Any
 
 
 def train(

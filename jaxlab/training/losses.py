@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
@@ -104,7 +104,7 @@ def language_model_loss(
   return mean_loss(losses, batch["targets"]), {}
 
 
-def evaluator(forward, token_bytes: Int[Array, "vocab"] | None = None):
+def evaluator(forward, token_bytes: Int[ArrayLike, "vocab"] | None = None):
   """A function `(model, batches) -> {"loss": nats, "perplexity", "tokens"[, "bits_per_byte"]}`.
 
   Args:
