@@ -75,7 +75,7 @@ def _splitting(axis, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   return names
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh | AbstractMesh):
   """NamedShardings in the structure of `tree` (parameters, optimizer states); a leaf without named axes stays whole."""
 
   def one(leaf):

@@ -146,7 +146,7 @@ class TransformerConfig:
       mlp = self.width * self.experts.count + 3 * self.experts.active * self.width * self.experts.width
     return self.depth * (attention + mlp) + self.width * self.vocab_size
 
-  def flops_per_token(self, length: int) -> float:
+  def flops_per_token(self, length: int) -> int:
     """Training FLOPs a token (forward and backward) at sequence length `length`: 6 N plus attention's 12 H d keys."""
     keys = sum(min(length, (w or length) + 1) for w in self.windows)
     return 6 * self.matmul_parameters + 12 * self.q_heads * self.head_dim * keys
