@@ -29,6 +29,8 @@ hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=8, de
 hypothesis.settings.load_profile("jaxlab")
 
 _MAPPINGS = 45_000
+_GROWTH = 3e9  # bytes
+_released = [0.0]  # resident bytes when caches were last released
 
 
 def pytest_collection_finish():
@@ -55,12 +57,18 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs():
-  """Compiled programs hold memory mappings, of which Linux gives a process 65,530: past them compilation crashes."""
+  """Compiled programs hold memory mappings, of which Linux gives a process 65,530 (past them compilation crashes), and
+  gigabytes of a machine's memory."""
   yield
   maps = Path("/proc/self/maps")
-  if maps.exists() and maps.read_text().count("\n") > _MAPPINGS:
+  if maps.exists() and (maps.read_text().count("\n") > _MAPPINGS or _resident() > _released[0] + _GROWTH):
     jax.clear_caches()
     gc.collect()
+    _released[0] = _resident()
+
+
+def _resident() -> float:
+  return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(params=["float32", "float64"])

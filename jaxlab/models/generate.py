@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def sample(
 
 
 def generate(
-  model: Transformer | inference.Network,
+  model: Transformer | inference.Network | Any,
   prompt: Int[ArrayLike, "batch time"],
   lengths: Int[ArrayLike, "batch"] | None = None,
   *,
@@ -94,7 +94,7 @@ def generate(
 
   Args:
     lengths: tokens of every row, at least 1; the rest of the row is padding of any kind. None: all of them.
-    decoder: for a network that a method took apart.
+    decoder: for a `model` that a method took apart, in a form of its own.
 
   Raises:
     InputError: an empty prompt, lengths outside 1..time (where they are known), tokens < 1, or sampling without a key.
