@@ -27,6 +27,13 @@ ABOUT = About(
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (more text)."""
   pick = scales.picker(scale)
+  base = dict(  # of the dense model
+    rows=pick(test=4, cpu=8, gpu=128),
+    time=pick(test=32, cpu=256, gpu=512),
+    chosen=1,
+    batch=pick(test=4, cpu=4, gpu=16),
+    judged=pick(test=64, cpu=2048, gpu=131_072),
+  )
   sizes = dict(
     rows=pick(test=8, cpu=32, gpu=128, paper=512),
     time=pick(test=32, cpu=256, gpu=512, paper=2048),
@@ -40,6 +47,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="heapr",
       scale=scale,
       seed=0,
+      dense="base",  # its MLPs are pruned as mixtures of one expert
       model="",  # a hub name, or hf:DIR: that one alone is compressed to `budget`
       budget=0.75,  # of the parameters of the experts
       tile=pick(test=8, cpu=16, gpu=64),  # hidden neurons that a product of a folder's experts has at least
@@ -51,12 +59,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         test="test",
       ),
       parts=pick(
-        test=("training", "quality", "removals", "speed"),
-        cpu=("training", "quality", "removals"),
-        gpu=("training", "quality", "removals", "speed"),
+        test=("training", "quality", "removals", "dense", "speed"),
+        cpu=("training", "quality", "removals", "dense"),
+        gpu=("training", "quality", "removals", "dense", "speed"),
       ),
       shape=dict(  # of the mixture that is trained
-        depth=pick(test=2, cpu=3, gpu=8),
+        depth=pick(test=1, cpu=3, gpu=8),
         width=pick(test=32, cpu=128, gpu=512),
         q_heads=pick(test=2, cpu=4, gpu=8),
         kv_heads=2,
@@ -82,8 +90,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         dtype=pick(cpu="float32", gpu="bfloat16"),
         checkpoint_every=pick(test=2, cpu=100, gpu=600),
       ),
-      text=dict(base=sizes, others=sizes),  # rows to calibrate on and to choose by, tokens to be judged on
-      ratios=pick(test=(0.25, 0.5), cpu=(0.125, 0.25, 0.5), gpu=(0.125, 0.25, 0.375, 0.5, 0.625)),
+      text=dict(base=base, others=sizes),  # rows to calibrate on and to choose by, tokens to be judged on
+      ratios=pick(test=(0.25,), cpu=(0.125, 0.25, 0.5), gpu=(0.125, 0.25, 0.375, 0.5, 0.625)),
       fine=pick(test=(), cpu=(0.05,), gpu=(0.05, 0.1, 0.2)),  # of HEAPr alone besides
       tokens=pick(test=64, cpu=2048, gpu=8192),  # of the calibration that methods by reconstruction look at
       removals=dict(count=pick(test=6, cpu=150, gpu=500), rows=pick(test=2, cpu=8, gpu=32)),

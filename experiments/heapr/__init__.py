@@ -15,7 +15,7 @@ from experiments.heapr import quality, removals, speed, training
 from experiments.heapr.drawing import draw_curves, draw_removals
 from experiments.results import Claim
 
-TRAINING, QUALITY, REMOVALS, SPEED = "training", "quality", "removals", "speed"
+TRAINING, QUALITY, REMOVALS, DENSE, SPEED = "training", "quality", "removals", "dense", "speed"
 TITLES = dict(
   heapr="HEAPr", heapr_layer="HEAPr in each layer", heapr_use="HEAPr times use", heapr_tiles="HEAPr in tiles",
   identity="G = I", fisher="Fisher of masks", magnitude="magnitude", wanda="Wanda", camera="CAMERA-P",
@@ -32,13 +32,19 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   own = config.copy_and_resolve_references()
   own.model = "transformer"
   own.data.name = "local_text" if config.data.path else config.data.name
-  mixture = config.copy_and_resolve_references()
-  mixture.model = f"hf:{workdir / 'moe'}"
-  (subject,) = subjects(mixture, cache).values()
+
+  def named(model: str):
+    given = config.copy_and_resolve_references()
+    given.model = model
+    (read,) = subjects(given, cache).values()
+    return read
+
+  subject, dense = named(f"hf:{workdir / 'moe'}"), named(config.dense)
   measures = {
     TRAINING: lambda: training.trained(own, workdir, cache, console),
     QUALITY: lambda: quality.measure(config, subject(), console),
     REMOVALS: lambda: removals.measure(config, subject()),
+    DENSE: lambda: quality.measure_dense(config, dense(), console),
     SPEED: lambda: speed.measure(config, subject()),
   }
   return {part: results.part(workdir, part, measures[part]) for part in config.parts}
@@ -50,6 +56,8 @@ def claims(config, metrics: dict) -> list[Claim]:
   made = quality_claims(config, metrics)
   if REMOVALS in metrics:
     made.append(removal_claim(metrics[REMOVALS]))
+  if DENSE in metrics:
+    made.append(dense_claim(config, metrics[DENSE]))
   if SPEED in metrics:
     made.append(speed_claim(config, metrics[SPEED]))
   return made
@@ -116,7 +124,7 @@ def quality_claims(config, metrics: dict) -> list[Claim]:
     ),
     _worst(
       "Perplexity ranked over the whole model over ranked in each layer, worst case", rows, "heapr", ("heapr_layer",),
-      1.0, config, "",
+      1.0, config, f"scores times the expert's use at {main:g} {said('heapr_use', main)}",
     ),
     _worst(
       "Perplexity of HEAPr in each layer over scores without gradients (G = I), worst case", rows, "heapr_layer",
@@ -134,10 +142,6 @@ def quality_claims(config, metrics: dict) -> list[Claim]:
     _worst(
       "Perplexity over masks' own Fisher information, which takes h and g . w not as independent, worst case", rows,
       "heapr", ("fisher",), 1.01, config, "",
-    ),
-    _worst(
-      "Perplexity with scores times the expert's use over without, worst case", rows, "heapr_use", ("heapr",), 1.0,
-      config, "the loss of the whole text instead of the mean over an expert's tokens",
     ),
     Claim(
       f"Experts' parameters that can go at {_MORE:g} % more perplexity", "%", "higher", ours=reached(rows),
@@ -185,6 +189,18 @@ def removal_claim(found: dict) -> Claim:
     ours=ours, threshold=rival, baseline=f"G = I {rival:.3g}",
     note=f"{len(found['added'])} random atomic experts, {100 * np.mean(np.array(found['added']) < 0):.3g} % of which "
     f"lower the loss; {said.replace('heapr by', 'HEAPr by').replace('identity by', 'G = I by')}",
+  )  # fmt: skip
+
+
+def dense_claim(config, rows: list[dict]) -> Claim:
+  main = 1 - config.budget
+  name, _ = least(rows, ("identity, model", "identity, layer"), main)
+  ours, rival = (at(rows, one, main)["perplexity"] for one in ("heapr", name))
+  said = ", ".join(f"{row['method'].replace('identity', 'G = I')} {row['perplexity']:.4g}" for row in rows)
+  return Claim(
+    f"Perplexity of a dense pretrained model without {main:.0%} of its MLPs over G = I's", "ratio", "lower",
+    ours=ours / rival, threshold=1.0, baseline=f"G = I {rival:.4g}",
+    note=f"{config.dense}, each MLP a mixture of one expert: {said}",
   )  # fmt: skip
 
 

@@ -146,7 +146,28 @@ def layouts(config, subject: Subject, found: heapr.Statistics, ratio: float) -> 
 
 
 def chosen(config, subject: Subject) -> Transformer:
-  """HEAPr at config.budget, in tiles."""
-  found = heapr.statistics(subject.model, subject.calibration, batch=sizes(config.text, subject).batch)
+  """HEAPr at config.budget, in tiles; a dense model as a mixture of one expert a layer."""
+  model = mixture(subject)
+  found = heapr.statistics(model, subject.calibration, batch=sizes(config.text, subject).batch)
   keep = heapr.select(heapr.scores(found), 1 - config.budget, multiple=config.tile)
-  return heapr.sliced(subject.model, keep, tile=config.tile)
+  return heapr.sliced(model, keep, tile=config.tile)
+
+
+def mixture(subject: Subject) -> Transformer:
+  return subject.model if subject.model.config.experts else heapr.of_one_expert(subject.model)
+
+
+def measure_dense(config, subject: Subject, console) -> list[dict]:
+  """Rows as of `measure`, of a dense pretrained model's MLPs at 1 - config.budget."""
+  model, ratio = mixture(subject), 1 - config.budget
+  found = heapr.statistics(model, subject.calibration, batch=config.text.base.batch)
+  others = baselines.variants(found, model.blocks.mlp, config.seed)
+  ways = {"heapr": (heapr.scores(found), "model"), "heapr_layer": (heapr.scores(found), "layer")}
+  ways |= {f"{name}, {pool}": others[name][pool] for name in ("identity", "magnitude") for pool in ("model", "layer")}
+  ways |= {"fisher": others["fisher"]["model"], "random": others["random"]["model"]}
+  rows = [dict(method="dense", ratio=0.0) | judged(model, subject.batches)]
+  for name, (scores, pool) in ways.items():
+    small = heapr.masked(model, heapr.select(scores, ratio, pool=pool))
+    rows.append(dict(method=name, ratio=ratio) | judged(small, subject.batches))
+    console.say(f"  {subject.name}, {name} without {ratio:g}: perplexity {rows[-1]['perplexity']:.4g}")
+  return rows

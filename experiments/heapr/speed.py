@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from experiments import timing
 from experiments.compressing import Subject, stored
 from jaxlab.models import Transformer, inference, maps
+from jaxlab.models.attention import dot_product_attention
 from jaxlab.weights import heapr
 
 
@@ -47,7 +48,7 @@ def _network(model: Transformer, dtype: str) -> inference.Network:
 
 
 def _read(network: inference.Network, tokens):
-  return inference.hidden(network, tokens, None)[0]
+  return inference.hidden(network, tokens, None, attention=dot_product_attention)[0]
 
 
 def _experts(network: inference.Network) -> int:

@@ -14,7 +14,8 @@ information, 1/2 mean((g . e_ij)^2), with h_ij and g . w_ij taken as independent
   keep = select(scores(found), 0.25)                          # three of four atomic experts of the whole model
   small = sliced(model, keep, tile=64)
 
-The model's own loss is what is differentiated: no balancing loss, no router noise. Nothing is trained afterwards.
+The model's own loss is what is differentiated: no balancing loss, no router noise. Nothing is trained afterwards. A
+dense SwiGLU network is a mixture of one expert (`of_one_expert`) and can be pruned as such.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice, require_divides
-from jaxlab.models import Transformer, maps
+from jaxlab.models import Transformer, TransformerConfig, maps
+from jaxlab.models.config import Experts
 from jaxlab.models.experts import tiled
-from jaxlab.models.layers import MoE, mixed
+from jaxlab.models.layers import MLP, Linear, MoE, mixed
 from jaxlab.training.losses import token_losses
 from jaxlab.weights.calibration import require_finite
 
@@ -62,6 +64,30 @@ class Statistics:
     return dataclasses.replace(both, peak=jnp.maximum(self.peak, other.peak))
 
 
+def of_one_expert(model: Transformer) -> Transformer:
+  """A dense model as a mixture of one expert a layer, the same function.
+
+  Raises:
+    InputError: an MLP that is no SwiGLU of plain matrices.
+  """
+  mlp = model.blocks.mlp
+  plain = isinstance(mlp, MLP) and all(isinstance(one, Linear) for one in (mlp.gate, mlp.up, mlp.down))
+  require(plain, "only SwiGLU MLPs of plain matrices are a mixture of one expert")
+  layers, width, hidden = mlp.up.weight.shape
+  config = dataclasses.replace(model.config, experts=Experts(count=1, active=1, width=hidden))
+  moe = jax.eval_shape(jax.vmap(lambda key: MoE(config, key)), jax.random.split(jax.random.key(0), layers))
+  moe.router = Linear(jnp.zeros((layers, width, 1), model.dtype), moe.router.weight.axes)
+  for name in ("gate", "up", "down"):
+    axes = getattr(moe, name).axes
+    setattr(moe, name, nnx.Param(getattr(mlp, name).weight[...][:, None], axes=axes))
+  return _with_config(maps.with_blocks(model, maps.replaced(model.blocks, {"mlp": moe})), config)
+
+
+def _with_config(model: Transformer, config: TransformerConfig) -> Transformer:
+  model.config = model.blocks.config = config
+  return model
+
+
 def statistics(
   model: Transformer, rows: Int[Array, "rows time"], *, batch: int = 8, covariance: bool = False
 ) -> Statistics:
@@ -79,7 +105,7 @@ def statistics(
       that do not fill batches.
   """
   count, time = rows.shape
-  require(model.config.experts is not None, "this model has no experts; heapr prunes mixtures of experts")
+  require(model.config.experts is not None, "this model has no experts; `of_one_expert` makes a mixture of a dense one")
   require(isinstance(model.blocks.mlp, MoE), "these experts are of unequal widths; prune from the original model")
   require(time >= 2, f"rows have {time} token; a token is predicted from those before it: give 2 or more")
   require(count >= batch and count % batch == 0, f"{count} rows of calibration text; give a multiple of batch={batch}")
@@ -204,8 +230,7 @@ def padded(model: Transformer, keep: Bool[np.ndarray, "layers experts hidden"], 
   moe.down = nnx.Param(jnp.where(there[..., None], down, 0), axes=moe.down.axes)
   experts = dataclasses.replace(model.config.experts, width=width)
   model = maps.with_blocks(model, maps.replaced(model.blocks, {"mlp": moe}))
-  model.config = model.blocks.config = dataclasses.replace(model.config, experts=experts)
-  return model
+  return _with_config(model, dataclasses.replace(model.config, experts=experts))
 
 
 def _experts_of(model: Transformer, keep) -> MoE:

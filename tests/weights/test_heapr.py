@@ -266,6 +266,19 @@ def test_ones_own_model_in_three_lines():
   assert generate(small, rows[:2], tokens=3).shape == (2, 3)
 
 
+def test_a_dense_model_is_a_mixture_of_one_expert(tmp_path):
+  model = random_model(TransformerConfig(**SHAPE))
+  one = heapr.of_one_expert(model)
+  np.testing.assert_allclose(one(ROWS), model(ROWS), rtol=1e-5, atol=1e-5)
+  keep = heapr.select(heapr.scores(heapr.statistics(one, ROWS, batch=4)), 0.5, multiple=4)
+  small = heapr.sliced(one, keep, tile=4)
+  hub.save(small, tmp_path)
+  np.testing.assert_array_equal(hub.load(tmp_path)(ROWS), small(ROWS))
+  np.testing.assert_allclose(small(ROWS), heapr.masked(one, keep)(ROWS), rtol=1e-5, atol=1e-5)
+  with pytest.raises(InputError, match="SwiGLU"):
+    heapr.of_one_expert(random_model(configs()["nanochat"]))
+
+
 def test_what_cannot_be_pruned_is_refused_in_one_line(model, found):
   s = heapr.scores(found)
   keep = heapr.select(s, 0.5)
