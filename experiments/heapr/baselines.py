@@ -17,7 +17,6 @@ from jaxlab.weights import heapr, svd
 from jaxlab.weights.calibration import moments
 
 _SUBSETS = 5000  # of a layer's experts that are all tried
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def variants(found: heapr.Statistics, moe: MoE, seed: int) -> dict[str, dict[str, tuple]]:
@@ -151,36 +150,56 @@ def merged(model: Transformer, found: heapr.Statistics, x: jax.Array, groups: in
   return _with_three(model, weights)
 
 
-def low_rank(model: Transformer, found: heapr.Statistics, x: jax.Array, ratio: float) -> Transformer:
-  """D2-MoE (Gu et al. 2025, arXiv 2502.17298): in each layer every matrix is a mean over the experts, by their Fisher
-  information, plus a difference of low rank, whitened by what the matrix reads.
+def differences(model: Transformer, found: heapr.Statistics, x: jax.Array) -> list[tuple]:
+  """D2-MoE (Gu et al. 2025, arXiv 2502.17298): of every matrix its mean over the experts of a layer, by their Fisher
+  information, and each expert's difference from it as factors, whitened by what the matrix reads.
 
-  The mean and the factors together take 1 - ratio of the experts' parameters; the matrices that come back are dense.
+  Args:
+    found: with covariances.
+
+  Returns:
+    Of gate, up and down (means (layers, inputs, outputs), V (layers, experts, inputs, most), U (..., most, outputs)),
+    the best factors of any rank being the first columns and rows.
   """
-  weights = [np.asarray(one[...], np.float64).copy() for one in _three(model)]
   fisher = np.asarray(jnp.trace(found.covariance, axis1=-2, axis2=-1), np.float64) + 1e-30
-  _, experts, width, size = weights[0].shape
-  rank = int(((1 - ratio) * experts - 1) * width * size / (experts * (width + size)))
-  half = jax.jit(lambda difference, read: _low_rank(difference, read, rank))
+  share = fisher / fisher.sum(axis=-1, keepdims=True)
+  weights = [np.asarray(one[...], np.float64) for one in _three(model)]
+  means = [np.einsum("le,leab->lab", share, w) for w in weights]
+  factors = [[], [], []]
   for layer in range(model.depth):
-    h, _ = outputs(layer_of(model, layer), x[layer])
-    chosen = np.asarray(gates(layer_of(model, layer), x[layer])[0]) > 0
-    share = fisher[layer] / fisher[layer].sum()
-    for place, w in enumerate(weights):
-      mean = np.einsum("e,eab->ab", share, w[layer])
-      for e in range(experts):
-        mine = chosen[:, e] if chosen[:, e].any() else slice(None)
-        read = np.asarray(x[layer] if place < 2 else h[:, e], np.float64)[mine]
-        second = read.T @ read
-        floor = 1e-4 * np.trace(second) / len(second) * np.eye(len(second))
-        root = np.linalg.cholesky(second + floor).T  # as many rows for every expert, of the same second moment
-        w[layer, e] = mean + np.asarray(half(*(jnp.asarray(a, jnp.float32) for a in (w[layer, e] - mean, root))))
-  return _with_three(model, weights)
+    moe = layer_of(model, layer)
+    h, used = outputs(moe, x[layer])[0], np.asarray(gates(moe, x[layer])[0]) > 0
+    for e in range(used.shape[1]):
+      mine = used[:, e] if used[:, e].any() else slice(None)
+      roots = [_root(read) for read in (x[layer][mine], h[mine, e])]
+      for place, (w, mean) in enumerate(zip(weights, means, strict=True)):
+        difference = jnp.asarray(w[layer, e] - mean[layer], jnp.float32)
+        factors[place].append(_whitened(difference, roots[place == 2]))
+  stacked = lambda parts: np.stack(parts).reshape(model.depth, -1, *parts[0].shape)
+  return [(m, *(stacked([f[i] for f in made]) for i in (0, 1))) for m, made in zip(means, factors, strict=True)]
 
 
-def _low_rank(difference, read, rank: int):
-  down, up = svd.svd_llm(difference, moments(read[None]))
-  return jnp.matmul(down[:, :rank], up[:rank], precision=_HIGHEST)
+def low_rank(model: Transformer, parts: list[tuple], ratio: float) -> Transformer:
+  """The model of `differences` at the rank at which means and factors take 1 - ratio of the experts' parameters.
+
+  The matrices that come back are dense.
+  """
+  _, experts, width, size = model.blocks.mlp.gate.shape
+  rank = int(((1 - ratio) * experts - 1) * width * size / (experts * (width + size)))
+  return _with_three(model, [mean[:, None] + v[..., :rank] @ u[..., :rank, :] for mean, v, u in parts])
+
+
+def _root(read) -> jax.Array:
+  """Rows, as many for every expert, of the second moment of what it reads."""
+  read = np.asarray(read, np.float64)
+  second = read.T @ read
+  floor = 1e-4 * np.trace(second) / len(second) * np.eye(len(second))
+  return jnp.asarray(np.linalg.cholesky(second + floor).T, jnp.float32)
+
+
+@jax.jit
+def _whitened(difference, read):
+  return svd.svd_llm(difference, moments(read[None]))
 
 
 def _three(model: Transformer):

@@ -80,8 +80,9 @@ def makers(config, subject: Subject, found: heapr.Statistics) -> tuple[dict[str,
   use = lambda ratio: baselines.least_used(found, drop(ratio))
   dropping = {way: lambda ratio, way=way: only(use(ratio)[way]) for way in ("tokens", "weights")}
   joined = lambda align: lambda ratio: baselines.merged(model, found, read(), experts - drop(ratio), align=align)
-  full = lambda: heapr.statistics(model, subject.calibration, batch=config.text.others.batch, covariance=True)
-  full = functools.cache(full)
+  how = dict(batch=config.text.others.batch, covariance=True)
+  full = lambda: heapr.statistics(model, subject.calibration, **how)
+  parts = functools.cache(lambda: baselines.differences(model, full(), read()))
   whole = {
     "naee": lambda ratio: only(baselines.naee(model, read(), drop(ratio))),
     "least_used": best("least_used", dropping),
@@ -90,7 +91,7 @@ def makers(config, subject: Subject, found: heapr.Statistics) -> tuple[dict[str,
   exact = lambda make: lambda ratio: make(ratio) if math.isclose(ratio * experts, drop(ratio)) else None
   room = lambda ratio: (1 - ratio) * experts - 1 > 0
   made |= {name: exact(make) for name, make in whole.items()}
-  made[DELTAS] = lambda ratio: baselines.low_rank(model, full(), read(), ratio) if room(ratio) else None
+  made[DELTAS] = lambda ratio: baselines.low_rank(model, parts(), ratio) if room(ratio) else None
   return made, chosen
 
 

@@ -118,7 +118,8 @@ def test_equal_experts_merge_without_a_loss(model, found, read):
 
 def test_differences_of_full_rank_are_the_experts(model, found, read):
   """And fewer ranks are further away."""
-  full = baselines.low_rank(model, found, read, -2.0)
+  parts = baselines.differences(model, found, read)
+  full = baselines.low_rank(model, parts, -2.0)
   np.testing.assert_allclose(full(ROWS), model(ROWS), atol=1e-2)
-  off = [float(jnp.abs(baselines.low_rank(model, found, read, r)(ROWS) - model(ROWS)).mean()) for r in (0.1, 0.6)]
+  off = [float(jnp.abs(baselines.low_rank(model, parts, r)(ROWS) - model(ROWS)).mean()) for r in (0.1, 0.6)]
   assert 0 < off[0] < off[1]
