@@ -3,6 +3,7 @@
 A module here is a part of the run. The mixture that is pruned is trained first.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -170,10 +171,11 @@ def _worst(name: str, rows, method: str, rivals: tuple[str, ...], threshold: flo
   found = {}
   for ratio in ratios:
     if (best := least(rows, rivals, ratio)) is not None:
-      found[ratio] = at(rows, method, ratio)["perplexity"] / at(rows, best[0], ratio)["perplexity"], best[0]
+      mine, other = at(rows, method, ratio), at(rows, best[0], ratio)
+      found[ratio] = mine["perplexity"] / other["perplexity"], best[0], math.hypot(other["error"], _own(mine))
   where = max(found, key=lambda ratio: found[ratio][0])
   rival = found[where][1]
-  listed = ", ".join(f"{ratio:g}: {value:.4g} ({TITLES[one]})" for ratio, (value, one) in found.items())
+  listed = ", ".join(f"{at:g}: {one[0]:.4g} +- {one[2]:.2g} ({TITLES[one[1]]})" for at, one in found.items())
   return Claim(
     name, "ratio", "lower", ours=found[where][0], threshold=threshold,
     baseline=f"{TITLES[rival]} {at(rows, rival, where)['perplexity']:.4g}",
@@ -181,14 +183,20 @@ def _worst(name: str, rows, method: str, rivals: tuple[str, ...], threshold: flo
   )  # fmt: skip
 
 
+def _own(row: dict) -> float:
+  """A row's error beside HEAPr's, which is 0 of HEAPr itself."""
+  return 0.0 if row["method"] == "heapr" else row["error"]
+
+
 def removal_claim(found: dict) -> Claim:
   ours, rival = (found["correlation"][f"{name} by use"] for name in ("heapr", "identity"))
-  said = ", ".join(f"{TITLES.get(name, name)} {value:.3g}" for name, value in found["correlation"].items())
+  title = lambda name: TITLES[name.removesuffix(" by use")] + " times use" * name.endswith(" by use")
+  said = lambda part: ", ".join(f"{title(name)} {value:.3g}" for name, value in found[part].items())
   return Claim(
     "Rank correlation of scores, times use, with the loss that single removals add to the text", "Spearman", "higher",
     ours=ours, threshold=rival, baseline=f"G = I {rival:.3g}",
     note=f"{len(found['added'])} random atomic experts, {100 * np.mean(np.array(found['added']) < 0):.3g} % of which "
-    f"lower the loss; {said.replace('heapr by', 'HEAPr by').replace('identity by', 'G = I by')}",
+    f"lower the loss: {said('correlation')}; with its size, whatever the sign: {said('magnitudes')}",
   )  # fmt: skip
 
 

@@ -20,21 +20,23 @@ DELTAS = "low_rank"
 
 
 def measure(config, subject: Subject, console) -> dict:
-  """{rows: [{method, ratio, perplexity, accuracy}], chosen: {method: variant}, layouts, empty (experts without neurons
-  at each ratio), unused (experts no token was routed to), seconds (of the statistics)}."""
+  """{rows: [{method, ratio, perplexity, accuracy, error}], chosen: {method: variant}, layouts, kept (share by layer),
+  empty (experts without neurons), each at every ratio, unused (experts no token went to), seconds (of the statistics)}.
+  """
   model = subject.model
   start = time.perf_counter()
   found = jax.block_until_ready(heapr.statistics(model, subject.calibration, batch=config.text.others.batch))
   seconds = time.perf_counter() - start
   made, chosen = makers(config, subject, found)
-  rows = [dict(method="dense", ratio=0.0) | judged(model, subject.batches)]
+  judge = Judge(subject.batches)
+  rows = [judge("dense", 0.0, model)]
   cases = [(name, ratio) for ratio in config.ratios for name in made]
   cases += [("heapr", ratio) for ratio in config.fine]
   for name, ratio in cases:
     small = made[name](ratio)
     if small is None:
       continue
-    rows.append(dict(method=name, ratio=ratio) | judged(small, subject.batches))
+    rows.append(judge(name, ratio, small))
     console.say(f"  {name} without {ratio:g}: perplexity {rows[-1]['perplexity']:.4g}")
   s = heapr.scores(found)
   keeps = {f"{ratio:g}": heapr.select(s, ratio) for ratio in config.ratios}
@@ -102,19 +104,34 @@ def whole_ratio(ratio: float, experts: int) -> float:
 
 @jax.jit
 def _sums(model: Transformer, batch):
-  """(loss, right, counted) over the targets that count."""
+  """(loss, right, counted) of every row, over the targets that count."""
   logits, targets = model(batch["inputs"]), batch["targets"]
   counted = targets >= 0
   logp = jax.nn.log_softmax(logits, axis=-1)
   loss = -jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   right = (logits.argmax(axis=-1) == targets) & counted
-  return jnp.where(counted, loss, 0).sum(), right.sum(), counted.sum()
+  return jnp.where(counted, loss, 0).sum(axis=1), right.sum(axis=1), counted.sum(axis=1)
 
 
-def judged(model: Transformer, batches) -> dict[str, float]:
-  """Perplexity and the share of next tokens that are the most likely one, on text that nothing was chosen by."""
-  loss, right, counted = np.sum([[float(a) for a in _sums(model, batch)] for batch in batches], axis=0)
-  return {"perplexity": math.exp(loss / counted), "accuracy": right / counted}
+class Judge:
+  """Perplexity, the share of next tokens that are the most likely one, and how sure a difference is.
+
+  On text that nothing was chosen by. error: of the mean loss less HEAPr's at the same ratio (the dense model's for
+  HEAPr's own), the standard error over rows: of the perplexities' ratio, nearly.
+  """
+
+  def __init__(self, batches):
+    self._batches, self._rows = batches, {}
+
+  def __call__(self, method: str, ratio: float, model: Transformer) -> dict:
+    parts = [jax.tree.map(np.asarray, _sums(model, batch)) for batch in self._batches]
+    loss, right, counted = (np.concatenate(column) for column in zip(*parts, strict=True))
+    total = counted.sum()
+    self._rows[method, ratio] = loss
+    beside = self._rows.get(("heapr", ratio) if method != "heapr" else ("dense", 0.0), loss)
+    error = (loss - beside)[counted > 0].std() * math.sqrt((counted > 0).sum()) / total
+    found = dict(perplexity=math.exp(loss.sum() / total), accuracy=float(right.sum() / total), error=float(error))
+    return dict(method=method, ratio=ratio) | found
 
 
 def layouts(config, subject: Subject, found: heapr.Statistics, ratio: float) -> dict[str, dict[str, float]]:
@@ -166,9 +183,10 @@ def measure_dense(config, subject: Subject, console) -> list[dict]:
   ways = {"heapr": (heapr.scores(found), "model"), "heapr_layer": (heapr.scores(found), "layer")}
   ways |= {f"{name}, {pool}": others[name][pool] for name in ("identity", "magnitude") for pool in ("model", "layer")}
   ways |= {"fisher": others["fisher"]["model"], "random": others["random"]["model"]}
-  rows = [dict(method="dense", ratio=0.0) | judged(model, subject.batches)]
+  judge = Judge(subject.batches)
+  rows = [judge("dense", 0.0, model)]
   for name, (scores, pool) in ways.items():
     small = heapr.masked(model, heapr.select(scores, ratio, pool=pool))
-    rows.append(dict(method=name, ratio=ratio) | judged(small, subject.batches))
+    rows.append(judge(name, ratio, small))
     console.say(f"  {subject.name}, {name} without {ratio:g}: perplexity {rows[-1]['perplexity']:.4g}")
   return rows

@@ -23,8 +23,9 @@ HEAPR = ("heapr", "heapr_layer", "heapr_use", "heapr_tiles")
 
 
 @pytest.fixture
-def config():
+def config(tiny_checkpoint):
   made = config_file.get_config("test")
+  made.dense = f"hf:{tiny_checkpoint}"
   made.data.path, made.data.calibration, made.data.test = "docs/**/*.md", "train", "train"
   return made
 
