@@ -111,7 +111,7 @@ def quality_claims(config, metrics: dict) -> list[Claim]:
     note += (
       f"; a mixture of {trained['parameters'] / 1e6:.3g} M parameters after {trained['tokens'] / 1e6:.3g} M tokens"
     )
-    note += ", undertrained: paper's have read trillions" if trained["tokens"] < 20 * trained["parameters"] else ""
+    note += ", undertrained: the paper's have read trillions" if undertrained(trained) else ""
   layouts = found["layouts"][f"{main:g}"]
   return [
     Claim(
@@ -183,6 +183,11 @@ def _worst(name: str, rows, method: str, rivals: tuple[str, ...], threshold: flo
   )  # fmt: skip
 
 
+def undertrained(trained: dict) -> bool:
+  """Fewer than 20 tokens a parameter."""
+  return trained["tokens"] < 20 * trained["parameters"]
+
+
 def _own(row: dict) -> float:
   """A row's error beside HEAPr's, which is 0 of HEAPr itself."""
   return 0.0 if row["method"] == "heapr" else row["error"]
@@ -204,7 +209,8 @@ def dense_claim(config, rows: list[dict]) -> Claim:
   main = 1 - config.budget
   name, _ = least(rows, ("identity, model", "identity, layer"), main)
   ours, rival = (at(rows, one, main)["perplexity"] for one in ("heapr", name))
-  said = ", ".join(f"{row['method'].replace('identity', 'G = I')} {row['perplexity']:.4g}" for row in rows)
+  title = lambda method, *pool: ", ".join((TITLES.get(method, method), *(f"by {one}" for one in pool)))
+  said = "; ".join(f"{title(*row['method'].split(', '))} {row['perplexity']:.4g}" for row in rows)
   return Claim(
     f"Perplexity of a dense pretrained model without {main:.0%} of its MLPs over G = I's", "ratio", "lower",
     ours=ours / rival, threshold=1.0, baseline=f"G = I {rival:.4g}",
@@ -232,8 +238,9 @@ def finding(config, metrics: dict) -> str:
     return written_finding(metrics)
   rows, main = metrics[QUALITY]["rows"], 1 - config.budget
   name, whole = least(rows, quality.EXPERTS, main)
+  fresh = TRAINING in metrics and undertrained(metrics[TRAINING])
   text = (
-    f"Without {main:.0%} of the experts' parameters perplexity grows by {added(rows, 'heapr', main):.3g} % "
+    f"Without {main:.0%} of the experts' parameters{' of a small, fresh mixture' * fresh} perplexity grows by {added(rows, 'heapr', main):.3g} % "
     f"(paper 2.5 % at 20 %), by {whole:.3g} % or more where whole experts go ({TITLES[name]}); "
     f"{reached(rows):.3g} % can go for {_MORE:g} % more"
   )

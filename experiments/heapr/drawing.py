@@ -39,7 +39,7 @@ def draw_removals(found: dict, workdir: Path, titles: Mapping[str, str]) -> str:
   figure, (left, right) = figures.subplots(2)
   predicted, real = np.array(found["predicted"]), np.array(found["added"])
   left.plot(predicted, real, "o", ms=3)
-  span = np.array([predicted.min(), predicted.max()])
+  span = np.geomspace(max(predicted.min(), 1e-9), max(predicted.max(), 1e-8), 200)
   left.plot(span, span, color="0.4", lw=0.8, ls="--")
   left.axhline(0, color="0.4", lw=0.8)
   left.set(xlabel="added by HEAPr's score, nats", ylabel="really added, nats")
