@@ -14,6 +14,7 @@ from experiments.compressing_drawing import draw_pair
 from experiments.compressing_folder import written, written_claims, written_finding
 from experiments.heapr import quality, removals, speed, training
 from experiments.heapr.drawing import draw_curves, draw_removals
+from experiments.report import rounded
 from experiments.results import Claim
 
 TRAINING, QUALITY, REMOVALS, DENSE, SPEED = "training", "quality", "removals", "dense", "speed"
@@ -48,7 +49,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     DENSE: lambda: quality.measure_dense(config, dense(), console),
     SPEED: lambda: speed.measure(config, subject()),
   }
-  return {part: results.part(workdir, part, measures[part]) for part in config.parts}
+  # As it is published: claims follow from the same digits.
+  return rounded({part: results.part(workdir, part, measures[part]) for part in config.parts})
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -238,9 +240,9 @@ def finding(config, metrics: dict) -> str:
     return written_finding(metrics)
   rows, main = metrics[QUALITY]["rows"], 1 - config.budget
   name, whole = least(rows, quality.EXPERTS, main)
-  fresh = TRAINING in metrics and undertrained(metrics[TRAINING])
+  of = " of a small, fresh mixture" * (TRAINING in metrics and undertrained(metrics[TRAINING]))
   text = (
-    f"Without {main:.0%} of the experts' parameters{' of a small, fresh mixture' * fresh} perplexity grows by {added(rows, 'heapr', main):.3g} % "
+    f"Without {main:.0%} of the experts' parameters{of} perplexity grows by {added(rows, 'heapr', main):.3g} % "
     f"(paper 2.5 % at 20 %), by {whole:.3g} % or more where whole experts go ({TITLES[name]}); "
     f"{reached(rows):.3g} % can go for {_MORE:g} % more"
   )
