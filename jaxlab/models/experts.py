@@ -88,7 +88,8 @@ class TiledExperts(nnx.Module):
     """Of zeros, in the place of stacked experts.
 
     Raises:
-      InputError: a tile below 1, or counts that are not for every layer as many levels of at most all experts.
+      InputError: a tile below 1, counts that are not for every layer as many levels of at most all experts, or a level
+        that no layer has.
     """
     layers, experts, width, _ = like.gate.shape
     whole = lambda value, low, high: type(value) is int and low <= value <= high
@@ -96,7 +97,9 @@ class TiledExperts(nnx.Module):
     right = whole(tile, 1, 2**31) and type(skip_empty) is bool and nested and len(counts) == layers
     right = right and len({len(own) for own in counts}) == 1
     right = right and all(whole(count, 0, experts) for own in counts for count in own)
-    require(right, f"compression.mlp: counts must be {layers} lists of equal length of 0..{experts}, tile 1 or more")
+    right = right and all(max(level) for level in zip(*counts, strict=True))
+    said = f"counts must be {layers} lists of equal length of 0..{experts}, no level without a tile, tile 1 or more"
+    require(right, f"compression.mlp: {said}")
     most = [max(level) for level in zip(*counts, strict=True)]
     zeros = lambda *shape: jnp.zeros((layers, *shape), like.gate.dtype)
     wide, tall = [zeros(m, width, tile) for m in most], [zeros(m, tile, width) for m in most]

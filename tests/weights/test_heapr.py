@@ -304,7 +304,9 @@ def test_what_cannot_be_pruned_is_refused_in_one_line(model, found):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("change", [dict(tile=0), dict(counts=[[9], [1]]), dict(counts=[[1]]), dict(more=1)])
+@pytest.mark.parametrize(
+  "change", [dict(tile=0), dict(counts=[[9], [1]]), dict(counts=[[1]]), dict(counts=[[0], [0]]), dict(more=1)]
+)
 def test_a_folder_whose_sizes_make_no_sense_is_refused(change):
   spec = {"mlp": {"kind": "tiled_experts", "tile": 8, "counts": [[4], [2]], "skip_empty": False} | change}
   with pytest.raises(InputError, match=r"compression\.mlp"):
