@@ -46,6 +46,7 @@ def read(model):
 
 
 def test_everything_is_measured_once(config, tmp_path, monkeypatch):
+  config.budget, config.ratios = 0.5, (0.5,)
   parts = ("training.trained", "quality.measure", "removals.measure", "speed.measure")
   report = run_and_continue("heapr", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
