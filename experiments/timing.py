@@ -98,6 +98,11 @@ class Steady:
     self.compile()
     return memory(self._compiled)
 
+  def flops(self) -> float:
+    """Of a call, as XLA counts them."""
+    self.compile()
+    return self._compiled.cost_analysis()["flops"]
+
   def __call__(self):
     self.compile()
     self._last = self._compiled(self._leaves, *self._last, *self._args)

@@ -25,6 +25,7 @@ from jaxlab.core.foreign import foreign
 from jaxlab.core.mesh import shardings
 from jaxlab.models import config_json, formats, gguf, maps
 from jaxlab.models.config import TransformerConfig
+from jaxlab.models.experts import TiledExperts
 from jaxlab.models.files import INDEX, SINGLE, find, gguf_file, read_json, read_tensor, saved_files, tensor_files
 from jaxlab.models.layers import rope_frequencies
 from jaxlab.models.transformer import Transformer
@@ -85,9 +86,9 @@ def from_tensors(
   require(isinstance(forms, Mapping), f"{where}: compression is {forms!r:.80}; it must be an object of maps")
   abstract = jax.eval_shape(lambda: maps.shaped(Transformer(config, jax.random.key(0)), forms))
   parameters = list(_leaves(abstract))
-  used = set()
+  parts, used = _parts(abstract), set()
   for parameter, leaf in parameters:
-    for _, name, _ in _places(config, table, parameter, leaf.shape):
+    for _, name, _ in _places(config, table, parameter, leaf.shape, parts):
       require(name in names, f"{where} lacks tensor {name}; its config.json promises one")
       used.add(name)
   _refuse_surplus(config, read, set(names) - used, where)
@@ -95,10 +96,10 @@ def from_tensors(
   leaves = []
   for (parameter, leaf), place in zip(parameters, sharding, strict=True):
     value = None
-    for index, name, transpose in _places(config, table, parameter, leaf.shape):
+    for index, name, transpose in _places(config, table, parameter, leaf.shape, parts):
       tensor = np.asarray(read(name))
       tensor = tensor.T if transpose and tensor.ndim == 2 else tensor
-      expected = leaf.shape[len(index) :]
+      expected = np.broadcast_to(np.int8(0), leaf.shape)[index].shape
       if tensor.size == 1 and expected == ():
         tensor = tensor.reshape(())
       elif table is formats.KARPATHY:  # vocabularies are padded to a multiple of 64 there
@@ -109,9 +110,12 @@ def from_tensors(
       wanted = str(leaf.dtype) if stored else "16, 32 and 64 bit floats"
       fits = tensor.dtype == leaf.dtype if stored else floating
       require(fits, f"{where}: {name} holds {tensor.dtype}; only {wanted} can be loaded")
-      keep = any(parameter.startswith(f"blocks.{form}.") for form in forms)
+      keep = any(parameter.startswith(f"blocks.{form}.") for form in forms if form in maps.NAMES)
       if value is None:
-        value = _aligned(leaf.shape, np.dtype(tensor.dtype if keep else dtype or tensor.dtype))
+        kept = keep or stored or dtype is None
+        value = _aligned(leaf.shape, np.dtype(tensor.dtype if kept else dtype))
+        if parameter in parts:
+          value[...] = 0
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
@@ -200,10 +204,10 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
 
 def to_tensors(model: Transformer, table: Mapping[str, tuple[str, bool]] | None) -> dict[str, np.ndarray]:
   """The model's parameters under the names of `table`, in the orientation of the files."""
-  tensors = {}
+  tensors, parts = {}, _parts(model)
   for parameter, leaf in _leaves(model):
     value = np.asarray(leaf)
-    for index, name, transpose in _places(model.config, table, parameter, value.shape):
+    for index, name, transpose in _places(model.config, table, parameter, value.shape, parts):
       tensor = value[index]
       tensors[name] = np.ascontiguousarray(tensor.T if transpose and tensor.ndim == 2 else tensor)
   return tensors
@@ -230,8 +234,18 @@ def _leaves(model):
     yield jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf
 
 
-def _places(config: TransformerConfig, table, parameter: str, shape):
+def _parts(model) -> dict[str, list[int]]:
+  """{parameter: how much of every layer's part files hold}; other parameters are held whole."""
+  experts = model.blocks.mlp
+  sizes = experts.stored_sizes if isinstance(experts, TiledExperts) else {}
+  return {f"blocks.mlp.{name}": own for name, own in sizes.items()}
+
+
+def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapping[str, list[int]]):
   """(index into the parameter, tensor name, transposed) of each tensor that holds a part of it."""
+  if parameter in parts:
+    yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
+    return
   if table is None:
     yield (), parameter, False
     return

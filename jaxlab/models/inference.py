@@ -28,6 +28,7 @@ from jaxlab.models.block import (
   unstack_layers,
 )
 from jaxlab.models.config import TransformerConfig
+from jaxlab.models.experts import TiledExperts
 from jaxlab.models.layers import Steps
 from jaxlab.models.transformer import Transformer
 
@@ -77,6 +78,9 @@ def take_apart(model: Transformer, layers: int | None = None) -> Network:
   if layers:
     steps = kernel_steps(model.config, model.dtype)
     blocks = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), steps), layers))
+    for layer, block in enumerate(blocks):
+      if isinstance(block.mlp, TiledExperts):
+        block.mlp = block.mlp.of_layer(layer)
   rest = jax.tree.map(lambda a: a, model)
   if model.config.hyper and not model.config.hyper.dynamic:
     rest.mixing = static_mixing(model.blocks)

@@ -167,6 +167,35 @@ class MLP(nnx.Module):
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
+class Routing(NamedTuple):
+  """Which token goes where, its assignments grouped by expert.
+
+  token, weight: (tokens * active,), the row of the token and what its expert's output is multiplied by; sizes:
+  int32 (experts,), assignments of each.
+  """
+
+  token: Int[Array, "slots"]
+  weight: Float[Array, "slots"]
+  sizes: Int[Array, "experts"]
+
+
+def route(logits: Float[Array, "tokens experts"], *, active: int, normalize: bool) -> Routing:
+  """The `active` experts of largest softmax of each token, in float32."""
+  probability = jax.nn.softmax(wide(logits), axis=-1)
+  weight, expert = jax.lax.top_k(probability, active)  # (tokens, active)
+  if normalize:
+    weight = weight / weight.sum(axis=-1, keepdims=True)
+  order = jnp.argsort(expert.reshape(-1))  # assignments grouped by expert
+  sizes = jnp.bincount(expert.reshape(-1), length=logits.shape[-1]).astype(jnp.int32)
+  return Routing(order // active, jnp.take(weight.reshape(-1), order), sizes)
+
+
+def mixed(tokens: Float[Array, "tokens width"], out: Float[Array, "slots width"], routing: Routing):
+  """The sum of every token's expert outputs by their weights, like `tokens`."""
+  out = out * routing.weight[:, None].astype(tokens.dtype)
+  return jnp.zeros_like(tokens).at[routing.token].add(out)
+
+
 class MoE(nnx.Module):
   """Top-k mixture of SwiGLU experts: softmax router in float32, tokens sorted by expert, ragged matrix products."""
 
@@ -182,19 +211,20 @@ class MoE(nnx.Module):
     down = jax.random.normal(k4, (e, f, d)) / math.sqrt(f * 2 * config.depth)
     self.down = nnx.Param(down, axes=("expert", None, "embed"))
 
+  def route(self, tokens: Float[Array, "tokens width"]) -> Routing:
+    return route(self.router(tokens), active=self.active, normalize=self.normalize)
+
+  def hidden(self, tokens: Float[Array, "tokens width"], routing: Routing) -> Float[Array, "slots hidden"]:
+    """silu(gate x) * up x of every assignment."""
+    rows = jnp.take(tokens, routing.token, axis=0)
+    matmul = lambda w: jax.lax.ragged_dot(rows, w[...].astype(rows.dtype), routing.sizes)
+    return jax.nn.silu(matmul(self.gate)) * matmul(self.up)
+
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
     tokens = x.reshape(-1, x.shape[-1])
-    probability = jax.nn.softmax(wide(self.router(tokens)), axis=-1)
-    weight, expert = jax.lax.top_k(probability, self.active)  # (tokens, active)
-    if self.normalize:
-      weight = weight / weight.sum(axis=-1, keepdims=True)
-    order = jnp.argsort(expert.reshape(-1))  # assignments grouped by expert
-    rows = jnp.take(tokens, order // self.active, axis=0)
-    sizes = jnp.bincount(expert.reshape(-1), length=self.gate.shape[0]).astype(jnp.int32)
-    matmul = lambda a, w: jax.lax.ragged_dot(a, w[...].astype(a.dtype), sizes)
-    hidden = jax.nn.silu(matmul(rows, self.gate)) * matmul(rows, self.up)
-    out = matmul(hidden, self.down) * jnp.take(weight.reshape(-1), order)[:, None].astype(x.dtype)
-    return jnp.zeros_like(tokens).at[order // self.active].add(out).reshape(x.shape)
+    routing = self.route(tokens)
+    out = jax.lax.ragged_dot(self.hidden(tokens, routing), self.down[...].astype(x.dtype), routing.sizes)
+    return mixed(tokens, out, routing).reshape(x.shape)
 
 
 class StreamMaps(NamedTuple):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import InputError, require, require_choice, require_divides
 from jaxlab.kernels.bitstack_matmul import reference
-from jaxlab.models.layers import Linear
+from jaxlab.models.experts import TiledExperts
+from jaxlab.models.layers import Linear, MoE
 
 NAMES = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")  # of a block
 
@@ -261,8 +262,11 @@ def all_plain(blocks) -> bool:
 
 
 def spec_of(model) -> dict[str, dict]:
-  """{map: {"kind": form, ...}} of every map that is not one matrix, for a config.json."""
+  """{map: {"kind": form, ...}} of every map that is not one matrix, and of experts of unequal widths ("mlp"), for a
+  config.json."""
   other = {name: one for name, one in named(model.blocks).items() if not isinstance(one, Linear)}
+  if isinstance(model.blocks.mlp, TiledExperts):
+    other["mlp"] = model.blocks.mlp
   return {name: {"kind": one.kind} | one.spec for name, one in other.items()}
 
 
@@ -272,12 +276,23 @@ def shaped(model, spec: Mapping[str, Mapping]):
   Raises:
     InputError: a map this model does not have, an unknown form, or fields that are not its own.
   """
-  maps, plain = {}, named(model.blocks)
+  maps, plain = {}, named(model.blocks) | ({"mlp": model.blocks.mlp} if isinstance(model.blocks.mlp, MoE) else {})
   for name, fields in spec.items():
     require_choice("compression: the map", name, plain)
+    if name == "mlp":
+      maps[name] = _empty_experts(fields, model.blocks.mlp)
+      continue
     *layers, inputs, outputs = plain[name].weight.shape
     maps[name] = _empty(name, fields, layers, inputs, outputs)
   return with_blocks(model, replaced(model.blocks, maps))
+
+
+def _empty_experts(fields: Mapping, moe: MoE) -> TiledExperts:
+  """Experts of unequal widths, filled with zeros."""
+  names = {"kind", "tile", "counts", "skip_empty"}
+  right = isinstance(fields, Mapping) and set(fields) == names and fields["kind"] == TiledExperts.kind
+  require(right, f"compression.mlp is {fields!r:.80}; it must be {TiledExperts.kind} with {', '.join(sorted(names))}")
+  return TiledExperts.empty(moe, **{name: value for name, value in fields.items() if name != "kind"})
 
 
 def _empty(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.Module:
