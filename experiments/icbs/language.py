@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from experiments.compressing import Subject, made_rows, perplexity, sizes
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer
 from jaxlab.weights import icbs, pruning
-from jaxlab.weights.per_sample import Language
+from jaxlab.weights.per_sample import Language, by_layer
 
 # iCBS with one part in another way.
 VARIANTS = {
@@ -26,11 +26,6 @@ VARIANTS = {
 }
 _ONE_SHOT = {"wanda": "wanda", "wanda_more": "wanda", "sparsegpt": "sparsegpt", "magnitude": "magnitude",
              "gradient": "gradient", "random": "random"}  # fmt: skip
-
-
-def by_layer(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """{"q.0": ...} of arrays stacked over layers."""
-  return {f"{name}.{layer}": one for name, stacked in found.items() for layer, one in enumerate(stacked)}
 
 
 def batches(rows: np.ndarray, batch: int, seed: int) -> Iterator[jnp.ndarray]:

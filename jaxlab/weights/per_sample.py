@@ -161,6 +161,11 @@ def split(name: str) -> tuple[str, int]:
   return kind, int(layer)
 
 
+def by_layer(stacked: Mapping[str, Array]) -> dict[str, Array]:
+  """{"q.0": ...}, as `Language` names maps, of arrays stacked over layers by map."""
+  return {f"{kind}.{layer}": one for kind, layers in stacked.items() for layer, one in enumerate(layers)}
+
+
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
 def _put(model: Transformer, kind: str, layer, weight) -> Transformer:
   one = maps.named(model.blocks)[kind]

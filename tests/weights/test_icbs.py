@@ -12,7 +12,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.models import maps
 from jaxlab.weights import icbs, pruning, qcbo
 from jaxlab.weights.icbs import Plan, Settings, build_block, build_dense, plan, schedule, select, start
-from jaxlab.weights.per_sample import Language, Tensors
+from jaxlab.weights.per_sample import Language, Tensors, by_layer
 from tests.common import configs, random_model, random_tokens
 
 QUICK = dict(solver="sa+swap", restarts=2)
@@ -226,7 +226,6 @@ def test_a_language_model_gets_better_at_its_density():
   model = random_model(dataclasses.replace(configs()["qwen3"], depth=1))
   rows = random_tokens(8, 25)
   begun = pruning.prune(model, rows[:, :-1], "wanda", density=0.4)
-  by_layer = lambda found: {f"{name}.{i}": a for name, layers in found.items() for i, a in enumerate(layers)}
   network = Language()
   how = dict(density=0.4, masks=by_layer(begun.masks))
   settings = Settings(block=128, epochs=1, steps=8, least=1, **QUICK)
