@@ -46,7 +46,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         base=dict(
           rows=pick(test=8, cpu=128, gpu=1024, paper=4096),
           one_shot=pick(test=4, cpu=32, gpu=128),
-          time=pick(test=24, cpu=64, gpu=512),
+          time=pick(test=24, cpu=64, gpu=256, paper=512),
           chosen=pick(test=1, cpu=8),
           batch=pick(test=4, cpu=8, gpu=16),
           judged=pick(test=96, cpu=4096, gpu=131_072, paper=262_144),
@@ -54,7 +54,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         others=dict(
           rows=pick(test=8, cpu=64, gpu=1024, paper=4096),
           one_shot=pick(test=4, cpu=16, gpu=128),
-          time=pick(test=24, cpu=64, gpu=512),
+          time=pick(test=24, cpu=64, gpu=256, paper=512),
           chosen=pick(test=1, cpu=4),
           batch=pick(test=4, cpu=8, gpu=16),
           judged=pick(test=96, cpu=2048, gpu=65_536, paper=262_144),
@@ -65,7 +65,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           block=pick(test=64, cpu=2048, gpu=4096),
           batch=pick(test=4, cpu=8, gpu=16),
           epochs=pick(test=2, cpu=3, gpu=10),
-          steps=pick(test=2, cpu=8, gpu=40, paper=300),
+          steps=pick(test=2, cpu=8, gpu=16, paper=300),
           **SHARED,
           least=1,
           restarts=pick(test=1, cpu=2, paper=20),
@@ -76,7 +76,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           block=pick(test=64, cpu=2048, gpu=4096),
           batch=pick(test=4, cpu=8, gpu=16),
           epochs=pick(test=2, cpu=2, gpu=10),
-          steps=pick(test=2, cpu=5, gpu=40, paper=300),
+          steps=pick(test=2, cpu=5, gpu=16, paper=300),
           **SHARED,
           least=1,
           restarts=pick(test=1, cpu=2, paper=20),
@@ -89,7 +89,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         base=pick(
           test=(*ONE_SHOT, "wanda_more 0.4", "icbs 0.4", "icbs_diagonal 0.4"),
           cpu=(*ONE_SHOT, "wanda_more 0.4", "icbs 0.4", "icbs_diagonal 0.4", "wanda 0.3", "icbs 0.3"),
-          gpu=(*ONE_SHOT, *MORE, *PARTS),
+          gpu=(*ONE_SHOT, *MORE, "icbs_diagonal 0.4", "icbs_random 0.4", "icbs_no_gradient 0.4"),
         ),
         others=pick(
           test=("wanda 0.4", "wanda_more 0.4", "sparsegpt 0.4", "icbs 0.4", "icbs_diagonal 0.4"),
@@ -113,7 +113,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         start="magnitude",
         block=pick(test=64, cpu=1024),
         epochs=pick(test=2, cpu=10),
-        steps=pick(test=2, cpu=3, gpu=30, paper=300),
+        steps=pick(test=2, cpu=3, gpu=12, paper=300),
         **SHARED,
         least=1,
         restarts=pick(test=1, cpu=2, gpu=4, paper=10),
