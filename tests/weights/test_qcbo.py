@@ -45,7 +45,7 @@ def test_a_swap_changes_the_energy_by_what_is_said(seed):
       pairs = jax.vmap(jax.vmap(swapped, (None, None, 0)), (None, 0, None))
       change, difference, apart = jax.jit(pairs)(one, ones, zeros)
       np.testing.assert_allclose(change, difference, atol=1e-12)
-      np.testing.assert_allclose(change, one.swaps(x, ones, zeros), atol=1e-12)
+      np.testing.assert_allclose(change, qcbo.swaps(one, x, ones, zeros), atol=1e-12)
       np.testing.assert_allclose(apart, 0, atol=1e-12)
 
 
