@@ -69,7 +69,8 @@ def _tables(metrics: dict) -> Iterator[tuple[str, list[dict]]]:
   for name, found in metrics.get(FRONTIER, {}).items():
     yield name, found["rows"]
   for name, found in metrics.get(PICTURES, {}).items():
-    yield name, [dict(row, budget=row["density"], perplexity=math.exp(row["loss"])) for row in found["rows"]]
+    rows = [dict(method="dense", density=1, **found["dense"]), *found["rows"]]
+    yield name, [dict(row, budget=row["density"], perplexity=math.exp(row["loss"])) for row in rows]
 
 
 def language_claims(metrics: dict) -> list[Claim]:
@@ -87,7 +88,7 @@ def language_claims(metrics: dict) -> list[Claim]:
   later = {where: curve[-1]["perplexity"] / curve[1]["perplexity"] for where, curve in curves.items()}
   where = max(later, key=later.get)
   by_epoch = lambda curve: ", ".join(f"{one['perplexity']:.4g}" for one in curve)
-  seen = lambda curve: f"{curve[-1]['covered']:.1%} of the weights in a block"
+  seen = lambda curve: f"{100 * curve[-1]['covered']:.2g} % of the weights in a block"
   listed = "; ".join(f"{name}: {by_epoch(curve)}, {seen(curve)}" for name, curve in curves.items())
   made.insert(
     1,
@@ -107,7 +108,8 @@ def _worst(name: str, metrics: dict, method: str, over: str, threshold: float) -
   say = lambda who: f"{at(rows, who, float(density))['perplexity']:.4g}"
   return Claim(
     name, "ratio", "lower", ours=found[where], threshold=threshold, baseline=f"{TITLES[over]} {say(over)}",
-    note=f"{where}: {say(method)}; " + ", ".join(f"{key} {ratio:.3g}" for key, ratio in found.items()),
+    note=f"{where}: {say(method)}; " + ", ".join(f"{key} {ratio:.3g}" for key, ratio in found.items())
+    + (", of the exponential of the test loss" if pictures.SUBJECT in dict(_tables(metrics)) else ""),
   )  # fmt: skip
 
 
@@ -208,6 +210,6 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   return {
     draw_densities(
       dict(_tables(metrics)), workdir, TITLES
-    ): "Perplexity, or a classifier's exponential loss, by density",
+    ): "Perplexity (of images the exponential of the test loss) at a share of the weights",
     draw_progress(metrics, workdir): "What further epochs give, and what steps change beside what was predicted",
   }

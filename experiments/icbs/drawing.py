@@ -1,4 +1,4 @@
-"""Figures: quality by density, quality by epoch, predicted and measured changes."""
+"""Figures: quality by method and density, quality by epoch, predicted and measured changes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,22 +9,28 @@ from experiments import figures
 
 
 def draw_densities(tables: Mapping[str, list[dict]], workdir: Path, titles: Mapping[str, str]) -> str:
-  """An axis a subject: lines over densities, points where a method was measured at one."""
+  """A bar a method and density, an axis a subject; bars beyond twelve times the best are cut."""
   figure, axes = figures.subplots(len(tables), squeeze=False)
-  marks = "os^vDPX*<>hd12348"
   for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     rows = [row for row in rows if row["method"] != "dense"]
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-      points = sorted((row["budget"], row["perplexity"]) for row in rows if row["method"] == method)
-      look = dict(marker=marks[i % len(marks)], ms=5, lw=1, mfc=None if i < 6 else "none")
-      axis.plot(*zip(*points, strict=True), label=titles.get(method, method), **look)
-    best = min(row["perplexity"] for row in rows)
-    axis.set_ylim(0.95 * best, min(max(row["perplexity"] for row in rows) * 1.1, 12 * best))
-    axis.set(xlabel="weights that stay", ylabel="perplexity", yscale="log", title=name)
-    axis.yaxis.set_major_formatter("{x:.4g}")
-    axis.yaxis.set_minor_formatter("{x:.4g}")
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.legend(fontsize=6, ncols=2)
+    rows.sort(key=lambda row: (row["budget"], -row["perplexity"]))
+    values = [row["perplexity"] for row in rows]
+    densities = [row["budget"] for row in rows]
+    place = np.arange(len(rows)) + np.cumsum(np.diff(densities, prepend=densities[0]) > 0)  # a gap between densities
+    colours = ["C1" if row["method"].startswith("icbs") else "C0" for row in rows]
+    axis.barh(place, values, color=colours)
+    labels = [f"{titles.get(row['method'], row['method'])}, {row['budget']:g}" for row in rows]
+    axis.set_yticks(place, labels, size=7)
+    most = min(1.15 * max(values), 12 * min(values))
+    for y, value in zip(place, values, strict=True):
+      axis.text(min(value, most), y, f" {value:.4g}", size=6, va="center", ha="left")
+    axis.axvline(dense, color="0.4", lw=0.8, ls="--", label=f"dense, {dense:.4g}")
+    axis.set(xlabel="perplexity", xscale="log", xlim=(0.9 * min(dense, *values), most), title=name)
+    axis.xaxis.set_major_formatter("{x:.4g}")
+    axis.xaxis.set_minor_formatter("{x:.4g}")
+    axis.tick_params(axis="x", which="both", labelsize=6)
+    axis.legend(fontsize=7, loc="upper right")
   return figures.save(figure, workdir, "densities")
 
 
