@@ -116,9 +116,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         one_shot=pick(test=16, cpu=1024, gpu=2048),  # images that the others are calibrated on
         more=pick(test=32, cpu=6000, gpu=50_000),  # as many as iCBS sees
         batch=pick(test=8, cpu=200),
-        main=0.1,  # the density of the first claim
+        main=pick(test=0.5, cpu=0.1),  # the density of the first claim
         start="magnitude",
-        block=pick(test=64, cpu=1024),
+        block=pick(test=8, cpu=1024),
         epochs=pick(test=2, cpu=10),
         steps=pick(test=2, cpu=3, gpu=12, paper=300),
         **SHARED,
@@ -134,8 +134,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           ridge=1.0,
         ),
         methods=pick(
-          test=("magnitude 0.1", "wanda 0.1", "cbs 0.1", "cbs_update 0.1", "icbs_from_wanda 0.1", "wanda_more 0.1",
-                "sparsegpt 0.1", "gradient 0.1", "random 0.1", *ALL_PARTS),
+          test=tuple(text.replace("0.1", "0.5") for text in (*CLASSIFIED, *ALL_PARTS)),
           cpu=(*CLASSIFIED, *ALL_PARTS, "magnitude 0.05", "wanda 0.05", "icbs 0.05"),
           gpu=(*CLASSIFIED, *ALL_PARTS, *OTHERWISE),
         ),

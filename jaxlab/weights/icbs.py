@@ -135,12 +135,16 @@ def plan(state: State, block: int, tabu: float) -> Plan:
   return Plan(k, m, reach)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
 def select(values: Float[Array, "n"], state: State, step: Int[Array, ""], *, plan: Plan) -> Int[Array, "block"]:
   """The free pruned weights of the largest values, then the free kept ones of the smallest; none that is tabu."""
-  free = ~state.fixed & (state.last < step - plan.reach)
-  most = jax.lax.top_k(jnp.where(free & ~state.mask, values, -jnp.inf), plan.pruned)[1]
-  least = jax.lax.top_k(jnp.where(free & state.mask, -values, -jnp.inf), plan.kept)[1]
+  return _select(values, state, step - plan.reach, plan.pruned, plan.kept)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _select(values, state: State, oldest, pruned: int, kept: int):
+  free = ~state.fixed & (state.last < oldest)
+  most = jax.lax.top_k(jnp.where(free & ~state.mask, values, -jnp.inf), pruned)[1]
+  least = jax.lax.top_k(jnp.where(free & state.mask, -values, -jnp.inf), kept)[1]
   return jnp.concatenate([most, least])
 
 

@@ -54,9 +54,9 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
   wanda = next(row["perplexity"] for row in others if row["method"] == "wanda")
   np.testing.assert_allclose(found["curves"]["0.4"][0]["perplexity"], wanda, rtol=2e-2)  # not yet in 16 bits
   found = report.metrics["pictures"]["images"]
-  assert len(found["rows"]) == len(config.pictures.methods) and len(found["curves"]["0.1"]) == 3
+  assert len(found["rows"]) == len(config.pictures.methods) and len(found["curves"]["0.5"]) == 3
   start = next(row for row in found["rows"] if row["method"] == "magnitude")
-  np.testing.assert_allclose(found["curves"]["0.1"][0]["loss"], start["loss"], rtol=1e-4)
+  np.testing.assert_allclose(found["curves"]["0.5"][0]["loss"], start["loss"], rtol=1e-4)
 
 
 def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monkeypatch):
