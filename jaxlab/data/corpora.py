@@ -67,7 +67,7 @@ def documents(name: str, *, split: str, cache: str | os.PathLike, path: str = ""
   elif name == "local_text":
     builder = LocalText(_local_files(path), cache)
   else:
-    builder = _public(name, cache)
+    builder = public(name, cache)
   if not builder.data_path.exists():
     _prepare(builder, f"{name} {path}".strip())
   names = builder.info.splits
@@ -120,9 +120,17 @@ class LocalText(_Texts, skip_registration=True):
   """The user's own text files."""
 
 
-def _public(name: str, cache):
-  with foreign(f"unknown dataset {name!r}", "use stdlib_code, local_text or a tfds name"):
-    return tfds.builder(name, data_dir=str(Path(cache) / "tfds"), file_format="array_record")
+def public(name: str, cache: str | os.PathLike, *, prepared: bool = False) -> tfds.core.DatasetBuilder:
+  """A public tfds set under `cache`, downloaded where `prepared` asks for it.
+
+  Raises:
+    InputError: no such set, no network, no room.
+  """
+  with foreign(f"unknown dataset {name!r}", "use a tfds name, or local files by path"):
+    builder = tfds.builder(name, data_dir=str(Path(cache) / "tfds"), file_format="array_record")
+  if prepared and not builder.data_path.exists():
+    _prepare(builder, name)
+  return builder
 
 
 def _prepare(builder, what: str) -> None:

@@ -173,7 +173,62 @@ class Product(nnx.Module):
     return cls(*parts, jnp.zeros((*stack, outputs)) if bias else None, rank=rank)
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Product)}
+class Sparse(nnx.Module):
+  """y = x W, most entries of W being 0: a bit for every entry and the values of those that are kept.
+
+  bits: uint8 (*stack, ceil(inputs outputs / 8)), entries row after row, the most significant bit first; values:
+  (*stack, kept), in the same order, then zeros where another map of the stack keeps more. It saves bytes, not time: W
+  is made again where it is used.
+  """
+
+  kind = "sparse"
+
+  def __init__(
+    self, bits: UInt8[Array, "*stack bytes"], values: Float[Array, "*stack kept"], inputs: int, outputs: int
+  ):
+    self.inputs, self.outputs = inputs, outputs
+    self.bits = nnx.Param(bits, axes=(None,))
+    self.values = nnx.Param(values, axes=(None,))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in the dtype of the values."""
+    bits = jnp.unpackbits(self.bits[...], axis=-1, count=self.inputs * self.outputs)
+    place = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
+    values = self.values[...]
+    found = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[-1] - 1), axis=-1)
+    return jnp.where(bits == 1, found, 0).reshape(*bits.shape[:-1], self.inputs, self.outputs)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return x @ self.weight().astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.bits.shape[:-1], self.inputs, self.outputs)
+
+  @property
+  def spec(self) -> dict:
+    return {"kept": self.values.shape[-1]}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, kept: int) -> "Sparse":
+    bits = jnp.zeros((*stack, -(-inputs * outputs // 8)), jnp.uint8)
+    return cls(bits, jnp.zeros((*stack, kept)), inputs, outputs)
+
+
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, Product)}
+
+
+def sparse(weight: Float[Array, "*stack inputs outputs"]) -> Sparse:
+  """The entries that are not 0, and where they are."""
+  *stack, inputs, outputs = weight.shape
+  flat = np.asarray(weight).reshape(-1, inputs * outputs)
+  kept = flat != 0
+  values = np.zeros((len(flat), max(1, int(kept.sum(axis=-1).max()))), flat.dtype)
+  for row, mask, found in zip(flat, kept, values, strict=True):
+    found[: mask.sum()] = row[mask]
+  bits = np.packbits(kept, axis=-1)
+  return Sparse(jnp.asarray(bits.reshape(*stack, -1)), jnp.asarray(values.reshape(*stack, -1)), inputs, outputs)
 
 
 def pack_signs(x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:

@@ -50,7 +50,7 @@ def test_gradients_reach_the_adapters_alone_and_the_dtype_stays():
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("form", ["factored", "quantised", "product", "sign_stack"])
+@pytest.mark.parametrize("form", ["factored", "quantised", "product", "sign_stack", "sparse"])
 def test_beside_a_map_in_another_form_there_is_an_adapter(form):
   """y = map(x) + 3 (x A) B in the layers from `start` on, whatever the map is; new adapters change nothing."""
   rng = np.random.default_rng(0)
@@ -61,6 +61,7 @@ def test_beside_a_map_in_another_form_there_is_an_adapter(form):
     "quantised": lambda: bits(down @ up),
     "product": lambda: maps.Product(bits(down), bits(up), rank=8),
     "sign_stack": lambda: maps.SignStack.empty((6,), 32, 64, blocks=2, rank=1, scaled=False),
+    "sparse": lambda: maps.sparse(jnp.where(rng.random((6, 32, 64)) < 0.3, down @ up, 0)),
   }[form]()
   assert made.kind == form and made.shape == (6, 32, 64)
   model = maps.with_blocks(MODEL, maps.replaced(MODEL.blocks, {"mlp.up": made}))
