@@ -165,9 +165,20 @@ def test_dead_neurons_and_unused_experts_go_first(model):
   keep = heapr.select(s, 2 / s.size)
   assert not keep[0, 1, 5] and not keep[1, 2, 7]
   np.testing.assert_allclose(heapr.masked(model, keep)(ROWS), model(ROWS), atol=1e-6)
-  alone = dataclasses.replace(found, count=found.count.at[1, 3].set(0))
-  assert bool((heapr.scores(alone)[1, 3] == -1).all())
-  assert not heapr.select(heapr.scores(alone), 24 / s.size)[1, 3].any()
+
+
+def test_experts_that_no_token_went_to_have_no_gradient_and_go_first(model):
+  """Of one token, which goes to two of four experts in each layer."""
+  rows = ROWS[:1, :2]
+  found = heapr.statistics(model, rows, batch=1)
+  unused = np.asarray(found.count) == 0
+  s = heapr.scores(found)
+  assert (unused.sum(axis=-1) == 2).all() and ((s == -1).all(axis=-1) == unused).all()
+  assert (heapr.select(s, 0.5).any(axis=-1) == ~unused).all()
+  loss = lambda model: token_losses(model, model.hidden(rows[:, :-1]), rows[:, 1:]).sum()
+  slope = jax.jit(jax.grad(loss))(model).blocks.mlp
+  for one in (slope.gate, slope.up, slope.down):
+    assert (jnp.any(one[...] != 0, axis=(2, 3)) == ~unused).all()
 
 
 def test_atomic_experts_add_up_and_all_of_them_are_the_model(model):
