@@ -65,6 +65,11 @@ def ratios(metrics: dict, method: str, over: str) -> dict[str, float]:
   return found
 
 
+def _few(value: float) -> float:
+  """Four digits: those that metrics as they are published determine."""
+  return float(f"{value:.4g}")
+
+
 def _tables(metrics: dict) -> Iterator[tuple[str, list[dict]]]:
   for name, found in metrics.get(FRONTIER, {}).items():
     yield name, found["rows"]
@@ -93,8 +98,9 @@ def language_claims(metrics: dict) -> list[Claim]:
   made.insert(
     1,
     Claim(
-      "Perplexity after the last epoch over that after the first, worst case", "ratio", "lower", ours=later[where],
-      threshold=0.995, baseline=f"{curves[where][1]['perplexity']:.4g} after one", note=f"{where}; {listed}",
+      "Perplexity after the last epoch over that after the first, worst case", "ratio", "lower",
+      ours=_few(later[where]), threshold=0.995, baseline=f"{curves[where][1]['perplexity']:.4g} after one",
+      note=f"{where}; {listed}",
     ),
   )  # fmt: skip
   return made
@@ -107,7 +113,7 @@ def _worst(name: str, metrics: dict, method: str, over: str, threshold: float) -
   rows = dict(_tables(metrics))[subject]
   say = lambda who: f"{at(rows, who, float(density))['perplexity']:.4g}"
   return Claim(
-    name, "ratio", "lower", ours=found[where], threshold=threshold, baseline=f"{TITLES[over]} {say(over)}",
+    name, "ratio", "lower", ours=_few(found[where]), threshold=threshold, baseline=f"{TITLES[over]} {say(over)}",
     note=f"{where}: {say(method)}; " + ", ".join(f"{key} {ratio:.3g}" for key, ratio in found.items())
     + (", of the exponential of the test loss" if pictures.SUBJECT in dict(_tables(metrics)) else ""),
   )  # fmt: skip
@@ -136,12 +142,12 @@ def picture_claims(config, found: dict) -> list[Claim]:
   return [
     Claim(
       f"Points of accuracy that iCBS gives back to magnitude pruning at a density of {main:g}", "points", "higher",
-      ours=gain, threshold=15.0, paper=21.9, baseline=f"magnitude {right['magnitude', main]:.4g} %",
+      ours=_few(gain), threshold=15.0, paper=21.9, baseline=f"magnitude {right['magnitude', main]:.4g} %",
       note=f"images, {found['dense']['accuracy']:.4g} % dense; by epoch {curve}; the paper's notebook has other images",
     ),
     Claim(
       "Points of accuracy of iCBS over the best of Wanda and CBS-S, which change no weight either, worst density",
-      "points", "higher", ours=best[worst] - rivals[worst], threshold=0.0, baseline=f"{rivals[worst]:.4g} %",
+      "points", "higher", ours=_few(best[worst] - rivals[worst]), threshold=0.0, baseline=f"{rivals[worst]:.4g} %",
       note=listed,
     ),
   ]  # fmt: skip
@@ -178,7 +184,7 @@ def prediction_claim(metrics: dict) -> Claim:
   where = min(found, key=found.get)
   return Claim(
     "Rank correlation of the predicted and the measured change of a batch's loss, worst case", "", "higher",
-    ours=found[where], threshold=0.5, baseline="none would be 0",
+    ours=_few(found[where]), threshold=0.5, baseline="none would be 0",
     note=", ".join(f"{name} {value:.3g}" for name, value in found.items()),
   )  # fmt: skip
 
