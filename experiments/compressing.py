@@ -70,20 +70,10 @@ def stored(model, dtype="bfloat16"):
   return jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, model)
 
 
-class _Affine(nnx.Module):
-  """y = x W + b."""
-
-  def __init__(self, weight, bias):
-    self.weight, self.bias = nnx.Param(weight), nnx.Param(bias)
-
-  def __call__(self, x):
-    return x @ self.weight[...] + self.bias[...]
-
-
 def _matrix(one: nnx.Module) -> np.ndarray:
   """W of a stacked map without its bias, float32, made on the host where a program for every rank would be compiled."""
   wide = lambda a: np.asarray(a[...], np.float32)
-  if isinstance(one, Linear):
+  if isinstance(one, (Linear, maps.Affine)):
     return wide(one.weight)
   if isinstance(one, maps.Factored):
     return wide(one.down) @ wide(one.up)
@@ -105,7 +95,8 @@ def restored(model: Transformer) -> Transformer:
   forms = {}
   for name, one in maps.named(model.blocks, Adapted).items():
     weight, bias = _matrix(one), getattr(getattr(one, "inner", one), "bias", None)
-    forms[name] = _Affine(weight, np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32))
+    bias = np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32)
+    forms[name] = maps.Affine(weight, bias)
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), with_maps(model, forms))
 
 
