@@ -140,12 +140,14 @@ def opened(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int) -
 
 
 def layers(model: Transformer) -> Iterator[tuple[Block, dict]]:
-  """Every layer's block, unstacked, and what `attend` needs to know of it; one of a model in host memory (NumPy) at a
-  time is on the device."""
+  """Every layer's block, unstacked, and what `attend` needs to know of it.
+
+  Of a model in host memory (NumPy) one is on the device at a time, if the caller forgets it before the next.
+  """
   c = model.config
+  kind = lambda i: dict(window=c.windows[i], row=c.value_layers.index(i) if i in c.value_layers else None)
   for layer in range(model.depth):
-    block = jax.tree.map(lambda a: jnp.asarray(a[layer]), model.blocks)  # noqa: B023 (used at once)
-    yield block, dict(window=c.windows[layer], row=c.value_layers.index(layer) if layer in c.value_layers else None)
+    yield jax.tree.map(lambda a: jnp.asarray(a[layer]), model.blocks), kind(layer)  # noqa: B023 (used at once)
 
 
 def with_maps(model: Transformer, forms: Mapping[str, nnx.Module]) -> Transformer:

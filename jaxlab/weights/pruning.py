@@ -10,6 +10,7 @@ at different sizes: stacked they are filled with zeros, which `generate` and a s
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,12 @@ def parameters(keep: Groups, config: TransformerConfig) -> int:
   """Of the blocks' maps with what is kept."""
   head, neuron = costs(config)
   return int(np.sum(np.asarray(keep.heads))) * head + int(np.sum(np.asarray(keep.neurons))) * neuron
+
+
+def dense_parameters(config: TransformerConfig) -> int:
+  """Of the blocks' maps with all groups."""
+  head, neuron = costs(config)
+  return config.depth * (config.kv_heads * head + config.mlp_width * neuron)
 
 
 def require_prunable(model: Transformer) -> None:
@@ -120,24 +127,183 @@ def top(found: Array, count) -> np.ndarray:
   return np.argsort(order, axis=-1, kind="stable") < np.asarray(count)[..., None]
 
 
-def uniform(found: Groups, config: TransformerConfig, *, budget: float) -> Groups:
-  """The same share of heads and of neurons in every layer, at least one each, by their scores.
+class Least(NamedTuple):
+  """Groups of heads and neurons that every layer keeps."""
+
+  heads: int = 1
+  neurons: int = 64
+
+
+ONE = Least(1, 1)
+
+
+def least_of(config: TransformerConfig, least: Least) -> tuple[int, int]:
+  """No more than there are."""
+  return min(least.heads, config.kv_heads), min(least.neurons, config.mlp_width)
+
+
+def require_room(config: TransformerConfig, numbers: float, least: Least) -> None:
+  """Raises InputError where what every layer keeps at least takes more than so many parameters."""
+  head, neuron = costs(config)
+  heads, neurons = least_of(config, least)
+  taken = config.depth * (heads * head + neurons * neuron)
+  total = dense_parameters(config)
+  said = f"budget {numbers / total:.4g} is too small; what every layer keeps takes {taken / total:.4g}"
+  require(taken <= numbers, said)
+
+
+def in_order(rank: Groups, config: TransformerConfig, *, numbers: float, least: Least = ONE) -> Groups:
+  """The groups of the highest rank that fit into so many parameters, of all layers together, and the least of each.
 
   Raises:
-    InputError: a budget outside (0, 1].
+    InputError: what every layer keeps at least takes more.
   """
+  require_room(config, numbers, least)
+  parts = [np.asarray(rank.heads, np.float64), np.asarray(rank.neurons, np.float64)]
+  forced = [top(a, np.full(len(a), n)) for a, n in zip(parts, least_of(config, least), strict=True)]
+  keep = np.concatenate([a.ravel() for a in forced])
+  price = np.concatenate([np.full(a.size, c) for a, c in zip(parts, costs(config), strict=True)])
+  left = numbers - price[keep].sum()
+  for group in np.argsort(-np.concatenate([a.ravel() for a in parts]), kind="stable"):
+    if not keep[group] and price[group] <= left:
+      keep[group], left = True, left - price[group]
+  heads, neurons = np.split(keep, [parts[0].size])
+  return Groups(heads.reshape(parts[0].shape), neurons.reshape(parts[1].shape))
+
+
+def counts(
+  shares, config: TransformerConfig, *, numbers: float, least: Least = ONE, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+  """(key-value heads, neurons) of every layer: whole ones of the shares that are kept, within so many parameters.
+
+  Args:
+    shares: (layers, 2) of the heads and of the neurons; multiple: neurons are a multiple of it where they are not all.
+
+  Rounded down at first; then up where the most was lost, while it fits; what is left over is neurons, by their share.
+  """
+  require_room(config, numbers, least)
+  head, neuron = costs(config)
+  full = np.array([config.kv_heads, config.mlp_width])
+  floor = np.array(least_of(config, least))
+  step = np.array([1, multiple])
+  wanted = np.clip(np.asarray(shares) * full, floor, full)
+  kept = np.maximum(np.floor(wanted / step + 1e-9).astype(int) * step, floor)
+  price = np.array([head, neuron])
+  left = numbers - (kept * price).sum()
+  while left < 0:  # the least numbers took more than their share: from where the most is
+    spare = np.where(kept - step >= floor, kept / full, -1)
+    place = np.unravel_index(spare.argmax(), spare.shape)
+    kept[place] -= step[place[1]]
+    left += price[place[1]] * step[place[1]]
+  lost = (wanted - kept) / step
+  for place in zip(*np.unravel_index(np.argsort(-lost, axis=None, kind="stable"), lost.shape), strict=True):
+    more = min(step[place[1]], full[place[1]] - kept[place])
+    if lost[place] > 1e-9 and more and price[place[1]] * more <= left:
+      kept[place] += more
+      left -= price[place[1]] * more
+  while True:
+    room = (kept[:, 1] < full[1]) & (np.minimum(multiple, full[1] - kept[:, 1]) * neuron <= left)
+    if not room.any():
+      return kept[:, 0], kept[:, 1]
+    layer = np.where(room, wanted[:, 1] - kept[:, 1], -np.inf).argmax()
+    more = min(multiple, full[1] - kept[layer, 1])
+    kept[layer, 1] += more
+    left -= neuron * more
+
+
+def uniform(found: Groups, config: TransformerConfig, *, budget: float) -> Groups:
+  """The same share of heads and of neurons in every layer, as far as whole ones go (`counts`), by their scores.
+
+  Raises:
+    InputError: a budget outside (0, 1], or too small for one of each.
+  """
+  heads, neurons = counts_at(budget, config)
+  return Groups(top(found.heads, heads), top(found.neurons, neurons))
+
+
+def counts_at(budget: float, config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+  """`counts` of one share for all layers."""
   require(0 < budget <= 1, f"budget is {budget}; it must lie in 0 < budget <= 1")
-  count = lambda a: np.full(len(a), max(1, int(budget * a.shape[1] + 1e-9)))
-  return jax.tree.map(lambda a: top(a, count(a)), found)
+  return counts(np.full((config.depth, 2), budget), config, numbers=budget * dense_parameters(config))
+
+
+def wanda_sp(model: Transformer, tokens: Int[Array, "rows time"], *, budget: float, batch: int = 8) -> Transformer:
+  """Wanda-sp (An et al. 2024): `wanda` and one share for all layers, later ones reading what pruned ones give.
+
+  Raises:
+    InputError: as `uniform` and `layer_by_layer`.
+  """
+  require_prunable(model)
+  made, c, keeps = jax.jit(wanda), model.config, {name: [] for name in ENDS}
+  kept = dict(zip(ENDS, counts_at(budget, c), strict=True))
+
+  def visit(layer, block, inputs):
+    found = {}
+    for name, groups in zip(ENDS, (c.kv_heads, c.mlp_width), strict=True):
+      weight = maps.named(block)[name].weight[...]
+      score = by_group(made(weight.astype(jnp.float32), inputs[name]), groups)
+      keeps[name].append(top(score, kept[name][layer]))
+      mask = jnp.repeat(jnp.asarray(keeps[name][-1]), len(weight) // groups)
+      found[name] = Linear(jnp.where(mask[:, None], weight, 0), maps.named(block)[name].weight.axes)
+    return found
+
+  layer_by_layer(model, tokens, visit, batch=batch, sequential=True)
+  return sliced(model, Groups(*(np.stack(keeps[name]) for name in ENDS)))
+
+
+def flap(model: Transformer, tokens: Int[Array, "rows time"], *, budget: float, batch: int = 8) -> Transformer:
+  """FLAP (An et al. 2024): `fluctuation`, squared for heads, standardised within a layer, one order for all groups, and
+  biases for what is left out on average.
+
+  Raises:
+    InputError: as `in_order` and `layer_by_layer`.
+  """
+  require_prunable(model)
+  made, c = jax.jit(fluctuation), model.config
+  found, means = ({name: [] for name in ENDS} for _ in range(2))
+
+  def visit(layer, block, inputs):
+    for name in ENDS:
+      weight = maps.named(block)[name].weight[...].astype(jnp.float32)
+      found[name].append(made(weight, inputs[name]))
+      means[name].append(inputs[name].mean)
+    return {}
+
+  layer_by_layer(model, tokens, visit, batch=batch)
+  heads, neurons = (np.stack(found[name]).astype(np.float64) for name in ENDS)
+  rank = standardised(Groups(heads**2, neurons))
+  rank = Groups(rank.heads.reshape(c.depth, c.kv_heads, -1).mean(axis=-1), rank.neurons)
+  keep = in_order(rank, c, numbers=budget * dense_parameters(c) - 2 * c.depth * c.width)
+  biases = {}
+  for name, kept in zip(ENDS, (keep.heads, keep.neurons), strict=True):
+    weight, mean = np.asarray(maps.named(model.blocks)[name].weight[...], np.float32), np.stack(means[name])
+    left_out = ~np.repeat(kept, weight.shape[1] // kept.shape[1], axis=1)
+    biases[name] = np.einsum("lc,lcr->lr", mean * left_out, weight)
+  return sliced(model, keep, biases)
 
 
 def masked(model: Transformer, keep: Groups) -> Transformer:
-  """The model with what groups give multiplied by `keep`, which may be traced: one program for all choices."""
+  """The model with what groups give multiplied by `keep`, which may be traced: one program for all choices.
+
+  Values and the MLP's up are what is multiplied: all that reads them is then as if a group were not there.
+  """
   c, found = model.config, maps.named(model.blocks)
-  rows = (jnp.repeat(jnp.asarray(keep.heads), c.q_heads // c.kv_heads * c.head_dim, axis=1), jnp.asarray(keep.neurons))
-  scale = lambda one, a: Linear(one.weight[...] * a[..., None].astype(one.weight.dtype), one.weight.axes)
-  ends = {name: scale(found[name], a) for name, a in zip(ENDS, rows, strict=True)}
-  return maps.with_blocks(model, maps.replaced(model.blocks, ends))
+  columns = {"v": jnp.repeat(jnp.asarray(keep.heads), c.head_dim, axis=1), "mlp.up": jnp.asarray(keep.neurons)}
+  scale = lambda one, a: Linear(one.weight[...] * a[:, None].astype(one.weight.dtype), one.weight.axes)
+  return maps.with_blocks(
+    model, maps.replaced(model.blocks, {name: scale(found[name], a) for name, a in columns.items()})
+  )
+
+
+def zeroed(model: Transformer) -> Transformer:
+  """The model with zeros where layers are filled up, whatever tuning has put there."""
+  c = model.config
+  if not c.ragged:
+    return model
+  own = [c.of_layer(layer) for layer in range(c.depth)]
+  below = lambda sizes, most: np.arange(most) < np.array(sizes)[:, None]
+  heads, neurons = [one.kv_heads for one in own], [one.mlp_width for one in own]
+  return masked(model, Groups(below(heads, c.kv_heads), below(neurons, c.mlp_width)))
 
 
 def sliced(model: Transformer, keep: Groups, biases: Mapping[str, Array] | None = None) -> Transformer:

@@ -29,8 +29,8 @@ from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Linear
 from jaxlab.weights import calibration, pruning
 from jaxlab.weights.calibration import Moments, moments
-from jaxlab.weights.pruning import ENDS, Groups
-from jaxlab.weights.struprune_allocation import Least, counts, most_sparse, softmax, threshold
+from jaxlab.weights.pruning import ENDS, Groups, Least, counts
+from jaxlab.weights.struprune_allocation import most_sparse, softmax, threshold
 from jaxlab.weights.struprune_solver import Admm, Mlp, Split, admm, centred, least_squares, obs, ridged, sparsellm
 
 RULES = ("softmax", "threshold", "uniform")
@@ -42,7 +42,8 @@ _HELD = 4  # one row of so many is held out
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-  """scores: of every group, comparable between layers; importance: (layers, 2), of attention and MLP."""
+  """scores: of every group, of mean 1 within its kind and layer; importance: (layers, 2), of attention and MLP, each
+  over its parameters."""
 
   scores: Groups
   importance: np.ndarray
@@ -118,8 +119,9 @@ def survey(model: Transformer, tokens: Int[Array, "rows time"], *, score: str = 
       states[i] = np.asarray(y)
     added.append(np.asarray(total[0]) / len(parts))
     for name, groups in zip(ENDS, (c.kv_heads, c.mlp_width), strict=True):
-      weight = maps.named(block)[name].weight[...]
-      found[name].append(np.asarray(_scored(weight, total[1][name], how=score, groups=groups)))
+      one = maps.named(block)[name].weight[...]
+      found[name].append(np.asarray(_scored(one, total[1][name], how=score, groups=groups)))
+    del block, one, total, y, new  # before the next one is loaded
   scores = Groups(*(np.stack(found[name]) for name in ENDS))
   return Survey(pruning.normalised(scores), np.stack(added) / _sizes(c))
 
@@ -182,7 +184,10 @@ def allocate(
   numbers = budget * sizes.sum() - 2 * depth * config.width * biases
   how = dict(numbers=numbers, least=least)
   if rule == "threshold":
-    keep = threshold(found.scores, config, **how)
+    # A unit's importance is shared out among its groups by their scores, of mean 1.
+    price = np.array(pruning.costs(config))
+    worth = [found.importance[:, i, None] * price[i] for i in range(2)]
+    keep = threshold(Groups(found.scores.heads * worth[0], found.scores.neurons * worth[1]), config, **how)
     shares = np.stack([keep.heads.mean(axis=1), keep.neurons.mean(axis=1)], axis=1)
   elif rule == "uniform":
     shares = np.full((depth, 2), numbers / sizes.sum())
@@ -221,6 +226,7 @@ def masked_losses(model: Transformer, tokens, keeps: Sequence[Groups], *, batch:
 
     states = [through(own, keep) for own, keep in zip(states, keeps, strict=True)]
     backout = states if layer == model.depth // 2 else backout
+    del block, through  # before the next one is loaded
   judge = lambda own, back: np.mean([_nll(outer, x, b, p) for x, b, p in zip(own, back, parts, strict=True)])
   return np.array([judge(own, back) for own, back in zip(states, backout, strict=True)])
 
@@ -261,22 +267,32 @@ def rebuild(
   fitted, _ = _split(tokens, batch)
   sides = lambda part: calibration.embed(outer, part)[1]
   dense = [np.asarray(calibration.embed(outer, part)[0]) for part in parts]
-  states, c, blocks = list(dense), model.config, []
+  states, blocks = list(dense), []
   how = dict(fitted=fitted * tokens.shape[1], options=options)
   for layer, (block, kind) in enumerate(calibration.layers(model)):
-    seen = [_given(block, x, own, sides(p), **kind) for x, own, p in zip(dense, states, parts, strict=True)]
-    middle, dense, inner, attended = ([np.asarray(one[i]) for one in seen] for i in range(4))
-    flat = lambda parts: jnp.asarray(np.concatenate(parts), jnp.float32).reshape(-1, parts[0].shape[-1])
-    start, read = flat(inner), flat(attended)
-    o, bias, keep_heads = _fit_heads(read, flat(middle) - start, block, int(heads[layer]), **how)
-    middle = start + read @ o + bias
-    read = block.mlp_norm(start if c.parallel_sublayers else middle)
-    mlp, bias_down, keep = _fit_mlp(read, flat(dense) - middle, block, int(neurons[layer]), **how)
-    after = np.asarray(middle + mlp.hidden(read, c.mlp) @ mlp.down + bias_down)
+    inputs = zip(dense, states, map(sides, parts), strict=True)
+    given = [[np.asarray(a) for a in _given(block, *one, **kind)] for one in inputs]
+    dense = [one[1] for one in given]
+    small, after = _rebuild_block(block, given, int(heads[layer]), int(neurons[layer]), **how)
     states = [a.reshape(own.shape) for a, own in zip(np.split(after, len(parts)), states, strict=True)]
-    found = {"o": (o, bias), "mlp.up": (mlp.up, None), "mlp.gate": (mlp.gate, None), "mlp.down": (mlp.down, bias_down)}
-    blocks.append(_replaced(block, found, np.asarray(keep_heads), np.asarray(keep), options.biases))
+    blocks.append(small)
+    del block  # before the next one is loaded
   return pruning.joined(model, blocks)
+
+
+def _rebuild_block(block: Block, given, heads: int, neurons: int, *, fitted: int, options: Options):
+  """(the layer with its groups sliced, the state after it (tokens, width)), on the host, of what `_given` gave."""
+  c, how = block.config, dict(fitted=fitted, options=options)
+  flat = lambda i: jnp.concatenate([jnp.asarray(one[i], jnp.float32).reshape(-1, one[i].shape[-1]) for one in given])
+  start, read = flat(2), flat(3)
+  o, bias, keep_heads = _fit_heads(read, flat(0) - start, block, heads, **how)
+  middle = start + read @ o + bias
+  read = block.mlp_norm(start if c.parallel_sublayers else middle)
+  mlp, bias_down, keep = _fit_mlp(read, flat(1) - middle, block, neurons, **how)
+  after = middle + mlp.hidden(read, c.mlp) @ mlp.down + bias_down
+  found = {"o": (o, bias), "mlp.up": (mlp.up, None), "mlp.gate": (mlp.gate, None), "mlp.down": (mlp.down, bias_down)}
+  small = _replaced(block, found, np.asarray(keep_heads), np.asarray(keep), options.biases)
+  return small, np.asarray(after)
 
 
 def _split(tokens, batch: int) -> tuple[int, int]:

@@ -6,20 +6,11 @@ r"""STRUPRUNE between layers: how many heads and neurons each keeps, from a few 
 A unit is the attention or the MLP of a layer. All of it is done on the host.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from jaxlab.core.checks import require
 from jaxlab.models.config import TransformerConfig
-from jaxlab.weights.pruning import Groups, costs, top
-
-
-class Least(NamedTuple):
-  """Groups of heads and neurons that every layer keeps."""
-
-  heads: int = 1
-  neurons: int = 64
+from jaxlab.weights.pruning import Groups, Least, costs, in_order, least_of
 
 
 def threshold(energy: Groups, config: TransformerConfig, *, numbers: float, least: Least = Least()) -> Groups:
@@ -28,19 +19,9 @@ def threshold(energy: Groups, config: TransformerConfig, *, numbers: float, leas
   Raises:
     InputError: what every layer keeps at least takes more.
   """
-  require_room(config, numbers, least)
-  cost = costs(config)
-  parts = [np.asarray(energy.heads, np.float64), np.asarray(energy.neurons, np.float64)]
-  forced = [top(a, np.full(len(a), n)) for a, n in zip(parts, _least(config, least), strict=True)]
-  ratio = np.concatenate([(a / c).ravel() for a, c in zip(parts, cost, strict=True)])
-  price = np.concatenate([np.full(a.size, c) for a, c in zip(parts, cost, strict=True)])
-  keep = np.concatenate([a.ravel() for a in forced])
-  left = numbers - price[keep].sum()
-  for group in np.argsort(-ratio, kind="stable"):
-    if not keep[group] and price[group] <= left:
-      keep[group], left = True, left - price[group]
-  heads, neurons = np.split(keep, [parts[0].size])
-  return Groups(heads.reshape(parts[0].shape), neurons.reshape(parts[1].shape))
+  head, neuron = costs(config)
+  ratios = Groups(np.asarray(energy.heads) / head, np.asarray(energy.neurons) / neuron)
+  return in_order(ratios, config, numbers=numbers, least=least)
 
 
 def softmax(importance, sizes, *, sparsity: float, temperature: float, most) -> np.ndarray:
@@ -70,62 +51,7 @@ def softmax(importance, sizes, *, sparsity: float, temperature: float, most) -> 
   return p
 
 
-def counts(
-  shares, config: TransformerConfig, *, numbers: float, least: Least = Least(), multiple: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-  """(key-value heads, neurons) of every layer: whole ones of the shares that are kept, within so many parameters.
-
-  Args:
-    shares: (layers, 2) of the heads and of the neurons; multiple: neurons are a multiple of it where they are not all.
-
-  Rounded down at first; then up where the most was lost, while it fits; what is left over is neurons, by their share.
-  """
-  require_room(config, numbers, least)
-  head, neuron = costs(config)
-  full = np.array([config.kv_heads, config.mlp_width])
-  floor = np.array(_least(config, least))
-  step = np.array([1, multiple])
-  wanted = np.clip(np.asarray(shares) * full, floor, full)
-  kept = np.maximum(np.floor(wanted / step + 1e-9).astype(int) * step, floor)
-  price = np.array([head, neuron])
-  left = numbers - (kept * price).sum()
-  while left < 0:  # the least numbers took more than their share: from where the most is
-    spare = np.where(kept - step >= floor, kept / full, -1)
-    place = np.unravel_index(spare.argmax(), spare.shape)
-    kept[place] -= step[place[1]]
-    left += price[place[1]] * step[place[1]]
-  lost = (wanted - kept) / step
-  for place in zip(*np.unravel_index(np.argsort(-lost, axis=None, kind="stable"), lost.shape), strict=True):
-    more = min(step[place[1]], full[place[1]] - kept[place])
-    if lost[place] > 1e-9 and more and price[place[1]] * more <= left:
-      kept[place] += more
-      left -= price[place[1]] * more
-  while True:
-    room = (kept[:, 1] < full[1]) & (np.minimum(multiple, full[1] - kept[:, 1]) * neuron <= left)
-    if not room.any():
-      return kept[:, 0], kept[:, 1]
-    layer = np.where(room, wanted[:, 1] - kept[:, 1], -np.inf).argmax()
-    more = min(multiple, full[1] - kept[layer, 1])
-    kept[layer, 1] += more
-    left -= neuron * more
-
-
 def most_sparse(config: TransformerConfig, most: float, least: Least) -> np.ndarray:
   """(2,) the largest sparsity of attention and MLP."""
   full = np.array([config.kv_heads, config.mlp_width])
-  return np.minimum(most, 1 - np.array(_least(config, least)) / full)
-
-
-def require_room(config: TransformerConfig, numbers: float, least: Least) -> None:
-  """Raises InputError where what every layer keeps at least takes more than so many parameters."""
-  head, neuron = costs(config)
-  heads, neurons = _least(config, least)
-  taken = config.depth * (heads * head + neurons * neuron)
-  total = config.depth * (config.kv_heads * head + config.mlp_width * neuron)
-  require(
-    taken <= numbers, f"budget {numbers / total:.4g} is too small; what every layer keeps takes {taken / total:.4g}"
-  )
-
-
-def _least(config: TransformerConfig, least: Least) -> tuple[int, int]:
-  return min(least.heads, config.kv_heads), min(least.neurons, config.mlp_width)
+  return np.minimum(most, 1 - np.array(least_of(config, least)) / full)

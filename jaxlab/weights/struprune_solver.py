@@ -91,14 +91,12 @@ def admm(
     gram, cross: A, positive definite (`ridged`), and C; weight: where W starts; size: inputs a group.
   """
   diagonal = jnp.diagonal(gram)
-  mean = diagonal.mean()
-  eye = jnp.eye(len(gram), dtype=gram.dtype)
   chosen = lambda w: largest(energies(diagonal, w, size), keep)
   project = lambda w: jnp.where(jnp.repeat(chosen(w), size)[:, None], w, 0)
 
   def stage(i, carry):
-    rho = mean * how.rho * how.growth**i
-    solve = inverse(gram + rho * eye)
+    rho = how.rho * how.growth**i * diagonal
+    solve = inverse(gram + jnp.diag(rho))
 
     def going(state):
       step, w, z, _ = state
@@ -107,7 +105,7 @@ def admm(
 
     def one(state):
       step, _, z, u = state
-      w = _product(solve, cross + rho * (z - u))
+      w = _product(solve, cross + rho[:, None] * (z - u))
       z = project(w + u)
       return step + 1, w, z, u + w - z
 
