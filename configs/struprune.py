@@ -22,7 +22,7 @@ ABOUT = About(
   does="takes whole heads and neurons out of a network, a layer in memory at a time, and fits what is left",
 )
 MAIN = ("struprune", "oracle", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude", "uniform", "threshold")
-PARTS = ("oracle+rebuilt", "one step", "one round", "weights kept", "no biases", "obs")
+PARTS = ("oracle+rebuilt", "one_step", "one_round", "weights_kept", "no_biases", "obs")
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
@@ -66,17 +66,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Methods with their share of the blocks' parameters.
       methods=dict(
         base=pick(
-          test=(*every((*MAIN, *PARTS), 0.7), "random 0.7"),
+          test=every((*MAIN, "oracle+rebuilt", "one_step", "no_biases", "random"), 0.7),
           cpu=(
             *every(MAIN, 0.8, 0.6),
-            *every(("oracle+rebuilt", "one step"), 0.8, 0.6),
+            *every(("oracle+rebuilt",), 0.8, 0.6),
             *every(("struprune", "oracle", "wanda_sp"), 0.5),
-            *("one round 0.6", "weights kept 0.6", "random 0.8"),
+            *("one_step 0.6", "one_round 0.6", "weights_kept 0.6", "random 0.8"),
           ),
           gpu=swept,
         ),
         others=pick(
-          test=(*every((*MAIN, *PARTS), 0.7), "random 0.7"),
+          test=every((*MAIN, "oracle+rebuilt", "one_step", "no_biases", "random"), 0.7),
           cpu=every(("struprune", "oracle", "wanda_sp", "flap", "magnitude"), 0.8),
           gpu=swept,
         ),

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 from experiments import results
-from experiments.compressing import COMPRESSED, at, chosen_parts, measured, subjects
+from experiments.compressing import COMPRESSED, at, measured, subjects
 from experiments.compressing_drawing import draw_frontier, draw_pair
 from experiments.compressing_folder import written, written_claims, written_finding
 from experiments.long_context import opened
@@ -19,8 +19,8 @@ from experiments.timing import slope
 FRONTIER, MEMORY, SPEED, TRAINED, RECOVERED = "frontier", "memory", "speed", "trained", "recovered"
 TITLES = {
   "struprune": "STRUPRUNE", "threshold": "with the threshold rule", "uniform": "with one share for all layers",
-  "obs": "with OBS scores", "one step": "groups in one step", "one round": "without rounds over activations",
-  "weights kept": "weights as they were", "no biases": "without biases", "oracle": "global oracle",
+  "obs": "with OBS scores", "one_step": "groups in one step", "one_round": "without rounds over activations",
+  "weights_kept": "weights as they were", "no_biases": "without biases", "oracle": "global oracle",
   "oracle+rebuilt": "global oracle's sizes, rebuilt", "wanda_sp": "Wanda-sp", "flap": "FLAP",
   "llm_pruner": "LLM-Pruner", "slicegpt": "SliceGPT", "magnitude": "magnitude", "random": "random",
   "unstructured": "unstructured",
@@ -43,7 +43,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     RECOVERED: lambda subject: recovery.measure(config, subject, cache=cache),
     COMPRESSED: lambda subject: written(config, subject, quality.chosen(config, subject), workdir, console),
   }
-  parts = {part: run for part, run in chosen_parts(config, measures).items() if part in measures}
+  wanted = (COMPRESSED,) if config.model else config.parts
+  parts = {part: measures[part] for part in wanted if part in measures}
   metrics |= measured(config, workdir, parts, called, console)
   if not config.model and TRAINED in config.parts:
     _, folder, text = opened(config, "base", cache)
@@ -116,7 +117,7 @@ def frontier_claims(by_model: dict) -> list[Claim | None]:
     worst("Perplexity over FLAP's, worst case", by_model, "flap", 1.0),
     worst("Perplexity over LLM-Pruner's without tuning, worst case", by_model, "llm_pruner", 1.0),
     worst("Perplexity over SliceGPT's of as many parameters in the blocks, worst case", by_model, "slicegpt", 1.0),
-    worst("Perplexity with groups chosen by ADMM over chosen in one step, worst case", by_model, "one step", 1.0),
+    worst("Perplexity with groups chosen by ADMM over chosen in one step, worst case", by_model, "one_step", 1.0),
   ]  # fmt: skip
 
 

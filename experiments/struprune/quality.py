@@ -36,10 +36,10 @@ def makers(config, subject: Subject) -> dict[str, Callable[[float], Transformer]
     "threshold": functools.partial(pruned, rule="threshold"),
     "uniform": functools.partial(pruned, rule="uniform"),
     "obs": functools.partial(pruned, score="obs"),
-    "one step": changed(admm=struprune.Admm(stages=0)),
-    "one round": changed(split=struprune.Split(outer=1)),
-    "weights kept": changed(refit=False),
-    "no biases": changed(biases=False),
+    "one_step": changed(admm=struprune.Admm(stages=0)),
+    "one_round": changed(split=struprune.Split(outer=1)),
+    "weights_kept": changed(refit=False),
+    "no_biases": changed(biases=False),
   } | rivals.makers(config, subject, selection_loss(subject))
 
 

@@ -59,8 +59,8 @@ def require_prunable(model: Transformer) -> None:
   c = model.config
   require(not (c.experts or c.hyper), "pruning is of dense blocks, without experts and hyper-connections")
   require(not c.value_embeddings, "pruning is of models without value embeddings, whose heads have tables of their own")
-  require(maps.all_plain(model.blocks), "pruning is of plain matrices; prune first, then give maps another form")
   require(not c.ragged, "this model was pruned before to layers of unequal sizes; prune the original one")
+  require(maps.all_plain(model.blocks), "pruning is of plain matrices; prune first, then give maps another form")
 
 
 def wanda(weight: Float[Array, "inputs outputs"], x: Moments) -> Float[Array, "inputs"]:
@@ -113,7 +113,7 @@ def grouped(heads, neurons, config: TransformerConfig) -> Groups:
 
 def normalised(found: Groups) -> Groups:
   """Scores over the mean of those of their kind and layer, so that layers compare."""
-  return jax.tree.map(lambda a: a / a.mean(axis=1, keepdims=True), found)
+  return jax.tree.map(lambda a: a / np.maximum(a.mean(axis=1, keepdims=True), 1e-30), found)
 
 
 def standardised(found: Groups) -> Groups:
@@ -148,8 +148,8 @@ def require_room(config: TransformerConfig, numbers: float, least: Least) -> Non
   heads, neurons = least_of(config, least)
   taken = config.depth * (heads * head + neurons * neuron)
   total = dense_parameters(config)
-  said = f"budget {numbers / total:.4g} is too small; what every layer keeps takes {taken / total:.4g}"
-  require(taken <= numbers, said)
+  said = f"the budget leaves {numbers / total:.4g} of the blocks' parameters; what every layer keeps takes"
+  require(taken <= numbers, f"{said} {taken / total:.4g}, raise it")
 
 
 def in_order(rank: Groups, config: TransformerConfig, *, numbers: float, least: Least = ONE) -> Groups:
@@ -195,7 +195,7 @@ def counts(
     place = np.unravel_index(spare.argmax(), spare.shape)
     kept[place] -= step[place[1]]
     left += price[place[1]] * step[place[1]]
-  lost = (wanted - kept) / step
+  lost = np.round((wanted - kept) / step, 9)  # equal shares are not told apart by rounding
   for place in zip(*np.unravel_index(np.argsort(-lost, axis=None, kind="stable"), lost.shape), strict=True):
     more = min(step[place[1]], full[place[1]] - kept[place])
     if lost[place] > 1e-9 and more and price[place[1]] * more <= left:
@@ -205,7 +205,7 @@ def counts(
     room = (kept[:, 1] < full[1]) & (np.minimum(multiple, full[1] - kept[:, 1]) * neuron <= left)
     if not room.any():
       return kept[:, 0], kept[:, 1]
-    layer = np.where(room, wanted[:, 1] - kept[:, 1], -np.inf).argmax()
+    layer = np.where(room, np.round(wanted[:, 1] - kept[:, 1], 9), -np.inf).argmax()
     more = min(multiple, full[1] - kept[layer, 1])
     kept[layer, 1] += more
     left -= neuron * more

@@ -109,21 +109,26 @@ def survey(model: Transformer, tokens: Int[Array, "rows time"], *, score: str = 
   pruning.require_prunable(model)
   outer, parts = calibration.opened(model, tokens, batch=batch)
   sides = lambda part: calibration.embed(outer, part)[1]
-  states = [np.asarray(calibration.embed(outer, part)[0]) for part in parts]
+  states = [_host(calibration.embed(outer, part)[0]) for part in parts]
   c, found, added = model.config, {name: [] for name in ENDS}, []
   for block, kind in calibration.layers(model):
     total = None
     for i, part in enumerate(parts):
       y, ratios, new = _survey_block(block, states[i], sides(part), **kind)
       total = (ratios, new) if total is None else _add(total, (ratios, new))
-      states[i] = np.asarray(y)
-    added.append(np.asarray(total[0]) / len(parts))
+      states[i] = _host(y)
+    added.append(_host(total[0]) / len(parts))
     for name, groups in zip(ENDS, (c.kv_heads, c.mlp_width), strict=True):
       one = maps.named(block)[name].weight[...]
-      found[name].append(np.asarray(_scored(one, total[1][name], how=score, groups=groups)))
+      found[name].append(_host(_scored(one, total[1][name], how=score, groups=groups)))
     del block, one, total, y, new  # before the next one is loaded
   scores = Groups(*(np.stack(found[name]) for name in ENDS))
   return Survey(pruning.normalised(scores), np.stack(added) / _sizes(c))
+
+
+def _host(a) -> np.ndarray:
+  """A copy in host memory: on a CPU a view would keep the device's array alive."""
+  return np.array(a)
 
 
 def _sizes(config: TransformerConfig) -> np.ndarray:
@@ -182,6 +187,7 @@ def allocate(
   """(key-value heads, neurons) that every layer keeps, biases among the parameters of the budget."""
   depth, sizes = config.depth, np.tile(_sizes(config), config.depth)
   numbers = budget * sizes.sum() - 2 * depth * config.width * biases
+  pruning.require_room(config, numbers, least)
   how = dict(numbers=numbers, least=least)
   if rule == "threshold":
     # A unit's importance is shared out among its groups by their scores, of mean 1.
@@ -195,7 +201,7 @@ def allocate(
     require(temperature is not None, "the rule softmax has a temperature; give one, or take best_temperature")
     most = np.tile(most_sparse(config, most, least), depth)
     importance = found.importance.ravel()
-    given = dict(sparsity=1 - numbers / sizes.sum(), temperature=temperature * importance.std(), most=most)
+    given = dict(sparsity=1 - numbers / sizes.sum(), temperature=temperature * (importance.std() or 1.0), most=most)
     shares = 1 - softmax(importance, sizes, **given).reshape(depth, 2)
   return counts(shares, config, **how, multiple=multiple)
 
@@ -216,16 +222,16 @@ def masked_losses(model: Transformer, tokens, keeps: Sequence[Groups], *, batch:
   batch = min(batch, len(tokens))
   outer, parts = calibration.opened(model, tokens, batch=batch)
   sides = lambda part: calibration.embed(outer, part)[1]
-  states = [[np.asarray(calibration.embed(outer, part)[0]) for part in parts] for _ in keeps]
-  backout = states
-  for layer, (block, kind) in enumerate(calibration.layers(model)):
+  states = [[_host(calibration.embed(outer, part)[0]) for part in parts] for _ in keeps]
+  backout, layer = states, 0
+  for block, kind in calibration.layers(model):
 
     def through(own, keep, block=block, layer=layer, kind=kind):
       pair = jnp.asarray(keep.heads[layer]), jnp.asarray(keep.neurons[layer])
-      return [np.asarray(_masked(block, x, sides(part), *pair, **kind)) for x, part in zip(own, parts, strict=True)]
+      return [_host(_masked(block, x, sides(part), *pair, **kind)) for x, part in zip(own, parts, strict=True)]
 
     states = [through(own, keep) for own, keep in zip(states, keeps, strict=True)]
-    backout = states if layer == model.depth // 2 else backout
+    backout, layer = (states if layer == model.depth // 2 else backout), layer + 1
     del block, through  # before the next one is loaded
   judge = lambda own, back: np.mean([_nll(outer, x, b, p) for x, b, p in zip(own, back, parts, strict=True)])
   return np.array([judge(own, back) for own, back in zip(states, backout, strict=True)])
@@ -266,14 +272,14 @@ def rebuild(
   outer, parts = calibration.opened(model, tokens, batch=batch)
   fitted, _ = _split(tokens, batch)
   sides = lambda part: calibration.embed(outer, part)[1]
-  dense = [np.asarray(calibration.embed(outer, part)[0]) for part in parts]
+  dense = [_host(calibration.embed(outer, part)[0]) for part in parts]
   states, blocks = list(dense), []
   how = dict(fitted=fitted * tokens.shape[1], options=options)
-  for layer, (block, kind) in enumerate(calibration.layers(model)):
+  for block, kind in calibration.layers(model):
     inputs = zip(dense, states, map(sides, parts), strict=True)
-    given = [[np.asarray(a) for a in _given(block, *one, **kind)] for one in inputs]
+    given = [[_host(a) for a in _given(block, *one, **kind)] for one in inputs]
     dense = [one[1] for one in given]
-    small, after = _rebuild_block(block, given, int(heads[layer]), int(neurons[layer]), **how)
+    small, after = _rebuild_block(block, given, int(heads[len(blocks)]), int(neurons[len(blocks)]), **how)
     states = [a.reshape(own.shape) for a, own in zip(np.split(after, len(parts)), states, strict=True)]
     blocks.append(small)
     del block  # before the next one is loaded
@@ -291,8 +297,8 @@ def _rebuild_block(block: Block, given, heads: int, neurons: int, *, fitted: int
   mlp, bias_down, keep = _fit_mlp(read, flat(1) - middle, block, neurons, **how)
   after = middle + mlp.hidden(read, c.mlp) @ mlp.down + bias_down
   found = {"o": (o, bias), "mlp.up": (mlp.up, None), "mlp.gate": (mlp.gate, None), "mlp.down": (mlp.down, bias_down)}
-  small = _replaced(block, found, np.asarray(keep_heads), np.asarray(keep), options.biases)
-  return small, np.asarray(after)
+  small = _replaced(block, found, _host(keep_heads), _host(keep), options.biases)
+  return small, _host(after)
 
 
 def _split(tokens, batch: int) -> tuple[int, int]:
@@ -368,14 +374,14 @@ def _fit(x, y, weight, keep, fitted: int, options: Options):
 
 def _replaced(block: Block, found, heads, neurons, biases: bool) -> Block:
   """The layer of those matrices, sliced, on the host and in its own dtype."""
-  block = jax.tree.map(np.asarray, block)
+  block = jax.tree.map(_host, block)
   own = maps.named(block)
   made = {}
   for name, (weight, bias) in found.items():
     if weight is not None:
-      weight = np.asarray(weight, own[name].weight.dtype)
+      weight = _host(weight.astype(own[name].weight.dtype))
       affine = bias is not None and biases
       made[name] = (
-        maps.Affine(weight, np.asarray(bias, weight.dtype)) if affine else Linear(weight, own[name].weight.axes)
+        maps.Affine(weight, _host(bias.astype(weight.dtype))) if affine else Linear(weight, own[name].weight.axes)
       )
   return pruning.slice_block(maps.replaced(block, made), heads, neurons)

@@ -216,5 +216,5 @@ def test_whole_groups_take_no_more_than_the_budget_and_leave_no_neuron_over(mult
     assert numbers - used < multiple * neuron or (neurons == 10).all()
     assert all(n % multiple == 0 or n in (2, 6, 10) for n in neurons)
   assert np.all(np.array(counts(np.ones((3, 2)), CONFIG, numbers=total)) == [[4] * 3, [10] * 3])
-  with pytest.raises(InputError, match=r"budget 0.1 is too small; what every layer keeps takes 0.\d+"):
+  with pytest.raises(InputError, match=r"leaves 0.1 of the blocks' parameters; what every layer keeps takes 0.\d+"):
     counts(np.ones((3, 2)), CONFIG, numbers=0.1 * total)
