@@ -21,7 +21,8 @@ ABOUT = About(
   link="https://arxiv.org/abs/2510.03246",
   does="takes whole heads and neurons out of a network, a layer in memory at a time, and fits what is left",
 )
-MAIN = ("struprune", "oracle", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude", "uniform", "threshold")
+RIVALS = ("oracle", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude")
+MAIN = ("struprune", *RIVALS, "uniform", "threshold")
 PARTS = ("oracle+rebuilt", "one_step", "one_round", "weights_kept", "no_biases", "obs")
 
 
@@ -29,7 +30,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (more text)."""
   pick = scales.picker(scale)
   every = lambda methods, *budgets: tuple(f"{name} {budget}" for budget in budgets for name in methods)
-  swept = (*every((*MAIN, "oracle+rebuilt"), 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), *every(PARTS[1:], 0.8, 0.6), "random 0.8")
+  budgets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+  swept = (*every(("struprune", *RIVALS), *budgets), *every(("uniform", "threshold", "oracle+rebuilt"), 0.8, 0.6))
 
   return ml_collections.ConfigDict(
     dict(
@@ -73,7 +75,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
             *every(("struprune", "oracle", "wanda_sp"), 0.5),
             *("one_step 0.6", "one_round 0.6", "weights_kept 0.6", "random 0.8"),
           ),
-          gpu=swept,
+          gpu=(*swept, *every(PARTS[1:], 0.8, 0.6), "random 0.8"),
         ),
         others=pick(
           test=every((*MAIN, "oracle+rebuilt", "one_step", "no_biases", "random"), 0.7),

@@ -21,8 +21,8 @@ def measure(config) -> list[dict]:
     model, seen = watched(model)
     before = _peak()
     small = struprune.prune(
-      model, tokens, budget=config.budget, batch=m.batch, least=Least(1, 1), options=rivals.options(config),
-      temperature=1.0,
+      model, tokens, budget=config.budget, batch=m.batch, least=Least(1, 1), temperature=1.0,
+      options=rivals.options(config)._replace(split=struprune.Split(outer=1)),
     )  # fmt: skip
     assert isinstance(small.embedding[...], np.ndarray)
     block = maps.bytes_of(model.blocks) // depth
