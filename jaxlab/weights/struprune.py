@@ -213,7 +213,7 @@ def best_temperature(model: Transformer, tokens, found: Survey, *, batch: int = 
   for temperature in TEMPERATURES:
     heads, neurons = allocate(config, found, rule="softmax", temperature=temperature, **how)
     keeps.append(Groups(pruning.top(found.scores.heads, heads), pruning.top(found.scores.neurons, neurons)))
-  _, held = _split(tokens, batch)
+  _, held = _split(tokens)
   return TEMPERATURES[int(np.argmin(masked_losses(model, tokens[-held:], keeps, batch=batch)))]
 
 
@@ -270,7 +270,7 @@ def rebuild(
   """
   pruning.require_prunable(model)
   outer, parts = calibration.opened(model, tokens, batch=batch)
-  fitted, _ = _split(tokens, batch)
+  fitted, _ = _split(tokens)
   sides = lambda part: calibration.embed(outer, part)[1]
   dense = [_host(calibration.embed(outer, part)[0]) for part in parts]
   states, blocks = list(dense), []
@@ -301,7 +301,7 @@ def _rebuild_block(block: Block, given, heads: int, neurons: int, *, fitted: int
   return small, _host(after)
 
 
-def _split(tokens, batch: int) -> tuple[int, int]:
+def _split(tokens) -> tuple[int, int]:
   """(rows to fit to, rows held out)."""
   rows = len(tokens)
   require(rows >= 2, f"the calibration text has {rows} row; give two or more, as one of four is held out")
@@ -337,7 +337,7 @@ def _fit_mlp(x, y, block: Block, keep, *, fitted: int, options: Options):
   how = dict(kind=kind, ridge=options.ridge, split=options.split, how=options.admm)
   rounds = sparsellm(x[:fitted], y[:fitted], mlp, keep, **how)
   made = []
-  for one, neurons in (rounds[0], rounds[-1]) if len(rounds) > 1 else rounds:
+  for one, neurons in (rounds[0], rounds[-1]) if len(rounds) > 1 and options.refit else rounds[:1]:
     down, bias, error = _fit(one.hidden(x, kind), y, mlp.down, neurons, fitted, options)
     made.append((error, (Mlp(one.up, one.gate, down), bias, neurons)))
   (first, before), (last, after) = made[0], made[-1]

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.core.checks import require
+
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _NEWTON = 4  # damped steps for a gate's pre-activation
 _ROOT = 16  # Newton steps from above to the largest root of a cubic
@@ -220,8 +222,12 @@ def sparsellm(
 
   Args:
     x, y: what the MLP reads and is to give; kind: "relu", "relu2" or "swiglu".
+
+  Raises:
+    InputError: less than one round.
   """
   weights = dict(alpha=split.alpha, gamma=split.gamma)
+  require(split.outer >= 1, f"split.outer is {split.outer}; it must be at least 1")
   second = _product(x.T, x) / len(x)
   level = ridge * jnp.trace(second) / len(second)
   factor = cho_factor(second + level * jnp.eye(len(second), dtype=second.dtype))
