@@ -89,7 +89,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       gradient_rows=pick(test=2, cpu=8, gpu=32, paper=64),  # of the oracle and LLM-Pruner
       spared=((0.0, 0.0), (0.125, 0.0625), (0.2, 0.2)),  # shares of the layers that LLM-Pruner may leave whole
       memory=dict(
-        depths=pick(test=(2, 4, 8), gpu=(6, 12, 24), cpu=(2, 4, 8)),
+        depths=pick(test=(2, 3), gpu=(6, 12, 24), cpu=(2, 4, 8)),
         shape=dict(
           width=pick(test=32, cpu=256, gpu=2048),
           q_heads=pick(test=4, cpu=8, gpu=32),
@@ -139,7 +139,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       speed=dict(
         shape=dict(
-          depth=pick(test=4, cpu=24),
+          depth=pick(test=2, cpu=24),
           width=pick(test=64, cpu=896),
           q_heads=pick(test=4, cpu=14),
           kv_heads=pick(test=4, cpu=14),
@@ -148,7 +148,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           vocab_size=pick(test=64, cpu=32_000),
         ),
         multiple=pick(test=16, cpu=128),  # of neurons
-        rows=pick(test=(1, 2), cpu=(1, 64)),
+        rows=pick(test=(1,), cpu=(1, 64)),
         time=pick(test=32, cpu=512),
         tokens=pick(test=4, cpu=64),
         repetitions=pick(test=2, cpu=10),
