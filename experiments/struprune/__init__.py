@@ -82,7 +82,7 @@ def ratios(by_model: dict, over: str, *, most: float = 1.0, method: str = "strup
   for name, rows in by_model.items():
     other = {row["budget"]: row["perplexity"] for row in rows if row["method"] == over}
     mine = [row for row in rows if row["method"] == method and row["budget"] in other and row["budget"] <= most]
-    found |= {f"{name} at {row['budget']:g}": row["perplexity"] / other[row["budget"]] for row in mine}
+    found |= {f"{name} at {row['budget']:g}": round(row["perplexity"] / other[row["budget"]], 4) for row in mine}
   return found
 
 
