@@ -31,7 +31,7 @@ def test_everything_is_measured_once(config, two_layers, tmp_path, monkeypatch):
   dense, *others = report.metrics["frontier"][two_layers.name]["rows"]
   assert {*config_file.MAIN, "oracle+rebuilt"} <= {row["method"] for row in others}
   # The norms' gains, which stay, are 0.3 % of so small a block.
-  assert dense["share"] == 1 and all(row["share"] < 0.71 and row["bytes"] < dense["bytes"] for row in others)
+  assert dense["share"] == 1 and all(row["share"] < 0.61 and row["bytes"] < dense["bytes"] for row in others)
   assert len({row["live"] for row in report.metrics["memory"]["rows"]}) == 1
 
 
