@@ -45,7 +45,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       seed=0,
       model="",  # a hub name, or hf:DIR: that one alone is pruned to `budget`
       subjects=pick(test=("base",), cpu=("base", "smollm2")),
-      budget=pick(test=0.6, cpu=0.8),  # of the parameters of the blocks' maps
+      budget=pick(test=0.7, cpu=0.8),  # of the parameters of the blocks' maps
       data=dict(name="stdlib_code", path="", calibration="validation", test="test"),  # as configs/lord.py
       parts=pick(
         test=("memory", "frontier", "recovered", "speed"),
@@ -72,7 +72,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Methods with their share of the blocks' parameters.
       methods=dict(
         base=pick(
-          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.6),
+          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.7),
           cpu=(
             *every(MAIN, 0.8, 0.6),
             *every(("oracle+rebuilt",), 0.8, 0.6),
@@ -82,7 +82,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           gpu=(*swept, *every(PARTS[1:], 0.8, 0.6), "random 0.8"),
         ),
         others=pick(
-          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.6),
+          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.7),
           cpu=every(("struprune", "oracle", "wanda_sp", "flap", "magnitude"), 0.8),
           gpu=swept,
         ),
@@ -128,7 +128,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         accumulate=1,
         dtype=pick(cpu="float32", gpu="bfloat16"),
         checkpoint_every=1000,
-        methods=dict(others=pick(test=every(MAIN, 0.6), cpu=every((*MAIN, "oracle+rebuilt"), 0.8, 0.6))),
+        methods=dict(others=pick(test=every(MAIN, 0.7), cpu=every((*MAIN, "oracle+rebuilt"), 0.8, 0.6))),
       ),
       mesh=dict(data=-1, fsdp=1, tensor=1),
       tuning=dict(  # of adapters beside the maps, on the calibration's split

@@ -22,6 +22,7 @@ def subject(config, style: str, *, text: Text, folder: Path, workdir: Path, cons
   shape = TransformerConfig(**t.shape, **t.shapes[style], vocab_size=text.bpe.get_vocab_size(), tied_embeddings=True)
   model = Transformer(shape, jax.random.key(config.seed))
   how = dict(workdir=workdir / f"trained.{style}", console=console, title=style, phase="trained")
-  model = train_model(config, text, model, language_model_loss, **how)
+  loss = lambda model, batch, step, key: language_model_loss(model, batch)
+  model = train_model(config, text, model, loss, **how)
   model = jax.tree.map(lambda a: a.astype("float32"), model)
   return subject_of(config, style, folder, model, text)

@@ -27,11 +27,11 @@ def test_everything_is_measured_once(config, two_layers, tmp_path, monkeypatch):
   parts = ("quality.frontier", "memory.measure", "speed.measure", "recovery.measure")
   report = run_and_continue("struprune", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
-  assert len(report.claims) == 12
+  assert len(report.claims) == 9  # of 12: three are of what keeps 0.6 or less
   dense, *others = report.metrics["frontier"][two_layers.name]["rows"]
   assert {*config_file.MAIN, "oracle+rebuilt"} <= {row["method"] for row in others}
   # The norms' gains, which stay, are 0.3 % of so small a block.
-  assert dense["share"] == 1 and all(row["share"] < 0.61 and row["bytes"] < dense["bytes"] for row in others)
+  assert dense["share"] == 1 and all(row["share"] < 0.71 and row["bytes"] < dense["bytes"] for row in others)
   assert len({row["live"] for row in report.metrics["memory"]["rows"]}) == 1
 
 
