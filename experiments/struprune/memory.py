@@ -7,7 +7,7 @@ from experiments.struprune import rivals
 from jaxlab.models import Transformer, maps
 from jaxlab.models.config import TransformerConfig
 from jaxlab.weights import struprune
-from jaxlab.weights.pruning import Least
+from jaxlab.weights.structured import Least
 
 
 def measure(config) -> list[dict]:

@@ -10,7 +10,7 @@ from experiments.struprune import rivals, slicegpt
 from jaxlab.core.checks import require_choice
 from jaxlab.models import Transformer, maps
 from jaxlab.training import losses
-from jaxlab.weights import pruning, struprune
+from jaxlab.weights import structured, struprune
 
 SLICEGPT = "slicegpt"
 
@@ -69,7 +69,7 @@ def _sliced_row(config, subject: Subject, budget: float) -> dict:
   found = slicegpt.directions(model, subject.calibration, kept, batch=sizes(config.text, subject).batch)
   bases, last = slicegpt.filled(found, c.width)
   forward = lambda model, tokens: slicegpt.hidden(model, bases, last, tokens)
-  blocks, dense = slicegpt.parameters(c, kept), pruning.dense_parameters(c)
+  blocks, dense = slicegpt.parameters(c, kept), structured.dense_parameters(c)
   tables = sum(leaf.size for leaf in jax.tree.leaves(maps.with_blocks(model, None)))
   return dict(
     subject=subject.name, method=SLICEGPT, budget=budget, share=blocks / dense,

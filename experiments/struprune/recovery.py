@@ -10,7 +10,7 @@ from experiments.lord.tuning import tuned
 from experiments.struprune import quality
 from jaxlab.data import packing
 from jaxlab.training import lora
-from jaxlab.weights import pruning
+from jaxlab.weights import structured
 
 
 def measure(config, subject: Subject, *, cache: Path) -> dict[str, dict]:
@@ -25,7 +25,7 @@ def measure(config, subject: Subject, *, cache: Path) -> dict[str, dict]:
   for name in ("struprune", "llm_pruner"):
     small = make[name](config.budget)
     rows = packing.batches(packing.training_rows(tokens, row=t.length, seed=config.seed + 1), t.batch)
-    adapters = tuned(small, iter(rows), t, jax.random.key(config.seed), made=pruning.zeroed)
-    after = pruning.zeroed(lora.merge(small, adapters))
+    adapters = tuned(small, iter(rows), t, jax.random.key(config.seed), made=structured.zeroed)
+    after = structured.zeroed(lora.merge(small, adapters))
     found[name] = dict(before=perplexity(subject, stored(small)), after=perplexity(subject, stored(after)))
   return found

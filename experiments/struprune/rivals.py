@@ -11,8 +11,8 @@ import numpy as np
 from experiments.compressing import Subject, sizes
 from jaxlab.models import Transformer, maps
 from jaxlab.training.losses import mean_loss, token_losses
-from jaxlab.weights import pruning, struprune
-from jaxlab.weights.pruning import Groups
+from jaxlab.weights import structured, struprune
+from jaxlab.weights.structured import Groups
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -31,7 +31,7 @@ def _slopes(blocks, model: Transformer, row, *, config):
 
 def _by_group(products: Mapping, config) -> Groups:
   heads = lambda a: a.reshape(len(a), config.kv_heads, -1).sum(axis=-1)
-  inputs = {name: products[name].sum(axis=2 if name in pruning.ENDS else 1) for name in products}
+  inputs = {name: products[name].sum(axis=2 if name in structured.ENDS else 1) for name in products}
   neurons = [a for name, a in inputs.items() if name.startswith("mlp.")]
   return Groups(sum(heads(inputs[name]) for name in ("q", "k", "v", "o")), sum(neurons))
 
@@ -59,8 +59,8 @@ def makers(config, subject: Subject, loss: Callable) -> dict[str, Callable[[floa
   """
   model, text, batch = subject.model, subject.calibration, sizes(config.text, subject).batch
   c = model.config
-  whole = pruning.dense_parameters(c)
-  evaluate = jax.jit(lambda keep: loss(pruning.masked(model, keep)))
+  whole = structured.dense_parameters(c)
+  evaluate = jax.jit(lambda keep: loss(structured.masked(model, keep)))
   found = functools.cache(lambda: taylor(model, subject.calibration[: config.gradient_rows]))
   how = dict(batch=batch)
 
@@ -70,9 +70,9 @@ def makers(config, subject: Subject, loss: Callable) -> dict[str, Callable[[floa
   @functools.cache
   def oracle_keep(budget: float) -> Groups:
     """One order over the whole network by gradients, of three ways to sum them the one of the least loss."""
-    head, neuron = pruning.costs(c)
+    head, neuron = structured.costs(c)
     ranks = [Groups(one.heads / head, one.neurons / neuron) for one in found().values()]
-    return best([pruning.in_order(rank, c, numbers=budget * whole) for rank in ranks])
+    return best([structured.in_order(rank, c, numbers=budget * whole) for rank in ranks])
 
   def llm_pruner(budget: float) -> Transformer:
     """One share for the layers in the middle; those that are spared at the ends are as many as have the least loss."""
@@ -85,10 +85,10 @@ def makers(config, subject: Subject, loss: Callable) -> dict[str, Callable[[floa
         continue
       keep = Groups(np.ones((c.depth, c.kv_heads), bool), np.ones((c.depth, c.mlp_width), bool))
       middle = dataclasses.replace(c, depth=c.depth - first - last, layer_windows=None)
-      part = pruning.uniform(jax.tree.map(lambda a, inner=inner: a[inner], score), middle, budget=share)
+      part = structured.uniform(jax.tree.map(lambda a, inner=inner: a[inner], score), middle, budget=share)
       keep.heads[inner], keep.neurons[inner] = part.heads, part.neurons
       keeps.append(keep)
-    return pruning.sliced(model, best(keeps))
+    return structured.sliced(model, best(keeps))
 
   def oracle_rebuilt(budget: float) -> Transformer:
     """As many groups a layer as the oracle keeps, chosen and fitted as STRUPRUNE's, biases within the budget."""
@@ -99,18 +99,18 @@ def makers(config, subject: Subject, loss: Callable) -> dict[str, Callable[[floa
   def chance(budget: float) -> Transformer:
     rng = np.random.default_rng(config.seed)
     score = Groups(rng.random((c.depth, c.kv_heads)), rng.random((c.depth, c.mlp_width)))
-    return pruning.sliced(model, pruning.uniform(score, c, budget=budget))
+    return structured.sliced(model, structured.uniform(score, c, budget=budget))
 
   def magnitude(budget: float) -> Transformer:
-    score = pruning.scores(model, text[:batch], pruning.magnitude, batch=batch)
-    return pruning.sliced(model, pruning.uniform(score, c, budget=budget))
+    score = structured.scores(model, text[:batch], structured.magnitude, batch=batch)
+    return structured.sliced(model, structured.uniform(score, c, budget=budget))
 
   return {
-    "oracle": lambda budget: pruning.sliced(model, oracle_keep(budget)),
+    "oracle": lambda budget: structured.sliced(model, oracle_keep(budget)),
     "oracle+rebuilt": oracle_rebuilt,
     "llm_pruner": llm_pruner,
-    "wanda_sp": lambda budget: pruning.wanda_sp(model, text, budget=budget, **how),
-    "flap": lambda budget: pruning.flap(model, text, budget=budget, **how),
+    "wanda_sp": lambda budget: structured.wanda_sp(model, text, budget=budget, **how),
+    "flap": lambda budget: structured.flap(model, text, budget=budget, **how),
     "magnitude": magnitude,
     "random": chance,
   }

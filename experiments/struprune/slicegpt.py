@@ -17,7 +17,7 @@ from jaxlab.models import Transformer
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import rms_norm
 from jaxlab.weights import calibration
-from jaxlab.weights.pruning import dense_parameters
+from jaxlab.weights.structured import dense_parameters
 
 
 def kept_at(config: TransformerConfig, budget: float) -> int:

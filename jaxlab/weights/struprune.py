@@ -27,9 +27,9 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.block import Block, Side
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Linear
-from jaxlab.weights import calibration, pruning
+from jaxlab.weights import calibration, structured
 from jaxlab.weights.calibration import Moments, moments
-from jaxlab.weights.pruning import ENDS, Groups, Least, counts
+from jaxlab.weights.structured import ENDS, Groups, Least, counts
 from jaxlab.weights.struprune_allocation import most_sparse, softmax, threshold
 from jaxlab.weights.struprune_solver import Admm, Mlp, Split, admm, centred, least_squares, obs, ridged, sparsellm
 
@@ -88,7 +88,7 @@ def prune(
   """
   require(0 < budget <= 1, f"budget is {budget}; it must lie in 0 < budget <= 1")
   require_choice("rule", rule, RULES)
-  pruning.require_prunable(model)
+  structured.require_prunable(model)
   if budget == 1:
     return model
   found = survey(model, tokens, score=score, batch=batch)
@@ -106,7 +106,7 @@ def survey(model: Transformer, tokens: Int[Array, "rows time"], *, score: str = 
     InputError: as `prune`.
   """
   require_choice("score", score, SCORES)
-  pruning.require_prunable(model)
+  structured.require_prunable(model)
   outer, parts = calibration.opened(model, tokens, batch=batch)
   sides = lambda part: calibration.embed(outer, part)[1]
   states = [_host(calibration.embed(outer, part)[0]) for part in parts]
@@ -123,7 +123,7 @@ def survey(model: Transformer, tokens: Int[Array, "rows time"], *, score: str = 
       found[name].append(_host(_scored(one, total[1][name], how=score, groups=groups)))
     del block, one, total, y, new  # before the next one is loaded
   scores = Groups(*(np.stack(found[name]) for name in ENDS))
-  return Survey(pruning.normalised(scores), np.stack(added) / _sizes(c))
+  return Survey(structured.normalised(scores), np.stack(added) / _sizes(c))
 
 
 def _host(a) -> np.ndarray:
@@ -133,7 +133,7 @@ def _host(a) -> np.ndarray:
 
 def _sizes(config: TransformerConfig) -> np.ndarray:
   """(2,) the parameters of attention and of an MLP."""
-  return np.array(pruning.costs(config)) * np.array([config.kv_heads, config.mlp_width])
+  return np.array(structured.costs(config)) * np.array([config.kv_heads, config.mlp_width])
 
 
 @functools.partial(jax.jit, static_argnames=("window", "row"))
@@ -154,7 +154,7 @@ def _scored(weight: Float[Array, "inputs outputs"], x: Moments, *, how: str, gro
   if how == "obs":
     gram, _ = ridged(x.second, 0.0, weight, Options().ridge)
     return obs(gram, weight, len(weight) // groups)
-  return pruning.by_group({"wanda": pruning.wanda, "magnitude": pruning.magnitude}[how](weight, x), groups)
+  return structured.by_group({"wanda": structured.wanda, "magnitude": structured.magnitude}[how](weight, x), groups)
 
 
 def _through(block: Block, x, side: Side, *, window, row):
@@ -187,11 +187,11 @@ def allocate(
   """(key-value heads, neurons) that every layer keeps, biases among the parameters of the budget."""
   depth, sizes = config.depth, np.tile(_sizes(config), config.depth)
   numbers = budget * sizes.sum() - 2 * depth * config.width * biases
-  pruning.require_room(config, numbers, least)
+  structured.require_room(config, numbers, least)
   how = dict(numbers=numbers, least=least)
   if rule == "threshold":
     # A unit's importance is shared out among its groups by their scores, of mean 1.
-    price = np.array(pruning.costs(config))
+    price = np.array(structured.costs(config))
     worth = [found.importance[:, i, None] * price[i] for i in range(2)]
     keep = threshold(Groups(found.scores.heads * worth[0], found.scores.neurons * worth[1]), config, **how)
     shares = np.stack([keep.heads.mean(axis=1), keep.neurons.mean(axis=1)], axis=1)
@@ -212,7 +212,7 @@ def best_temperature(model: Transformer, tokens, found: Survey, *, batch: int = 
   keeps = []
   for temperature in TEMPERATURES:
     heads, neurons = allocate(config, found, rule="softmax", temperature=temperature, **how)
-    keeps.append(Groups(pruning.top(found.scores.heads, heads), pruning.top(found.scores.neurons, neurons)))
+    keeps.append(Groups(structured.top(found.scores.heads, heads), structured.top(found.scores.neurons, neurons)))
   _, held = _split(tokens)
   return TEMPERATURES[int(np.argmin(masked_losses(model, tokens[-held:], keeps, batch=batch)))]
 
@@ -268,7 +268,7 @@ def rebuild(
   Raises:
     InputError: as `prune`.
   """
-  pruning.require_prunable(model)
+  structured.require_prunable(model)
   outer, parts = calibration.opened(model, tokens, batch=batch)
   fitted, _ = _split(tokens)
   sides = lambda part: calibration.embed(outer, part)[1]
@@ -283,7 +283,7 @@ def rebuild(
     states = [a.reshape(own.shape) for a, own in zip(np.split(after, len(parts)), states, strict=True)]
     blocks.append(small)
     del block  # before the next one is loaded
-  return pruning.joined(model, blocks)
+  return structured.joined(model, blocks)
 
 
 def _rebuild_block(block: Block, given, heads: int, neurons: int, *, fitted: int, options: Options):
@@ -384,4 +384,4 @@ def _replaced(block: Block, found, heads, neurons, biases: bool) -> Block:
       made[name] = (
         maps.Affine(weight, _host(bias.astype(weight.dtype))) if affine else Linear(weight, own[name].weight.axes)
       )
-  return pruning.slice_block(maps.replaced(block, made), heads, neurons)
+  return structured.slice_block(maps.replaced(block, made), heads, neurons)

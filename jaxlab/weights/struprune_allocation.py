@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlab.core.checks import require
 from jaxlab.models.config import TransformerConfig
-from jaxlab.weights.pruning import Groups, Least, costs, in_order, least_of
+from jaxlab.weights.structured import Groups, Least, costs, in_order, least_of
 
 
 def threshold(energy: Groups, config: TransformerConfig, *, numbers: float, least: Least = Least()) -> Groups:

@@ -10,8 +10,8 @@ from experiments import compressing, results
 from experiments.struprune import rivals, slicegpt
 from jaxlab.models import hub, maps
 from jaxlab.models.layers import Linear
-from jaxlab.weights import pruning
-from jaxlab.weights.pruning import Groups
+from jaxlab.weights import structured
+from jaxlab.weights.structured import Groups
 from tests.common import configs, random_model, random_tokens, run_and_continue
 
 
@@ -52,7 +52,7 @@ def test_slicing_no_direction_away_changes_nothing():
   out, _ = slicegpt.hidden(model, *found, tokens)
   np.testing.assert_allclose(out, model.hidden(tokens)[0], rtol=1e-3, atol=1e-3)
   kept = slicegpt.kept_at(model.config, 0.7)
-  dense = pruning.dense_parameters(model.config)
+  dense = structured.dense_parameters(model.config)
   assert slicegpt.parameters(model.config, kept) <= 0.7 * dense < slicegpt.parameters(model.config, kept + 1)
 
 
@@ -69,7 +69,7 @@ def test_gradients_tell_what_leaving_a_group_out_costs(config, tmp_path):
     for name, one in found.items():
       heads = jnp.repeat(by.heads, size.get(name, c.q_heads // c.kv_heads * c.head_dim), axis=1)
       factor = by.neurons if name.startswith("mlp.") else heads
-      factor = factor[:, :, None] if name in pruning.ENDS else factor[:, None]
+      factor = factor[:, :, None] if name in structured.ENDS else factor[:, None]
       made[name] = Linear(one.weight[...] * factor, one.weight.axes)
     return loss(maps.with_blocks(model, maps.replaced(model.blocks, made)))
 

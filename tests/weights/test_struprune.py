@@ -10,8 +10,8 @@ import pytest
 from experiments.struprune.memory import watched
 from jaxlab.core.checks import InputError
 from jaxlab.models import hub, inference, maps
-from jaxlab.weights import lord, pruning, struprune
-from jaxlab.weights.pruning import Groups, Least
+from jaxlab.weights import lord, structured, struprune
+from jaxlab.weights.structured import Groups, Least
 from jaxlab.weights.struprune import Options, Survey
 from jaxlab.weights.struprune_solver import Admm, Split
 from tests.common import configs, random_model, random_tokens
@@ -48,11 +48,11 @@ def test_the_whole_budget_is_the_model(model):
 def test_the_parameters_are_those_of_the_budget(model, small):
   c = small.config
   used = sum(
-    pruning.parameters(Groups(np.ones((1, one.kv_heads)), np.ones((1, one.mlp_width))), one)
+    structured.parameters(Groups(np.ones((1, one.kv_heads)), np.ones((1, one.mlp_width))), one)
     for one in map(c.of_layer, range(2))
   )
   biases = 2 * 2 * c.width
-  whole, neuron = pruning.dense_parameters(model.config), pruning.costs(model.config)[1]
+  whole, neuron = structured.dense_parameters(model.config), structured.costs(model.config)[1]
   assert 0.6 * whole - neuron < used + biases <= 0.6 * whole
 
 
@@ -61,8 +61,8 @@ def test_it_comes_closer_than_leaving_the_same_number_out(model, small, found):
   c = small.config
   own = [c.of_layer(layer) for layer in range(2)]
   heads, neurons = [one.kv_heads for one in own], [one.mlp_width for one in own]
-  plain = pruning.sliced(
-    model, Groups(pruning.top(found.scores.heads, heads), pruning.top(found.scores.neurons, neurons))
+  plain = structured.sliced(
+    model, Groups(structured.top(found.scores.heads, heads), structured.top(found.scores.neurons, neurons))
   )
   text = random_tokens(8, 24, seed=5)
   apart = lambda one: float(jnp.square(one.hidden(text)[0] - model.hidden(text)[0]).mean())
@@ -73,7 +73,7 @@ def test_masked_losses_are_the_masked_models(model):
   """Streamed through the layers, of several choices at once; with a model that reads a layer's output at the end."""
   other = random_model(dataclasses.replace(configs()["nanochat_plain"], depth=2))
   rng = np.random.default_rng(0)
-  logits = jax.jit(lambda one, keep: pruning.masked(one, keep)(TOKENS[:4]))
+  logits = jax.jit(lambda one, keep: structured.masked(one, keep)(TOKENS[:4]))
   for one in (model, other):
     c = one.config
     keeps = [Groups(rng.random((2, c.kv_heads)) < 0.6, rng.random((2, c.mlp_width)) < 0.6) for _ in range(2)]
@@ -92,7 +92,7 @@ def test_importance_is_what_a_branch_adds_to_its_state(model, found):
   silent.o.weight[...] = silent.o.weight[...].at[0].set(0)
   changed = struprune.survey(maps.with_blocks(model, silent), TOKENS, batch=16)
   assert changed.importance[0, 0] == 0
-  size = np.array(pruning.costs(model.config)) * (2, 64)
+  size = np.array(structured.costs(model.config)) * (2, 64)
   after, before = trace[0], x  # without attention the first layer's MLP adds all there is
   one = maps.with_blocks(model, silent)
   after = one.trace(TOKENS)[1][0]
@@ -103,7 +103,7 @@ def test_importance_is_what_a_branch_adds_to_its_state(model, found):
 def test_rules_share_out_what_they_say():
   config = dataclasses.replace(configs()["qwen3"], depth=3)
   rng = np.random.default_rng(0)
-  scores = pruning.normalised(Groups(rng.random((3, 2)) + 0.5, rng.random((3, 64)) + 0.5))
+  scores = structured.normalised(Groups(rng.random((3, 2)) + 0.5, rng.random((3, 64)) + 0.5))
   found = Survey(scores, np.array([[3.0, 2.0], [1.0, 0.1], [3.0, 0.5]]) * 1e-6)
   at = lambda **how: struprune.allocate(config, found, budget=0.6, least=Least(1, 8), biases=False, **how)
   neurons = lambda **how: list(np.argsort(at(**how)[1]))

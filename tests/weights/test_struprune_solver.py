@@ -12,7 +12,7 @@ import scipy.optimize
 from jaxlab.core.checks import InputError
 from jaxlab.models.config import TransformerConfig
 from jaxlab.weights import struprune_solver as solver
-from jaxlab.weights.pruning import Groups, Least, costs, counts, parameters
+from jaxlab.weights.structured import Groups, Least, costs, counts, parameters
 from jaxlab.weights.struprune_allocation import softmax, threshold
 
 CONFIG = TransformerConfig(
