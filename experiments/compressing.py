@@ -13,6 +13,7 @@ from flax import nnx
 
 from experiments import results
 from experiments.long_context import given, opened, parse, subject_names
+from experiments.text import Text
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data import packing
 from jaxlab.models import Transformer, hub, maps
@@ -53,6 +54,11 @@ def subjects(config, cache: Path) -> dict[str, Callable[[], Subject]]:
 
 def _subject(config, name: str, cache: Path) -> Subject:
   name, folder, text = opened(config, name, cache)
+  return subject_of(config, name, folder, hub.load(folder, dtype="float32"), text)
+
+
+def subject_of(config, name: str, folder: Path, model: Transformer, text: Text) -> Subject:
+  """A model, the folder of its tokenizer, and the three texts; sizes are those of config.text.base or others."""
   size = config.text.base if name == "base" else config.text.others
   tokens, count = text.split(config.data.calibration), size.rows + size.chosen
   held, wanted = len(tokens.ids), count * (size.time + 1)
@@ -62,7 +68,7 @@ def _subject(config, name: str, cache: Path) -> Subject:
   rows = np.stack([np.asarray(one, np.int32) for one in rows])
   how = dict(row=size.time, batch=size.batch, limit=size.judged)
   batches = packing.evaluation_batches(text.split(config.data.test), **how)
-  return Subject(name, folder, hub.load(folder, dtype="float32"), rows[: size.rows, :-1], rows[size.rows :], batches)
+  return Subject(name, folder, model, rows[: size.rows, :-1], rows[size.rows :], batches)
 
 
 def stored(model, dtype="bfloat16"):
@@ -70,20 +76,10 @@ def stored(model, dtype="bfloat16"):
   return jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, model)
 
 
-class _Affine(nnx.Module):
-  """y = x W + b."""
-
-  def __init__(self, weight, bias):
-    self.weight, self.bias = nnx.Param(weight), nnx.Param(bias)
-
-  def __call__(self, x):
-    return x @ self.weight[...] + self.bias[...]
-
-
 def _matrix(one: nnx.Module) -> np.ndarray:
   """W of a stacked map without its bias, float32, made on the host where a program for every rank would be compiled."""
   wide = lambda a: np.asarray(a[...], np.float32)
-  if isinstance(one, Linear):
+  if isinstance(one, (Linear, maps.Affine)):
     return wide(one.weight)
   if isinstance(one, maps.Factored):
     return wide(one.down) @ wide(one.up)
@@ -100,13 +96,25 @@ def _matrix(one: nnx.Module) -> np.ndarray:
 _stacks = jax.jit(jax.vmap(maps.SignStack.weight))
 
 
-def restored(model: Transformer) -> Transformer:
-  """The same function with every map as one float32 matrix and a bias: one program judges all methods."""
+def restored(model: Transformer, like: Transformer | None = None) -> Transformer:
+  """The same function with every map as one float32 matrix and a bias: one program judges all methods.
+
+  Args:
+    like: the original of a pruned model: heads and neurons that are gone are zeros.
+  """
   forms = {}
   for name, one in maps.named(model.blocks, Adapted).items():
     weight, bias = _matrix(one), getattr(getattr(one, "inner", one), "bias", None)
-    forms[name] = _Affine(weight, np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32))
-  return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), with_maps(model, forms))
+    bias = np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32)
+    if like is not None:
+      shape = maps.named(like.blocks)[name].weight.shape
+      weight = np.pad(weight, [(0, n - m) for n, m in zip(shape, weight.shape, strict=True)])
+      bias = np.pad(bias, [(0, 0), (0, shape[2] - bias.shape[1])])
+    forms[name] = maps.Affine(weight, bias)
+  made = with_maps(model, forms)
+  if like is not None:
+    made.config = made.blocks.config = like.config
+  return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), made)
 
 
 _judge = losses.evaluator(jax.jit(lambda model, tokens: model.hidden(tokens)))
@@ -114,7 +122,7 @@ _judge = losses.evaluator(jax.jit(lambda model, tokens: model.hidden(tokens)))
 
 def perplexity(subject: Subject, model: Transformer) -> float:
   """On the text that nothing was chosen by, of a model of any forms."""
-  return _judge(restored(model), subject.batches)["perplexity"]
+  return _judge(restored(model, subject.model), subject.batches)["perplexity"]
 
 
 def selection_loss(subject: Subject) -> Callable[[Transformer], jax.Array]:

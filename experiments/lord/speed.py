@@ -1,15 +1,13 @@
 """How much faster a network with thinner maps reads and writes."""
 
-import functools
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import timing
 from experiments.compressing import Subject, stored
-from jaxlab.models import Transformer, generate
+from experiments.compressing_speed import speeds
+from jaxlab.models import Transformer
 from jaxlab.models.config import TransformerConfig
 from jaxlab.weights import lord
 
@@ -30,15 +28,5 @@ def measure(config, subject: Subject) -> dict:
   seconds = time.perf_counter() - start
   multiple = min(64, s.shape.width // 8)
   ranks = lord.uniform(bases, budget=config.budget, multiple=multiple)
-  pair = {"dense": stored(model), "LoRD": stored(lord.truncate(model, bases, ranks))}
-  forward = []
-  for rows in s.rows:
-    state = lambda model, tokens: model.hidden(tokens)[0]
-    runs = {name: timing.Steady(state, one, jnp.asarray(read[:rows])) for name, one in pair.items()}
-    times = timing.compare(runs, repetitions=s.repetitions)
-    ratio, spread = times.speedup("LoRD", "dense")
-    forward.append(dict(rows=rows, speedup=ratio, spread=spread, dense=rows * s.time / times.median("dense")))
-  prompt = jnp.asarray(read[:1, :8])
-  runs = {name: functools.partial(generate, one, prompt, tokens=s.tokens) for name, one in pair.items()}
-  decode = timing.compare(runs, repetitions=s.repetitions, warmup=1).speedup("LoRD", "dense")[0]
-  return {"forward": forward, "decode": decode, "seconds": seconds}
+  pair = stored(model), stored(lord.truncate(model, bases, ranks))
+  return speeds(s, *pair, read) | {"seconds": seconds}

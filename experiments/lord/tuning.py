@@ -1,5 +1,6 @@
 """Adapters of low rank beside maps in 4 bits that stay as they are, whole maps and LoRD's: what they give back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -40,8 +41,11 @@ def measure(config, subject: Subject, *, bases, table, cache: Path) -> dict[str,
   return found
 
 
-def tuned(model: Transformer, batches, t, key: jax.Array) -> lora.Lora:
+def tuned(model: Transformer, batches, t, key: jax.Array, made: Callable = lambda model: model) -> lora.Lora:
   """Adapters of every map of the blocks after t.steps of Adam.
+
+  Args:
+    made: what becomes of the model with its adapters before its loss is taken.
 
   Raises:
     InputError: a loss that is no number.
@@ -51,7 +55,7 @@ def tuned(model: Transformer, batches, t, key: jax.Array) -> lora.Lora:
 
   @jax.jit
   def step(adapters, state, model, batch):
-    loss = lambda adapters: language_model_loss(lora.merge(model, adapters), batch)[0]
+    loss = lambda adapters: language_model_loss(made(lora.merge(model, adapters)), batch)[0]
     value, slope = jax.value_and_grad(loss)(adapters)
     updates, state = optimizer.update(slope, state)
     return optax.apply_updates(adapters, updates), state, value

@@ -53,6 +53,8 @@ class TransformerConfig:
     qk_scale: factor on normalised queries and keys.
     window_pattern: "L" full and "S" short windows, tiled over the layers; the last layer is always full.
     layer_windows: a window for every layer instead (query i sees keys i - w .. i; None is full), or None.
+    layer_kv_heads, layer_mlp_widths: the key-value heads (each with its q_heads / kv_heads queries) and the neurons of
+      every layer, or None where all have kv_heads and mlp_width. Stacked, layers with fewer are filled with zeros.
     embed_norm: RMSNorm on the embeddings.
     value_embeddings: alternate layers (the last included) add a gated per-token embedding to the values.
     residual_lambdas: each block reads lam_l x + mu_l x0.
@@ -81,6 +83,8 @@ class TransformerConfig:
   qk_scale: float = 1.0
   window_pattern: str = "L"
   layer_windows: tuple[int | None, ...] | None = None
+  layer_kv_heads: tuple[int, ...] | None = None
+  layer_mlp_widths: tuple[int, ...] | None = None
   embed_norm: bool = False
   value_embeddings: bool = False
   residual_lambdas: bool = False
@@ -106,6 +110,10 @@ class TransformerConfig:
     if self.layer_windows is not None:
       enough = len(self.layer_windows) == self.depth and all(w is None or w >= 0 for w in self.layer_windows)
       require(enough, f"model.layer_windows is {self.layer_windows}; it must have {self.depth} sizes >= 0 or None")
+    for name, most in (("kv_heads", self.kv_heads), ("mlp_widths", self.mlp_width)):
+      sizes = getattr(self, f"layer_{name}")
+      fits = sizes is None or (len(sizes) == self.depth and all(1 <= n <= most for n in sizes))
+      require(fits, f"model.layer_{name} is {sizes}; it must have {self.depth} sizes of 1..{most}")
     if self.experts:
       require(
         1 <= self.experts.active <= self.experts.count,
@@ -130,6 +138,18 @@ class TransformerConfig:
     return tuple(short if kind == "S" else None for kind in kinds)
 
   @property
+  def ragged(self) -> bool:
+    """Whether layers differ in heads or neurons."""
+    return self.layer_kv_heads is not None or self.layer_mlp_widths is not None
+
+  def of_layer(self, layer: int) -> "TransformerConfig":
+    """The config whose heads and neurons are those of one layer."""
+    heads = self.kv_heads if self.layer_kv_heads is None else self.layer_kv_heads[layer]
+    neurons = self.mlp_width if self.layer_mlp_widths is None else self.layer_mlp_widths[layer]
+    sizes = dict(kv_heads=heads, q_heads=heads * (self.q_heads // self.kv_heads), mlp_width=neurons)
+    return dataclasses.replace(self, **sizes, layer_kv_heads=None, layer_mlp_widths=None)
+
+  @property
   def value_layers(self) -> tuple[int, ...]:
     """Layers that have a value embedding: every second one, the last included."""
     if not self.value_embeddings:
@@ -139,6 +159,10 @@ class TransformerConfig:
   @property
   def matmul_parameters(self) -> int:
     """Parameters that multiply activations once a token: the block matrices (active experts) and the head."""
+    if self.ragged:
+      layers = [dataclasses.replace(self.of_layer(i), depth=1, layer_windows=None) for i in range(self.depth)]
+      head = self.width * self.vocab_size
+      return head + sum(layer.matmul_parameters - head for layer in layers)
     attention = self.width * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads)
     matrices = 3 if self.mlp == "swiglu" else 2
     mlp = matrices * self.width * self.mlp_width
@@ -148,8 +172,9 @@ class TransformerConfig:
 
   def flops_per_token(self, length: int) -> int:
     """Training FLOPs a token (forward and backward) at sequence length `length`: 6 N plus attention's 12 H d keys."""
-    keys = sum(min(length, (w or length) + 1) for w in self.windows)
-    return 6 * self.matmul_parameters + 12 * self.q_heads * self.head_dim * keys
+    keys = [min(length, (w or length) + 1) for w in self.windows]
+    read = sum(n * self.of_layer(layer).q_heads for layer, n in enumerate(keys))
+    return 6 * self.matmul_parameters + 12 * self.head_dim * read
 
 
 def nanochat(

@@ -240,7 +240,7 @@ def _typed(value, hint, name: str):
 def architecture(c: TransformerConfig) -> str:
   """The Hugging Face architecture that computes exactly this model, or the own one."""
   own = c.value_embeddings or c.residual_lambdas or c.smear or c.backout or c.hyper or c.parallel_sublayers
-  own = own or c.qk_scale != 1.0 or "S" in c.window_pattern or (c.rope_scaling and c.rope_factor != 1.0)
+  own = own or c.ragged or c.qk_scale != 1.0 or "S" in c.window_pattern or (c.rope_scaling and c.rope_factor != 1.0)
   windows = c.windows  # of one size, and in the architectures that have them
   if own or len(set(windows) - {None}) > 1:
     return OWN

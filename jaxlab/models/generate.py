@@ -106,7 +106,7 @@ def generate(
     require(inside, f"lengths must lie in 1..{prompt.shape[1]}, the prompt's time")
   _check(tokens, key, temperature)
   chosen = _Choice(decoder, prompt.shape[1] + tokens, temperature, top_k, top_p)
-  return _generate(_network(model), prompt, lengths, _key(key), tokens=tokens, chosen=chosen)
+  return _generate(_network(model, decoder), prompt, lengths, _key(key), tokens=tokens, chosen=chosen)
 
 
 def stream(
@@ -140,7 +140,7 @@ def stream(
   require_ids(padded, (model if isinstance(model, Transformer) else model.model).config.vocab_size)
   capacity = padded.shape[1] + power_of_two(tokens + stretch)
   # Flat, as a module takes longer to flatten than its step takes to run.
-  leaves, structure = jax.tree.flatten(_network(model))
+  leaves, structure = jax.tree.flatten(_network(model, decoder))
   begin, advance = _programs(structure, _Choice(decoder, capacity, temperature, top_k, top_p), stretch)
   return _stretches(begin, advance, leaves, padded, lengths, _key(key), tokens, frozenset(stop))
 
@@ -254,11 +254,13 @@ def _stretches(begin, advance, leaves, prompts, lengths, key, tokens: int, stop:
     yield new
 
 
-def _network(model):
-  return _take_apart(model) if isinstance(model, Transformer) else model
+def _network(model, decoder: Decoder):
+  if not isinstance(model, Transformer):
+    return model
+  return _take_apart(model, narrow=decoder == Decoder())  # the states of other decoders are all of one size
 
 
-_take_apart = jax.jit(inference.take_apart)
+_take_apart = jax.jit(inference.take_apart, static_argnames="narrow")
 
 
 def _key(key):

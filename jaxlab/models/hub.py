@@ -99,7 +99,7 @@ def from_tensors(
     for index, name, transpose in _places(config, table, parameter, leaf.shape, parts):
       tensor = np.asarray(read(name))
       tensor = tensor.T if transpose and tensor.ndim == 2 else tensor
-      expected = np.broadcast_to(np.int8(0), leaf.shape)[index].shape
+      expected = np.broadcast_to(np.uint8(0), leaf.shape)[index].shape
       if tensor.size == 1 and expected == ():
         tensor = tensor.reshape(())
       elif table is formats.KARPATHY:  # vocabularies are padded to a multiple of 64 there
@@ -114,7 +114,7 @@ def from_tensors(
       if value is None:
         kept = keep or stored or dtype is None
         value = _aligned(leaf.shape, np.dtype(tensor.dtype if kept else dtype))
-        if parameter in parts:
+        if parameter in parts or config.ragged:
           value[...] = 0
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
@@ -247,7 +247,7 @@ def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapp
     yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
     return
   if table is None:
-    yield (), parameter, False
+    yield from _own_places(config, parameter)
     return
   require(parameter in table, f"this checkpoint layout has no place for {parameter}; save without layout=")
   template, transpose = table[parameter]
@@ -264,6 +264,19 @@ def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapp
     for expert in experts:
       index = tuple(i for i in (row, expert) if i is not None)
       yield index, template.format(layer=layer, value_layer=layer, expert=expert), transpose
+
+
+def _own_places(config: TransformerConfig, parameter: str):
+  """A parameter under its own name; a map's matrix layer by layer where layers differ, without the zeros."""
+  name, _, leaf = parameter.removeprefix("blocks.").rpartition(".")
+  side = "inputs" if name in ("o", "mlp.down") else "outputs"
+  cut = leaf == "weight" or leaf == ("down" if side == "inputs" else "up")
+  if not (config.ragged and name in maps.NAMES and parameter.startswith("blocks.") and cut):
+    yield (), parameter, False
+    return
+  for layer in range(config.depth):
+    size = slice(maps.sizes_of(config, name, layer)[side])
+    yield (layer, size) if side == "inputs" else (layer, slice(None), size), f"{parameter}.{layer}", False
 
 
 def _shards(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlab.models import maps
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.block import (
   Block,
@@ -71,11 +72,19 @@ def kernel_steps(config: TransformerConfig, dtype) -> Steps:
   return Steps(rotary_qkv, residual_norm, decode_attention, whole)
 
 
-def take_apart(model: Transformer, layers: int | None = None) -> Network:
-  """The network of the first `layers` layers of `model`, by default of all."""
+def take_apart(model: Transformer, layers: int | None = None, *, narrow: bool = False) -> Network:
+  """The network of the first `layers` layers of `model`, by default of all.
+
+  Args:
+    narrow: layers of a pruned model that have fewer heads or neurons than others lose the zeros they are filled with;
+      `step` and `prefill` take them, a method's own states may not.
+  """
   layers = model.depth if layers is None else layers
   blocks = ()
-  if layers:
+  if narrow and model.config.ragged:
+    blocks = unstack_layers(model.blocks, model.depth)[:layers]
+    blocks = tuple(_alone(maps.narrowed(block, layer)) for layer, block in enumerate(blocks))
+  elif layers:
     steps = kernel_steps(model.config, model.dtype)
     blocks = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), steps), layers))
     for layer, block in enumerate(blocks):
@@ -88,13 +97,19 @@ def take_apart(model: Transformer, layers: int | None = None) -> Network:
   return Network(rest, blocks)
 
 
+def _alone(block: Block) -> Block:
+  """One block for inference, of a config of its own."""
+  steps = kernel_steps(block.config, jax.tree.leaves(block)[0].dtype)
+  return unstack_layers(for_inference(jax.tree.map(lambda a: a[None], block), steps), 1)[0]
+
+
 def empty_state(network: Network, *, batch: int, capacity: int, dtype=None) -> State:
   """A cache with room for `capacity` tokens."""
   c = network.model.config
   dtype = dtype or network.model.dtype
-  pair = lambda: tuple(jnp.zeros((batch, capacity, c.kv_heads, c.head_dim), dtype) for _ in range(2))
+  pair = lambda own: tuple(jnp.zeros((batch, capacity, own.kv_heads, own.head_dim), dtype) for _ in range(2))
   previous = jnp.zeros((batch, 1, c.width), dtype) if c.smear else None
-  return State(tuple(pair() for _ in network.blocks), jnp.int32(0), previous)
+  return State(tuple(pair(block.config) for block in network.blocks), jnp.int32(0), previous)
 
 
 def step(

@@ -5,6 +5,7 @@ arrays), and says in `spec` what `hub` needs to read it. `named` and `replaced` 
 and give others back.
 """
 
+import dataclasses
 import operator
 from collections.abc import Mapping
 
@@ -20,6 +21,35 @@ from jaxlab.models.experts import TiledExperts
 from jaxlab.models.layers import Linear, MoE
 
 NAMES = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")  # of a block
+
+
+class Affine(nnx.Module):
+  """y = x W + b.
+
+  W: (*stack, inputs, outputs); b: (*stack, outputs).
+  """
+
+  kind = "affine"
+
+  def __init__(self, weight: Float[Array, "*stack inputs outputs"], bias: Float[Array, "*stack outputs"]):
+    self.weight = nnx.Param(weight, axes=("embed", "embed"))
+    self.bias = nnx.Param(bias, axes=(None,))
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return self.weight.shape
+
+  @property
+  def spec(self) -> dict:
+    return {}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int) -> "Affine":
+    return cls(jnp.zeros((*stack, inputs, outputs)), jnp.zeros((*stack, outputs)))
 
 
 class Factored(nnx.Module):
@@ -216,7 +246,7 @@ class Sparse(nnx.Module):
     return cls(bits, jnp.zeros((*stack, kept)), inputs, outputs)
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, Product)}
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, Product, Affine)}
 
 
 def sparse(weight: Float[Array, "*stack inputs outputs"]) -> Sparse:
@@ -288,6 +318,42 @@ def replaced(blocks, maps: Mapping[str, nnx.Module]):
   return blocks
 
 
+def sizes_of(config, name: str, layer: int) -> dict[str, int]:
+  """{"inputs" or "outputs": how many of them that map has in a layer of a config whose layers differ}."""
+  own = config.of_layer(layer)
+  side = "inputs" if name in ("o", "mlp.down") else "outputs"
+  heads = own.q_heads if name in ("q", "o") else own.kv_heads
+  return {side: own.mlp_width if name.startswith("mlp.") else heads * own.head_dim}
+
+
+def narrowed(block, layer: int):
+  """One layer's block, of stacked ones that were filled with zeros, at its own number of heads and neurons.
+
+  Attention or the MLP keeps the zeros where a map is neither a matrix nor of low rank.
+  """
+  maps, made, config = named(block), {}, block.config.of_layer(layer)
+  for names in (NAMES[:4], NAMES[4:]):
+    found = {name: maps[name] for name in names if name in maps}
+    if all(isinstance(one, (Linear, Affine, Factored)) for one in found.values()):
+      made |= {name: _cut(one, **sizes_of(block.config, name, layer)) for name, one in found.items()}
+    elif names == NAMES[:4]:
+      config = dataclasses.replace(config, q_heads=block.config.q_heads, kv_heads=block.config.kv_heads)
+    else:
+      config = dataclasses.replace(config, mlp_width=block.config.mlp_width)
+  block = replaced(block, made)
+  block.config = config
+  return block
+
+
+def _cut(one, inputs: int | None = None, outputs: int | None = None):
+  """A map of the first inputs and outputs of another."""
+  if isinstance(one, Factored):
+    bias = None if one.bias is None else one.bias[..., :outputs]
+    return Factored(one.down[..., :inputs, :], one.up[..., :outputs], bias)
+  weight = one.weight[..., :inputs, :outputs]
+  return Affine(weight, one.bias[..., :outputs]) if isinstance(one, Affine) else Linear(weight, one.weight.axes)
+
+
 def stack(blocks: list):
   """Blocks of equal shapes as one with a leading layer axis.
 
@@ -307,8 +373,24 @@ def with_blocks(model, blocks):
 
 
 def bytes_of(tree) -> int:
-  """Bytes of all arrays: what a file of them takes but for its header."""
-  return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+  """Bytes of all arrays, without zeros that fill up smaller layers: what a file takes but for its header."""
+  total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+  ragged = getattr(getattr(tree, "config", None), "ragged", False)
+  return total - _filling(tree) if ragged else total
+
+
+def _filling(model) -> int:
+  """Bytes of the zeros that fill up layers with fewer heads or neurons than others."""
+  total = 0
+  for name, one in named(model.blocks).items():
+    if isinstance(one, (Linear, Affine, Factored)):
+      side, *_ = sizes_of(model.config, name, 0)
+      matrix = getattr(one, ("down" if side == "inputs" else "up") if isinstance(one, Factored) else "weight")
+      layers, *sides = matrix.shape
+      whole, other = sides if side == "inputs" else sides[::-1]
+      kept = sum(sizes_of(model.config, name, layer)[side] for layer in range(layers))
+      total += (layers * whole - kept) * other * np.dtype(matrix.dtype).itemsize
+  return total
 
 
 def all_plain(blocks) -> bool:

@@ -8,7 +8,7 @@ Maps that read the same input (q, k and v; gate and up) share its statistics: th
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import InputError, require
 from jaxlab.models import Transformer, maps
 from jaxlab.models.attention import dot_product_attention
-from jaxlab.models.block import Block, Side, layer_slice
+from jaxlab.models.block import Block, Side
 
 _SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
 
@@ -104,33 +104,50 @@ def layer_by_layer(
     sequential: later layers read what the layers before them give with their other maps, not the original ones.
 
   Raises:
-    InputError: rows that do not fill batches, weights that are not finite (named), or a model with experts or
-      hyper-connections.
+    InputError: as `opened`.
   """
-  rows = len(tokens)
-  require(rows >= batch and rows % batch == 0, f"{rows} rows of calibration text; give a multiple of batch={batch}")
-  c = model.config
-  require(not (c.experts or c.hyper), "calibration is of dense blocks, without experts and hyper-connections")
-  require_finite(model)
-  model = jax.tree.map(jnp.asarray, model)
-  parts = [jnp.asarray(tokens[i : i + batch]) for i in range(0, rows, batch)]
-  states = [_embed(model, part)[0] for part in parts]
+  outer, parts = opened(model, tokens, batch=batch)
+  states = [embed(outer, part)[0] for part in parts]
   found = []
-  for layer in range(model.depth):
-    block = jax.tree.map(lambda a: a[0], layer_slice(model.blocks, layer, layer + 1))
-    kind = dict(window=c.windows[layer], row=c.value_layers.index(layer) if layer in c.value_layers else None)
+  for block, kind in layers(model):
     total, outputs = None, []
     for part, x in zip(parts, states, strict=True):
-      y, new = _observe(block, x, _embed(model, part)[1], **kind)
+      y, new = _observe(block, x, embed(outer, part)[1], **kind)
       total = new if total is None else _merge(total, new)
       outputs.append(y)
     inputs = {name: total[_SHARED.get(name, name)] for name in maps.named(block)}
-    found.append(dict(visit(layer, block, inputs)))
+    found.append(dict(visit(len(found), block, inputs)))
     if sequential:
       other = maps.replaced(block, found[-1])
-      outputs = [_observe(other, x, _embed(model, p)[1], **kind)[0] for p, x in zip(parts, states, strict=True)]
+      outputs = [_observe(other, x, embed(outer, p)[1], **kind)[0] for p, x in zip(parts, states, strict=True)]
     states = outputs
   return {name: maps.stack([forms[name] for forms in found]) for name in found[0]}
+
+
+def opened(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int) -> tuple[Transformer, list[Array]]:
+  """(the model without its blocks, batches of the text), both on the device.
+
+  Raises:
+    InputError: rows that do not fill batches, weights that are not finite (named), or a model with experts or
+      hyper-connections.
+  """
+  rows, c = len(tokens), model.config
+  require(rows >= batch and rows % batch == 0, f"{rows} rows of calibration text; give a multiple of batch={batch}")
+  require(not (c.experts or c.hyper), "calibration is of dense blocks, without experts and hyper-connections")
+  require_finite(model)
+  outer = jax.tree.map(jnp.asarray, maps.with_blocks(model, None))
+  return outer, [jnp.asarray(tokens[i : i + batch]) for i in range(0, rows, batch)]
+
+
+def layers(model: Transformer) -> Iterator[tuple[Block, dict]]:
+  """Every layer's block, unstacked, and what `attend` needs to know of it.
+
+  Of a model in host memory (NumPy) one is on the device at a time, if the caller forgets it before the next.
+  """
+  c = model.config
+  kind = lambda i: dict(window=c.windows[i], row=c.value_layers.index(i) if i in c.value_layers else None)
+  for layer in range(model.depth):
+    yield jax.tree.map(lambda a: jnp.asarray(a[layer]), model.blocks), kind(layer)  # noqa: B023 (used at once)
 
 
 def with_maps(model: Transformer, forms: Mapping[str, nnx.Module]) -> Transformer:
@@ -141,13 +158,20 @@ def with_maps(model: Transformer, forms: Mapping[str, nnx.Module]) -> Transforme
 def require_finite(model: Transformer) -> None:
   """Raises InputError that names the first parameter which holds NaN or infinity."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+    check = np if isinstance(leaf, np.ndarray) else jnp
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(check.isfinite(leaf).all()):
       name = jax.tree_util.keystr(path, simple=True, separator=".")
       raise InputError(f"{name} holds NaN or infinity; the checkpoint is broken, copy or train it again")
 
 
-_embed = jax.jit(lambda model, tokens: model.embed(tokens)[:2])
+embed = jax.jit(lambda model, tokens: model.embed(tokens)[:2])
 _merge = jax.jit(lambda a, b: {name: merge(a[name], b[name]) for name in a})
+
+
+def attend(block: Block, x, side: Side, *, window, row):
+  """(what the residual sum starts from, attention of every head) of a block's input."""
+  inner, _, q, k, v = block.project(x, side, None if row is None else side.values[row], None)
+  return inner, dot_product_attention(q, k, v, window=window, start=0)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "row"))
@@ -163,11 +187,9 @@ def _observe(block: Block, x, side: Side, *, window, row):
     return call
 
   watched = {name: tap(name, one) for name, one in maps.named(block).items()}
-  value = None if row is None else side.values[row]
   block = maps.replaced(block, watched)
-  inner, mixing, q, k, v = block.project(x, side, value, None)
-  attended = dot_product_attention(q, k, v, window=window, start=0)
-  y, _ = block.finish(inner, mixing, attended, None)
+  inner, attended = attend(block, x, side, window=window, row=row)
+  y, _ = block.finish(inner, None, attended, None)
   return y, {name: seen[name] for name in watched if name not in _SHARED}
 
 
