@@ -115,8 +115,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           context=pick(test=64, cpu=512),
         ),
         shapes=dict(
-          opt=dict(mlp="relu2", kv_heads=pick(test=4, cpu=4, gpu=8), mlp_width=pick(test=64, cpu=512, gpu=2048)),
-          llama=dict(mlp="swiglu", kv_heads=2, mlp_width=pick(test=64, cpu=384, gpu=1408)),
+          opt=dict(mlp="relu2", kv_heads=pick(test=4, cpu=4, gpu=8), mlp_width=pick(test=160, cpu=512, gpu=2048)),
+          llama=dict(mlp="swiglu", kv_heads=2, mlp_width=pick(test=160, cpu=384, gpu=1408)),
         ),
         steps=pick(test=2, cpu=100, gpu=3000, paper=10_000),
         batch=pick(test=2, cpu=8, gpu=64),

@@ -62,8 +62,7 @@ def rows_of(metrics: dict) -> dict[str, list[dict]]:
 
 def claims(config, metrics: dict) -> list[Claim]:
   made = []
-  if FRONTIER in metrics:
-    by_model = rows_of(metrics)
+  if by_model := rows_of(metrics):
     made += [claim for claim in frontier_claims(by_model) if claim]
   if MEMORY in metrics:
     made.append(memory_claim(metrics[MEMORY]["rows"]))
@@ -180,9 +179,9 @@ def finding(config, metrics: dict) -> str:
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
-  if FRONTIER not in metrics:
-    return draw_pair(metrics, workdir)
   by_model = rows_of(metrics)
+  if not by_model:
+    return draw_pair(metrics, workdir)
   shown = {*RIVALS, "struprune", "dense"} - {"magnitude"}  # which is beyond all others
   rows = [row for rows in by_model.values() for row in rows if row["method"] in shown]
   return {
