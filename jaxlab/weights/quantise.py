@@ -50,11 +50,17 @@ def rtn(weight: Float[Array, "inputs outputs"], x: Moments | None = None, *, bit
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
 def gptq(weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group: int) -> Quantised:
   """GPTQ (Frantar et al. 2022, arXiv 2210.17323): input after input is rounded, and what that costs the outputs is
-  made good by the inputs that follow, by the inverse of H = 2 mean x x^T, damped; groups are gridded when reached.
+  made good by the inputs that follow, by the inverse of H = 2 mean x x^T, damped.
+
+  Inputs of the largest mean square come first, on grids of the weights as they were (the released code's activation
+  order with static groups): the ones that come last take the errors of all others, and matter least.
   """
   inputs, outputs = weight.shape
-  hessian = 2 * x.second
-  diagonal = jnp.diagonal(hessian)
+  scale, zero = _grid(weight.astype(jnp.float32).reshape(-1, group, outputs), bits)
+  diagonal = 2 * jnp.diagonal(x.second)
+  order = jnp.argsort(-diagonal)
+  diagonal, weight, hessian = diagonal[order], weight[order], 2 * x.second[order][:, order]
+  scales, zeros = (a[order // group] for a in (scale, zero))  # of every input
   dead = diagonal == 0
   hessian = hessian + jnp.diag(jnp.where(dead, 1.0, _DAMPING * diagonal.mean()))
   # The upper Cholesky factor of the inverse: row j says how the error of input j spreads over those after it.
@@ -63,27 +69,27 @@ def gptq(weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group
   spread = jnp.linalg.cholesky(inverse).T
   weight = jnp.where(dead[:, None], 0, weight.astype(jnp.float32))
 
-  def one_group(weight, start):
-    """What the group's rounding costs reaches the groups after it as one product."""
-    part = jax.lax.dynamic_slice_in_dim(weight, start, group)
-    rows = jax.lax.dynamic_slice_in_dim(spread, start, group)
+  def one_block(weight, start):
+    """What the rounding of so many inputs costs reaches those after them as one product."""
+    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, group)
+    part, rows, scale, zero = map(cut, (weight, spread, scales, zeros))
     inside = jax.lax.dynamic_slice_in_dim(rows, start, group, axis=1)
-    scale, zero = _grid(part, bits)
 
     def one(j, state):
       part, codes, errors = state
-      code = _code(part[j], scale, zero, bits)
-      error = (part[j] - scale.astype(jnp.float32) * (code.astype(jnp.float32) - zero)) / inside[j, j]
+      code = _code(part[j], scale[j], zero[j], bits)
+      error = (part[j] - scale[j].astype(jnp.float32) * (code.astype(jnp.float32) - zero[j])) / inside[j, j]
       after = jnp.where(jnp.arange(group) > j, inside[j], 0)
       return part - after[:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
 
     _, codes, errors = jax.lax.fori_loop(0, group, one, (part, part.astype(jnp.uint8), part))
     after = jnp.where(jnp.arange(inputs) >= start + group, rows, 0)
     change = jnp.matmul(after.T, errors, precision=jax.lax.Precision.HIGHEST)
-    return weight - change, (codes, scale, zero)
+    return weight - change, codes
 
-  _, (codes, scales, zeros) = jax.lax.scan(one_group, weight, jnp.arange(0, inputs, group))
-  return Quantised(pack_codes(codes.reshape(inputs, outputs), bits), scales, zeros, bits=bits)
+  _, codes = jax.lax.scan(one_block, weight, jnp.arange(0, inputs, group))
+  codes = codes.reshape(inputs, outputs)[jnp.argsort(order)]
+  return Quantised(pack_codes(codes, bits), scale, zero, bits=bits)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))

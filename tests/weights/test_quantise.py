@@ -35,21 +35,22 @@ def test_nearest_is_within_half_a_step_of_every_weight(bits, group):
 
 
 def numpy_gptq(weight, second, bits, group):
-  """The published loop, column by column on (outputs, inputs)."""
+  """The published loop, column by column on (outputs, inputs), in the order of activations on static grids."""
+  order = np.argsort(-np.diag(second), kind="stable")
   w = np.array(weight, np.float64).T
-  h = 2 * np.array(second, np.float64)
+  part = w.reshape(len(w), -1, group)
+  low, high = np.minimum(part.min(axis=2), 0), np.maximum(part.max(axis=2), 0)
+  scales = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float64)
+  zeros = np.clip(np.round(-low / scales), 0, 2**bits - 1)
+  w, h = w[:, order], 2 * np.array(second, np.float64)[np.ix_(order, order)]
   h += 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
   spread = np.linalg.cholesky(np.linalg.inv(h)).T
   out = np.zeros_like(w)
   for j in range(w.shape[1]):
-    if j % group == 0:
-      part = w[:, j : j + group]
-      low, high = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
-      scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float64)
-      zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
+    scale, zero = scales[:, order[j] // group], zeros[:, order[j] // group]
     code = np.clip(np.round(w[:, j] / scale) + zero, 0, 2**bits - 1)
-    out[:, j] = scale * (code - zero)
-    w[:, j + 1 :] -= np.outer((w[:, j] - out[:, j]) / spread[j, j], spread[j, j + 1 :])
+    out[:, order[j]] = scale * (code - zero)
+    w[:, j + 1 :] -= np.outer((w[:, j] - out[:, order[j]]) / spread[j, j], spread[j, j + 1 :])
   return out.T
 
 
