@@ -6,8 +6,8 @@ Paper (arXiv 2308.16369): LLaMA-13B on an A6000 decodes 2.8 to 10 times faster b
   python -m experiments.run --config=configs/sarathi.py:cpu --workdir=runs/sarathi
   python -m experiments.run --config=configs/sarathi.py --config.model=hf:DIR --workdir=runs/mine
 
-Scale cpu serves SmolLM2 in float32 on two cores; scale gpu eight layers of a 7B model's shape with random weights
-(what is generated plays no part) and SmolLM2. All policies run on one engine by the same programs.
+Scale cpu serves the small model that ships, in float32 on two cores; scale gpu eight layers of a 7B model's shape with
+random weights (what is generated plays no part) and SmolLM2. All policies run on one engine by the same programs.
 """
 
 import ml_collections
@@ -23,7 +23,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (SmolLM2, 2 cores), gpu (8 layers of a 7B, and SmolLM2), paper (32 layers)."""
+  """Scales: test (seconds), cpu (`base`, 2 cores), gpu (8 layers of a 7B, and SmolLM2), paper (32 layers)."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
@@ -32,7 +32,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       model="",  # a hub name, or hf:DIR: that one alone
-      subjects=pick(test=("random",), cpu=("smollm2",), gpu=("random", "smollm2")),
+      subjects=pick(test=("random",), cpu=("base",), gpu=("random", "smollm2")),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       shape=dict(  # of random weights: a 7B model's layers
         depth=pick(test=1, cpu=2, gpu=8, paper=32),

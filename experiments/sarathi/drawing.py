@@ -17,6 +17,8 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
     left.plot([r["ratio"] for r in rows], [r["rate"] for r in rows], "o-", label=policy.replace("_", " "))
   left.axvline(balance(config), color="grey", linestyle=":")
   left.set(xscale="log", xlabel="prompt over answer (P:D)", ylabel="tokens a second")
+  left.set_xticks(config.throughput.ratios, labels=[f"{ratio:g}" for ratio in config.throughput.ratios], minor=False)
+  left.minorticks_off()
   left.legend(fontsize=8)
   figures.leave_room(left)
   for chunk in config.profile.chunks:
@@ -24,6 +26,8 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
     right.plot([row["decode"] for row in rows], [row["ratio"] for row in rows], "o", label=f"chunk of {chunk}")
   right.axhline(1, color="grey", linestyle=":")
   right.set(xscale="log", xlabel="rows that decode", ylabel="cost of a riding token over one alone", ylim=(0, None))
+  right.set_xticks(config.profile.rows, labels=[f"{rows}" for rows in config.profile.rows])
+  right.minorticks_off()
   right.legend(fontsize=8)
   captions = {
     figures.save(figure, workdir, "throughput"): f"{name}: {length} tokens a request, all of them waiting; dotted: the "
