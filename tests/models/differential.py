@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -168,5 +169,5 @@ def compare(folder, kind: str, options: dict, changes: dict, seed: int) -> str:
     return "loaded"
   assert not info["missing_keys"], f"transformers made up {info['missing_keys']}"
   with jax.disable_jit():  # dozens of small operations that all draws share, instead of a program for each
-    np.testing.assert_allclose(ours(TOKENS), expected, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(ours(jnp.asarray(TOKENS)), expected, atol=1e-4, rtol=1e-5)
   return "equal"
