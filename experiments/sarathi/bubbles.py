@@ -36,5 +36,6 @@ def bubbles(config, _, found: dict, console) -> dict:
   ]
   rows["replicas"] = {"makespan": max(alone), "idle": [0.0] * len(QUANTILES)}
   for name, row in rows.items():
-    console.say(f"  {name}: makespan {row['makespan']:.4g} s, median idle {row['idle'][4]:.4g} s a request")
+    median = row["idle"][QUANTILES.index(50)]
+    console.say(f"  {name}: makespan {row['makespan']:.4g} s, median idle {median:.4g} s a request")
   return rows

@@ -76,7 +76,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--cache-gb", type=float, help="memory of keys and values (half of what a GPU has free; on a CPU 0.5)")
   add("--page", type=int, default=32, help="tokens of a page (%(default)s)")
   add("--rows", type=int, default=32, help="sequences that run at once (%(default)s)")
-  add("--budget", type=int, default=256, help="tokens of a step (%(default)s)")
+  add("--budget", type=int, help="tokens of a step, more than --rows (256, or twice --rows where that is more)")
   add("--length", type=int, help="tokens of a request, prompt and answer (the model's context)")
   add("--queue", type=int, default=256, help="sequences that may wait (%(default)s)")
   add("--policy", default="sarathi", help=f"{', '.join(POLICIES)} (%(default)s)")
@@ -92,7 +92,11 @@ def _serve(options: argparse.Namespace) -> None:
   require(options.port in _PORTS, f"--port is {options.port}; it must lie in 0 .. 65535")
   require(options.timeout > 0 and options.drain >= 0, "--timeout must be positive, and --drain not negative")
   require_choice("--policy", options.policy, POLICIES)
-  require_counts(**{"--page": options.page, "--rows": options.rows, "--budget": options.budget})
+  require_counts(**{"--page": options.page, "--rows": options.rows})
+  budget = max(256, 2 * options.rows) if options.budget is None else options.budget
+  require(
+    budget > options.rows, f"--budget is {budget}; it must be above --rows, {options.rows}: steps read prompts too"
+  )
   require(options.queue >= 0, f"--queue is {options.queue}; it must be at least 0")
   listening = _listen(options.host, options.port)  # before minutes of loading and compiling
   vocabulary = load_vocabulary(options.model)
@@ -104,7 +108,7 @@ def _serve(options: argparse.Namespace) -> None:
     page=options.page,
     length=options.length,
     rows=options.rows,
-    budget=max(options.budget, 2 * options.rows),
+    budget=budget,
     policy=options.policy,
     salt=f"{options.model}, {dtype}",
   )

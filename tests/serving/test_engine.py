@@ -106,6 +106,58 @@ def test_nobody_reads_the_page_of_padding_and_the_cache_is_not_copied():
   assert engine._pools[0][0].unsafe_buffer_pointer() == address
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 16, 64])
+def test_chunks_of_any_size_leave_the_keys_values_and_logits_of_one_pass(chunk):
+  """Prompts of 1 to 40 tokens."""
+  prompt = np.random.default_rng(0).integers(0, 64, 40).tolist()
+  logits, state = inference.prefill(network(), jnp.array([prompt]), capacity=40)
+  logp = jax.nn.log_softmax(inference.step(network(), jnp.array([prompt]))[0][0].astype(jnp.float32))
+  np.testing.assert_allclose(jax.nn.log_softmax(logits[0, 0].astype(jnp.float32)), logp[-1], rtol=1e-4, atol=1e-4)
+  engine = Engine(
+    network(), pages=16, page=4, length=48, rows=1, budget=1 + chunk, chunks=1, part=chunk, steps=1, prefix=False
+  )
+  for size in {1, 2, chunk, chunk + 1, 2 * chunk, 29, 40} & set(range(1, 41)):
+    engine.add(Request(f"{size}", prompt[:size], 2))
+    steps = 1
+    while not (events := engine.step()):
+      steps += 1
+    served = engine.running[0]
+    assert steps == 1 if size == 1 else steps == -(-size // (chunk * max(1, (1 + chunk) // chunk)))
+    assert events[0].token == int(logp[size - 1].argmax())
+    np.testing.assert_allclose(events[0].logprob, logp[size - 1].max(), rtol=1e-4, atol=1e-4)
+    for pools, pair in zip(engine._pools, state.pairs, strict=True):
+      for pool, whole in zip(pools, pair, strict=True):
+        kept = np.asarray(pool)[:, served.pages].reshape(pool.shape[0], -1, pool.shape[3])[:, :size]
+        np.testing.assert_allclose(np.swapaxes(kept, 0, 1), whole[0, :size], rtol=1e-5, atol=1e-5)
+    while engine.busy:
+      engine.step()
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 10_000))
+def test_decode_maximal_steps_read_one_prompt_keep_to_the_budget_and_stall_nobody(seed):
+  """Unless pages are missing: whoever can decode does in every step, and one prompt is read beside them."""
+  rng, plans = np.random.default_rng(seed), []
+
+  def watched(view):
+    ready = [s for s in view.running if s.pending == 1]
+    plan = policies.sarathi(view)
+    assert plan.preempt or plan.decode == ready
+    assert len(plan.chunks) <= 1 and len(plan.decode) + sum(count for _, count in plan.chunks) <= view.budget
+    plans.append(plan)
+    return plan
+
+  engine, asked = Engine(network(), **SMALL | dict(chunks=1, prefix=False), policy=watched), requests()
+  serve(engine, asked, rng.integers(0, 9, len(asked)).tolist())
+  read = {r.id: 0 for r in asked}
+  for plan in plans:
+    for served, count in plan.chunks:
+      read[served.request.id] += count
+  again = engine.counters["preempted"]
+  # A last token that is left over by itself is read as a row that decodes.
+  assert again or all(len(r.prompt) - 1 <= read[r.id] <= len(r.prompt) for r in asked)
+
+
 def test_scores_of_a_prompt_are_the_models_own():
   """In chunks, beside others, and computed although their pages are known."""
   engine, prompt = Engine(network(), **SMALL), requests()[1].prompt

@@ -1,4 +1,5 @@
-"""Quantisers beside llmcompressor's on a real model: equal bits, groups and calibration text, nearly equal perplexity.
+"""Quantisers and pruners beside llmcompressor's on a real model: equal bits or zeros, equal calibration text, nearly
+equal perplexity.
 
 llmcompressor has an environment of its own: `make parity-llmcompressor`.
 """
@@ -13,6 +14,7 @@ import pytest
 from jaxlab.models import hub
 from jaxlab.training import losses
 from jaxlab.weights.calibration import rows_of
+from jaxlab.weights.pruning import prune
 from jaxlab.weights.quantise import awq, gptq, quantise, rtn
 
 llmcompressor = pytest.importorskip("llmcompressor")
@@ -40,6 +42,7 @@ def recipe(name):
   """The modifiers that do it."""
   from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
   from llmcompressor.modifiers.gptq import GPTQModifier
+  from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
   from llmcompressor.modifiers.quantization import QuantizationModifier
   from llmcompressor.modifiers.transform.awq import AWQModifier
 
@@ -49,10 +52,19 @@ def recipe(name):
     "rtn": [QuantizationModifier(**how)],
     "gptq": [GPTQModifier(**how, dampening_frac=0.01)],
     "awq": [AWQModifier(duo_scaling=False), QuantizationModifier(**how)],
+    "wanda": [WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"])],
+    "sparsegpt": [SparseGPTModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"])],
   }[name]
 
 
-OURS = {"rtn": (quantise, dict(how=rtn)), "gptq": (quantise, dict(how=gptq)), "awq": (awq, {})}
+HOW = dict(bits=BITS, group=GROUP)
+OURS = {
+  "rtn": lambda *given: quantise(*given, rtn, **HOW),
+  "gptq": lambda *given: quantise(*given, gptq, **HOW),
+  "awq": lambda *given: awq(*given, **HOW),
+  "wanda": lambda *given: prune(*given, "wanda", density=0.5).model,
+  "sparsegpt": lambda *given: prune(*given, "sparsegpt", density=0.5).model,
+}
 
 
 def theirs(folder, calibration, judged, name=None):
@@ -82,8 +94,7 @@ def test_perplexity_is_that_of_llmcompressor(name, subject):
   model, folder, calibration, judged = subject
   dense = theirs(folder, calibration, judged)
   np.testing.assert_allclose(np.exp(loss(model, judged)), dense, rtol=1e-3)
-  method, options = OURS[name]
-  ours = float(np.exp(loss(method(model, calibration, bits=BITS, group=GROUP, **options), judged)))
+  ours = float(np.exp(loss(OURS[name](model, calibration), judged)))
   public = theirs(folder, calibration, judged, name)
   print(f"{name}: {ours:.3f}, llmcompressor {public:.3f}, dense {dense:.3f}")
   assert ours <= 1.02 * public
