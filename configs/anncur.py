@@ -89,12 +89,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         rate=pick(cpu=1e-3, gpu=3e-4),
         mined=pick(test=8, cpu=64),
       ),
+      # Rounds of `steps` until `patience` of them bring nothing on the dev queries, for each rate.
       distil=dict(
-        epochs=1,
-        steps=pick(test=2, cpu=40, gpu=100, paper=200),
+        rounds=pick(test=2, cpu=40),
+        patience=pick(test=1, cpu=3),
+        steps=pick(test=2, cpu=40, gpu=50, paper=100),
         batch=pick(test=4, cpu=16, gpu=32, paper=64),
         top=pick(test=9, cpu=24, gpu=64),
-        rate=pick(cpu=1e-3, gpu=3e-4),
+        rates=pick(test=(1e-3,), cpu=(3e-4, 1e-3, 3e-3), gpu=(1e-4, 3e-4, 1e-3)),
       ),
       dtype=pick(cpu="float32", gpu="bfloat16"),  # of the encoders' products; scores are float32
       tile=pick(cpu=256, gpu=8192),  # pairs the cross-encoder scores at once
@@ -102,7 +104,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       search=dict(
         ks=pick(test=(1, 5), cpu=(1, 10, 20), gpu=(1, 10, 20, 50), paper=(1, 10, 50, 100)),
         claimed=pick(test=(5,), cpu=(10, 20), gpu=(20, 50), paper=(50, 100)),  # k > 10 in the paper
-        budgets=pick(test=(40,), cpu=(40, 100, 200), gpu=(100, 200), paper=(100, 200, 500, 1000)),
+        # 1, 2, 5 and 10 % of all items (paper: from 0.4 %); the fewer, the harder.
+        budgets=pick(test=(20, 40), cpu=(10, 20, 50, 100), gpu=(20, 40, 100, 200), paper=(50, 100, 200, 500, 1000)),
         budget=pick(test=40, cpu=100, gpu=200, paper=500),  # of the claims
         shares=pick(test=(0.4,), cpu=(0.4, 0.7), gpu=(0.2, 0.4, 0.6, 0.8)),  # of the budget that are anchor items
         seeds=pick(test=1, cpu=5),

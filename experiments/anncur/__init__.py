@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from experiments import results
 from experiments.anncur import domain, errors, recall, speed, training
 from experiments.anncur import encoders as scorers
 from experiments.results import Claim
@@ -14,19 +15,29 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   console.say(
     f"{config.data.name}: {len(d.items)} items searched, {len(d.train)} queries and {len(d.pool)} items to train on"
   )
+  found = results.part(workdir, "found", lambda: who_finds(config, d, console))
+  # What a query takes does not depend on what the encoders learnt.
+  cost = results.part(
+    workdir, "cost", lambda: speed.measure(config, d.searched, d.test[:1], training.untrained(config, d), console)
+  )
+  return found | {"cost": cost}
+
+
+def who_finds(config, d: domain.Domain, console) -> dict:
+  """Encoders and their rivals trained, the neighbours found by each, and the errors of the predicted scores."""
   encoders, seconds = training.train_encoders(config, d, console)
   encoders = {name: scorers.cast(encoder, config.dtype) for name, encoder in encoders.items()}
   quality = {head: training.measure_quality(encoders[head], d, config) for head in training.HEADS}
   scores, item_scores, rate = training.score(config, d, encoders, console)
-  retrievers, seconds = training.make_retrievers(config, d, encoders, scores["emb"], seconds, rate, console)
+  retrievers, seconds, students = training.make_retrievers(config, d, encoders, scores["emb"], seconds, rate, console)
   return {
     "quality": quality,
     "pairs_per_second": rate,
     "seconds": seconds,
+    "students": students,
     **recall.measure(config, d, scores, item_scores, retrievers, console),
     "errors": errors.measure_errors(config, scores),
     "spectrum": {head: errors.measure_spectrum(scores[head]) for head in training.HEADS},
-    "cost": speed.measure(config, d.searched, d.test[:1], encoders, console),
   }
 
 
@@ -35,8 +46,9 @@ def check_config(config) -> None:
   require(s.budget in s.budgets, f"search.budget={s.budget} must be one of search.budgets {tuple(s.budgets)}")
   require(set(s.claimed) <= set(s.ks) and 1 in s.ks, f"search.claimed {tuple(s.claimed)} and 1 must be in search.ks")
   require(
-    max(s.ks) <= min(s.budgets) <= max(s.budgets) < d.size,
-    f"search.budgets {tuple(s.budgets)} must lie between the largest k, {max(s.ks)}, and domain.size={d.size}",
+    min(s.claimed) <= min(s.budgets) and max(s.ks) <= s.budget and max(s.budgets) < d.size,
+    f"search.budgets {tuple(s.budgets)} must lie between the least claimed k, {min(s.claimed)}, and "
+    f"domain.size={d.size}; search.budget={s.budget} must reach the largest k, {max(s.ks)}",
   )
   require(
     min(s.budgets) * min(s.shares) >= s.rounds,
@@ -58,14 +70,20 @@ def claims(config, metrics: dict) -> list[Claim]:
 
 def finding(config, metrics: dict) -> str:
   s, table = config.search, metrics["recall"]
-  k = s.claimed[-1]
-  at = lambda name: table[name][f"k={k}"][f"C={s.budget}"]
-  best = max((name for name in recall.RIVALS if name in table), key=at)
+  best, ahead = recall.leads(config, table)
+  of = lambda budget: f"{budget} calls ({budget / config.domain.size:.0%})"
+
+  def said(budget):
+    k = max(recall.within(s.claimed, budget))
+    at = lambda name: table[name][f"k={k}"][f"C={budget}"]
+    rival = best[k, budget]
+    return f"of the {k} nearest {at('ANNCUR'):.0%}, ADACUR {at('ADACUR'):.0%}, the best rival ({rival}) {at(rival):.0%}"
+
+  behind = sum(value < 0 for value in ahead.values())
   last = list(metrics["cost"].values())[-1]
   return (
-    f"With {s.budget} calls of the scorer for {config.domain.size} items ANNCUR finds {at('ANNCUR'):.0%} and ADACUR "
-    f"{at('ADACUR'):.0%} of the {k} nearest, the best rival ({best}) {at(best):.0%}, a dual encoder "
-    f"{at('DE_base'):.0%}; "
+    f"With {of(s.budget)} of {config.domain.size} items ANNCUR finds {said(s.budget)}; with {of(min(s.budgets))} "
+    f"{said(min(s.budgets))}; behind at {behind} of {len(ahead)} k and budgets; "
     f"{last['all items by f / ANNCUR'][0]:.2g}x as fast as scoring all of {list(metrics['cost'])[-1]}."
   )
 

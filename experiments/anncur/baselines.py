@@ -153,12 +153,22 @@ def match_batches(
   steps: int,
   batch: int,
   top: int = 64,
+  others: int = 0,
 ) -> dict:
-  """MATCH: batches of query, the teacher's `top` items and their scores, for `encoders.match_loss`."""
-  best = np.argsort(-teacher, axis=1, kind="stable")[:, :top]
+  """MATCH: batches of query, the teacher's `top` items and their scores, for `encoders.match_loss`.
+
+  Args:
+    others: items below those that a batch draws at random besides, without replacement: of the `top` alone a student
+      learns their order, not what sets them apart from the rest.
+  """
+  order = np.argsort(-teacher, axis=1, kind="stable")
   at = random.integers(0, len(queries), (steps, batch))
-  scores = np.take_along_axis(teacher, best, 1)[at].astype(np.float32)
-  return {"query": queries[at].astype(np.int32), "items": best[at].astype(np.int32), "teacher": scores}
+  items = order[at][..., :top]
+  if others:
+    below = random.random((steps, batch, teacher.shape[1] - top)).argpartition(others - 1, axis=-1)[..., :others]
+    items = np.concatenate([items, np.take_along_axis(order[at], top + below, -1)], -1)
+  scores = np.take_along_axis(teacher[at], items, -1).astype(np.float32)
+  return {"query": queries[at].astype(np.int32), "items": items.astype(np.int32), "teacher": scores}
 
 
 def trp_batches(

@@ -1,6 +1,5 @@
 """The encoders of the experiment: trained on the text, judged on it, and the score matrices they give."""
 
-import functools
 import time
 
 import jax
@@ -16,15 +15,23 @@ from jaxlab.tensors import anncur
 
 HEADS = ("emb", "cls")
 NAMES = {"emb": "EMB-CE", "cls": "CLS-CE"}
+# The batches of a student: of the teacher's best items alone, as the paper has it, and with others drawn at random.
+DISTILLED = {
+  "MATCH": lambda random, queries, teacher, c: baselines.match_batches(
+    random, queries, teacher, steps=c.steps, batch=c.batch, top=c.top
+  ),
+  "TRP": lambda random, queries, teacher, c: baselines.trp_batches(
+    random, queries, teacher, steps=c.steps, batch=c.batch
+  ),
+  "MATCH with random items": lambda random, queries, teacher, c: baselines.match_batches(
+    random, queries, teacher, steps=c.steps, batch=c.batch, top=c.top, others=c.top
+  ),
+}
 
 
 def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
   """A dual encoder with negatives of its batch; from it both cross-encoders, and DE_base with mined negatives."""
-  switches = dict(embed_norm=True, qk_norm="before_rope", tied_embeddings=True)
-  shape = TransformerConfig(vocab_size=config.data.vocabulary, **config.shape, **switches)
-  keys = dict(
-    zip(("init", "pretrained", *HEADS, "DE_base"), jax.random.split(jax.random.key(config.seed), 5), strict=True)
-  )
+  keys = dict(zip(("init", "pretrained", *HEADS, "DE_base"), _keys(config), strict=True))
   gold = domain.gold[domain.train]
 
   def batches(random, c, steps, encoder=None):
@@ -57,10 +64,22 @@ def train_encoders(config, domain: Domain, console) -> tuple[dict, dict]:
     start = scorers.with_head(encoders["pretrained"], name, keys[name])
     return fit(name, start, scorers.cross_loss, config.cross)
 
-  first = jax.jit(lambda key: scorers.Encoder(shape, key, head="dual", marks=domain.marks))(keys["init"])
+  first = untrained(config, domain)["DE_base"]
   encoders = {"pretrained": fit("pretrained", first, scorers.dual_loss, config.pretrain)}
   names = (*HEADS, "DE_base")
   return encoders | dict(zip(names, overlapped(from_pretrained, names), strict=True)), seconds
+
+
+def _keys(config):
+  return jax.random.split(jax.random.key(config.seed), 3 + len(HEADS))
+
+
+def untrained(config, domain: Domain) -> dict:
+  """The dual encoder that all training starts from, and a cross-encoder of its body."""
+  switches = dict(embed_norm=True, qk_norm="before_rope", tied_embeddings=True)
+  shape = TransformerConfig(vocab_size=config.data.vocabulary, **config.shape, **switches)
+  first = jax.jit(lambda key: scorers.Encoder(shape, key, head="dual", marks=domain.marks))(_keys(config)[0])
+  return {"DE_base": first, "emb": scorers.with_head(first, "emb", _keys(config)[2])}
 
 
 def measure_quality(encoder, domain: Domain, config) -> dict:
@@ -108,7 +127,9 @@ def score(config, domain: Domain, encoders, console) -> tuple[dict, tuple[np.nda
 
 
 def make_retrievers(config, domain: Domain, encoders, scores, seconds: dict, rate: float, console):
-  """Approximate scores (dev and test queries, items) of all that is reranked; seconds of index and distilling."""
+  """Approximate scores (dev and test queries, items) of all that is reranked; seconds of index and distilling; what
+  `distil` found. A student is chosen on the dev queries, as the split of a budget is.
+  """
   queries, r_anc = np.concatenate([domain.dev, domain.test]), jnp.asarray(scores[: len(domain.anchor)])
   words = [domain.words[0][q] for q in queries], [domain.words[1][i] for i in domain.items]
   local = domain.searched
@@ -117,32 +138,63 @@ def make_retrievers(config, domain: Domain, encoders, scores, seconds: dict, rat
     q = scorers.dual_embeddings(encoder, local.queries[queries], item=False)
     return q @ scorers.dual_embeddings(encoder, local.items, item=True).T
 
-  c, random = config.distil, np.random.default_rng(config.seed)
   retrievers = {
     "TF-IDF": baselines.tf_idf(*words),
     "BM25": baselines.bm25(*words),
     "DE_base": dual(encoders["DE_base"]),
   }
-  distil = {
-    "MATCH": functools.partial(baselines.match_batches, top=c.top),
-    "TRP": baselines.trp_batches,
-  }
-  seconds = seconds | {"score matrix": r_anc.size / rate}
-  for name, batches in distil.items():
-    make = lambda encoder, epoch, b=batches: b(random, domain.anchor, np.asarray(r_anc), steps=c.steps, batch=c.batch)
-    start, student = time.perf_counter(), scorers.cast(encoders["DE_base"], "float32")
-    student, _ = scorers.train(
-      student, scorers.match_loss, local, make, jax.random.key(1),
-      epochs=c.epochs, steps=c.steps, rate=c.rate, dtype=config.dtype,
-    )  # fmt: skip
+  seconds, students = seconds | {"score matrix": r_anc.size / rate}, {}
+  exact = jnp.asarray(scores[len(domain.anchor) :][: len(domain.dev)])
+  validate = lambda student: recall_on(exact, dual(scorers.cast(student, config.dtype))[: len(exact)], config.search)
+  for name in DISTILLED:
+    start = time.perf_counter()
+    student, students[name] = distil(config, domain, name, encoders["DE_base"], np.asarray(r_anc), validate)
     retrievers[f"DE distilled, {name}"] = jax.block_until_ready(dual(scorers.cast(student, config.dtype)))
     seconds[f"distil {name}"] = time.perf_counter() - start
-    console.say(f"distilled with {name} in {seconds[f'distil {name}']:.0f} s")
+    found = students[name]
+    console.say(
+      f"distilled with {name} in {seconds[f'distil {name}']:.0f} s: {found['start']:.3f} -> {found['best']:.3f}"
+    )
   anchors = anncur.draw_anchors(jax.random.key(0), r_anc.shape[1], config.search.budget // 2)
   start = time.perf_counter()
   jax.block_until_ready(anncur.cur_index(r_anc, anchors))
   seconds["cur index"] = time.perf_counter() - start
   retrievers["mean score"] = jnp.broadcast_to(r_anc.mean(0), (len(queries), r_anc.shape[1]))
-  retrievers["random"] = random.random((len(queries), r_anc.shape[1]), np.float32)
+  random = np.random.default_rng(config.seed).random((len(queries), r_anc.shape[1]), np.float32)
+  retrievers["random"] = random
   embeddings = scorers.dual_embeddings(encoders["DE_base"], local.items, item=True)
-  return {name: jnp.asarray(s) for name, s in retrievers.items()} | {"item vectors": embeddings}, seconds
+  return {name: jnp.asarray(s) for name, s in retrievers.items()} | {"item vectors": embeddings}, seconds, students
+
+
+def recall_on(exact, approximate, search) -> float:
+  """Mean recall over all k and budgets of reranking: what a student is chosen by."""
+  by_k = anncur.evaluate(exact, approximate, ks=tuple(search.ks), retrieves=tuple(search.budgets)).mean(-1)
+  fair = np.array(search.ks)[:, None] <= np.array(search.budgets)
+  return float(np.asarray(by_k)[fair].mean())
+
+
+def distil(config, domain: Domain, name: str, first, teacher, validate) -> tuple:
+  """The student that is best on validation, from DE_base: (student, what each rate reached).
+
+  Every rate trains in rounds, each a warm-up and a fall to 0, until `patience` rounds in a row bring nothing. DE_base
+  itself counts, so that no student ends below its start on the queries it is chosen by.
+  """
+  c, random, start = config.distil, np.random.default_rng(config.seed), scorers.cast(first, "float32")
+  make = lambda encoder, epoch: DISTILLED[name](random, domain.anchor, teacher, c)
+  best, value = start, validate(start)
+  found = {"start": value, "best": value, "rate": 0.0, "rounds": 0, "reached": {}}
+  for rate in c.rates:
+    student, top, stale, done = start, found["start"], 0, 0
+    while stale < c.patience and done < c.rounds:
+      student, _ = scorers.train(
+        student, scorers.match_loss, domain.searched, make, jax.random.key(done), epochs=1, steps=c.steps, rate=rate,
+        dtype=config.dtype,
+      )  # fmt: skip
+      value, done = validate(student), done + 1
+      stale = 0 if value > top else stale + 1
+      top = max(top, value)
+      if value > found["best"]:
+        best = student
+        found |= {"best": value, "rate": rate, "rounds": done}
+    found["reached"][f"{rate:g}"] = {"best": top, "rounds": done}
+  return best, found

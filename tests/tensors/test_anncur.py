@@ -1,5 +1,6 @@
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from configs import anncur as config_file
 from experiments import anncur as experiment
 from experiments import results
-from experiments.anncur import baselines, recall
+from experiments.anncur import baselines, recall, training
 from experiments.anncur import data as anncur_data
 from experiments.anncur import encoders as anncur_encoders
 from experiments.console import Console
@@ -479,7 +480,30 @@ def test_batches_hold_what_they_say():
   trp = baselines.trp_batches(random, np.arange(5), teacher, steps=4, batch=30)
   ranks = lambda batch: rank[batch["query"][..., None], batch["items"]]
   assert np.all(ranks(match) == np.arange(6)) and np.all(np.diff(match["teacher"]) < 0)
+  wide = baselines.match_batches(random, np.arange(5), teacher, steps=4, batch=3, top=6, others=9)
+  below = ranks(wide)[..., 6:]
+  assert np.all(ranks(wide)[..., :6] == np.arange(6)) and below.min() >= 6
+  assert all(len(set(row)) == 9 for row in below.reshape(-1, 9)) and len(set(below.ravel())) == 14
+  assert np.allclose(wide["teacher"], teacher[wide["query"][..., None], wide["items"]])
   assert set(ranks(trp)[..., 0].ravel().tolist()) == {0, 1, 2, 3} and np.all(ranks(trp)[..., 1:] == np.arange(4, 12))
+
+
+def test_a_student_stops_where_validation_does_and_never_below_its_start(monkeypatch):
+  """Rates 1 and 2: the first gains for two rounds, the second never; with no gain at all the start is kept."""
+  config = config_file.get_config("test")
+  config.distil.update(rates=(1.0, 2.0), patience=2, rounds=9, steps=1)
+  monkeypatch.setattr(training.scorers, "cast", lambda encoder, dtype: encoder)
+  monkeypatch.setattr(training.scorers, "train", lambda student, *_, rate, **__: ((*student, rate), None))
+  nothing = types.SimpleNamespace(searched=None, anchor=None)
+
+  def distil(values):
+    return training.distil(config, nothing, "MATCH", (), None, lambda student: values.get(student, 0.1))
+
+  student, found = distil({(): 0.4, (1.0,): 0.5, (1.0, 1.0): 0.7, (1.0, 1.0, 1.0): 0.6})
+  assert student == (1.0, 1.0) and (found["start"], found["best"], found["rate"], found["rounds"]) == (0.4, 0.7, 1.0, 2)
+  assert found["reached"] == {"1": {"best": 0.7, "rounds": 4}, "2": {"best": 0.4, "rounds": 2}}
+  student, found = distil({(): 0.4})
+  assert student == () and found["best"] == 0.4 and found["rounds"] == 0
 
 
 def test_the_experiment_runs_at_test_scale(tmp_path):
@@ -487,23 +511,27 @@ def test_the_experiment_runs_at_test_scale(tmp_path):
   assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
   assert len(report.claims) >= 8
   table = report.metrics["recall"]
-  assert len(table) == 16 and all(
+  assert len(table) == 17 and all(
     0 <= r <= 1 + 1e-6 for row in table.values() for k in row.values() for r in k.values()
   )
+  ahead = recall.leads(config_file.get_config("test"), table)[1]
+  assert list(ahead) == [(5, 20), (5, 40)] and report.claims[0].ours == min(ahead.values())
+  assert all(found["best"] >= found["start"] for found in report.metrics["students"].values())
 
 
 def test_a_share_of_an_error_is_claimed_where_there_is_one():
-  """ANNCUR that misses less than one query of the test leaves nothing to remove a share of."""
+  """The worst budget's; ANNCUR that misses less than one query of the test leaves nothing to remove a share of."""
   config = config_file.get_config("cpu")
+  config.search.budgets = (40, 100)
   table = lambda *errors: {
-    name: {"k=1": {f"C={c}": 1 - part * e for c, e in zip((40, 100), errors, strict=True)}}
-    for name, part in (("ANNCUR", 1), ("ADACUR", 0.25))
+    name: {"k=1": {f"C={c}": 1 - part * e for part, c, e in zip(parts, (40, 100), errors, strict=True)}}
+    for name, parts in (("ANNCUR", (1, 1)), ("ADACUR", (0.5, 0.25)))
   }
   one = 1 / config.domain.test_queries
-  shares = lambda *errors: {c.name[-4:].strip("( )"): c.ours for c in recall.adaptive_claims(config, table(*errors))}
-  assert shares(0.1, one) == pytest.approx({"40": 0.75, "100": 0.75})
-  assert shares(0.1, 0.9 * one) == pytest.approx({"40": 0.75})
-  assert shares(0.0, 0.0) == {}
+  shares = lambda *errors: [(c.ours, c.baseline) for c in recall.adaptive_claims(config, table(*errors))]
+  assert shares(0.1, one) == [(pytest.approx(0.5), "ANNCUR 0.900")]
+  assert shares(0.9 * one, 0.2) == [(pytest.approx(0.75), "ANNCUR 0.800")]
+  assert shares(0.0, 0.0) == []
 
 
 def test_the_recall_of_the_experiment_is_that_of_searching():
