@@ -8,11 +8,10 @@ import ml_collections
 import numpy as np
 import optax
 
+from experiments import results
 from experiments.long_context import Subject
 from experiments.text import Text
 from jaxlab.core.checks import require
-from jaxlab.core.files import write_files
-from jaxlab.core.foreign import foreign
 from jaxlab.data import packing
 from jaxlab.training.optimizers import adam
 
@@ -34,9 +33,9 @@ def trained(module, loss: Callable, subject: Subject, train, *, data, cache: Pat
   if not file.exists():
     leaves, losses = _fit(module, loss, subject, train, _rows(subject, train, data, cache, seed), console)
     arrays = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)} | {"losses": losses}
-    write_files(file.parent, {file.name: lambda stream: np.savez(stream, **arrays)})
-  with foreign(file, "remove it to train anew"), np.load(file) as kept:
-    made, losses = [kept[f"{i}"] for i in range(len(leaves))], kept["losses"].tolist()
+    results.keep_arrays(file, arrays)
+  kept = results.kept_arrays(file, "remove it to train anew")
+  losses, made = kept.pop("losses").tolist(), [kept[name] for name in sorted(kept, key=int)]
   same = [a.shape for a in made] == [a.shape for a in leaves]
   require(same, f"{file} holds a module of other shapes; remove it to train anew")
   return jax.tree.unflatten(structure, map(jax.numpy.asarray, made)), losses

@@ -4,40 +4,35 @@ from pathlib import Path
 
 from experiments import results
 from experiments.anncur import domain, errors, recall, speed, training
-from experiments.anncur import encoders as scorers
 from experiments.results import Claim
 from jaxlab.core.checks import require
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
+  """Encoders and their scores, a student a way of distilling, recall a budget, errors, time: each a part of the run."""
   check_config(config)
   d = domain.load(config, cache)
   console.say(
     f"{config.data.name}: {len(d.items)} items searched, {len(d.train)} queries and {len(d.pool)} items to train on"
   )
-  found = results.part(workdir, "found", lambda: who_finds(config, d, console))
-  # What a query takes does not depend on what the encoders learnt.
-  cost = results.part(
-    workdir, "cost", lambda: speed.measure(config, d.searched, d.test[:1], training.untrained(config, d), console)
-  )
-  return found | {"cost": cost}
-
-
-def who_finds(config, d: domain.Domain, console) -> dict:
-  """Encoders and their rivals trained, the neighbours found by each, and the errors of the predicted scores."""
-  encoders, seconds = training.train_encoders(config, d, console)
-  encoders = {name: scorers.cast(encoder, config.dtype) for name, encoder in encoders.items()}
-  quality = {head: training.measure_quality(encoders[head], d, config) for head in training.HEADS}
-  scores, item_scores, rate = training.score(config, d, encoders, console)
-  retrievers, seconds, students = training.make_retrievers(config, d, encoders, scores["emb"], seconds, rate, console)
+  part = lambda name, measure, *given: results.part(workdir, name, lambda: measure(config, d, *given))
+  trained = part("encoders", training.train_and_score, workdir, console)
+  kept = training.kept(config, d, workdir)
+  students = {
+    name: part(f"student.{way}", training.distil_and_score, way, kept, workdir, console)
+    for way, name in training.STUDENTS.items()
+  }
+  retrievers = training.retrievers(config, d, kept, workdir)
+  found = {
+    budget: part(f"recall.{budget}", recall.measure, kept, retrievers, budget) for budget in config.search.budgets
+  }
   return {
-    "quality": quality,
-    "pairs_per_second": rate,
-    "seconds": seconds,
+    **trained,
     "students": students,
-    **recall.measure(config, d, scores, item_scores, retrievers, console),
-    "errors": errors.measure_errors(config, scores),
-    "spectrum": {head: errors.measure_spectrum(scores[head]) for head in training.HEADS},
+    **recall.by_budget(found),
+    **part("errors", errors.measure, kept.scores),
+    # What a query takes does not depend on what the encoders learnt.
+    "cost": part("cost", speed.measure, training.untrained(config, d), console),
   }
 
 

@@ -153,22 +153,39 @@ def match_batches(
   steps: int,
   batch: int,
   top: int = 64,
-  others: int = 0,
 ) -> dict:
-  """MATCH: batches of query, the teacher's `top` items and their scores, for `encoders.match_loss`.
-
-  Args:
-    others: items below those that a batch draws at random besides, without replacement: of the `top` alone a student
-      learns their order, not what sets them apart from the rest.
-  """
-  order = np.argsort(-teacher, axis=1, kind="stable")
+  """MATCH: batches of query, the teacher's `top` items and their scores, for `encoders.match_loss`."""
+  best = np.argsort(-teacher, axis=1, kind="stable")[:, :top]
   at = random.integers(0, len(queries), (steps, batch))
-  items = order[at][..., :top]
-  if others:
-    below = random.random((steps, batch, teacher.shape[1] - top)).argpartition(others - 1, axis=-1)[..., :others]
-    items = np.concatenate([items, np.take_along_axis(order[at], top + below, -1)], -1)
-  scores = np.take_along_axis(teacher[at], items, -1).astype(np.float32)
-  return {"query": queries[at].astype(np.int32), "items": items.astype(np.int32), "teacher": scores}
+  return _batches(queries[at], best[at], np.take_along_axis(teacher[at], best[at], -1))
+
+
+def shared_batches(
+  random: np.random.Generator,
+  queries: Int[np.ndarray, "Q"],
+  teacher: Float[np.ndarray, "Q n"],
+  *,
+  steps: int,
+  batch: int,
+  items: int,
+) -> dict:
+  """MATCH over `items` items at random that all `batch` queries share: each is embedded once for many scores.
+
+  Of the teacher's top alone a student learns their order, not what sets them apart from the rest.
+
+  Raises:
+    InputError: batch is not in 1..Q, or items not in 1..n.
+  """
+  most, n = teacher.shape
+  require(1 <= batch <= most and 1 <= items <= n, f"{batch} queries share {items} items; there are {most} and {n}")
+  draw = lambda size, count: np.argsort(random.random((steps, size)), axis=1)[:, :count]
+  at, drawn = draw(most, batch), draw(n, items)
+  return {
+    "query": queries[at].astype(np.int32),
+    "items": drawn.astype(np.int32),
+    "place": np.broadcast_to(np.arange(items, dtype=np.int32), (steps, batch, items)),
+    "teacher": teacher[at[..., None], drawn[:, None]].astype(np.float32),
+  }
 
 
 def trp_batches(
@@ -188,9 +205,17 @@ def trp_batches(
   best = np.argsort(-teacher, axis=1, kind="stable")
   at, which = random.integers(0, len(queries), (steps, batch)), random.integers(0, positives, (steps, batch))
   items = np.concatenate([best[at, which][..., None], best[at][..., positives : positives + negatives]], -1)
-  weight = np.where(np.arange(negatives + 1) == 0, 0.0, -np.inf).astype(np.float32)
+  weight = np.where(np.arange(negatives + 1) == 0, 0.0, -np.inf)
+  return _batches(queries[at], items, np.broadcast_to(weight, items.shape))
+
+
+def _batches(queries: Int[np.ndarray, "steps B"], candidates: Int[np.ndarray, "steps B c"], teacher) -> dict:
+  """Batches in which every query has candidates of its own."""
+  steps = len(candidates)
+  place = np.arange(candidates[0].size, dtype=np.int32).reshape(candidates.shape[1:])
   return {
-    "query": queries[at].astype(np.int32),
-    "items": items.astype(np.int32),
-    "teacher": np.broadcast_to(weight, items.shape).copy(),
+    "query": queries.astype(np.int32),
+    "items": candidates.reshape(steps, -1).astype(np.int32),
+    "place": np.broadcast_to(place, candidates.shape),
+    "teacher": teacher.astype(np.float32),
   }

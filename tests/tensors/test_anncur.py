@@ -282,6 +282,10 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=0, retrieve=1, k=1), "rounds is 0"),
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=1, retrieve=1, k=1, strength=0.0), "strength"),
     (lambda: anncur.evaluate(jnp.ones((1, 5)), jnp.ones((1, 5)), ks=(6,), retrieves=(2,)), "beyond 5 items"),
+    (
+      lambda: baselines.shared_batches(None, [0], np.ones((1, 9)), steps=1, batch=2, items=5),
+      "2 queries share 5 items",
+    ),
     (lambda: baselines.truncated_svd(jnp.ones((2, 5)), 3), r"it must lie in 1\.\.2"),
     (lambda: baselines.cluster_anchors(KEY, jnp.ones((4, 2)), 5), "5 clusters of 4"),
     (lambda: baselines.tf_idf_neighbours([["a"]], [["a"]], np.array([0]), count=1), "1 neighbours besides the gold"),
@@ -459,6 +463,7 @@ def test_losses_are_the_formulas():
   teacher = np.array([[1.0, 0.0], [2.0, -1.0]])
   p = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
   rows = [p[row] @ log_softmax(s[q, items]) for row, (q, items) in enumerate(((3, [3, 8]), (4, [4, 3])))]
+  batch = {"query": batch["query"], "items": jnp.array([8, 3, 4]), "place": jnp.array([[1, 0], [2, 1]])}
   batch["teacher"] = jnp.asarray(teacher)
   assert np.isclose(match_loss(encoder, tokens, batch, KEY), -np.mean(rows), atol=1e-4)
   batch["teacher"] = jnp.array([[0, -jnp.inf]] * 2)
@@ -478,13 +483,17 @@ def test_batches_hold_what_they_say():
   rank = np.argsort(np.argsort(-teacher, 1), 1)
   match = baselines.match_batches(random, np.arange(5), teacher, steps=4, batch=3, top=6)
   trp = baselines.trp_batches(random, np.arange(5), teacher, steps=4, batch=30)
-  ranks = lambda batch: rank[batch["query"][..., None], batch["items"]]
-  assert np.all(ranks(match) == np.arange(6)) and np.all(np.diff(match["teacher"]) < 0)
-  wide = baselines.match_batches(random, np.arange(5), teacher, steps=4, batch=3, top=6, others=9)
-  below = ranks(wide)[..., 6:]
-  assert np.all(ranks(wide)[..., :6] == np.arange(6)) and below.min() >= 6
-  assert all(len(set(row)) == 9 for row in below.reshape(-1, 9)) and len(set(below.ravel())) == 14
-  assert np.allclose(wide["teacher"], teacher[wide["query"][..., None], wide["items"]])
+
+  def ranks(batch):
+    candidates = np.take_along_axis(batch["items"][:, None], batch["place"], -1)
+    taught = np.take_along_axis(teacher[batch["query"]], candidates, -1)
+    assert batch is trp or np.allclose(batch["teacher"], taught)
+    return np.take_along_axis(rank[batch["query"]], candidates, -1)
+
+  assert np.all(ranks(match) == np.arange(6)) and match["items"].shape == (4, 18)
+  shared = baselines.shared_batches(random, np.arange(5), teacher, steps=40, batch=3, items=9)
+  assert ranks(shared).shape == (40, 3, 9) and set(ranks(shared).ravel().tolist()) == set(range(20))
+  assert all(len(set(row)) == len(row) for part in ("query", "items") for row in shared[part].tolist())
   assert set(ranks(trp)[..., 0].ravel().tolist()) == {0, 1, 2, 3} and np.all(ranks(trp)[..., 1:] == np.arange(4, 12))
 
 
@@ -492,12 +501,11 @@ def test_a_student_stops_where_validation_does_and_never_below_its_start(monkeyp
   """Rates 1 and 2: the first gains for two rounds, the second never; with no gain at all the start is kept."""
   config = config_file.get_config("test")
   config.distil.update(rates=(1.0, 2.0), patience=2, rounds=9, steps=1)
-  monkeypatch.setattr(training.scorers, "cast", lambda encoder, dtype: encoder)
   monkeypatch.setattr(training.scorers, "train", lambda student, *_, rate, **__: ((*student, rate), None))
   nothing = types.SimpleNamespace(searched=None, anchor=None)
 
   def distil(values):
-    return training.distil(config, nothing, "MATCH", (), None, lambda student: values.get(student, 0.1))
+    return training.distil(config, nothing, "match", (), None, lambda student: values.get(student, 0.1))
 
   student, found = distil({(): 0.4, (1.0,): 0.5, (1.0, 1.0): 0.7, (1.0, 1.0, 1.0): 0.6})
   assert student == (1.0, 1.0) and (found["start"], found["best"], found["rate"], found["rounds"]) == (0.4, 0.7, 1.0, 2)
