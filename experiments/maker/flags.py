@@ -39,7 +39,13 @@ def pairs(config, chosen, tokens: int) -> dict:
   wrong, flagged, votes = [], 0, 0
   for number in range(2):
     found = maker.decide(
-      sample, chosen, count, margin=1, key=jax.random.key(config.seed + 10 + number), width=config.flags.width
+      sample,
+      chosen,
+      count,
+      margin=1,
+      key=jax.random.key(config.seed + 10 + number),
+      width=config.flags.width,
+      most=config.most_samples,
     )
     wrong.append((found.said != right[np.arange(count) % len(right)]).any(axis=1))
     flagged, votes = flagged + int(found.flagged.sum()), votes + int(found.votes.sum())
