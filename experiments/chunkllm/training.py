@@ -1,8 +1,10 @@
 """Training a model's adapters with the model frozen, on text whose sentences are marked."""
 
+import functools
 from pathlib import Path
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
@@ -87,10 +89,10 @@ def quality(config, network, untrained, rows: np.ndarray, labels: np.ndarray) ->
     a chunk of the text's own)}.
   """
   how = dict(top=config.train.top, block=config.train.block) | _chunks(config)
-  adapters = network.adapters
-  parts = adapter_loss(adapters, network, rows, labels, **how)[1]
-  before = adapter_loss(untrained, network, rows, labels, **how)[1]
-  guess = np.asarray(adapters.ends(first_output(network, rows))) > 0
+  measured = jax.jit(functools.partial(adapter_loss, **how))
+  parts, before = (measured(adapters, network, rows, labels)[1] for adapters in (network.adapters, untrained))
+  ends = jax.jit(lambda network, rows: network.adapters.ends(first_output(network, rows)))
+  guess = np.asarray(ends(network, rows)) > 0
   hits = (guess & labels).sum()
   precision, found = hits / max(guess.sum(), 1), hits / max(labels.sum(), 1)
   return {

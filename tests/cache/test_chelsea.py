@@ -9,25 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxlab.cache.chelsea as module
 from jaxlab.attention.compact_attention import compact
-from jaxlab.cache.chelsea import (
-  Entries,
-  attend_entries,
-  chelsea,
-  compress,
-  error_bound,
-  kept,
-  merge,
-  schedule,
-  soft_match,
-)
+from jaxlab.cache.chelsea import Entries, chelsea, error_bound, kept, schedule
 from jaxlab.core.checks import InputError
 from jaxlab.evaluation.long_context import cache_bytes
 from jaxlab.models import generate, inference, paged
-from tests.common import configs, random_model, random_tokens
+from tests.common import configs, random_model, random_tokens, whole
 
 D = 8
 SMALL = dict(chunk=4, sink=2, recent=3)
+attend_entries, compress, merge, soft_match = map(
+  whole, (module.attend_entries, module.compress, module.merge, module.soft_match)
+)
 
 
 def entries(seed, n, lead=()):
@@ -328,7 +322,7 @@ def test_what_it_cannot_do_is_named():
       chelsea(**options)
   for option in ("partition", "likeness"):
     with pytest.raises(InputError, match=f"{option} is 'odd'"):
-      compress(entries(0, 4), keep=0.5, chunk=4, **{option: "odd"})
-  _, state = decoder().prefill(network(), random_tokens(1, 8), None, capacity=12)
+      module.compress(entries(0, 4), keep=0.5, chunk=4, **{option: "odd"})
+  _, state = jax.jit(functools.partial(decoder().prefill, lengths=None, capacity=12))(network(), random_tokens(1, 8))
   with pytest.raises(InputError, match="2 tokens at once"):
     decoder().step(network(), random_tokens(1, 2), state)

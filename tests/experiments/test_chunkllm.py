@@ -7,13 +7,13 @@ from jaxlab.data import tokenizer
 from tests.common import run_and_continue
 
 
-def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
+def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   """On a folder of one's own, named on the command line, with adapters trained for it."""
   config = config_file.get_config("test")
-  config.model, config.data.path, config.data.split = f"hf:{tiny_checkpoint}", "docs/**/*.md", "train"
+  config.model, config.data.path, config.data.split = f"hf:{two_layers}", "docs/**/*.md", "train"
   report = run_and_continue("chunkllm", tmp_path, monkeypatch, "subjects", "speed.measure", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
-  name = tiny_checkpoint.name
+  name = two_layers.name
   rows = {row["decoder"]: row for row in report.metrics["losses"][name]}
   assert set(rows) == {"dense", "ChunkLLM 0.4", "sliding window"}
   assert rows["dense"]["read"] == 1 > rows["ChunkLLM 0.4"]["read"] > 0.1
