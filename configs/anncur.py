@@ -99,7 +99,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         shared=dict(  # random items that all queries of a batch share
           steps=pick(test=2, cpu=80, gpu=100),
           batch=pick(test=8, cpu=64, gpu=256),
-          items=pick(test=16, cpu=128, gpu=512),
+          size=pick(test=16, cpu=128, gpu=512),
         ),
         rates=pick(cpu=(1e-3,), gpu=(3e-4, 1e-3)),  # cpu: 3e-3 reaches less
       ),

@@ -49,6 +49,12 @@ def check_config(config) -> None:
     min(s.budgets) * min(s.shares) >= s.rounds,
     f"search.rounds={s.rounds} exceeds the anchors of the smallest budget; lower it",
   )
+  shared = config.distil.shared
+  require(
+    shared.batch <= d.anchor_queries and shared.size <= d.size,
+    f"distil.shared has batch={shared.batch} of domain.anchor_queries={d.anchor_queries} and size={shared.size} of "
+    f"domain.size={d.size}; lower them",
+  )
   require(
     config.errors.seeds >= 1 and s.seeds >= 1 and all(0 < share < 1 for share in s.shares),
     "search.shares must lie between 0 and 1, seeds must be at least 1",

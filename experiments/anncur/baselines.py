@@ -167,23 +167,23 @@ def shared_batches(
   *,
   steps: int,
   batch: int,
-  items: int,
+  size: int,
 ) -> dict:
-  """MATCH over `items` items at random that all `batch` queries share: each is embedded once for many scores.
+  """MATCH over `size` items at random that all `batch` queries share: each is embedded once for many scores.
 
   Of the teacher's top alone a student learns their order, not what sets them apart from the rest.
 
   Raises:
-    InputError: batch is not in 1..Q, or items not in 1..n.
+    InputError: batch is not in 1..Q, or size not in 1..n.
   """
   most, n = teacher.shape
-  require(1 <= batch <= most and 1 <= items <= n, f"{batch} queries share {items} items; there are {most} and {n}")
-  draw = lambda size, count: np.argsort(random.random((steps, size)), axis=1)[:, :count]
-  at, drawn = draw(most, batch), draw(n, items)
+  require(1 <= batch <= most and 1 <= size <= n, f"{batch} queries share {size} items; there are {most} and {n}")
+  draw = lambda among, count: np.argsort(random.random((steps, among)), axis=1)[:, :count]
+  at, drawn = draw(most, batch), draw(n, size)
   return {
     "query": queries[at].astype(np.int32),
     "items": drawn.astype(np.int32),
-    "place": np.broadcast_to(np.arange(items, dtype=np.int32), (steps, batch, items)),
+    "place": np.broadcast_to(np.arange(size, dtype=np.int32), (steps, batch, size)),
     "teacher": teacher[at[..., None], drawn[:, None]].astype(np.float32),
   }
 

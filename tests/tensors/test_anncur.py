@@ -10,17 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import anncur as config_file
+from configs.scales import SCALES
 from experiments import anncur as experiment
-from experiments import results
 from experiments.anncur import baselines, recall, training
 from experiments.anncur import data as anncur_data
 from experiments.anncur import encoders as anncur_encoders
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig
 from jaxlab.tensors import anncur
-from tests.common import Whole
+from tests.common import Whole, run_and_continue
 
 # In tests that check numbers; `anncur` itself looks at the values it is given too.
 compiled = Whole(anncur, "cur_index", "cur_scores", "draw_anchors", "evaluate", "recall", "regularised_pinv", "top_k")
@@ -283,7 +282,7 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=1, retrieve=1, k=1, strength=0.0), "strength"),
     (lambda: anncur.evaluate(jnp.ones((1, 5)), jnp.ones((1, 5)), ks=(6,), retrieves=(2,)), "beyond 5 items"),
     (
-      lambda: baselines.shared_batches(None, [0], np.ones((1, 9)), steps=1, batch=2, items=5),
+      lambda: baselines.shared_batches(None, [0], np.ones((1, 9)), steps=1, batch=2, size=5),
       "2 queries share 5 items",
     ),
     (lambda: baselines.truncated_svd(jnp.ones((2, 5)), 3), r"it must lie in 1\.\.2"),
@@ -491,7 +490,7 @@ def test_batches_hold_what_they_say():
     return np.take_along_axis(rank[batch["query"]], candidates, -1)
 
   assert np.all(ranks(match) == np.arange(6)) and match["items"].shape == (4, 18)
-  shared = baselines.shared_batches(random, np.arange(5), teacher, steps=40, batch=3, items=9)
+  shared = baselines.shared_batches(random, np.arange(5), teacher, steps=40, batch=3, size=9)
   assert ranks(shared).shape == (40, 3, 9) and set(ranks(shared).ravel().tolist()) == set(range(20))
   assert all(len(set(row)) == len(row) for part in ("query", "items") for row in shared[part].tolist())
   assert set(ranks(trp)[..., 0].ravel().tolist()) == {0, 1, 2, 3} and np.all(ranks(trp)[..., 1:] == np.arange(4, 12))
@@ -514,9 +513,9 @@ def test_a_student_stops_where_validation_does_and_never_below_its_start(monkeyp
   assert student == () and found["best"] == 0.4 and found["rounds"] == 0
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = results.evaluate(experiment, config_file.get_config("test"), tmp_path, tmp_path, Console(quiet=True))
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+def test_the_experiment_runs_at_test_scale_and_no_part_of_it_twice(tmp_path, monkeypatch):
+  parts = ("training.train_and_score", "training.distil_and_score", "recall.measure", "errors.measure", "speed.measure")
+  report = run_and_continue("anncur", tmp_path, monkeypatch, *parts)
   assert len(report.claims) >= 8
   table = report.metrics["recall"]
   assert len(table) == 17 and all(
@@ -525,6 +524,11 @@ def test_the_experiment_runs_at_test_scale(tmp_path):
   ahead = recall.leads(config_file.get_config("test"), table)[1]
   assert list(ahead) == [(5, 20), (5, 40)] and report.claims[0].ours == min(ahead.values())
   assert all(found["best"] >= found["start"] for found in report.metrics["students"].values())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_fits_together(scale):
+  experiment.check_config(config_file.get_config(scale))
 
 
 def test_a_share_of_an_error_is_claimed_where_there_is_one():
