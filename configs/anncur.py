@@ -120,7 +120,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       errors=dict(
         anchors=pick(
           test=(20,),
-          cpu=(25, 50, 100, 200),
+          cpu=(50, 100, 200),
           gpu=(50, 100, 200, 300, 600, 1000),
           paper=(50, 100, 200, 400, 500, 600, 1000, 2000),
         ),
