@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.core.files import write_text
+from jaxlab.core.files import write_files, write_text
 from jaxlab.core.foreign import foreign
 
 MOST_CLAIMS = 12
@@ -234,6 +235,21 @@ def part(workdir: Path, name: str, measure) -> dict:
     write_text(file, json.dumps(finite(kept), indent=1))
   with foreign(file, "remove it to measure this part again"):
     return restored(json.loads(file.read_text())["result"])
+
+
+def keep_arrays(file: Path, arrays: dict) -> None:
+  """Writes {name: array} into `file` (.npz): what a part has besides its JSON."""
+  write_files(file.parent, {file.name: lambda stream: np.savez(stream, **arrays)})
+
+
+def kept_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
+  """What `keep_arrays` wrote.
+
+  Raises:
+    InputError: no such file, or a damaged one; `remedy` says what to do.
+  """
+  with foreign(file, remedy), np.load(file) as kept:
+    return dict(kept)
 
 
 def _without(tree: dict, name: str) -> dict:

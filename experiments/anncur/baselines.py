@@ -157,8 +157,35 @@ def match_batches(
   """MATCH: batches of query, the teacher's `top` items and their scores, for `encoders.match_loss`."""
   best = np.argsort(-teacher, axis=1, kind="stable")[:, :top]
   at = random.integers(0, len(queries), (steps, batch))
-  scores = np.take_along_axis(teacher, best, 1)[at].astype(np.float32)
-  return {"query": queries[at].astype(np.int32), "items": best[at].astype(np.int32), "teacher": scores}
+  return _batches(queries[at], best[at], np.take_along_axis(teacher[at], best[at], -1))
+
+
+def shared_batches(
+  random: np.random.Generator,
+  queries: Int[np.ndarray, "Q"],
+  teacher: Float[np.ndarray, "Q n"],
+  *,
+  steps: int,
+  batch: int,
+  size: int,
+) -> dict:
+  """MATCH over `size` items at random that all `batch` queries share: each is embedded once for many scores.
+
+  Of the teacher's top alone a student learns their order, not what sets them apart from the rest.
+
+  Raises:
+    InputError: batch is not in 1..Q, or size not in 1..n.
+  """
+  most, n = teacher.shape
+  require(1 <= batch <= most and 1 <= size <= n, f"{batch} queries share {size} items; there are {most} and {n}")
+  draw = lambda among, count: np.argsort(random.random((steps, among)), axis=1)[:, :count]
+  at, drawn = draw(most, batch), draw(n, size)
+  return {
+    "query": queries[at].astype(np.int32),
+    "items": drawn.astype(np.int32),
+    "place": np.broadcast_to(np.arange(size, dtype=np.int32), (steps, batch, size)),
+    "teacher": teacher[at[..., None], drawn[:, None]].astype(np.float32),
+  }
 
 
 def trp_batches(
@@ -178,9 +205,17 @@ def trp_batches(
   best = np.argsort(-teacher, axis=1, kind="stable")
   at, which = random.integers(0, len(queries), (steps, batch)), random.integers(0, positives, (steps, batch))
   items = np.concatenate([best[at, which][..., None], best[at][..., positives : positives + negatives]], -1)
-  weight = np.where(np.arange(negatives + 1) == 0, 0.0, -np.inf).astype(np.float32)
+  weight = np.where(np.arange(negatives + 1) == 0, 0.0, -np.inf)
+  return _batches(queries[at], items, np.broadcast_to(weight, items.shape))
+
+
+def _batches(queries: Int[np.ndarray, "steps B"], candidates: Int[np.ndarray, "steps B c"], teacher) -> dict:
+  """Batches in which every query has candidates of its own."""
+  steps = len(candidates)
+  place = np.arange(candidates[0].size, dtype=np.int32).reshape(candidates.shape[1:])
   return {
-    "query": queries[at].astype(np.int32),
-    "items": items.astype(np.int32),
-    "teacher": np.broadcast_to(weight, items.shape).copy(),
+    "query": queries.astype(np.int32),
+    "items": candidates.reshape(steps, -1).astype(np.int32),
+    "place": np.broadcast_to(place, candidates.shape),
+    "teacher": teacher.astype(np.float32),
   }

@@ -9,10 +9,16 @@ import numpy as np
 
 from experiments import figures
 from experiments.anncur import baselines
+from experiments.anncur.domain import Domain
 from experiments.anncur.training import HEADS, NAMES
 from experiments.overlap import overlapped
 from experiments.results import Claim
 from jaxlab.tensors import anncur
+
+
+def measure(config, domain: Domain, scores) -> dict:
+  spectrum = {head: measure_spectrum(scores[head]) for head in HEADS}
+  return {"errors": measure_errors(config, scores), "spectrum": spectrum}
 
 
 def measure_errors(config, scores) -> dict:

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import anncur as config_file
+from configs.scales import SCALES
 from experiments import anncur as experiment
-from experiments import results
-from experiments.anncur import baselines, recall
+from experiments.anncur import baselines, recall, training
 from experiments.anncur import data as anncur_data
 from experiments.anncur import encoders as anncur_encoders
-from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig
 from jaxlab.tensors import anncur
-from tests.common import Whole
+from tests.common import Whole, run_and_continue
 
 # In tests that check numbers; `anncur` itself looks at the values it is given too.
 compiled = Whole(anncur, "cur_index", "cur_scores", "draw_anchors", "evaluate", "recall", "regularised_pinv", "top_k")
@@ -281,6 +281,10 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=0, retrieve=1, k=1), "rounds is 0"),
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=1, retrieve=1, k=1, strength=0.0), "strength"),
     (lambda: anncur.evaluate(jnp.ones((1, 5)), jnp.ones((1, 5)), ks=(6,), retrieves=(2,)), "beyond 5 items"),
+    (
+      lambda: baselines.shared_batches(None, [0], np.ones((1, 9)), steps=1, batch=2, size=5),
+      "2 queries share 5 items",
+    ),
     (lambda: baselines.truncated_svd(jnp.ones((2, 5)), 3), r"it must lie in 1\.\.2"),
     (lambda: baselines.cluster_anchors(KEY, jnp.ones((4, 2)), 5), "5 clusters of 4"),
     (lambda: baselines.tf_idf_neighbours([["a"]], [["a"]], np.array([0]), count=1), "1 neighbours besides the gold"),
@@ -458,6 +462,7 @@ def test_losses_are_the_formulas():
   teacher = np.array([[1.0, 0.0], [2.0, -1.0]])
   p = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
   rows = [p[row] @ log_softmax(s[q, items]) for row, (q, items) in enumerate(((3, [3, 8]), (4, [4, 3])))]
+  batch = {"query": batch["query"], "items": jnp.array([8, 3, 4]), "place": jnp.array([[1, 0], [2, 1]])}
   batch["teacher"] = jnp.asarray(teacher)
   assert np.isclose(match_loss(encoder, tokens, batch, KEY), -np.mean(rows), atol=1e-4)
   batch["teacher"] = jnp.array([[0, -jnp.inf]] * 2)
@@ -477,33 +482,68 @@ def test_batches_hold_what_they_say():
   rank = np.argsort(np.argsort(-teacher, 1), 1)
   match = baselines.match_batches(random, np.arange(5), teacher, steps=4, batch=3, top=6)
   trp = baselines.trp_batches(random, np.arange(5), teacher, steps=4, batch=30)
-  ranks = lambda batch: rank[batch["query"][..., None], batch["items"]]
-  assert np.all(ranks(match) == np.arange(6)) and np.all(np.diff(match["teacher"]) < 0)
+
+  def ranks(batch):
+    candidates = np.take_along_axis(batch["items"][:, None], batch["place"], -1)
+    taught = np.take_along_axis(teacher[batch["query"]], candidates, -1)
+    assert batch is trp or np.allclose(batch["teacher"], taught)
+    return np.take_along_axis(rank[batch["query"]], candidates, -1)
+
+  assert np.all(ranks(match) == np.arange(6)) and match["items"].shape == (4, 18)
+  shared = baselines.shared_batches(random, np.arange(5), teacher, steps=40, batch=3, size=9)
+  assert ranks(shared).shape == (40, 3, 9) and set(ranks(shared).ravel().tolist()) == set(range(20))
+  assert all(len(set(row)) == len(row) for part in ("query", "items") for row in shared[part].tolist())
   assert set(ranks(trp)[..., 0].ravel().tolist()) == {0, 1, 2, 3} and np.all(ranks(trp)[..., 1:] == np.arange(4, 12))
 
 
-def test_the_experiment_runs_at_test_scale(tmp_path):
-  report = results.evaluate(experiment, config_file.get_config("test"), tmp_path, tmp_path, Console(quiet=True))
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in report.figures)
+def test_a_student_stops_where_validation_does_and_never_below_its_start(monkeypatch):
+  """Rates 1 and 2: the first gains for two rounds, the second never; with no gain at all the start is kept."""
+  config = config_file.get_config("test")
+  config.distil.update(rates=(1.0, 2.0), patience=2, rounds=9, steps=1)
+  monkeypatch.setattr(training.scorers, "train", lambda student, *_, rate, **__: ((*student, rate), None))
+  nothing = types.SimpleNamespace(searched=None, anchor=None)
+
+  def distil(values):
+    return training.distil(config, nothing, "match", (), None, lambda student: values.get(student, 0.1))
+
+  student, found = distil({(): 0.4, (1.0,): 0.5, (1.0, 1.0): 0.7, (1.0, 1.0, 1.0): 0.6})
+  assert student == (1.0, 1.0) and (found["start"], found["best"], found["rate"], found["rounds"]) == (0.4, 0.7, 1.0, 2)
+  assert found["reached"] == {"1": {"best": 0.7, "rounds": 4}, "2": {"best": 0.4, "rounds": 2}}
+  student, found = distil({(): 0.4})
+  assert student == () and found["best"] == 0.4 and found["rounds"] == 0
+
+
+def test_the_experiment_runs_at_test_scale_and_no_part_of_it_twice(tmp_path, monkeypatch):
+  parts = ("training.train_and_score", "training.distil_and_score", "recall.measure", "errors.measure", "speed.measure")
+  report = run_and_continue("anncur", tmp_path, monkeypatch, *parts)
   assert len(report.claims) >= 8
   table = report.metrics["recall"]
-  assert len(table) == 16 and all(
+  assert len(table) == 17 and all(
     0 <= r <= 1 + 1e-6 for row in table.values() for k in row.values() for r in k.values()
   )
+  ahead = recall.leads(config_file.get_config("test"), table)[1]
+  assert list(ahead) == [(5, 20), (5, 40)] and report.claims[0].ours == min(ahead.values())
+  assert all(found["best"] >= found["start"] for found in report.metrics["students"].values())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_fits_together(scale):
+  experiment.check_config(config_file.get_config(scale))
 
 
 def test_a_share_of_an_error_is_claimed_where_there_is_one():
-  """ANNCUR that misses less than one query of the test leaves nothing to remove a share of."""
+  """The worst budget's; ANNCUR that misses less than one query of the test leaves nothing to remove a share of."""
   config = config_file.get_config("cpu")
+  config.search.budgets = (40, 100)
   table = lambda *errors: {
-    name: {"k=1": {f"C={c}": 1 - part * e for c, e in zip((40, 100), errors, strict=True)}}
-    for name, part in (("ANNCUR", 1), ("ADACUR", 0.25))
+    name: {"k=1": {f"C={c}": 1 - part * e for part, c, e in zip(parts, (40, 100), errors, strict=True)}}
+    for name, parts in (("ANNCUR", (1, 1)), ("ADACUR", (0.5, 0.25)))
   }
   one = 1 / config.domain.test_queries
-  shares = lambda *errors: {c.name[-4:].strip("( )"): c.ours for c in recall.adaptive_claims(config, table(*errors))}
-  assert shares(0.1, one) == pytest.approx({"40": 0.75, "100": 0.75})
-  assert shares(0.1, 0.9 * one) == pytest.approx({"40": 0.75})
-  assert shares(0.0, 0.0) == {}
+  shares = lambda *errors: [(c.ours, c.baseline) for c in recall.adaptive_claims(config, table(*errors))]
+  assert shares(0.1, one) == [(pytest.approx(0.5), "ANNCUR 0.900")]
+  assert shares(0.9 * one, 0.2) == [(pytest.approx(0.75), "ANNCUR 0.800")]
+  assert shares(0.0, 0.0) == []
 
 
 def test_the_recall_of_the_experiment_is_that_of_searching():
