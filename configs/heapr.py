@@ -84,7 +84,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
       ),
       train=dict(
-        steps=pick(test=2, cpu=300, gpu=2400, paper=20_000),
+        steps=pick(test=2, cpu=300, gpu=1200, paper=20_000),
         batch=pick(test=8, cpu=8, gpu=128),
         length=pick(test=32, cpu=256, gpu=512),
         accumulate=pick(cpu=1, gpu=2),
