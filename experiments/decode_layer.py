@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from experiments import timing
 from experiments.overlap import overlapped
 from jaxlab.attention.chunkllm import attend_units
+from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.attention import dot_product_attention
 
@@ -45,11 +46,12 @@ def random_weights(s, dtype) -> Weights:
 def layer_of(s, w: Weights, x, attend):
   """(the layer's output, what `attend(q, k, v)` keeps) for x (rows, time, width); no rotation."""
   heads = lambda a, count: a.reshape(*x.shape[:2], count, s.head_dim)
-  y = x / jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)).astype(x.dtype)
+  normal = lambda x: x / jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)).astype(x.dtype)
+  y = normal(x)
   k, v = jnp.split(heads(y @ w.key_value, 2 * s.kv_heads), 2, axis=2)
   out, state = attend(heads(y @ w.query, s.q_heads), k, v)
   x = x + out.reshape(*x.shape[:2], -1) @ w.out
-  gate, up = jnp.split(x @ w.up, 2, axis=-1)
+  gate, up = jnp.split(normal(x) @ w.up, 2, axis=-1)
   return x + (jax.nn.silu(gate) * up) @ w.down, state
 
 
@@ -57,6 +59,9 @@ def time_steps(s, contestants: dict[str, Contestant], *, rows: int, context: int
   """(`timing.Times` of s.steps tokens a row, up to position `context`; {name: temporary bytes}).
 
   Every contestant starts from its first state in every repetition; one copy of it is in the time of all its steps.
+
+  Raises:
+    InputError: steps that end in no numbers: what a method chooses, and so its time, would mean nothing.
   """
   w, first = random_weights(s, dtype), context - s.steps
   x = jax.random.normal(jax.random.key(1), (rows, 1, s.width), dtype)
@@ -77,7 +82,9 @@ def time_steps(s, contestants: dict[str, Contestant], *, rows: int, context: int
 
   compiled = dict(zip(contestants, overlapped(program, contestants.values()), strict=True))
   runs = {name: functools.partial(run, w, x, contestants[name].state) for name, run in compiled.items()}
-  times = timing.compare(runs, repetitions=s.repetitions, warmup=1)
+  for name, run in runs.items():
+    require(bool(jnp.isfinite(run()).all()), f"{name}: the steps' output is no number; it cannot be timed so")
+  times = timing.compare(runs, repetitions=s.repetitions, warmup=0)
   return times, {name: timing.memory(run)["temporaries"] for name, run in compiled.items()}
 
 

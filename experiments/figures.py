@@ -25,9 +25,10 @@ plt.rcParams.update(
 )
 
 
-def subplots(columns: int = 1, rows: int = 1, *, width: float = 1.0, **options):
-  """(figure, axes) in the common style, each axis of `width` times the usual width."""
-  return plt.subplots(rows, columns, figsize=(5.2 * columns * width, 3.8 * rows), layout="constrained", **options)
+def subplots(columns: int = 1, rows: int = 1, *, width: float = 1.0, height: float = 1.0, **options):
+  """(figure, axes) in the common style, each axis of `width` and `height` times the usual ones."""
+  size = 5.2 * columns * width, 3.8 * rows * height
+  return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
 
 
 def leave_room(axis, share: float = 0.3) -> None:

@@ -98,7 +98,7 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
     "Speed over the best public kernel for the same function" if _timed(config) else "Difference from the reference"
   )
   rows = {f"{name}\n{case}": what(c) for name, cases in metrics["kernels"].items() for case, c in cases.items()}
-  figure, axis = figures.subplots(width=1.6)
+  figure, axis = figures.subplots(width=1.6, height=max(1.0, 0.09 * len(rows)))
   axis.barh(list(rows), list(rows.values()))
   axis.tick_params(axis="y", labelsize=7)
   axis.set(xlabel=title)

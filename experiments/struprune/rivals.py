@@ -81,10 +81,10 @@ def makers(config, subject: Subject, loss: Callable) -> dict[str, Callable[[floa
       first, last = (round(share * c.depth) for share in (first, last))
       inner = slice(first, c.depth - last)
       share = 1 - (1 - budget) * c.depth / (c.depth - first - last)
-      if share <= 0:
-        continue
       keep = Groups(np.ones((c.depth, c.kv_heads), bool), np.ones((c.depth, c.mlp_width), bool))
       middle = dataclasses.replace(c, depth=c.depth - first - last, layer_windows=None)
+      if share < structured.least_share(middle, structured.ONE):
+        continue
       part = structured.uniform(jax.tree.map(lambda a, inner=inner: a[inner], score), middle, budget=share)
       keep.heads[inner], keep.neurons[inner] = part.heads, part.neurons
       keeps.append(keep)

@@ -138,7 +138,12 @@ def _prepare(builder, what: str) -> None:
   quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
   with foreign(f"could not prepare {what}", "free some disk space or check the network"), quiet[0], quiet[1]:
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except Exception:
+      if not builder.data_path.exists():  # or else another process was quicker
+        raise
+      builder.info.read_from_directory(builder.data_path)
 
 
 def _stdlib_files() -> dict[str, Path]:

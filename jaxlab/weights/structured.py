@@ -142,14 +142,18 @@ def least_of(config: TransformerConfig, least: Least) -> tuple[int, int]:
   return min(least.heads, config.kv_heads), min(least.neurons, config.mlp_width)
 
 
-def require_room(config: TransformerConfig, numbers: float, least: Least) -> None:
-  """Raises InputError where what every layer keeps at least takes more than so many parameters."""
+def least_share(config: TransformerConfig, least: Least) -> float:
+  """What every layer keeps at least, as a share of the blocks' parameters."""
   head, neuron = costs(config)
   heads, neurons = least_of(config, least)
-  taken = config.depth * (heads * head + neurons * neuron)
-  total = dense_parameters(config)
-  said = f"the budget leaves {numbers / total:.4g} of the blocks' parameters; what every layer keeps takes"
-  require(taken <= numbers, f"{said} {taken / total:.4g}, raise it")
+  return config.depth * (heads * head + neurons * neuron) / dense_parameters(config)
+
+
+def require_room(config: TransformerConfig, numbers: float, least: Least) -> None:
+  """Raises InputError where what every layer keeps at least takes more than so many parameters."""
+  taken, given = least_share(config, least), numbers / dense_parameters(config)
+  said = f"the budget leaves {given:.4g} of the blocks' parameters; what every layer keeps takes"
+  require(taken <= given, f"{said} {taken:.4g}, raise it")
 
 
 def in_order(rank: Groups, config: TransformerConfig, *, numbers: float, least: Least = ONE) -> Groups:

@@ -66,6 +66,21 @@ def test_files_named_after_splits_are_those_splits(tmp_path, cache):
   assert [read(s) for s in corpora.SPLITS] == [["train-00", "train-01"], ["val"], ["test"]]
 
 
+def test_two_processes_may_prepare_the_same_text(cache, tmp_path, monkeypatch):
+  """The slower one finds its place taken when it is done, and reads what lies there."""
+  (tmp_path / "train.txt").write_text("once upon a time")
+  read = lambda: list(corpora.documents("local_text", split="train", cache=cache, path=str(tmp_path)))
+  prepare = corpora.LocalText._split_generators
+
+  def slower(self, *given):
+    monkeypatch.setattr(corpora.LocalText, "_split_generators", prepare)
+    assert read() == ["once upon a time"]
+    return prepare(self, *given)
+
+  monkeypatch.setattr(corpora.LocalText, "_split_generators", slower)
+  assert read() == ["once upon a time"]
+
+
 @pytest.mark.parametrize(
   "name, content, message",
   [

@@ -80,3 +80,10 @@ def test_gradients_tell_what_leaving_a_group_out_costs(config, tmp_path):
     np.testing.assert_allclose(getattr(found["group"], kind), slope, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(getattr(found["fisher"], kind), slope**2, rtol=2e-3, atol=1e-9)
     assert np.all(getattr(found["element"], kind) >= slope - 1e-6)
+
+
+def test_llm_pruner_spares_no_layers_where_the_others_have_no_room(config, tmp_path):
+  (read,) = compressing.subjects(config, tmp_path).values()
+  config.spared, subject = ((0.0, 0.0), (0.5, 0.0)), read()
+  small = rivals.makers(config, subject, compressing.selection_loss(subject))["llm_pruner"](0.55)
+  assert small.config.kv_heads == 1 < subject.model.config.kv_heads
