@@ -48,10 +48,10 @@ def profile(config, read: Callable[[], Network], _, console) -> dict:
   leaves, pages, seconds = jax.tree.leaves(network), 1 + np.arange(table), {point: [] for point in listed}
 
   def rows_of(count: int, length: int, start: int, first: int):
-    rows = batch.blank(count, length, table)
+    packed, rows = batch.blank(count, length, table)
     for i in range(count):
       rows.start[i], rows.count[i], rows.table[i] = start, length, pages + table * (first + i)
-    return rows
+    return packed
 
   shape_of = lambda point: batch.Shape(point.decode, int(point.chunk > 0), point.chunk)
   with concurrent.futures.ThreadPoolExecutor(16) as threads:

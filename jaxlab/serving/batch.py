@@ -55,14 +55,33 @@ class Rows(NamedTuple):
   targets: np.ndarray
 
 
-def blank(rows: int, length: int, pages_per_row: int) -> Rows:
-  """Rows of padding."""
-  whole = lambda *shape: np.zeros((rows, *shape), np.int32)
-  real = lambda value: np.full(rows, value, np.float32)
-  ones = np.ones(rows, np.int32)
-  return Rows(
-    whole(length), whole(), ones, whole(pages_per_row), real(0), real(1), whole(), whole(), whole(), whole(length)
-  )
+def blank(rows: int, length: int, pages_per_row: int) -> tuple[np.ndarray, Rows]:
+  """(int32[rows, numbers], what a program takes: one array goes to the device faster than ten; views of it, padding)."""
+  packed = np.zeros((rows, 2 * length + pages_per_row + _SINGLE), np.int32)
+  made = split(packed, length)
+  made.count[:], made.top_p[:] = 1, 1
+  return packed, made
+
+
+_SINGLE = 7  # numbers of a row that are no list
+
+
+def split(packed, length: int) -> Rows:
+  """The rows that lie in an array of `blank`, of the host or the device; reals lie there by their bits."""
+  tokens, targets, table = packed[:, :length], packed[:, length : 2 * length], packed[:, 2 * length : -_SINGLE]
+  start, count, top_k, seed, number, temperature, top_p = packed[:, -_SINGLE:].T
+  temperature, top_p = _reals(temperature), _reals(top_p)
+  return Rows(tokens, start, count, table, temperature, top_p, top_k, seed, number, targets)
+
+
+def _reals(a):
+  return a.view(np.float32) if isinstance(a, np.ndarray) else jax.lax.bitcast_convert_type(a, jnp.float32)
+
+
+def drawn_of(packed: np.ndarray) -> tuple[np.ndarray, ...]:
+  """What `run` drew, from the one array that a program gives."""
+  token, logprob, best, of_best = packed
+  return token, _reals(logprob), best, _reals(of_best)
 
 
 def empty_pools(network: Network, pages: int, size: int) -> tuple:
@@ -188,7 +207,10 @@ def _scores(head, x, backout, chunks, shape: Shape):
 
 
 def compiled(network: Network, pools, pages_per_row: int, shape: Shape):
-  """(leaves of the network, pools, decode, chunks) -> `run`, compiled; the pools are overwritten."""
+  """(leaves of the network, pools, decode, chunks; arrays of `blank`) -> (pools; what was drawn, for `drawn_of`; scores).
+
+  The step `run`, compiled; the pools are overwritten.
+  """
   leaves, structure = jax.tree.flatten(network)
   shaped = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
   return _compiled(structure, tuple(map(shaped, leaves)), jax.tree.map(shaped, pools), pages_per_row, shape)
@@ -197,10 +219,14 @@ def compiled(network: Network, pools, pages_per_row: int, shape: Shape):
 @functools.lru_cache(maxsize=128)
 def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape):
   """Engines of one network share it."""
+  length = max(shape.length, 1)
 
   @functools.partial(jax.jit, donate_argnums=1)
   def program(leaves, pools, decode, chunks):
-    return run(jax.tree.unflatten(structure, leaves), pools, decode, chunks, shape)
+    network = jax.tree.unflatten(structure, leaves)
+    pools, drawn, scores = run(network, pools, split(decode, 1), split(chunks, length), shape)
+    bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.int32)
+    return pools, jnp.stack(list(map(bits, drawn))), scores
 
-  rows = blank(shape.decode, 1, pages_per_row), blank(shape.chunks, max(shape.length, 1), pages_per_row)
+  rows, _ = zip(blank(shape.decode, 1, pages_per_row), blank(shape.chunks, length, pages_per_row), strict=True)
   return program.lower(list(leaves), pools, *rows).compile()

@@ -186,14 +186,15 @@ class Engine:
       for first in range(0, count, self.part)
     ]
     shape = self._fitting(len(plan.decode), len(pieces), steps, score)
-    decode = batch.blank(shape.decode, 1, self._table)
-    chunks = batch.blank(shape.chunks, max(shape.length, 1), self._table)
+    decoding, decode = batch.blank(shape.decode, 1, self._table)
+    reading, chunks = batch.blank(shape.chunks, max(shape.length, 1), self._table)
     for i, served in enumerate(plan.decode):
       self._fill(decode, i, served, 0, 1)
     for i, piece in enumerate(pieces):
       self._fill(chunks, i, *piece)
-    self._pools, drawn, scores = self._program(shape)(self._leaves, self._pools, decode, chunks)
+    self._pools, drawn, scores = self._program(shape)(self._leaves, self._pools, decoding, reading)
     drawn, scores = jax.device_get((drawn, scores))
+    drawn = batch.drawn_of(drawn)
     now, events = self.clock(), []
     useful = len(plan.decode) * shape.steps + sum(count for _, count in plan.chunks)
     self.counters["steps"] += 1
