@@ -85,19 +85,20 @@ class Factored(nnx.Module):
 
 
 class Quantised(nnx.Module):
-  """y = x W, W = scale (code - zero): whole numbers of `bits` bits, groups of inputs with a scale and a zero each.
+  """y = x W + b, W = scale (code - zero): whole numbers of `bits` bits, groups of inputs with a scale and a zero each.
 
   codes: (*stack, bits inputs / 8, outputs), packed along the inputs, least significant bit first; scale: (*stack,
-  inputs / group, outputs); zero: like scale, uint8.
+  inputs / group, outputs); zero: like scale, uint8; b: (*stack, outputs) or None.
   """
 
   kind = "quantised"
 
-  def __init__(self, codes: UInt8[Array, "*stack packed outputs"], scale, zero, *, bits: int):
+  def __init__(self, codes: UInt8[Array, "*stack packed outputs"], scale, zero, *, bits: int, bias=None):
     self.bits = bits
     self.codes = nnx.Param(codes, axes=(None, None))
     self.scale = nnx.Param(scale, axes=(None, None))
     self.zero = nnx.Param(zero, axes=(None, None))
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
 
   def weight(self) -> Float[Array, "*stack inputs outputs"]:
     """W in float32."""
@@ -108,7 +109,8 @@ class Quantised(nnx.Module):
     return (grouped * scale[..., None, :]).reshape(code.shape)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    return x @ self.weight().astype(x.dtype)
+    y = x @ self.weight().astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -118,13 +120,14 @@ class Quantised(nnx.Module):
 
   @property
   def spec(self) -> dict:
-    return {"bits": self.bits, "groups": self.scale.shape[-2]}
+    return {"bits": self.bits, "groups": self.scale.shape[-2], "bias": self.bias is not None}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, bits: int, groups: int) -> "Quantised":
+  def empty(cls, stack, inputs: int, outputs: int, *, bits: int, groups: int, bias: bool = False) -> "Quantised":
     zeros = lambda rows, dtype: jnp.zeros((*stack, rows, outputs), dtype)
     codes = zeros(bits * inputs // 8, jnp.uint8)
-    return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits)
+    added = jnp.zeros((*stack, outputs)) if bias else None
+    return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits, bias=added)
 
 
 class SignStack(nnx.Module):

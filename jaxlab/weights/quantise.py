@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
-from jaxlab.models.maps import Factored, Product, Quantised, pack_codes
+from jaxlab.models.maps import Affine, Factored, Product, Quantised, pack_codes
 from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
 from jaxlab.weights.folding import fold, foldable
 
@@ -170,10 +170,11 @@ def quantise(
   require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
   for name, one in maps.named(model.blocks).items():
     require(
-      isinstance(one, Linear | Factored),
+      isinstance(one, Linear | Affine | Factored),
       f"{name} is a {type(one).__name__}; only plain and low-rank maps are quantised",
     )
-    factors = {name: one.weight} if isinstance(one, Linear) else {f"{name}.down": one.down, f"{name}.up": one.up}
+    low = isinstance(one, Factored)
+    factors = {f"{name}.down": one.down, f"{name}.up": one.up} if low else {name: one.weight}
     for factor, weight in factors.items():
       require_divides("group", group, f"the inputs of {factor}", weight.shape[-2])
 
@@ -181,6 +182,9 @@ def quantise(
     made = functools.partial(how[name] if isinstance(how, Mapping) else how, bits=bits, group=group)
     if isinstance(one, Linear):
       return made(one.weight[...], x)
+    if isinstance(one, Affine):
+      q = made(one.weight[...], x)
+      return Quantised(q.codes[...], q.scale[...], q.zero[...], bits=bits, bias=one.bias[...])
     down = made(one.down[...], x)
     up = made(one.up[...], x.through(down.weight()))
     return Product(down, up, None if one.bias is None else one.bias[...], rank=one.down.shape[-1])

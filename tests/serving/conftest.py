@@ -25,7 +25,7 @@ class Running:
     metrics = Metrics()
     self.runner = Runner(engine, queue_length=queue_length, ended=metrics.ended)
     served = app(self.runner, vocabulary, "tiny", metrics=metrics, token=token, timeout=timeout)
-    config = uvicorn.Config(served, port=0, log_level="error")
+    config = uvicorn.Config(served, port=0, log_level="error", timeout_keep_alive=75)
     socket = config.bind_socket()
     self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     self._server = uvicorn.Server(config)
