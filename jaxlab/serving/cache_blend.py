@@ -17,7 +17,7 @@ from jaxlab.core.checks import require
 from jaxlab.models.inference import Network
 from jaxlab.serving import partial_prefill
 from jaxlab.serving.cache_craft import Choose, Served, laid, plan
-from jaxlab.serving.cache_craft_store import ChunkStore
+from jaxlab.serving.cache_craft_store import ChunkStore, layers_of
 
 
 def blend_share(
@@ -29,34 +29,39 @@ def blend_share(
   share: float,
   choose: Choose,
   read: int = 1,
+  room: int = 0,
+  least: int = 64,
 ) -> Served:
   """`cache_craft.serve` with the tokens chosen by their values; nothing is stored.
 
   Args:
     share: of the tokens before the question that are computed in all layers.
     choose: the variants to use (what it wants computed again plays no part); chunks without one are computed.
+    read, room, least: as in `serve`.
 
   Raises:
-    InputError: a share outside 0 .. 1, fewer than two layers, a store with stages, and what `serve` refuses.
+    InputError: a share outside 0 .. 1, fewer than two layers, and what `serve` refuses.
   """
   require(0 <= share <= 1, f"share is {share}; it must lie in 0 .. 1")
   depth = len(network.blocks)
-  require(depth >= 2 and not store.stages, "values are compared in the second layer: it takes two, and no stages")
+  require(depth >= 2, f"values are compared in the second layer; the model has {depth}")
   partial_prefill.require_movable(network)
   made = plan(store, chunks, question, choose)
   require(1 <= read <= len(question), f"read is {read}; it must lie in 1 .. {len(question)}, the question's tokens")
   n = len(made.tokens)
-  capacity, asked = partial_prefill.room(n), len(question)
+  capacity, asked = partial_prefill.room(n + room), len(question)
   missing = (made.groups == 0) & (store.system_parts is None)
   for i, choice in enumerate(made.choices):
     missing |= (made.groups == i + 1) & (choice.variant is None)
   always = missing | (made.groups == len(made.names) + 1)
   chosen = math.ceil(share * (n - asked) - 1e-9)
-  size = partial_prefill.room(int(always.sum()) + min(chosen, int((~always).sum())))
+  size = partial_prefill.room(int(always.sum()) + min(chosen, int((~always).sum())), least)
   positions, tokens = (np.full((1, capacity), fill, np.int32) for fill in (-1, 0))
   groups, forced = np.full((1, capacity), -1, np.int32), np.zeros((1, capacity), bool)
   positions[0, :n], tokens[0, :n], groups[0, :n], forced[0, :n] = np.arange(n), made.tokens, made.groups, always
-  cached = laid(network, store, made, 0, capacity, depth)
+  stages = enumerate(layers_of(store.stages, depth))
+  parts = [laid(network, store, made, stage, capacity, stop - start) for stage, (start, stop) in stages]
+  cached = jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
   last = np.arange(n - read, n)[None]
   logits, cached, went = blend(network, tokens, positions, cached, groups, forced, chosen, size=size, read=last)
   computed = np.asarray(went)[0]

@@ -98,7 +98,7 @@ def same_prefix(wanted: Wanted) -> Choice:
 
 
 def as_cached(wanted: Wanted) -> Choice:
-  """Full-cache: the variant that `craft` would take, and none of its tokens computed again."""
+  """The variant that `craft` would take, and none of its tokens computed again."""
   choice = craft()(wanted)
   return choice._replace(again=NONE) if choice.variant else choice
 
@@ -179,6 +179,7 @@ def serve(
   read: int = 1,
   room: int = 0,
   keep: bool = True,
+  least: int = 64,
 ) -> Served:
   """Prefills [store.system | chunks | question], each of them token ids.
 
@@ -191,6 +192,7 @@ def serve(
     read: how many of the question's last tokens give logits.
     room: tokens that are to be generated after it.
     keep: new variants go into the store, and uses count.
+    least: rows of the smallest pass; others are of `partial_prefill.room(rows, least)`, and compiled once each.
 
   Raises:
     InputError: an empty chunk or question, ids the model lacks, a model whose keys cannot be moved, `early` without
@@ -207,7 +209,7 @@ def serve(
   groups[0, :n] = made.groups
   count = partial_prefill.room(made.groups[-1] + 1, 8)
   places = np.flatnonzero(made.computed)  # of the rows in the pass
-  whole = _padded(places)
+  whole = _padded(places, least)
   tokens = np.where(whole < 0, 0, made.tokens[whole])
   rows = partial_prefill.start_rows(network, tokens[None], whole[None])
   cached, dropped, token_layers = [], (), 0
@@ -227,7 +229,7 @@ def serve(
       dropped, stay = _unfocused(made, places, mass)
       if dropped:
         places = places[stay]
-        rows = partial_prefill.take_rows(rows, _padded(np.flatnonzero(stay))[None])
+        rows = partial_prefill.take_rows(rows, _padded(np.flatnonzero(stay), least)[None])
   last = np.arange(len(places) - read, len(places))
   logits = partial_prefill.end_rows(network, rows, last[None])[0]
   if keep:
@@ -236,9 +238,10 @@ def serve(
   return Served(logits, made, tuple(cached), token_layers, n * depth, dropped)
 
 
-def _padded(places: np.ndarray) -> np.ndarray:
+def _padded(places: np.ndarray, least: int) -> np.ndarray:
   """With -1 after them up to one of few sizes."""
-  return np.pad(places.astype(np.int32), (0, partial_prefill.room(len(places)) - len(places)), constant_values=-1)
+  more = partial_prefill.room(len(places), least) - len(places)
+  return np.pad(places.astype(np.int32), (0, more), constant_values=-1)
 
 
 def _unfocused(made: Plan, places: np.ndarray, mass: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

@@ -5,7 +5,7 @@ Plain NumPy on the host: a prompt has a handful of chunks. Equation numbers are 
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -116,3 +116,13 @@ def preload_depth(layers: int, load: float, compute: float) -> int:
   if load == 0:
     return 0
   return max(1, math.ceil(layers - (layers - 1) * compute / load - 1e-9))
+
+
+def smallest_alpha(alphas: Sequence[float], quality: Callable[[float], float], target: float) -> float:
+  """The smallest alpha, and so the least computed again, whose quality meets the target; the largest where none does.
+
+  Args:
+    quality: of an alpha, on queries that are not those to be reported.
+  """
+  require(len(alphas) > 0, "no alpha to choose from; give at least one")
+  return next((alpha for alpha in sorted(alphas) if quality(alpha) >= target), max(alphas))
