@@ -70,7 +70,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         alphas=pick(test=(1.0,), cpu=(0.5, 1.0), gpu=(0.5, 1.0, 2.0), paper=(0.25, 0.5, 1.0, 2.0)),
         # of models that are not `base`
         rivals=pick(
-          test=("random",), cpu=("random", "CacheBlend"), gpu=("random", "most attended", "first tokens", "CacheBlend")
+          test=("random",),
+          cpu=("random", "most attended", "first tokens", "CacheBlend", "new chunks count"),
+          gpu=("random", "most attended", "first tokens", "CacheBlend", "new chunks count", "tokens stop early"),
         ),
       ),
       trace=dict(

@@ -78,8 +78,8 @@ def fact_claims(config, found: dict) -> list[Claim]:
       f"with the best of up to {config.variants} variants {100 * rows[BEST]['right']:.0f} % right",
     ),
     Claim(
-      "Points of right answers over tokens computed again by chance, or those most attended to (H2O)", "points", "higher",
-      ours=min(ahead("random"), ahead("most attended")), threshold=5.0, baseline=equal, note="the better of the two",
+      "Points of right answers over tokens computed again by chance, or those most attended to (H2O)", "points",
+      "higher", ours=min(ahead("random"), ahead("most attended")), threshold=5.0, baseline=equal, note="the better one",
     ),
     Claim(
       "Points of right answers over CacheBlend, as many tokens computed again", "points", "higher",
@@ -157,8 +157,8 @@ def speed_claims(config, found: dict) -> list[Claim]:
       f"Time to the first token over that of a full prefill, {100 * share_of(config, rows):.0f} % computed again",
       "ratio", "lower", ours=1 / worst["ratio"][name], threshold=0.6, paper=0.5, spread=(1 / high, 1 / low),
       baseline="inference.prefill, cuDNN attention on a GPU",
-      note=f"worst batch, {worst['tokens']} tokens; milliseconds by rows computed: {listed}; loading from pinned memory "
-      f"{found['load']:.1f}, of {found['depth']} layers {found['preload'][name]} ahead",
+      note=f"worst batch, {worst['tokens']} tokens; milliseconds by rows computed: {listed}; loading from pinned "
+      f"memory {found['load']:.1f}, of {found['depth']} layers {found['preload'][name]} ahead",
     )
   ]  # fmt: skip
 
