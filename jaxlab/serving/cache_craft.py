@@ -212,29 +212,22 @@ def serve(
   whole = _padded(places, least)
   tokens = np.where(whole < 0, 0, made.tokens[whole])
   rows = partial_prefill.start_rows(network, tokens[None], whole[None])
-  cached, dropped, token_layers = [], (), 0
-  attention = np.zeros((n, made.groups[-1] + 1), np.float32)  # of computed rows, summed over layers
-  went, received = np.zeros(n, np.int64), np.zeros(n, np.float32)
+  cached, dropped, told = [], (), []
   for stage, (start, stop) in enumerate(layers_of(store.stages, depth)):
     here = laid(network, store, made, stage, capacity, stop - start)
     rows, here, seen = partial_prefill.advance_rows(network, rows, here, groups, start=start, stop=stop, count=count)
     cached.append(here)
-    token_layers += len(places) * (stop - start)
-    went[places] += stop - start
-    if keep or (early and stage == 0):
-      mass = np.asarray(seen.mass, np.float32)[:, 0, : len(places), : attention.shape[1]]
-      attention[places] += mass.sum(axis=0)
-      received += np.asarray(seen.received, np.float32)[0, :n]
+    told.append((places, seen))  # not read yet: the next stage loads while this one is computed
     if early and stage == 0:
-      dropped, stay = _unfocused(made, places, mass)
+      dropped, stay = _unfocused(made, places, np.asarray(seen.mass, np.float32)[:, 0])
       if dropped:
         places = places[stay]
         rows = partial_prefill.take_rows(rows, _padded(np.flatnonzero(stay), least)[None])
   last = np.arange(len(places) - read, len(places))
   logits = partial_prefill.end_rows(network, rows, last[None])[0]
   if keep:
-    scale = depth / np.maximum(went, 1)  # of rows that stopped early, as if they had gone on
-    _store(store, made, tuple(cached), attention * scale[:, None], received, depth)
+    _store(store, made, tuple(cached), told, depth)
+  token_layers = sum(len(places) * len(seen.mass) for places, seen in told)
   return Served(logits, made, tuple(cached), token_layers, n * depth, dropped)
 
 
@@ -247,7 +240,7 @@ def _padded(places: np.ndarray, least: int) -> np.ndarray:
 def _unfocused(made: Plan, places: np.ndarray, mass: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
   """(reused chunks that the question does not attend to, which of the rows stay)."""
   group, k = made.groups[places], len(made.names)
-  looks = mass[:, group == k + 1, 1 : k + 1].sum(axis=1)
+  looks = mass[:, np.flatnonzero(group == k + 1), 1 : k + 1].sum(axis=1)
   far = ~focused(looks) & np.array([choice.variant is not None for choice in made.choices], bool)
   dropped = tuple(np.flatnonzero(far).tolist())
   return dropped, ~np.isin(group - 1, dropped)
@@ -278,29 +271,52 @@ def _cut(cached: partial_prefill.Cached, start, *, size: int):
   return tuple(jax.lax.dynamic_slice_in_dim(a[:, 0], start, size, axis=1) for a in cached)
 
 
-def _store(store: ChunkStore, made: Plan, cached, attention: Float[np.ndarray, "n groups"], received, depth: int):
-  """Counts the uses of a request and puts in what is new of it."""
+def _store(store: ChunkStore, made: Plan, cached, told, depth: int) -> None:
+  """Counts the uses of a request and puts in what is new of it.
+
+  Args:
+    told: (places of the rows, `Seen`) of every stage.
+  """
   store.tick()
   if store.system_parts is None:
     store.system_parts = [_cut(part, 0, size=len(store.system)) for part in cached]
-  ends = [*made.starts[1:]]
-  sizes = [end - start for start, end in zip(made.starts, ends, strict=False)]
-  for i, (name, choice) in enumerate(zip(made.names, made.choices, strict=True)):
-    place = slice(made.starts[i], ends[i])
-    prefix, old = made.names[:i], None if choice.variant is None else choice.variant.record
+  attention, received = _statistics(made, told, depth)
+  sizes = np.diff(made.starts).tolist()
+  for i, (chunk, choice) in enumerate(zip(made.names, made.choices, strict=True)):
+    place, prefix = slice(made.starts[i], made.starts[i + 1]), made.names[:i]
+    old, again = None if choice.variant is None else choice.variant.record, made.computed[place]
     if old is not None:
       store.touch(choice.variant, choice.share)
-      if old.prefix == prefix and not made.computed[place].any():
+      if old.prefix == prefix and not again.any():
         continue  # nothing is new
-    again = made.computed[place]
-    weights = np.concatenate([attention[place, i + 1 : i + 2], attention[place, 1 : i + 1]], axis=1)
-    got = received[place]
-    if old is not None:
-      known = [weights[:, :1] * 0 if name not in old.prefix else old.attention[:, [1 + old.prefix.index(name)]]
-               for name in prefix]  # fmt: skip
-      before = np.concatenate([old.attention[:, :1], *known], axis=1)
-      weights = np.where(again[:, None], weights, before)
-      got = got + old.received
+    weights = _completed(attention[place][:, [i + 1, *range(1, i + 1)]], again, old, prefix)
+    got = received[place] + (0 if old is None else old.received)
     repairs = 0 if old is None or again.all() else old.repairs + 1
-    new = Record(name, prefix, tuple(sizes[:i]), weights, got.astype(np.float32), depth, made.exact[i], repairs)
-    store.put(new, [_cut(part, place.start, size=sizes[i]) for part in cached], 1.0 if old is None else choice.share)
+    new = Record(chunk, prefix, tuple(sizes[:i]), weights, got, depth, made.exact[i], repairs)
+    parts = [_cut(part, place.start, size=sizes[i]) for part in cached]
+    store.put(new, parts, 1.0 if old is None else choice.share)
+
+
+def _statistics(made: Plan, told, depth: int) -> tuple[np.ndarray, np.ndarray]:
+  """(float32[n, groups]: attention of computed tokens, float32[n]: what tokens received), summed over layers."""
+  n, groups = len(made.tokens), made.groups[-1] + 1
+  attention, went = np.zeros((n, groups), np.float32), np.zeros(n, np.float32)
+  received = np.zeros(n, np.float32)
+  for places, seen in told:
+    attention[places] += np.asarray(seen.mass, np.float32)[:, 0, : len(places), :groups].sum(axis=0)
+    went[places] += len(seen.mass)
+    received += np.asarray(seen.received, np.float32)[0, :n]
+  # Rows that stopped early, as if they had gone on.
+  return attention * (depth / np.maximum(went, 1))[:, None], received
+
+
+def _completed(
+  weights: Float[np.ndarray, "tokens groups"], again: Bool[np.ndarray, "tokens"], old: Record | None, prefix
+) -> Float[np.ndarray, "tokens groups"]:
+  """Attention of all tokens of a chunk: as it was now of those that were computed, of the rest as it was known, of the
+  chunks that are there again."""
+  if old is None:
+    return weights
+  column = {chunk: 1 + i for i, chunk in enumerate(old.prefix)}
+  known = np.pad(old.attention, ((0, 0), (0, 1)))[:, [0, *(column.get(chunk, -1) for chunk in prefix)]]
+  return np.where(again[:, None], weights, known)

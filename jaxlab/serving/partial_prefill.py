@@ -96,7 +96,7 @@ def advance(
   stop: int,
   count: int,
 ) -> tuple[Rows, Cached, Seen]:
-  """Layers start .. stop of the rows, whose keys and values are written into the cache on the way.
+  """Layers start .. stop - 1 of the rows, whose keys and values are written into the cache on the way.
 
   Args:
     cached: of these layers alone.
@@ -135,7 +135,7 @@ def advance_layer(
   value = rows.values[c.value_layers.index(layer)] if layer in c.value_layers else None
   mixing = jax.tree.map(lambda m: m[layer], side.mixing)
   inner, mix, q, k, v = block.project(rows.x, side, value, mixing)
-  before = None if choose is None else read(cached.values[at], rows.positions)
+  before = None if choose is None else lying_at(cached.values[at], rows.positions)
   cached = Cached(*(write(a, at, new, rows.positions) for a, new in zip(cached, (k, v), strict=True)))
   if choose is not None:
     chosen = choose(v, before)
@@ -155,7 +155,7 @@ def write(store: Array, at: int, new: Float[Array, "batch rows heads size"], pos
   return store.at[at, jnp.arange(len(place))[:, None], place].set(new.astype(store.dtype), mode="drop")
 
 
-def read(layer: Float[Array, "batch capacity heads size"], positions) -> Array:
+def lying_at(layer: Float[Array, "batch capacity heads size"], positions) -> Array:
   """What lies at the positions."""
   return jnp.take_along_axis(layer, jnp.maximum(positions, 0)[..., None, None], axis=1)
 

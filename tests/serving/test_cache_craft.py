@@ -22,6 +22,7 @@ from jaxlab.serving.cache_craft_scores import (
   prefix_overlap,
   preload_depth,
   recompute_share,
+  smallest_alpha,
   top_tokens,
 )
 from jaxlab.serving.cache_craft_store import ChunkStore
@@ -35,6 +36,7 @@ KINDS = {
     layer_windows=(20, None, None),
   ),
 }
+KINDS["apart"] = TransformerConfig(**SHAPE | dict(depth=3), context=128, layer_windows=(0, 0, 0))
 SYSTEM, QUESTION = [3, 5], [7, 1, 4]
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -152,6 +154,32 @@ def test_the_same_prompt_again_is_read_from_the_cache(choose):
   assert found.plan.computed.sum() == len(QUESTION) and all(found.plan.exact) and len(store) == 3
 
 
+def test_chunks_that_attend_to_none_before_are_reused_exactly():
+  """A model whose tokens see themselves alone: a = 0, CCI = 0.5, and nothing depends on what stands before."""
+  store, net = ChunkStore(SYSTEM), network("apart")
+  serve(net, store, chunks(), QUESTION)
+  records = [store.of(store.name(chunk))[0].record for chunk in chunks()]
+  assert all(record.score.max() == 0 and record.share([b"new"], alpha=2) in (0, 1) for record in records[1:])
+  assert context_impact(records[2].attention, records[2].sizes, layers=3) == 0.5
+  found = serve(net, store, chunks()[::-1], QUESTION, choose=as_cached, read=3)
+  np.testing.assert_allclose(found.logits, whole("apart", tuple(found.plan.tokens.tolist()))[0][-3:], **CLOSE)
+
+
+def test_what_is_stored_of_a_repaired_chunk_is_new_where_it_was_computed_and_old_elsewhere():
+  store = ChunkStore(SYSTEM)
+  serve(network(), store, chunks(), QUESTION)
+  a, b, c = map(store.name, chunks())
+  pick = lambda wanted: as_cached(wanted)._replace(again=np.array([1, 5]), share=0.5)
+  serve(network(), store, [chunks()[i] for i in (1, 0, 2)], QUESTION, choose=pick)
+  old, new = (v.record for v in store.of(c))
+  assert (old.prefix, new.prefix, new.repairs, new.exact) == ((a, b), (b, a), 1, False)
+  rest = [i for i in range(8) if i not in (1, 5)]
+  np.testing.assert_array_equal(new.attention[rest], old.attention[rest][:, [0, 2, 1]])
+  assert np.abs(new.attention[[1, 5]] - old.attention[[1, 5]][:, [0, 2, 1]]).max() > 1e-3
+  never = serve(network(), store, [chunks()[i] for i in (1, 2)], QUESTION, choose=craft(repairs=1), keep=False)
+  assert never.plan.choices[1].variant.record is old  # the repaired one fits better, but was repaired
+
+
 def test_every_question_token_is_computed_and_nothing_else_of_what_is_reused():
   """One forced token, as the public code of CacheBlend has it, would leave the question's others to the cache."""
   found, store = served_twice(as_cached)
@@ -226,6 +254,11 @@ def test_scores_by_hand():
     1,
     2,
   ]
+
+
+def test_alpha_is_the_smallest_that_is_good_enough():
+  quality = {0.5: 0.2, 1.0: 0.9, 2.0: 0.95}.get
+  assert [smallest_alpha([2.0, 0.5, 1.0], quality, target) for target in (0.1, 0.9, 0.99)] == [0.5, 1.0, 2.0]
 
 
 def test_the_focus_is_what_stands_before_the_largest_gap_once_it_stays():
