@@ -43,7 +43,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       alphas=pick(test=(0.5, 2.0), cpu=(0.25, 0.5, 1.0, 1.5, 2.0), gpu=(0.25, 0.5, 0.75, 1.0, 2.0, 3.0)),
       blends=pick(test=(0.16,), cpu=(0.05, 0.16), gpu=(0.05, 0.16, 0.3)),
       variants=pick(test=2, cpu=5),
-      least=pick(cpu=64, gpu=256),  # rows of the smallest pass: fewer programs
+      least=pick(test=256, cpu=64, gpu=256),  # rows of the smallest pass: fewer programs
       facts=dict(
         cut=pick(test=3, cpu=16, gpu=100, paper=350),  # facts whose beginning and end lie in two chunks
         whole=pick(test=4, cpu=32, gpu=200, paper=300),

@@ -75,7 +75,7 @@ def row_of(name: str, found: Sequence[Seen], full: Sequence[Seen], cases: Sequen
   rights = lambda rows: np.array(
     [(row.logprobs.argmax(-1) == case.query.answer).all() for row, case in zip(rows, cases, strict=True)], float
   )
-  lost = paired(rights(found), rights(full))
+  lost = paired(rights(full), rights(found))
   divergence = [
     float((np.exp(b.logprobs) * (b.logprobs - a.logprobs)).sum(-1).mean()) for a, b in zip(found, full, strict=True)
   ]
@@ -85,7 +85,7 @@ def row_of(name: str, found: Sequence[Seen], full: Sequence[Seen], cases: Sequen
     "method": name,
     "right": float(rights(found).mean()),
     "cut": float(rights(found)[cut].mean()) if cut.any() else 0.0,
-    "lost": -100 * lost["difference"],
+    "lost": 100 * lost["difference"],
     "error": 100 * lost["error"],
     "kl": max(float(np.mean(divergence)), 0.0),
     "kl_error": float(np.std(divergence) / len(divergence) ** 0.5),

@@ -26,7 +26,9 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
     figure, axes = figures.subplots(len(metrics["passages"]), squeeze=False)
     for axis, (model, found) in zip(axes[0], metrics["passages"].items(), strict=True):
       _curves(axis, found["rows"], "kl", 1)
-      axis.set(title=model, xlabel="moved tokens computed again, %", ylabel="KL of the answer's tokens, nats")
+      axis.set(
+        title=model, xlabel="moved tokens computed again, %", ylabel="KL of the answer's tokens, nats", ylim=(0, None)
+      )
       axis.legend(fontsize=7)
     files[figures.save(figure, workdir, "passages")] = "Real passages: divergence of predictions from a full prefill's"
   for model, found in metrics.get("trace", {}).items():
