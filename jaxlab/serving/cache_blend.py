@@ -55,7 +55,7 @@ def blend_share(
     missing |= (made.groups == i + 1) & (choice.variant is None)
   always = missing | (made.groups == len(made.names) + 1)
   chosen = math.ceil(share * (n - asked) - 1e-9)
-  size = partial_prefill.room(int(always.sum()) + min(chosen, int((~always).sum())), least)
+  size = min(partial_prefill.room(int(always.sum()) + min(chosen, int((~always).sum())), least), capacity)
   positions, tokens = (np.full((1, capacity), fill, np.int32) for fill in (-1, 0))
   groups, forced = np.full((1, capacity), -1, np.int32), np.zeros((1, capacity), bool)
   positions[0, :n], tokens[0, :n], groups[0, :n], forced[0, :n] = np.arange(n), made.tokens, made.groups, always
