@@ -43,7 +43,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       alphas=pick(test=(0.5, 2.0), cpu=(0.25, 0.5, 1.0, 1.5, 2.0), gpu=(0.25, 0.5, 0.75, 1.0, 2.0, 3.0)),
       blends=pick(test=(0.16,), cpu=(0.05, 0.16), gpu=(0.05, 0.16, 0.3)),
       variants=pick(test=2, cpu=5),
-      least=pick(test=256, cpu=64, gpu=256),  # rows of the smallest pass: fewer programs
+      least=pick(cpu=64, gpu=256),  # rows of the smallest pass: fewer programs
       facts=dict(
         cut=pick(test=3, cpu=16, gpu=100, paper=350),  # facts whose beginning and end lie in two chunks
         whole=pick(test=4, cpu=32, gpu=200, paper=300),
@@ -52,9 +52,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         k=5,
         zipf=1.0,
         answer=8,  # tokens of an answer, at most
-        warm=pick(test=5, cpu=48, gpu=250),
-        validation=pick(test=2, cpu=16, gpu=60, paper=200),
-        queries=pick(test=4, cpu=48, gpu=150, paper=2000),
+        warm=pick(test=3, cpu=48, gpu=250),
+        validation=pick(test=1, cpu=16, gpu=60, paper=200),
+        queries=pick(test=2, cpu=48, gpu=150, paper=2000),
       ),
       passages=dict(
         path="",  # questions with passages; without it, stretches of config.data
@@ -65,7 +65,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         histories=pick(test=1, cpu=2, gpu=3),
         answer=6,
         queries=pick(test=2, cpu=16, gpu=150),
-        base=pick(test=2, cpu=16, gpu=60, paper=150),  # questions for `base`, and for other models
+        base=pick(test=1, cpu=16, gpu=60, paper=150),  # questions for `base`, and for other models
         others=pick(test=1, cpu=6, gpu=30, paper=150),
         alphas=pick(test=(1.0,), cpu=(0.5, 1.0), gpu=(0.5, 1.0, 2.0), paper=(0.25, 0.5, 1.0, 2.0)),
         # of models that are not `base`
@@ -76,8 +76,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
       ),
       trace=dict(
-        warm=pick(test=3, cpu=30, gpu=100),
-        queries=pick(test=4, cpu=60, gpu=200, paper=2000),
+        warm=pick(test=1, cpu=30, gpu=100),
+        queries=pick(test=2, cpu=60, gpu=200, paper=2000),
         chunks=pick(test=10, cpu=64, gpu=400, paper=1000),
         held=pick(test=6, cpu=128, gpu=800, paper=5000),  # cached chunks, whatever they stand behind
       ),

@@ -70,7 +70,8 @@ def fact_claims(config, found: dict) -> list[Claim]:
       "Points of right answers that Cache-Craft loses to a full prefill, at most 30 % of moved chunks computed again",
       "points", "lower", ours=main["lost"], threshold=2.0, paper=1.0, baseline=100 * full["right"],
       note=f"{setting}; standard error {main['error']:.2g}; the paper's figure is at 30 to 60 %; "
-      f"{rows[NEW]['lost']:.1f} where chunks count that a variant never stood behind",
+      f"{rows[NEW]['lost']:.1f} where chunks count that a variant never stood behind; the smallest alpha that was good "
+      f"enough on other questions, or the largest: {found['enough']:g}",
     ),
     Claim(
       "Points of right answers that are lost where chunks are reused as they were cached", "points", "higher",

@@ -187,8 +187,8 @@ def serve(
 
   Args:
     choose: what is reused.
-    early: at the store's first stage, tokens of chunks that the question does not attend to (`focused`) stop being
-      computed; their deeper layers stay as they were cached.
+    early: at the store's first stage, tokens of chunks that the question does not attend to (`focused`; settled or not
+      from half of the depth on) stop being computed; their deeper layers stay as they were cached.
     read: how many of the question's last tokens give logits.
     room: tokens that are to be generated after it.
     keep: new variants go into the store, and uses count.
@@ -219,7 +219,7 @@ def serve(
     cached.append(here)
     told.append((places, seen))  # not read yet: the next stage loads while this one is computed
     if early and stage == 0:
-      dropped, stay = _unfocused(made, places, np.asarray(seen.mass, np.float32)[:, 0])
+      dropped, stay = _unfocused(made, places, np.asarray(seen.mass, np.float32)[:, 0], final=2 * stop >= depth)
       if dropped:
         places = places[stay]
         rows = partial_prefill.take_rows(rows, _padded(np.flatnonzero(stay), least)[None])
@@ -237,11 +237,11 @@ def _padded(places: np.ndarray, least: int) -> np.ndarray:
   return np.pad(places.astype(np.int32), (0, more), constant_values=-1)
 
 
-def _unfocused(made: Plan, places: np.ndarray, mass: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+def _unfocused(made: Plan, places: np.ndarray, mass: np.ndarray, *, final: bool) -> tuple[tuple[int, ...], np.ndarray]:
   """(reused chunks that the question does not attend to, which of the rows stay)."""
   group, k = made.groups[places], len(made.names)
   looks = mass[:, np.flatnonzero(group == k + 1), 1 : k + 1].sum(axis=1)
-  far = ~focused(looks) & np.array([choice.variant is not None for choice in made.choices], bool)
+  far = ~focused(looks, final=final) & np.array([choice.variant is not None for choice in made.choices], bool)
   dropped = tuple(np.flatnonzero(far).tolist())
   return dropped, ~np.isin(group - 1, dropped)
 

@@ -42,10 +42,12 @@ def prefix_overlap(
     penalise_new: times the share of the new chunks that were there before: chunks that were never seen count too.
   """
   total, there = float(np.sum(inter)), set(new)
-  beta = sum(float(mass) for mass, name in zip(inter, old, strict=True) if name in there) / total if total > 0 else 1.0
+  # What is missing, not what is there: nothing missing is a beta of 1 whatever the rounding, and a tie stays one.
+  missing = sum(float(mass) for mass, name in zip(inter, old, strict=True) if name not in there)
+  beta = 1 - missing / total if total > 0 else 1.0
   if penalise_new and there:
     beta *= len(there & set(old)) / len(there)
-  return min(beta, 1.0)
+  return max(beta, 0.0)
 
 
 def disorder(old: Sequence[bytes], new: Sequence[bytes]) -> float:
@@ -84,7 +86,9 @@ def top_tokens(score: Float[np.ndarray, "tokens"], share: float) -> Int[np.ndarr
   return np.sort(np.argsort(-np.asarray(score), kind="stable")[:count])
 
 
-def focused(attention: Float[np.ndarray, "layers chunks"], *, stable: int = 3) -> Bool[np.ndarray, "chunks"]:
+def focused(
+  attention: Float[np.ndarray, "layers chunks"], *, stable: int = 3, final: bool = False
+) -> Bool[np.ndarray, "chunks"]:
   """The chunks that the question attends to, once that is settled; until then, all of them.
 
   They are those before the largest gap of the attention summed up to a layer, sorted; settled if it is the same set in
@@ -92,12 +96,13 @@ def focused(attention: Float[np.ndarray, "layers chunks"], *, stable: int = 3) -
 
   Args:
     attention: of all question tokens to every chunk, layer by layer.
+    final: no later layer is asked, so it counts as settled.
   """
   layers, chunks = attention.shape
-  if layers < stable or chunks < 2:
+  if chunks < 2 or (layers < stable and not final):
     return np.ones(chunks, bool)
   sets = []
-  for summed in np.cumsum(attention, axis=0)[-stable:]:
+  for summed in np.cumsum(attention, axis=0)[-1 if final else -stable :]:
     order = np.argsort(-summed, kind="stable")
     gap = int(np.argmax(-np.diff(summed[order])))
     sets.append(frozenset(order[: gap + 1].tolist()))

@@ -224,7 +224,7 @@ def test_stages_and_early_ends_count_what_they_compute():
   np.testing.assert_allclose(found.logits, plain.logits, **CLOSE)
   store = ChunkStore(SYSTEM, stages=(2,))
   serve(network(), store, chunks(), QUESTION)
-  cache_craft.focused, before = lambda looks: np.array([True, False, True]), cache_craft.focused
+  cache_craft.focused, before = lambda looks, final: np.array([True, False, True]), cache_craft.focused
   try:
     early = serve(network(), store, chunks()[::-1], QUESTION, early=True, keep=False)
   finally:
@@ -244,6 +244,8 @@ def test_scores_by_hand():
   assert math.isclose(context_impact(behind, [20, 4], layers=2), 1 / (1 + math.exp(-ratio)))
   assert disorder([a, b, c], [c, b, a]) == 1 and disorder([a, b, c], [a, c, d, b]) == 1 / 3 and disorder([a], [a]) == 0
   assert prefix_overlap([3, 1], [a, b], [b, c]) == 0.25 and prefix_overlap([], [], [a]) == 1
+  tenths = [0.1, 0.2, 0.3, 0.7]
+  assert prefix_overlap(tenths, [a, b, c, d], [d, c, b, a]) == 1 and prefix_overlap(tenths[::-1], [a, b, c, d], [a]) < 1
   assert prefix_overlap([3, 1], [a, b], []) == 0 and prefix_overlap([3, 1], [a, b], [b, c], penalise_new=True) == 0.125
   share = functools.partial(recompute_share, behind, [a, b], [20, 4], layers=2)
   impact = context_impact(behind, [20, 4], layers=2)
@@ -265,6 +267,7 @@ def test_the_focus_is_what_stands_before_the_largest_gap_once_it_stays():
   steady = np.array([[5.0, 1.0, 4.0, 0.5]] * 4)
   assert focused(steady).tolist() == [True, False, True, False]
   moving = np.array([[1.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 20.0, 0]])
+  assert focused(moving, final=True).tolist() == [False, False, True, False]
   assert focused(moving).all() and focused(steady[:2]).all() and focused(np.ones((5, 1))).all()
 
 
