@@ -5,7 +5,13 @@ with a third of the reused tokens computed again. Measured here on facts that go
 real passages (`base`, `smollm2`), and on requests that come by Zipf's law, against CacheBlend and other choices.
 
   python -m experiments.run --config=configs/cache_craft.py:cpu --workdir=runs/cache_craft
-      --config.data.path='books/*.xz' --config.passages.path=rag/musique_s.json.xz
+      --config.data.path=books/test.jsonl.xz --config.passages.path=rag/musique_s.json.xz
+
+Takes 4 minutes of two cores and says (2026-11-28), with 13 % of the moved tokens computed anew:
+  answers right, Cache-Craft                         90 %   (full prefill 100 %, as cached 38 %, CacheBlend 48 %)
+  the same, new chunks counted (28 % anew)          100 %
+  token-layers saved beside cached prefixes          77 %   (paper 51 %)
+  divergence that stays on real passages       44 to 82 %
 """
 
 import ml_collections

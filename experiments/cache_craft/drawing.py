@@ -5,7 +5,15 @@ from pathlib import Path
 from experiments import figures
 from experiments.cache_craft.methods import FULL, NAIVE, OURS
 
-_SHORT = {"new chunks count": "new chunks count", "tokens stop early": "stop early"}
+_BEST = "as cached, best variant"
+_STYLES = {  # of what is a point: the same in every figure
+  _BEST: ("v", "C2"),
+  "random": ("^", "C3"),
+  "most attended": ("D", "C4"),
+  "first tokens": ("<", "C5"),
+  "tokens stop early": (">", "C6"),
+  "new chunks count": ("p", "C7"),
+}
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
@@ -49,14 +57,12 @@ def _curves(axis, rows: list[dict], value: str, factor: float) -> None:
     (100 * row["share"], factor * row[value]) for row in rows if row["method"].partition(" ")[0] == kind
   )
   by_name = {row["method"]: (100 * row["share"], factor * row[value]) for row in rows}
-  axis.plot(*zip(by_name[NAIVE], *family(OURS), strict=True), "o-", label=OURS)
+  axis.plot(*zip(by_name[_BEST], *family(OURS), strict=True), "o-", label=OURS)  # alpha 0 is the best variant
   if len(family("CacheBlend")) > 0:
     axis.plot(*zip(*family("CacheBlend"), strict=True), "s-", label="CacheBlend")
-  others = [
-    name for name in by_name if name not in (FULL, NAIVE) and name.partition(" ")[0] not in (OURS, "CacheBlend")
-  ]
-  for i, name in enumerate(others):
-    axis.plot(*by_name[name], "v^D<>p"[i % 6], color=f"C{2 + i}", label=_SHORT.get(name, name))
+  for name, (marker, colour) in _STYLES.items():
+    if name in by_name:
+      axis.plot(*by_name[name], marker, color=colour, label=name)
   axis.plot(*by_name[NAIVE], "x", color="k", label=NAIVE)
   if value == "right":
     axis.axhline(factor * next(row[value] for row in rows if row["method"] == FULL), color="grey", ls=":")
