@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxlab.core.checks import require
+from jaxlab.models.generate import require_ids
 from jaxlab.models.inference import Network
 from jaxlab.serving import partial_prefill
 from jaxlab.serving.cache_craft import Choose, Served, laid, plan
@@ -48,6 +49,7 @@ def blend_share(
   partial_prefill.require_movable(network)
   made = plan(store, chunks, question, choose)
   require(1 <= read <= len(question), f"read is {read}; it must lie in 1 .. {len(question)}, the question's tokens")
+  require_ids(made.tokens, network.model.config.vocab_size)
   n = len(made.tokens)
   capacity, asked = partial_prefill.room(n + room), len(question)
   missing = (made.groups == 0) & (store.system_parts is None)
