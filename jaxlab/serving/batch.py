@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 def blank(rows: int, length: int, pages_per_row: int) -> tuple[np.ndarray, Rows]:
-  """(int32[rows, numbers], what a program takes: one array goes to the device faster than ten; views of it, padding)."""
+  """(int32[rows, numbers], what a program takes: one array travels faster than ten; views of it: padding)."""
   packed = np.zeros((rows, 2 * length + pages_per_row + _SINGLE), np.int32)
   made = split(packed, length)
   made.count[:], made.top_p[:] = 1, 1
@@ -207,7 +207,7 @@ def _scores(head, x, backout, chunks, shape: Shape):
 
 
 def compiled(network: Network, pools, pages_per_row: int, shape: Shape):
-  """(leaves of the network, pools, decode, chunks; arrays of `blank`) -> (pools; what was drawn, for `drawn_of`; scores).
+  """(leaves of the network, pools, decode, chunks: arrays of `blank`) -> (pools, drawn: for `drawn_of`, scores).
 
   The step `run`, compiled; the pools are overwritten.
   """

@@ -89,15 +89,20 @@ def compressed(model, form):
     return truncate(model, bases, {"q": 8, "mlp.up": 12, "mlp.down": 12})
   if form == "quantised":
     return quantise(model, TOKENS, rtn, bits=3, group=16, batch=16)
+  if form == "biased":
+    weight = maps.named(model.blocks)["o"].weight[...]
+    added = maps.Affine(weight, jnp.full((len(weight), weight.shape[2]), 0.1))
+    return quantise(with_maps(model, {"o": added}), TOKENS, rtn, bits=4, group=16, batch=16)
   bases = decompose(model, TOKENS, batch=16)
   return truncate(quantise(model, TOKENS, rtn, bits=4, group=8, batch=16), bases, {"mlp.gate": 12})
 
 
-@pytest.mark.parametrize("form", ["factored", "quantised", "both"])
+@pytest.mark.parametrize("form", ["factored", "quantised", "biased", "both"])
 def test_a_compressed_model_generates_and_its_folder_loads_again(model, form, tmp_path):
   small = compressed(model, form)
   logits = small(TOKENS)
   assert float(jnp.abs(logits - model(TOKENS)).max()) > 1e-3
+  assert form != "biased" or np.all(maps.named(small.blocks)["o"].bias[...] == jnp.float32(0.1))
   tokens = generate(small, TOKENS[:2], tokens=4)
   expected = TOKENS[:2]
   for _ in range(4):
