@@ -14,6 +14,7 @@ trained, counted and run on packed bits (`bibench_packed`).
 params: {layer: {"kernel", ...}}; stats: {norm: {"mean", "var"}}, running ones, changed by training alone.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -145,16 +146,12 @@ class Layers:
     self.costs[name] = Cost(weights + bias, bias + scales, operations, sum(moved[kind] for kind in self.one.scaled))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def init(network: Network, key: jax.Array, x, operator: str) -> tuple[Params, Params]:
   """(params, stats) of a network for an input like those it will see; compiled whole, which takes less time."""
-
-  @jax.jit
-  def make(key, x):
-    layers = Layers(operator, {}, {}, key=key)
-    network(layers, x)
-    return layers.params, layers.stats
-
-  return make(key, x)
+  layers = Layers(operator, {}, {}, key=key)
+  network(layers, x)
+  return layers.params, layers.stats
 
 
 def apply(network: Network, params: Params, stats: Params, x, operator: str, *, at: At = FINAL, train: bool = False):
