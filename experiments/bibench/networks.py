@@ -31,10 +31,10 @@ def resnet(layers: Layers, x, *, width: int, blocks: int, classes: int, every: b
   return layers.dense("head", x.mean(axis=(1, 2)), classes, binary=False), ()
 
 
-def vgg_small(layers: Layers, x, *, width: int, classes: int, **_):
-  """Six convolutions of 1, 1, 2, 2, 4 and 4 times `width`, a pool of 2 x 2 behind every second one."""
-  for i, factor in enumerate((1, 1, 2, 2, 4, 4)):
-    x = layers.conv(f"conv{i}", x, factor * width, binary=i > 0)
+def vgg_small(layers: Layers, x, *, width: int, blocks: int, classes: int):
+  """Pairs of convolutions of 1, 2, 4 times `width` (three, as published), each with a pool of 2 x 2 behind."""
+  for i in range(2 * blocks):
+    x = layers.conv(f"conv{i}", x, 2 ** (i // 2) * width, binary=i > 0)
     x = hard_tanh(layers.norm(f"norm{i}", pooled(x, jax.lax.max, -jnp.inf) if i % 2 else x))
   return layers.dense("head", x.reshape(len(x), -1), classes, binary=False), ()
 

@@ -134,7 +134,7 @@ def full_sizes() -> dict:
   words = jax.ShapeDtypeStruct((1, 128), jnp.int32)
   return {
     "ResNet20": (networks.of_pictures("resnet", width=16, blocks=3, classes=10), pictures),
-    "VGG-small": (networks.of_pictures("vgg", width=128, blocks=0, classes=10), pictures),
+    "VGG-small": (networks.of_pictures("vgg", width=128, blocks=3, classes=10), pictures),
     "PointNet": (networks.of_clouds("pointnet", width=64, classes=40), points),
     "BERT, 4 layers": (
       networks.of_text(vocabulary=30522, width=312, depth=4, heads=12, classes=2),

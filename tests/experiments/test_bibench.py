@@ -34,7 +34,7 @@ def config(tmp_path_factory):
 
 def test_everything_is_measured_once(config, tmp_path, monkeypatch):
   config = config.copy_and_resolve_references()
-  config.parts = ("pictures", "settings", "sizes", "speed")
+  config.parts, config.settings.operators = ("pictures", "settings", "sizes", "speed"), ("bnn",)
   measures = [f"tracks.measure_{name}" for name in ("task", "settings", "sizes", "speed")]
   report = run_and_continue("bibench", tmp_path, monkeypatch, *measures, config=config)
   found = report.metrics["tasks"]["pictures"]

@@ -1,5 +1,7 @@
 """A network by `Layers`: trained, counted, packed; the overall metrics of the paper's table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,19 +29,24 @@ IMAGES = jax.random.normal(jax.random.key(3), (4, 6, 6, 3))
 def made(name):
   """Random in everything that starts at one number, as if trained."""
   params, stats = init(network, jax.random.key(0), IMAGES, name)
-  noisy = lambda a, i: a + 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(1), i), a.shape)
-  leaves, tree = jax.tree.flatten(params)
-  params = jax.tree.unflatten(tree, [noisy(a, i) if a.ndim == 1 else a for i, a in enumerate(leaves)])
-  return params, apply(network, params, stats, IMAGES, name, train=True)[1]
+  rng = np.random.default_rng(1)
+  noisy = lambda a: np.float32(a + 0.3 * rng.normal(size=a.shape)) if a.ndim == 1 else a
+  params = jax.tree.map(noisy, params)
+  return params, jax.jit(lambda params: apply(network, params, stats, IMAGES, name, train=True)[1])(params)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_packed_is_what_was_trained(name):
   """Words of 32 signs, borders of zeros, strides, scales of every kind, FDA behind the end of its noise."""
   params, stats = made(name)
-  expected, same = apply(network, params, stats, IMAGES, name)
-  packed = pack(network, params, stats, IMAGES, name)
-  np.testing.assert_allclose(run(network, packed, IMAGES, name), expected, rtol=1e-4, atol=1e-4)
+
+  @jax.jit
+  def both(params, stats):
+    packed = pack(network, params, stats, IMAGES, name)
+    return apply(network, params, stats, IMAGES, name), run(network, packed, IMAGES, name), packed
+
+  (expected, same), found, packed = both(params, stats)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
   assert same.keys() == stats.keys() and packed[0]["body"]["words"].shape == (9, 40, 1)
   assert "kernel" not in packed[0]["body"] and "kernel" in packed[0]["head"]
 
@@ -51,7 +58,8 @@ def test_packed_convolution_is_the_convolution(stride, size, channels):
   x, w = (rng.choice(np.float32([-1, 1]), shape) for shape in ((2, 7, 6, channels), (size, size, channels, 4)))
   packed = pack_kernel(jnp.asarray(w), jnp.float32([1, 2, 3, 0.5]))
   np.testing.assert_array_equal(packed.scale_of_signs, [1, 2, 3, 0.5])
-  found = packed_conv(pack_bits(jnp.asarray(x)), packed.words, channels, kernel=(size, size), stride=stride)
+  count = jax.jit(lambda x, words: packed_conv(pack_bits(x), words, channels, kernel=(size, size), stride=stride))
+  found = count(jnp.asarray(x), packed.words)
   np.testing.assert_array_equal(found, bibench.convolve(jnp.asarray(x), jnp.asarray(w), stride))
 
 
@@ -115,18 +123,17 @@ def test_overall_metrics_of_the_papers_table():
 
 
 def test_statistics_run_in_training_and_rule_in_evaluation():
-  params, stats = made("bnn")
-  again = apply(network, params, stats, IMAGES, "bnn", train=True)[1]
-  seen = {}
-
-  def watched(layers, x):
-    seen["norm"] = x.mean(axis=(0, 1, 2))
-    return layers.norm("stem.norm", x)
-
-  apply(watched, params, stats, layers_input := IMAGES @ jnp.ones((3, 6)), "bnn", train=True)
-  after = apply(watched, params, stats, layers_input, "bnn", train=True)[1]["stem.norm"]["mean"]
-  np.testing.assert_allclose(after, 0.9 * stats["stem.norm"]["mean"] + 0.1 * seen["norm"], rtol=1e-5, atol=1e-6)
-  assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, stats)
+  watched = lambda layers, x: layers.norm("norm", x)
+  x = np.random.default_rng(0).normal(2, 3, (16, 5)).astype(np.float32)
+  stats = {"norm": {"mean": np.ones(5, np.float32), "var": np.full(5, 4, np.float32)}}
+  params = {"norm": {"gain": np.float32([1, 2, 3, 4, 5]), "offset": np.arange(5, dtype=np.float32)}}
+  run = jax.jit(lambda train: apply(watched, params, stats, x, "bnn", train=train), static_argnums=0)
+  (trained, after), (judged, same) = run(True), run(False)
+  normed = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
+  np.testing.assert_allclose(trained, normed * params["norm"]["gain"] + np.arange(5), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(judged, (x - 1) / 2 * params["norm"]["gain"] + np.arange(5), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(after["norm"]["mean"], 0.9 + 0.1 * x.mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(same["norm"]["var"], 4)
 
 
 def test_latents_come_from_a_checkpoint_and_stay_where_gradients_are():
@@ -145,20 +152,25 @@ def test_latents_come_from_a_checkpoint_and_stay_where_gradients_are():
 
 
 def test_one_program_for_all_epochs_and_seeds_side_by_side():
-  params, stats = jax.vmap(lambda key: init(network, key, IMAGES, "fda"))(jax.random.split(jax.random.key(0), 2))
-  step = jax.jit(
-    jax.vmap(lambda p, s, e: apply(network, p, s, IMAGES, "fda", at=schedule(e, 9), train=True), (0, 0, None))
-  )
-  both = [step(params, stats, epoch)[0] for epoch in (0, 5)]
-  assert step._cache_size() == 1 and both[0].shape == (2, 4, 3) and float(jnp.abs(both[0] - both[1]).max()) > 0
+  x = jnp.ones((3, 4))
+  small = lambda layers, x: layers.dense("map", x, 2)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  @functools.partial(jax.vmap, in_axes=(0, None, None))
+  def of(key, operator, epoch):
+    params, stats = init(small, key, x, operator)
+    return apply(small, params, stats, x, operator, at=schedule(epoch, 9), train=True)[0]
+
+  keys = jax.random.split(jax.random.key(0), 2)
+  both = [of(keys, "fda", epoch) for epoch in (0, 5)]
+  assert of._cache_size() == 1 and both[0].shape == (2, 3, 2) and float(jnp.abs(both[0] - both[1]).max()) > 0
+  assert float(jnp.abs(both[0][0] - both[0][1]).max()) > 0
 
 
 def test_ones_own_network_in_three_lines():
   params, stats = init(network, jax.random.key(0), IMAGES, "reactnet")
-  logits, _ = apply(network, params, stats, IMAGES, "reactnet")
-  np.testing.assert_allclose(
-    run(network, pack(network, params, stats, IMAGES, "reactnet"), IMAGES, "reactnet"), logits, atol=1e-4
-  )
+  logits, after = jax.jit(lambda: apply(network, params, stats, IMAGES, "reactnet", train=True))()
+  assert logits.shape == (4, 3) and after.keys() == stats.keys()
 
 
 def test_bad_input_is_one_line():
