@@ -57,16 +57,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         network=pick(test="vgg", cpu="resnet"),  # or bireal, vgg, reactnet
         width=pick(test=4, cpu=8, gpu=16),
         blocks=pick(test=1, cpu=1, gpu=3),
-        epochs=pick(test=1, cpu=5, gpu=4, paper=400),
+        epochs=pick(test=1, cpu=5, gpu=3, paper=400),
         batch=pick(test=8, cpu=50, gpu=200),
         rates=pick(test=(1e-2,), cpu=(3e-3, 1e-2)),
         timed=pick(test=True, cpu=False, gpu=True),
       ),
       text=dict(
-        classes=pick(test=3, cpu=6, gpu=8),  # the longest documents
+        classes=pick(test=3, cpu=6),  # the longest documents
         vocabulary=pick(test=300, cpu=1024, gpu=4096, paper=30522),
         time=pick(test=8, cpu=32, gpu=64, paper=128),
-        rows=pick(test=16, cpu=500, gpu=1200),  # passages of a document
+        rows=pick(test=16, cpu=500, gpu=1300),  # passages of a document
         judged=pick(test=5, cpu=60, gpu=100),
         width=pick(test=8, cpu=32, gpu=128, paper=768),
         depth=pick(test=1, cpu=2, gpu=4, paper=12),
@@ -79,11 +79,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       clouds=dict(
         network="pointnet",  # or aligned, with a T-net
         classes=pick(test=4, cpu=10, gpu=20),
-        points=pick(test=16, cpu=64, gpu=512, paper=1024),
+        points=pick(test=16, cpu=64, gpu=256, paper=1024),
         rows=pick(test=8, cpu=100, gpu=400),  # clouds of a class
         judged=pick(test=5, cpu=50, gpu=100),
         width=pick(test=4, cpu=16, gpu=64),
-        epochs=pick(test=1, cpu=8, gpu=10, paper=200),
+        epochs=pick(test=1, cpu=8, paper=200),
         batch=pick(test=8, cpu=50, gpu=100, paper=256),
         rates=pick(test=(1e-2,), cpu=(3e-3, 1e-2)),
         timed=False,
@@ -92,7 +92,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         operators=pick(test=("bnn", "bireal"), cpu=EIGHT),
         adam=(1e-3, 1e-4),
         sgd=(1e-1, 1e-2),
-        epochs=pick(test=1, cpu=6, gpu=8, paper=200),
+        epochs=pick(test=1, cpu=6, paper=200),
       ),
       sizes=pick(test=("ResNet20",), cpu=("ResNet20", "VGG-small", "PointNet", "BERT, 4 layers")),
       speed=dict(operator="bireal", batches=pick(test=(2,), cpu=(1, 256))),

@@ -102,13 +102,6 @@ def of_training(metrics: dict) -> dict[str, tuple[float | None, float]]:
   }
 
 
-def of_complexity(metrics: dict) -> dict[str, float]:
-  """OM of r_c and r_s, each the mean over networks."""
-  sizes = metrics["sizes"]
-  mean = lambda operator, i: float(np.mean([found[operator][i] for found in sizes.values()]))
-  return {operator: bibench_metrics.overall([mean(operator, 0), mean(operator, 1)]) for operator in ALGORITHMS}
-
-
 def claims(config, metrics: dict) -> list[Claim]:
   made = [_headline(metrics), *_part_claims(of_tasks(metrics)), *_task_claims(metrics)]
   pictures = metrics["tasks"].get("pictures", {})
@@ -117,13 +110,11 @@ def claims(config, metrics: dict) -> list[Claim]:
   if "settings" in metrics and {*STEADY, *UNSTEADY} <= metrics["settings"].keys():
     made.append(_settings_claim(metrics))
   if "sizes" in metrics:
-    made.append(_size_claim(metrics["sizes"]))
-  if pictures.get("packed"):
-    made.append(_packed_claim(pictures["packed"]))
+    made += _size_claims(metrics["sizes"], pictures.get("packed", {}))
   if "fda" in pictures.get("seconds", {}):
     made.append(_time_claim(pictures["seconds"]))
-  if "speed" in metrics:
-    made.append(_speed_claim(metrics["speed"]))
+  if {"speed", "sizes"} <= metrics.keys():
+    made.append(_speed_claim(config, metrics))
   return made
 
 
@@ -213,26 +204,29 @@ def _settings_claim(metrics: dict) -> Claim:
   )  # fmt: skip
 
 
-def _size_claim(sizes: dict) -> Claim:
+def _size_claims(sizes: dict, packed: dict) -> list[Claim]:
   found = sizes["ResNet20"]
   worst = min(found, key=lambda name: min(found[name][:2]))
-  apart = max(max(v[i] for v in found.values()) / min(v[i] for v in found.values()) - 1 for i in (0, 1))
+  overall = {name: bibench_metrics.overall(values[:2]) for name, values in found.items()}
+  apart = [{name: values[i] / min(v[i] for v in found.values()) for name, values in found.items()} for i in (0, 1)]
   say = lambda i: "; ".join(f"{name}: {listed({op: v[i] for op, v in each.items()})}" for name, each in sizes.items())
-  return Claim(
-    "Times fewer bits or operations of ResNet20, the worse of both, worst operator", "x", "higher",
-    ours=_few(min(found[worst][:2])), threshold=10.0, paper=12.71, baseline="32 and 64 at most",
-    note=f"{TITLES[worst]}; operators differ by {100 * apart:.2g} % at most (paper 1.8 %); r_c: {say(0)}; "
-    f"r_s: {say(1)}; bytes as packed: {say(2)}",
-  )  # fmt: skip
-
-
-def _packed_claim(packed: dict) -> Claim:
-  worst = min(packed, key=lambda name: packed[name]["same"])
-  return Claim(
-    "Pictures that a network on packed bits classifies as the network that was trained, worst operator", "%", "higher",
-    ours=_few(100 * packed[worst]["same"]), threshold=99.0, baseline="the network as trained",
-    note="; ".join(f"{TITLES[name]}: logits {one['apart']:.2g} apart at most" for name, one in packed.items()),
-  )  # fmt: skip
+  same = "; ".join(
+    f"on packed bits {TITLES[name]} classifies {100 * one['same']:.4g} % of pictures as it was trained to"
+    for name, one in packed.items()
+  )
+  return [
+    Claim(
+      "Times fewer bits or operations of ResNet20, the worse of both, worst operator", "x", "higher",
+      ours=_few(min(found[worst][:2])), threshold=10.0, paper=12.71, baseline="32 and 64 at most",
+      note=f"{TITLES[worst]}; OM_comp: {listed(overall)}; r_c: {say(0)}; bytes as packed: {say(2)}; {same}",
+    ),
+    Claim(
+      "By how much operators differ in bits or operations of ResNet20, the larger of both", "%", "lower",
+      ours=_few(100 * (max(max(one.values()) for one in apart) - 1)), threshold=3.0, paper=1.8,
+      baseline="the operator that saves least",
+      note=f"r_s: {say(1)}; 144 signs of 16 channels count as 2.25 multiplications; a scale adds one",
+    ),
+  ]  # fmt: skip
 
 
 def _time_claim(times: dict) -> Claim:
@@ -245,14 +239,18 @@ def _time_claim(times: dict) -> Claim:
   )  # fmt: skip
 
 
-def _speed_claim(speed: dict) -> Claim:
+def _speed_claim(config, metrics: dict) -> Claim:
+  speed = metrics["speed"]
   ratio = {rows: min(t["float32"], t["bfloat16"]) / t["packed"] for rows, t in speed.items()}
   best = max(ratio, key=ratio.get)
   said = lambda times: ", ".join(f"{name} {value:.3g} ms" for name, value in times.items())
+  name = config.speed.operator
+  both = (speed[best]["float32"] / speed[best]["packed"], metrics["sizes"]["ResNet20"][name][2])
   return Claim(
     "Times as fast as in 16 or 32 bits a network runs on packed bits on this device, best batch", "x", "higher",
     ours=_few(ratio[best]), threshold=1.0, baseline="the faster of bfloat16 and float32",
-    note="; ".join(f"{rows} images: {said(times)}" for rows, times in speed.items()),
+    note="; ".join(f"{rows} images: {said(times)}" for rows, times in speed.items())
+    + f"; OM_infer of {TITLES[name]}, time and bytes: {100 * bibench_metrics.overall(both):.4g} %",
   )  # fmt: skip
 
 

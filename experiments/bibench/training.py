@@ -14,7 +14,7 @@ from jaxlab.weights import bibench
 from jaxlab.weights.bibench_layers import adopted, apply, clipped, init, outline
 
 _MOMENTUM, _DECAY, _MILESTONES = 0.9, 1e-4, (0.5, 0.75)  # of SGD; of the schedule in steps
-_ROWS = 250  # judged at once
+_ROWS = 500  # judged at once
 
 
 class Recipe(NamedTuple):

@@ -25,18 +25,18 @@ class Packed(NamedTuple):
   """A kernel's signs.
 
   words: of each output, (outputs, words) of a dense map, (taps, outputs, words) of a convolution; scale_of_signs: what
-  the signs of an output are multiplied by.
+  the signs of an output are multiplied by, or None for 1.
   """
 
   words: UInt32[Array, "*taps outputs words"]
-  scale_of_signs: Float[Array, "outputs"]
+  scale_of_signs: Float[Array, "outputs"] | None
 
 
 def pack_kernel(signs: Float[Array, "*inputs outputs"], scale=1.0) -> Packed:
   """From what an operator's `weight` gives: signs, and a number an output."""
   rows = jnp.moveaxis(signs, -1, -2)  # words run along the inputs
   rows = rows.reshape(-1, *rows.shape[-2:]) if signs.ndim == 4 else rows
-  return Packed(pack_bits(rows), jnp.broadcast_to(jnp.asarray(scale, jnp.float32), signs.shape[-1:]))
+  return Packed(pack_bits(rows), scale if isinstance(scale, jax.Array) else None)
 
 
 def packed_dense(x: UInt32[Array, "rows words"], words, size: int, **how) -> Int[Array, "rows outputs"]:
@@ -124,7 +124,8 @@ def pack(network: Network, params: Params, stats: Params, x, operator: str) -> t
   for name, binary in outline(network, x, operator).binary.items():
     if binary:
       kept = {key: value for key, value in params[name].items() if not key.endswith(("_up", "_down"))}
-      made[name] = kept | pack_kernel(*one.weight(kept.pop("kernel"), params[name], FINAL))._asdict()
+      packed = pack_kernel(*one.weight(kept.pop("kernel"), params[name], FINAL))._asdict()
+      made[name] = kept | {part: value for part, value in packed.items() if value is not None}
   return made, stats
 
 
@@ -154,6 +155,6 @@ class _PackedLayers(Layers):
   def _packed(self, name: str, x, product, sample):
     kept = self.params[name]
     signs, scale = self.one.act(x, kept, FINAL, False, sample)
-    y = product(pack_bits(signs), kept["words"]).astype(x.dtype) * scale * kept["scale_of_signs"]
+    y = product(pack_bits(signs), kept["words"]).astype(x.dtype) * scale * kept.get("scale_of_signs", 1)
     y = self.one.out(y, kept)
     return y + kept["bias"] if "bias" in kept else y
