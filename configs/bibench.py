@@ -95,7 +95,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         epochs=pick(test=1, cpu=6, paper=200),
       ),
       sizes=pick(test=("ResNet20",), cpu=("ResNet20", "VGG-small", "PointNet", "BERT, 4 layers")),
-      speed=dict(operator="bireal", batches=pick(test=(2,), cpu=(1, 256))),
+      speed=dict(operator="bireal", side=pick(test=8, cpu=32), batches=pick(test=(2,), cpu=(1, 256))),
       repetitions=pick(test=1, cpu=5, gpu=15),
     )
   )  # fmt: skip

@@ -51,9 +51,9 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
       metrics["tasks"][name] = results.part(workdir, name, run)
     else:
       run = {
-        "settings": lambda: tracks.measure_settings(config, cache, console),
+        "settings": lambda: tracks.measure_settings(config, cache),
         "sizes": lambda: tracks.measure_sizes(config),
-        "speed": lambda: tracks.measure_speed(config, cache, console),
+        "speed": lambda: tracks.measure_speed(config),
       }[name]
       metrics[name] = results.part(workdir, name, run)
   return metrics

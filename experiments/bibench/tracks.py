@@ -108,7 +108,7 @@ def _step_times(made: dict[str, tuple[Trainer, Run]], repetitions: int) -> dict[
   return {operator: 1e3 * found.median(operator) for operator in made}
 
 
-def measure_settings(config, cache: Path, console) -> dict:
+def measure_settings(config, cache: Path) -> dict:
   """{operator: accuracy, 0..1, of every setting}, from scratch: Adam and SGD, two rates each, two schedules."""
   s = config.settings
   task = TASKS["clouds"](config, cache)
@@ -164,22 +164,21 @@ def measure_sizes(config) -> dict:
   return found
 
 
-def measure_speed(config, cache: Path, console) -> dict:
-  """{batch: milliseconds of the pictures' network: in 32 and in 16 bits, and packed}, evaluation alone."""
-  task = TASKS["pictures"](config, cache)
-  x = task.parts["test"][0]
+def measure_speed(config) -> dict:
+  """{batch: milliseconds of the pictures' network: in 32 and in 16 bits, and packed}, evaluation alone, untrained."""
+  p, operator = config.pictures, config.speed.operator
+  network = networks.of_pictures(p.network, width=p.width, blocks=p.blocks, classes=10)
   found = {}
   for rows in config.speed.batches:
-    images = x[:rows]
-    params, stats = init(task.network, jax.random.key(0), images[:1], config.speed.operator)
-    twin = init(task.network, jax.random.key(0), images[:1], TWIN)
-    small = pack(task.network, params, stats, images[:1], config.speed.operator)
+    images = jax.random.normal(jax.random.key(0), (rows, config.speed.side, config.speed.side, 3))
+    signs, twin = (init(network, jax.random.key(1), images, name) for name in (operator, TWIN))
+    small = pack(network, *signs, images, operator)
     half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
-    plain = lambda given, x: apply(task.network, *given, x, TWIN)[0][0]
+    plain = lambda given, x: apply(network, *given, x, TWIN)[0][0]
     contestants = {
       "float32": timing.Steady(plain, twin, images),
       "bfloat16": timing.Steady(plain, half(twin), half(images)),
-      "packed": timing.Steady(lambda given, x: run(task.network, given, x, config.speed.operator)[0], small, images),
+      "packed": timing.Steady(lambda given, x: run(network, given, x, operator)[0], small, images),
     }
     times = timing.compare(contestants, repetitions=config.repetitions, inner=5)
     found[f"{rows}"] = {name: 1e3 * times.median(name) for name in contestants}
