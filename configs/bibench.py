@@ -52,12 +52,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         path="",
         most=pick(test=0, cpu=400, gpu=0),  # images of a class; 0 takes all
         held=0.2,  # share of the training images that rates are chosen by
-        judged=pick(test=5, cpu=50, gpu=200, paper=1000),  # test images of a class
+        judged=pick(test=5, cpu=200, paper=1000),  # test images of a class
         shrink=pick(test=1, cpu=2, gpu=1),  # pixels a side that become one
         network=pick(test="vgg", cpu="resnet"),  # or bireal, vgg, reactnet
         width=pick(test=4, cpu=8, gpu=16),
         blocks=pick(test=1, cpu=1, gpu=3),
-        epochs=pick(test=1, cpu=5, gpu=3, paper=400),
+        epochs=pick(test=1, cpu=6, gpu=3, paper=400),
         batch=pick(test=8, cpu=50, gpu=200),
         rates=pick(test=(1e-2,), cpu=(3e-3, 1e-2)),
         timed=pick(test=True, cpu=False, gpu=True),
@@ -66,14 +66,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         classes=pick(test=3, cpu=6),  # the longest documents
         vocabulary=pick(test=300, cpu=1024, gpu=4096, paper=30522),
         time=pick(test=8, cpu=32, gpu=64, paper=128),
-        rows=pick(test=16, cpu=500, gpu=1300),  # passages of a document
+        rows=pick(test=16, cpu=1000, gpu=1300),  # passages of a document
         judged=pick(test=5, cpu=60, gpu=100),
         width=pick(test=8, cpu=32, gpu=128, paper=768),
         depth=pick(test=1, cpu=2, gpu=4, paper=12),
         heads=pick(test=2, cpu=2, gpu=4, paper=12),
-        epochs=pick(test=1, cpu=4, gpu=6, paper=20),
+        epochs=pick(test=1, cpu=2, gpu=4, paper=20),
         batch=pick(test=8, cpu=50, gpu=64),
-        rates=pick(test=(3e-3,), cpu=(3e-3, 1e-2), gpu=(1e-3, 3e-3)),
+        rates=pick(test=(3e-3,), cpu=(3e-3, 1e-2), gpu=(1e-3, 3e-3), paper=(1e-4, 3e-4)),
         timed=False,
       ),
       clouds=dict(
