@@ -201,7 +201,7 @@ def _settings_claim(metrics: dict) -> Claim:
   return Claim(
     "Steadiness std(fp32) / std over settings of the optimiser: XNOR, Bi-Real, ReActNet over BNN, XNOR++, ReCU, FDA",
     "x", "higher", ours=_few(steady / rest), threshold=1.0, baseline=f"{rest:.3g} of the latter",
-    note=f"PointNet from scratch; points of deviation, small where nothing is learned: {listed(spread)}; best, % right: "
+    note=f"PointNet from scratch; deviation in points, small where nothing is learned: {listed(spread)}; best: "
     f"{listed(best)}" + (f"; OM: {listed(both)}" if both else ""),
   )  # fmt: skip
 
