@@ -60,6 +60,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         epochs=pick(test=1, cpu=6, gpu=3, paper=400),
         batch=pick(test=8, cpu=50, gpu=200),
         rates=pick(test=(1e-2,), cpu=(3e-3, 1e-2)),
+        warmup=0.0,
         timed=pick(test=True, cpu=False, gpu=True),
       ),
       text=dict(
@@ -74,6 +75,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         epochs=pick(test=1, cpu=2, gpu=4, paper=20),
         batch=pick(test=8, cpu=50, gpu=64),
         rates=pick(test=(3e-3,), cpu=(3e-3, 1e-2), gpu=(1e-3, 3e-3), paper=(1e-4, 3e-4)),
+        warmup=pick(test=0.1, cpu=0.0, gpu=0.1),  # share of the steps in which rates rise
         timed=False,
       ),
       clouds=dict(
@@ -86,6 +88,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         epochs=pick(test=1, cpu=8, paper=200),
         batch=pick(test=8, cpu=50, gpu=100, paper=256),
         rates=pick(test=(1e-2,), cpu=(3e-3, 1e-2)),
+        warmup=0.0,
         timed=False,
       ),
       settings=dict(  # clouds from scratch, by Adam and by SGD at two rates each, a cosine and steps

@@ -29,7 +29,7 @@ def measure_task(config, name: str, cache: Path, console) -> dict:
   own = config[name]
   task = TASKS[name](config, cache)
   plan = recipes(config.seeds, own.rates)
-  how = dict(epochs=own.epochs, batch=own.batch)
+  how = dict(epochs=own.epochs, batch=own.batch, warmup=own.warmup)
   first = Trainer(task, TWIN, **how)
   twins, checkpoint = _best(first, first.train(plan), own.rates)
   console.say(f"  checkpoint: {100 * np.mean(checkpoint['accuracy']):.3g} % right")

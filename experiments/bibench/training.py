@@ -52,14 +52,14 @@ def taken(tree, index):
   return jax.tree.map(lambda a: np.asarray(a)[index], tree)
 
 
-def update(recipe: Recipe, slopes, run: Run, done):
-  """(params, moments) after a step, `done` the share of training before it."""
+def update(recipe: Recipe, slopes, run: Run, done, warmup: float = 0.0):
+  """(params, moments) after a step, `done` the share of training before it; rates rise during the first `warmup`."""
   falling = jnp.where(
     recipe.stepped,
     jnp.prod(jnp.array([jnp.where(done >= place, 0.1, 1.0) for place in _MILESTONES])),
     (1 + jnp.cos(jnp.pi * done)) / 2,
   )
-  rate = recipe.rate * falling
+  rate = recipe.rate * falling * (jnp.minimum(1, done / warmup) if warmup else 1)
   adam, first = _ADAM.update(slopes, run.moments[0])
   sgd, second = _SGD.update(jax.tree.map(lambda g, p: g + _DECAY * p, slopes, run.params), run.moments[1])
   move = lambda p, a, s: p - rate * jnp.where(recipe.adam, a, s)
@@ -70,11 +70,12 @@ class Trainer:
   """One operator in a task's network: `train` gives a `Run`, `judge` the accuracies of one.
 
   Args:
-    epochs, batch: of `train`. taught: the loss is the distance from a teacher's logits and hidden states.
+    epochs, batch, warmup: of `train`. taught: the loss is the distance from a teacher's logits and hidden states.
   """
 
-  def __init__(self, task: Task, operator: str, *, epochs: int, batch: int, taught: bool = False):
+  def __init__(self, task: Task, operator: str, *, epochs: int, batch: int, warmup: float = 0.0, taught: bool = False):
     self.task, self.operator, self.epochs, self.batch, self.taught = task, operator, epochs, batch, taught
+    self.warmup = warmup
     self.example = task.parts["train"][0][:2]
     self.each = len(task.parts["train"][0]) // batch
     binary = outline(task.network, self.example, operator).binary
@@ -131,7 +132,7 @@ class Trainer:
       return far + sum(jnp.mean((a - b) ** 2) for a, b in zip(hidden, states, strict=True)), stats
 
     slopes, stats = jax.grad(loss, has_aux=True)(run.params)
-    params, moments = update(recipe, slopes, run, number / (self.epochs * self.each))
+    params, moments = update(recipe, slopes, run, number / (self.epochs * self.each), self.warmup)
     return Run(clipped(params, self.binary), stats, moments)
 
   def _apply(self, params, stats, x, **how):

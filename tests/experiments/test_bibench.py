@@ -119,6 +119,8 @@ def test_runs_fall_by_their_own_recipes():
   np.testing.assert_allclose(moved(Recipe(0, 0.1), 0.0), 0.1, rtol=1e-4)
   np.testing.assert_allclose(moved(Recipe(0, 0.1), 0.5), 0.05, rtol=1e-4)
   np.testing.assert_allclose(moved(Recipe(0, 0.1, False), 0.0), 0.1 * 3.0001, rtol=1e-4)
+  warm = training.update(Recipe(0, 0.1), slopes, run, 0.05, 0.1)[0]["layer"]["kernel"][0, 0]
+  np.testing.assert_allclose(1 - warm, 0.1 / 2 * (1 + np.cos(0.05 * np.pi)) / 2, rtol=1e-3)
   steps = [float(moved(Recipe(0, 0.1, False, True), done)) for done in (0.4, 0.6, 0.8)]
   np.testing.assert_allclose(steps, np.array([1, 0.1, 0.01]) * 0.30001, rtol=2e-3)
 
