@@ -260,7 +260,7 @@ def finding(config, metrics: dict) -> str:
   overall = of_tasks(metrics)
   order = sorted(overall, key=overall.get, reverse=True)
   return (
-    f"Of the twin's accuracy on {' and '.join(metrics['tasks'])} {TITLES[order[0]]} keeps most "
+    f"Of the twin's accuracy on {', '.join(metrics['tasks'])} {TITLES[order[0]]} keeps most "
     f"({overall[order[0]]:.3g} % in quadratic mean), {TITLES[order[-1]]} least ({overall[order[-1]]:.3g} %); Bi-Real, "
     f"ReActNet and FDA are {_headline(metrics).ours:.3g} points above BNN and XNOR++ (paper 9.78, on eight data sets)."
   )

@@ -11,7 +11,7 @@ from experiments import figures
 def draw_tasks(percent: Mapping, overall: Mapping, twins: Mapping, workdir: Path, titles: Mapping[str, str]) -> str:
   """A bar a task for every operator, those of least OM first; references behind them."""
   order = sorted(overall, key=overall.get)
-  order += [name for name in next(iter(percent.values())) if name not in overall]
+  order += dict.fromkeys(name for found in percent.values() for name in found if name not in overall)
   figure, axis = figures.subplots(width=1.9)
   for i, (task, found) in enumerate(percent.items()):
     names = [name for name in order if name in found]
