@@ -172,7 +172,7 @@ def measure_speed(config) -> dict:
   for rows in config.speed.batches:
     images = jax.random.normal(jax.random.key(0), (rows, config.speed.side, config.speed.side, 3))
     signs, twin = (init(network, jax.random.key(1), images, name) for name in (operator, TWIN))
-    small = pack(network, *signs, images, operator)
+    small = jax.jit(lambda given, images=images: pack(network, *given, images, operator))(signs)
     half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
     plain = lambda given, x: apply(network, *given, x, TWIN)[0][0]
     contestants = {

@@ -34,7 +34,7 @@ def config(tmp_path_factory):
 
 def test_everything_is_measured_once(config, tmp_path, monkeypatch):
   config = config.copy_and_resolve_references()
-  config.parts, config.settings.operators = ("pictures", "settings", "sizes", "speed"), ("bnn",)
+  config.parts, config.settings.operators = ("pictures", "settings", "sizes", "speed"), ()
   measures = [f"tracks.measure_{name}" for name in ("task", "settings", "sizes", "speed")]
   report = run_and_continue("bibench", tmp_path, monkeypatch, *measures, config=config)
   found = report.metrics["tasks"]["pictures"]
@@ -43,7 +43,7 @@ def test_everything_is_measured_once(config, tmp_path, monkeypatch):
     "jpeg_compression",
   }
   assert found["packed"]["bireal"]["same"] == 1 and set(found["seconds"]) == {"fp32", "bnn", "bireal"}
-  assert len(report.metrics["settings"]["bnn"]) == 8 and len(report.claims) == 5
+  assert len(report.metrics["settings"]["fp32"]) == 8 and len(report.claims) == 5
   assert "pictures" in report.finding
 
 
