@@ -28,7 +28,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       kernels=(
         *("decode_block", "decode_attention", "paged_attention", "block_mass"),
-        *("rotary_qkv", "residual_norm", "bitstack_matmul"),
+        *("rotary_qkv", "residual_norm", "bitstack_matmul", "xnor_matmul"),
       ),
       tiny=pick(cpu=True, gpu=False),
       repetitions=pick(test=2, cpu=10, gpu=30),
