@@ -89,6 +89,7 @@ class Engine:
     self._pools = batch.empty_pools(self.network, pages, page)
     self._leaves = jax.tree.leaves(self.network)
     self._programs: dict[Shape, Callable] = {}
+    self._memory: dict = {}  # the policy's
 
   @property
   def busy(self) -> bool:
@@ -145,6 +146,7 @@ class Engine:
 
   def step(self) -> list[Event]:
     """Runs one step and returns the new tokens, none where nothing can run."""
+    now = self.clock()
     view = policies.View(
       self.running,
       self.waiting,
@@ -155,6 +157,8 @@ class Engine:
       self.part,
       self._watermark,
       self.counters["steps"],
+      now,
+      self._memory,
     )
     waiting = set(self.waiting)
     plan = self.policy(view)
@@ -163,7 +167,6 @@ class Engine:
     self.counters["reused"] += sum(s.computed for s in self.running if s in waiting)
     if not plan.decode and not plan.chunks:
       return []
-    now = self.clock()
     for served in (*plan.decode, *(s for s, _ in plan.chunks)):
       served.scheduled = now if math.isnan(served.scheduled) else served.scheduled
     steps = self._steps(view, plan)
