@@ -10,6 +10,7 @@ Which tokens a request gets depends on nothing but itself: neither on the policy
 the rounding of products of other shapes.
 """
 
+import concurrent.futures
 import math
 import time
 from collections import deque
@@ -140,7 +141,10 @@ class Engine:
 
   def warm_up(self, *, score: bool = False) -> int:
     """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
-    for shape in self._shapes(score):
+    shapes = self._shapes(score)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+      list(threads.map(lambda shape: batch.compiled(self.network, self._pools, self._table, shape), shapes))
+    for shape in shapes:
       self._program(shape)
     return len(self._programs)
 

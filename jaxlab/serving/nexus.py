@@ -35,11 +35,14 @@ class Curves(NamedTuple):
   Attributes:
     peak: C, operations a second that all processors would do if each did as much as the first ones do.
     knee: R_sat, the share up to which they do; slope: lambda, what a processor beyond it does, as a share.
+    reach: the share from which an operator draws the whole bandwidth, in proportion below; 0 as published, where T_mem
+      depends on no share.
   """
 
   peak: Float[Array, "7"]
   knee: Float[Array, "7"]
   slope: Float[Array, "7"]
+  reach: Float[Array, "7"] = np.zeros(7)
 
 
 class Machine(NamedTuple):
@@ -100,7 +103,13 @@ def compute_seconds(flops, share, peak, knee, slope):
 
 def phase_operators(load: Volumes, share, curves: Curves, bandwidth) -> Float[Array, "7"]:
   """max(T_comp, T_mem) of every operator of a phase that has the memory for itself."""
-  return jnp.maximum(compute_seconds(load.flops, share, *curves), load.bytes / bandwidth)
+  compute = compute_seconds(load.flops, share, curves.peak, curves.knee, curves.slope)
+  return jnp.maximum(compute, load.bytes / (bandwidth * reached(share, curves)))
+
+
+def reached(share, curves: Curves) -> Float[Array, "7"]:
+  """What share of the bandwidth operators draw from a share of the processors."""
+  return jnp.minimum(1, share / jnp.maximum(curves.reach, 1e-6))
 
 
 def prefill_seconds(load: Load, share, machine: Machine) -> Float[Array, ""]:
@@ -129,7 +138,7 @@ def decode_seconds(
   steps = jnp.where(window, jnp.maximum(whole / jnp.maximum(alone.sum(), 1e-12), 1), 1)
   ours = jnp.where(read > 0, read * steps, 1)
   part = attention * ours / (ours + beside) + (1 - attention) * ours / (ours + dense)
-  memory = read / (machine.bandwidth * jnp.where(contention, part, 1))
+  memory = read / (machine.bandwidth * reached(share, machine.decode)[_ROWS] * jnp.where(contention, part, 1))
   return alone.sum() - alone[_ROWS] + jnp.maximum(alone[_ROWS], memory)
 
 
@@ -254,10 +263,13 @@ class Sample(NamedTuple):
   seconds: float
 
 
-def fit_curves(samples: dict[str, list[Sample]], *, peak: float, bandwidth: float) -> Curves:
+def fit_curves(samples: dict[str, list[Sample]], *, peak: float, bandwidth: float, memory: bool = False) -> Curves:
   """C, R_sat and lambda of every operator, each by least squares of relative errors.
 
   C is no larger than `peak`: small batches do not reach it. An operator without samples gets `peak`, gained linearly.
+
+  Args:
+    memory: `Curves.reach` is found too, which is not the paper's.
 
   Raises:
     InputError: an unknown operator, fewer than three samples of one, or a time or a share out of range.
@@ -265,25 +277,34 @@ def fit_curves(samples: dict[str, list[Sample]], *, peak: float, bandwidth: floa
   unknown = sorted(samples.keys() - set(OPERATORS))
   require(not unknown, f"operators {', '.join(unknown)} are unknown; they are {', '.join(OPERATORS)}")
   rows = [
-    _fit_one(name, np.array(samples[name], float), peak, bandwidth) if samples.get(name) else (peak, 1.0, 1.0)
+    _fit_one(name, np.array(samples[name], float), peak, bandwidth, memory)
+    if samples.get(name)
+    else (peak, 1.0, 1.0, 0.0)
     for name in OPERATORS
   ]
   return Curves(*np.array(rows).T)
 
 
-def _fit_one(name: str, samples: np.ndarray, peak: float, bandwidth: float) -> np.ndarray:
+def _fit_one(name: str, samples: np.ndarray, peak: float, bandwidth: float, memory: bool) -> np.ndarray:
   require(len(samples) >= 3, f"{name} has {len(samples)} samples; at least 3 are needed")
   flops, bytes_, share, seconds = samples.T
   require(bool((seconds > 0).all()), f"a time of {name} is not positive")
   require(bool(((share > 0) & (share < 1 + 1e-9)).all()), f"a share of {name} is not in 0 < share <= 1")
 
   def missed(theta):
-    efficiency, knee, slope = theta
-    reached = peak * efficiency * (np.minimum(share, knee) + slope * np.maximum(share - knee, 0))
-    return np.log(np.maximum(flops / reached, bytes_ / bandwidth) / seconds)
+    efficiency, knee, slope, *reach = theta
+    compute = peak * efficiency * (np.minimum(share, knee) + slope * np.maximum(share - knee, 0))
+    drawn = bandwidth * (np.minimum(1, share / reach[0]) if reach else 1.0)
+    return np.log(np.maximum(flops / compute, bytes_ / drawn) / seconds)
 
   # The sum of squares has kinks where an operator begins to wait for memory, and valleys beside the best knee.
-  starts = [(efficiency, knee, slope) for efficiency in (0.9, 0.3) for knee in (0.2, 0.45, 0.7) for slope in (0.2, 0.7)]
-  bounds = (1e-3, 0.1, 0.0), (1.0, 1.0, 1.0)
+  starts = [
+    (efficiency, knee, slope, *reach)
+    for efficiency in (0.9, 0.3)
+    for knee in (0.2, 0.45, 0.7)
+    for slope in (0.2, 0.7)
+    for reach in ([(0.2,), (0.5,)] if memory else [()])
+  ]
+  bounds = (1e-3, 0.1, 0.0, 1e-3)[: 3 + memory], (1.0, 1.0, 1.0, 1.0)[: 3 + memory]
   best = min((least_squares(missed, start, bounds=bounds) for start in starts), key=lambda found: found.cost).x
-  return np.array([peak * best[0], *best[1:]])
+  return np.array([peak * best[0], *best[1:], *([] if memory else [0.0])])

@@ -219,8 +219,8 @@ def decode_only(view: View) -> Plan:
 def shortest_only(view: View, *, gamma: float = 15.0, fill: bool = True) -> Plan:
   """Prompts with the fewest tokens left first (Nexus' SPF), ascending in  left - gamma (now - arrival).
 
-  They are taken as long as they fit. The first that does not fit is read as far as there is room; without `fill` that
-  is done for one that would not fit alone.
+  They are taken as long as they fit into the step; where the cache is full, those that have pages. The first that does
+  not fit is read as far as there is room; without `fill` that is done for one that would not fit alone.
 
   Args:
     gamma: tokens that a second of waiting counts for; 0 is the order of lengths, a large one that of arrivals.
@@ -232,17 +232,20 @@ def shortest_only(view: View, *, gamma: float = 15.0, fill: bool = True) -> Plan
 
 def _shortest(view: View, plan: Plan, gamma: float, fill: bool) -> None:
   score = lambda s: (s.pending - gamma * (view.now - s.request.arrival), s.order)
-  waiting = set(view.waiting)
+  waiting, full = set(view.waiting), False
   for sequence in sorted((*_reading(view, plan), *view.waiting), key=score):
     room = view.room(plan)
     fits = sequence.pending <= room
     if room < 1 or len(plan.chunks) >= view.chunks or not (fits or fill or not plan.chunks):
       return
     if sequence in waiting:
+      if full:
+        continue
       view.waiting.remove(sequence)
       view.waiting.appendleft(sequence)
-      if view.admit() is None:
-        return
+      full = view.admit() is None
+      if full:
+        continue  # those that hold pages read on, or nobody would ever give any up
     _chunk(view, plan, sequence)
     if not fits:
       return

@@ -339,18 +339,9 @@ class _Simulation:
     if not pool.running and not pool.waiting:
       return False
     taken = {member for other in self.lanes if other.lane.chip == busy.lane.chip for member in other.members}
-    free = [served for served in pool.running if served not in taken]
-    view = View(
-      free, pool.waiting, pool.pages, s.rows - len(taken), s.budget, s.chunks, s.part, self.watermark, busy.steps,
-      self.now, busy.memory,
-    )  # fmt: skip
-    plan = busy.lane.policy(view)
-    check(plan, view)
-    if len(view.running) + len(taken) != len(pool.running) or plan.preempt:
-      pool.running = sorted([*view.running, *taken], key=lambda served: served.order)
-    if busy.lane.chip == 1 and pool.waiting:  # whoever lost its pages there is read again
-      self.pools[0].waiting.extendleft(reversed(pool.waiting))
-      pool.waiting.clear()
+    plan = self._ask(busy, pool, taken)
+    while plan.preempt and not plan.decode and not plan.chunks:  # who lost its pages may have made room for others
+      plan = self._ask(busy, pool, taken)
     if not plan.decode and not plan.chunks:
       return False
     busy.plan, busy.work, busy.steps = plan, plan.work(s.part), busy.steps + 1
@@ -361,6 +352,21 @@ class _Simulation:
     device = [Segment(one.operator, factor * one.flops, factor * one.bytes) for one in self.make(busy.work)]
     busy.segments, busy.at, busy.left, busy.start = host + device, 0, 1.0, self.now
     return True
+
+  def _ask(self, busy: _Busy, pool: _Pool, taken: set[Served]) -> Plan:
+    """What the lane's policy plans for those that no other lane is at."""
+    free, s = [served for served in pool.running if served not in taken], self.server
+    view = View(
+      free, pool.waiting, pool.pages, s.rows - len(taken), s.budget, s.chunks, s.part, self.watermark, busy.steps,
+      self.now, busy.memory,
+    )  # fmt: skip
+    plan = busy.lane.policy(view)
+    check(plan, view)
+    pool.running = sorted([*view.running, *taken], key=lambda served: served.order)
+    if busy.lane.chip == 1 and pool.waiting:  # whoever lost its pages there is read again
+      self.pools[0].waiting.extendleft(reversed(pool.waiting))
+      pool.waiting.clear()
+    return plan
 
   def _share(self, busy: _Busy) -> None:
     """The lane's percent from this step on, and what the controller says of the split."""

@@ -199,9 +199,9 @@ def test_priority_changes_with_the_cache_in_use_and_comes_back_below_the_band():
   assert first.prefill % 5 == second.prefill % 5 == 0
 
 
-def view(lengths, *, arrivals=None, now=0.0, budget=16, chunks=99, read=(), rows=99):
+def view(lengths, *, arrivals=None, now=0.0, budget=16, chunks=99, read=(), rows=99, count=2000):
   """Sequences that wait, or (`read`: how many tokens) that have been read in part."""
-  pages = Pages(2000, 4, index=False)
+  pages = Pages(count, 4, index=False)
   all_ = [
     Served(Request(f"{i}", [0] * n, 3, arrival=0.0 if arrivals is None else float(arrivals[i])), [0] * n, i)
     for i, n in enumerate(lengths)
@@ -239,6 +239,8 @@ def test_what_does_not_fit_is_read_in_part():
   assert plan(40, 20, read=(38,)) == [(0, 2), (1, 14)]  # what is left of it counts
   assert plan(5, 4, 3, chunks=2) == [(2, 3), (1, 4)]
   assert plan(5, 4, 3, rows=1) == [(2, 3)]
+  # The shorter one finds no pages: who holds them must go on.
+  assert plan(40, 20, read=(8,), count=14) == [(0, 16)]
 
 
 def test_nobody_starves_beside_an_endless_stream_of_short_prompts():

@@ -1,0 +1,200 @@
+"""All systems on simulated chips: rates that they sustain, what each part of Nexus does, what its model misses."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from experiments.nexus import chips, systems, workloads
+from experiments.nexus.systems import Setting, World
+from jaxlab.serving import metrics, nexus, simulator
+from jaxlab.serving.cost import Work
+from jaxlab.serving.nexus import DECODE, PREFILL, Load, Settings
+from jaxlab.serving.simulator import Found
+
+KEPT = (
+  "ttft_mean", "ttft_p50", "ttft_p95", "tbt_mean", "tbt_p50", "tbt_p95", "tbt_p99", "latency_p50", "latency_p95",
+  "delay_mean",
+)  # fmt: skip
+
+
+def a_world(config, chip: str, workload: str, found: dict, **options) -> World:
+  network = chips.NETWORKS[workloads.NETWORK[workload]]
+  measured = found.get("calibrate")
+  return systems.world(config, chip, network, workloads.mean_prompt(workload), measured, **options)
+
+
+def run(config, world: World, workload: str, system: str, load: float, how: Setting, *, seed: int) -> Found:
+  """One system at a load (0: all requests wait from the beginning)."""
+  s = config.simulate
+  asked = workloads.requests(workload, rate=load * world.alone, count=s.requests, seed=seed)
+  options = systems.build(system, world, config, how)
+  return simulator.simulate(asked, segments=world.truth, chip=world.chip, noise=s.noise, seed=seed, **options)
+
+
+def row(config, world: World, workload: str, system: str, load: float, how: Setting, *, seeds, **named) -> dict:
+  """What is kept of the runs with all seeds: of requests after the first tenth, pooled; and the splits."""
+  ended, changes, spans = [], [], []
+  for seed in seeds:
+    found = run(config, world, workload, system, load, how, seed=seed)
+    changes.append(len(found.splits) - 1 if found.splits else 0)
+    spans.append(max(s.times[-1] for s in found.ended))
+    ended += [s for s in found.ended if s.order >= config.simulate.requests // 10 or not load]
+  summary = metrics.summary(ended)
+  percent = [percent for _, percent in found.splits]
+  return named | dict(
+    system=system, load=load, rate=load * world.alone, makespan=float(np.mean(spans)), switches=float(np.mean(changes)),
+    split=float(np.median(percent)) if percent else -1.0, **{name: summary[name] for name in KEPT},
+  )  # fmt: skip
+
+
+def tuned(config, world: World, workload: str, names, console) -> dict[str, dict]:
+  """{system: its best setting} by the 95th percentile of seconds a token at one load, on a seed of its own."""
+  s, found = config.simulate, {}
+  for system in (name for name in s.tuned if name in names):
+    rest = [dict()]
+    if system == "fastserve":
+      rest = [dict(quantum=quantum) for quantum in s.quanta]
+    elif system in ("nexus", "spf"):
+      rest = [dict(gamma=gamma) for gamma in s.gammas]
+    scores = {}
+    for budget in s.budgets:
+      for others in rest:
+        how = dict(budget=budget, **others)
+        one = row(config, world, workload, system, s.tuning_load, Setting(**how), seeds=[config.seed + 1000])
+        scores[tuple(how.items())] = one["latency_p95"]
+    found[system] = dict(min(scores, key=scores.__getitem__))
+    console.say(f"  {system}: {found[system]}, {min(scores.values()):.3g} s a token (worst {max(scores.values()):.3g})")
+  return found
+
+
+def setting(found: dict, system: str, **others) -> Setting:
+  """The tuned setting of a system, or that of the one it is a variant of."""
+  like = system if system in found else "vllm" if system in ("sglang", "spf", "vllm_pd", "fastserve") else "nexus"
+  return Setting(**found[like] | others)
+
+
+def sweep(config, found: dict, console, *, chip: str, workload: str) -> dict:
+  """{settings, rows}: every system at every load, and with all requests waiting."""
+  s = config.simulate
+  world = a_world(config, chip, workload, found)
+  console.say(
+    f"  load 1 is {world.alone:.3g} requests a second, {world.server.pages * s.page} tokens fit into the cache"
+  )
+  systems_ = s.systems if (chip, workload) == (s.chips[0], s.workloads[0]) else s.few
+  settings, rows = tuned(config, world, workload, systems_, console), []
+  for system in systems_:
+    for load in (*s.loads, 0.0):
+      how = setting(settings, system)
+      rows.append(row(config, world, workload, system, load, how, seeds=range(config.seed, config.seed + s.seeds)))
+    console.say(f"  {system}: {sustained(config, rows, system, chips.facts(chip).limit):.3g} of the load 1")
+  return dict(settings=settings, rows=rows, alone=world.alone)
+
+
+def ablation(config, found: dict, console, *, chip: str, workload: str = "mixed") -> dict:
+  """{rows}: which of order and split does what; other splits; other searches, hysteresis, models of memory, ages."""
+  s = config.simulate
+  world = a_world(config, chip, workload, found)
+  tuned_ = found[f"sweep.{chip}.{workload}"]["settings"]
+  seeds = range(config.seed, config.seed + s.seeds)
+  arms: dict[str, tuple[str, dict]] = {name: (name, {}) for name in s.arms}
+  arms |= {
+    "brute": ("nexus", dict(search=systems.brute)),
+    "delta 0": ("nexus", dict(settings=Settings(delta=0))),
+    "no contention": ("nexus", dict(settings=Settings(contention=False))),
+    "window": ("nexus", dict(settings=Settings(window=True))),
+    "band": ("nexus", dict(settings=Settings(band=0.02))),
+    "steps of 5": ("nexus", dict(settings=Settings(step=5))),
+  } | {f"gamma {gamma:g}": ("nexus", dict(gamma=gamma)) for gamma in s.gammas_shown}
+  rows = []
+  for arm, (system, others) in arms.items():
+    rows.append(
+      row(config, world, workload, system, s.arms_load, setting(tuned_, system, **others), seeds=seeds, arm=arm)
+    )
+    r = rows[-1]
+    console.say(f"  {arm}: first {r['ttft_mean']:.3g} s, between {r['tbt_mean']:.3g} s, {r['switches']:.0f} switches")
+  better = a_world(config, chip, workload, found, memory=True)
+  how = setting(tuned_, "nexus")
+  rows.append(row(config, better, workload, "nexus", s.arms_load, how, seeds=seeds, arm="memory by share"))
+  slower = a_world(config, chip, workload, found, mixed=s.mixed)
+  for load in s.loads:
+    rows.append(row(config, slower, workload, "vllm", load, setting(tuned_, "vllm"), seeds=seeds, arm="slow mixed"))
+  return dict(rows=rows)
+
+
+def predictor(config, found: dict, console, *, chip: str, workload: str = "mixed") -> dict:
+  """{arm: {prefill, decode: mean error of the steps of one run as a share, bias}}: of the controller's model."""
+  world = a_world(config, chip, workload, found)
+  how = setting(found[f"sweep.{chip}.{workload}"]["settings"], "nexus")
+  steps = run(config, world, workload, "nexus", config.simulate.arms_load, how, seed=config.seed).steps
+  kinds = {
+    "beside": [step for step in steps if step.beside is not None],
+    "alone": [step for step in steps if step.beside is None],
+  }
+  better = a_world(config, chip, workload, found, memory=True)
+  made: dict = dict(curves=_curves(world, better))
+  for kind, arm, believes, settings in (
+    ("alone", "alone", world, Settings()),
+    ("beside", "beside", world, Settings()),
+    ("beside", "no contention", world, Settings(contention=False)),
+    ("beside", "window", world, Settings(window=True)),
+    ("beside", "memory by share", better, Settings()),
+    ("beside", "memory by share, no contention", better, Settings(contention=False)),
+  ):
+    made[arm] = {}
+    for phase, name in ((PREFILL, "prefill"), (DECODE, "decode")):
+      mine = [step for step in kinds[kind] if step.lane == phase]
+      if mine:
+        off = predicted(believes, mine, phase, settings) / np.array([step.seconds for step in mine]) - 1
+        made[arm][name] = dict(error=float(np.abs(off).mean()), bias=float(off.mean()), steps=len(mine))
+        console.say(f"  {arm}, {name}: off by {np.abs(off).mean():.1%} (bias {off.mean():+.1%}) in {len(mine)} steps")
+  return made
+
+
+def _curves(world: World, better: World) -> dict:
+  """{phase: {percent, truth, paper, memory}}: seconds of one step of a phase by itself, over its share."""
+  percent, made = list(range(10, 101, 5)), {}
+  for phase, name, work in (
+    (PREFILL, "prefill", Work.of(rows=1024, chunks=[(3072, 1024)])),
+    (DECODE, "decode", Work.of(rows=32, contexts=[2000] * 32)),
+  ):
+    load = Load.of(world.network, **{name: work})
+    seconds = lambda w, phase=phase, load=load: [
+      float(nexus.seconds_of(phase, float(p), load, w.machine, Settings())) for p in percent
+    ]
+    truth = [sum(simulator.alone(world.chip, world.truth(work), p)) for p in percent]
+    made[name] = dict(percent=percent, truth=truth, paper=seconds(world), memory=seconds(better))
+  return made
+
+
+def predicted(world: World, steps: list[simulator.Step], phase: int, settings: Settings) -> np.ndarray:
+  """Seconds that the controller's model gives for steps of a phase."""
+
+  def load(step):
+    both = (step.work, step.beside) if phase == PREFILL else (step.beside, step.work)
+    return Load.of(world.network, **{k: w for k, w in zip(("prefill", "decode"), both, strict=True) if w is not None})
+
+  loads = [load(step) for step in steps]
+  stacked = jax.tree.map(lambda *values: np.stack(values), *loads)
+  return np.asarray(_many()(phase, np.array([step.percent for step in steps]), stacked, world.machine, settings))
+
+
+@functools.cache
+def _many() -> Callable:
+  return jax.jit(jax.vmap(nexus.seconds_of, (None, 0, 0, None, None)))
+
+
+def sustained(config, rows: list[dict], system: str, limit: float, arm: str | None = None) -> float:
+  """The load up to which P95 of seconds a token keeps to the limit, between the measured ones in proportion to its
+  logarithm; the largest measured one where it always does, the least times limit over latency where it never does."""
+  mine = sorted(
+    (r["load"], r["latency_p95"]) for r in rows if r["system"] == system and r["load"] and r.get("arm") == arm
+  )
+  if mine[0][1] > limit:
+    return mine[0][0] * limit / mine[0][1]
+  for (low, below), (high, above) in itertools.pairwise(mine):
+    if above > limit:
+      return low + (high - low) * float(np.log(limit / below) / np.log(above / below))
+  return mine[-1][0]
