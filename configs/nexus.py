@@ -40,7 +40,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           cpu=("vllm", "sglang", "spf", "fastserve", "vllm_pd", "reactive", "nexus"),
         ),
         few=("vllm", "sglang", "nexus"),  # on other requests and chips
-        arms=("vllm", "spf", "fcfs_static", "fcfs_dynamic", "static_30", "static_50", "static_70", "nexus"),
+        arms=pick(
+          test=("vllm", "fcfs_static", "fcfs_dynamic", "static_50", "nexus"),
+          cpu=("vllm", "spf", "fcfs_static", "fcfs_dynamic", "static_30", "static_50", "static_70", "nexus"),
+        ),
         tuned=("vllm", "sglang", "fastserve", "nexus"),
         budgets=pick(test=(2048,), cpu=(512, 1024, 2048), paper=(256, 512, 1024, 2048, 4096)),
         gammas=pick(test=(15.0,), cpu=(15.0, 200.0), paper=(0.0, 15.0, 100.0, 200.0, 1000.0)),

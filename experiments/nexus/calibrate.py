@@ -35,7 +35,7 @@ def product(x, w, active, *, programs: int, tile: int, interpret: bool = False):
 
       def add(k, total):
         k = k * step
-        return total + pl.dot(x[pl.ds(row, tile), pl.ds(k, step)], w[pl.ds(k, step), pl.ds(column, tile)])
+        return total + triton.dot(x[pl.ds(row, tile), pl.ds(k, step)], w[pl.ds(k, step), pl.ds(column, tile)])
 
       total = jax.lax.fori_loop(0, inner // step, add, jnp.zeros((tile, tile), jnp.float32))
       out[pl.ds(row, tile), pl.ds(column, tile)] = total.astype(out.dtype)

@@ -54,13 +54,10 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
     _, on, what = name.split(".")
     at = lambda system, name=name, on=on: sustained(config, metrics_[name]["rows"], system, facts(on).limit)
     labels.append(f"{what}\n{on}-like")
-    gains.append(
-      [at(system) / at("vllm") for system in ("sglang", "vllm_pd", "nexus") if system in _systems(metrics_[name])]
-    )
+    gains.append([at(system) / at("vllm") for system in ("sglang", "nexus")])
   width = 0.25
   for i, system in enumerate(("sglang", "nexus")):
-    pick = [row[0] if system == "sglang" else row[-1] for row in gains]
-    right.bar([x + width * i for x in range(len(gains))], pick, width, label=NAMES[system])
+    right.bar([x + width * i for x in range(len(gains))], [row[i] for row in gains], width, label=NAMES[system])
   right.axhline(1, color="grey", linestyle=":")
   right.set_xticks([x + width / 2 for x in range(len(gains))], labels=labels, fontsize=8)
   right.set(ylabel="requests a second within the limit, over vLLM's")

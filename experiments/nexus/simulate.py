@@ -155,17 +155,15 @@ def predictor(config, found: dict, console, *, chip: str, workload: str = "mixed
 
 def _curves(world: World, better: World) -> dict:
   """{phase: {percent, truth, paper, memory}}: seconds of one step of a phase by itself, over its share."""
-  percent, made = list(range(10, 101, 5)), {}
+  percent, made = np.arange(10, 101, 5), {}
   for phase, name, work in (
     (PREFILL, "prefill", Work.of(rows=1024, chunks=[(3072, 1024)])),
     (DECODE, "decode", Work.of(rows=32, contexts=[2000] * 32)),
   ):
-    load = Load.of(world.network, **{name: work})
-    seconds = lambda w, phase=phase, load=load: [
-      float(nexus.seconds_of(phase, float(p), load, w.machine, Settings())) for p in percent
-    ]
-    truth = [sum(simulator.alone(world.chip, world.truth(work), p)) for p in percent]
-    made[name] = dict(percent=percent, truth=truth, paper=seconds(world), memory=seconds(better))
+    loads = [Load.of(world.network, **{name: work})] * len(percent)
+    seconds = lambda w, phase=phase, loads=loads: _seconds(phase, percent, loads, w, Settings()).tolist()
+    truth = [sum(simulator.alone(world.chip, world.truth(work), int(p))) for p in percent]
+    made[name] = dict(percent=percent.tolist(), truth=truth, paper=seconds(world), memory=seconds(better))
   return made
 
 
@@ -176,9 +174,21 @@ def predicted(world: World, steps: list[simulator.Step], phase: int, settings: S
     both = (step.work, step.beside) if phase == PREFILL else (step.beside, step.work)
     return Load.of(world.network, **{k: w for k, w in zip(("prefill", "decode"), both, strict=True) if w is not None})
 
-  loads = [load(step) for step in steps]
-  stacked = jax.tree.map(lambda *values: np.stack(values), *loads)
-  return np.asarray(_many()(phase, np.array([step.percent for step in steps]), stacked, world.machine, settings))
+  return _seconds(phase, np.array([step.percent for step in steps]), [load(step) for step in steps], world, settings)
+
+
+_BLOCK = 64  # loads of one call: another number would be another program
+
+
+def _seconds(phase: int, percent: np.ndarray, loads: list[Load], world: World, settings: Settings) -> np.ndarray:
+  found = []
+  for first in range(0, len(loads), _BLOCK):
+    some, at = loads[first : first + _BLOCK], percent[first : first + _BLOCK]
+    missing = _BLOCK - len(some)
+    stacked = jax.tree.map(lambda *values: np.stack(values), *some, *[some[-1]] * missing)
+    made = _many()(phase, np.pad(at, (0, missing), mode="edge"), stacked, world.machine, settings)
+    found.append(np.asarray(made)[: len(some)])
+  return np.concatenate(found)
 
 
 @functools.cache
