@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments import results
 from experiments.nexus.calibrate import calibrate
-from experiments.nexus.chips import facts
+from experiments.nexus.chips import facts, title
 from experiments.nexus.drawing import draw
 from experiments.nexus.engine import MIXED, SHORTEST, TURNS, engine
 from experiments.nexus.simulate import ablation, predictor, sustained, sweep
@@ -102,12 +102,12 @@ def claims(config, metrics_: dict) -> list[Claim]:
       f"Requests a second within {limit:g} s a token (P95), side by side over one batch of both, {workload} requests",
       "ratio", "higher", ours=gain(config, metrics_, chip, workload, mono), threshold=1.3, paper=1.8,
       baseline="chunked prefills beside decodes, as vLLM or SGLang (the better; emulated)",
-      note=f"{chip}-like chip, simulated; steps' tokens and ages are tuned for every system",
+      note=f"{title(chip)}, simulated; steps' tokens and ages are tuned for every system",
     ),
     Claim(
       "Requests a second within the limit, side by side over two GPUs of a phase each", "ratio", "higher",
       ours=gain(config, metrics_, chip, workload, ("vllm_pd",)), threshold=1.0, paper=1.4,
-      baseline="vLLM-P/D on twice the hardware", note=f"{workload}, {chip}-like",
+      baseline="vLLM-P/D on twice the hardware", note=f"{workload}, {title(chip)}",
     ),
     Claim(
       "Mean seconds to the first token, one batch of both over side by side", "ratio", "higher",
@@ -159,7 +159,7 @@ def claims(config, metrics_: dict) -> list[Claim]:
       "Requests a second within the limit, side by side over one batch of both, other chips' worst", "ratio", "higher",
       ours=min(gain(config, metrics_, other, workload, mono) for other in s.chips[1:]), threshold=1.3,
       baseline="as vLLM or SGLang (the better; emulated)",
-      note=", ".join(f"{other}-like: {facts(other).limit:g} s a token" for other in s.chips[1:]),
+      note=", ".join(f"{title(other)}: {facts(other).limit:g} s a token" for other in s.chips[1:]),
     ))  # fmt: skip
   return made
 
@@ -172,7 +172,7 @@ def finding(config, metrics_: dict) -> str:
   chip = config.simulate.chips[0]
   decode = metrics_[f"predictor.{chip}"]["beside"]["decode"]
   return (
-    f"Simulated on a {chip}-like chip, prefill and decode side by side serve {head.ours:.2f}x the requests a second of "
+    f"Simulated on {title(chip)}, prefill and decode side by side serve {head.ours:.2f}x the requests a second of "
     f"one batch of both within {facts(chip).limit:g} s a token (paper {head.paper}x), with first tokens "
     f"{first.ours:.2g}x sooner (paper {first.paper:g}x at least) and {between.ours:.2g}x less between tokens (paper "
     f"{between.paper}x); the model that chooses the split is off by {decode['error']:.0%} for decode steps beside a "

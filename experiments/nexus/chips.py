@@ -60,6 +60,11 @@ def facts(name: str) -> Facts:
   return FACTS["hopper" if name == "measured" else name]
 
 
+def title(name: str) -> str:
+  """In a sentence."""
+  return {"l20": "an L20-like chip", "hopper": "a Hopper-like chip", "measured": "the measured chip"}[name]
+
+
 def cache_pages(name: str, network: TransformerConfig, page: int, tokens_of_a_step: int = 4096) -> int:
   """Pages that nine tenths of the memory have room for, beside bfloat16 weights and a step's activations."""
   c = network

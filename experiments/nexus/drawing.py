@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments import figures
-from experiments.nexus.chips import facts
+from experiments.nexus.chips import facts, title
 from experiments.nexus.simulate import sustained
 
 NAMES = {
@@ -35,7 +35,7 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   )
   right.legend(fontsize=8)
   captions = {
-    figures.save(figure, workdir, "rates"): f"Left: {workload} requests on a {chip}-like chip, simulated; dotted: the "
+    figures.save(figure, workdir, "rates"): f"Left: {workload} requests on {title(chip)}, simulated; dotted: the "
     f"limit. Right: at {s.arms_load:.0%} of the prompts that the chip could read by itself."
   }
   figure, (left, right) = figures.subplots(2)
@@ -53,7 +53,7 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   for name in (name for name in metrics_ if name.startswith("sweep.")):
     _, on, what = name.split(".")
     at = lambda system, name=name, on=on: sustained(config, metrics_[name]["rows"], system, facts(on).limit)
-    labels.append(f"{what}\n{on}-like")
+    labels.append(f"{what},\n{title(on).split(maxsplit=1)[1]}")
     gains.append([at(system) / at("vllm") for system in ("sglang", "nexus")])
   width = 0.25
   for i, system in enumerate(("sglang", "nexus")):
