@@ -10,10 +10,10 @@ from pathlib import Path
 
 from experiments import results
 from experiments.nexus.calibrate import calibrate
-from experiments.nexus.chips import facts, title
+from experiments.nexus.chips import title
 from experiments.nexus.drawing import draw
 from experiments.nexus.engine import MIXED, SHORTEST, TURNS, engine
-from experiments.nexus.simulate import ablation, predictor, sustained, sweep
+from experiments.nexus.simulate import ablation, limit_of, predictor, sustained, sweep
 from experiments.results import Claim
 
 __all__ = ["claims", "draw", "finding", "measure"]
@@ -45,7 +45,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 def gain(config, found: dict, chip: str, workload: str, over: tuple[str, ...]) -> float:
   """Rate that Nexus sustains over the best of others'."""
   rows = found[f"sweep.{chip}.{workload}"]["rows"]
-  at = lambda system: sustained(config, rows, system, facts(chip).limit)
+  at = lambda system: sustained(rows, system, limit_of(chip, workload))
   return at("nexus") / max(map(at, over))
 
 
@@ -86,7 +86,7 @@ def claims(config, metrics_: dict) -> list[Claim]:
   """Chips are simulated; the last three are of the engine."""
   s = config.simulate
   chip, workload = s.chips[0], s.workloads[0]
-  limit = facts(chip).limit
+  limit = limit_of(chip, workload)
   mono = ("vllm", "sglang")
   rows = {(r["system"], r["load"]): r for r in metrics_[f"sweep.{chip}.{workload}"]["rows"]}
   at = lambda of: rows["vllm", s.arms_load][of] / rows["nexus", s.arms_load][of]
@@ -152,14 +152,17 @@ def claims(config, metrics_: dict) -> list[Claim]:
       "Requests a second within the limit, side by side over one batch of both, the worst of long prompts", "ratio",
       "higher", ours=min(gain(config, metrics_, chip, other, mono) for other in s.workloads[1:]), threshold=1.1,
       paper=1.18, baseline="as vLLM or SGLang (the better; emulated)",
-      note=", ".join(f"{other} {gain(config, metrics_, chip, other, mono):.3g}" for other in s.workloads[1:]),
+      note=", ".join(
+        f"{other} {gain(config, metrics_, chip, other, mono):.3g} within {limit_of(chip, other):.2g} s a token"
+        for other in s.workloads[1:]
+      ),
     ))  # fmt: skip
   if len(s.chips) > 1:
     made.insert(-5, Claim(
       "Requests a second within the limit, side by side over one batch of both, other chips' worst", "ratio", "higher",
       ours=min(gain(config, metrics_, other, workload, mono) for other in s.chips[1:]), threshold=1.3,
       baseline="as vLLM or SGLang (the better; emulated)",
-      note=", ".join(f"{title(other)}: {facts(other).limit:g} s a token" for other in s.chips[1:]),
+      note=", ".join(f"{title(other)}: {limit_of(other, workload):g} s a token" for other in s.chips[1:]),
     ))  # fmt: skip
   return made
 
@@ -169,11 +172,11 @@ def finding(config, metrics_: dict) -> str:
   made = claims(config, metrics_)
   of = lambda begin: next(claim for claim in made if claim.name.startswith(begin))
   head, first, between = made[0], of("Mean seconds to the first token, one batch"), of("Mean seconds between")
-  chip = config.simulate.chips[0]
+  chip, workload = config.simulate.chips[0], config.simulate.workloads[0]
   decode = metrics_[f"predictor.{chip}"]["beside"]["decode"]
   return (
-    f"Simulated on {title(chip)}, prefill and decode side by side serve {head.ours:.2f}x the requests a second of "
-    f"one batch of both within {facts(chip).limit:g} s a token (paper {head.paper}x), with first tokens "
+    f"Simulated on {title(chip)}, prefill and decode side by side serve {head.ours:.2f}x the requests a second of one "
+    f"batch of both within {limit_of(chip, workload):g} s a token (paper {head.paper}x), with first tokens "
     f"{first.ours:.2g}x sooner (paper {first.paper:g}x at least) and {between.ours:.2g}x less between tokens (paper "
     f"{between.paper}x); the model that chooses the split is off by {decode['error']:.0%} for decode steps beside a "
     f"prefill."

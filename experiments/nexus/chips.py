@@ -29,7 +29,8 @@ NETWORKS = {
 
 
 class Facts(NamedTuple):
-  """peak: operations a second; bandwidth, link: bytes a second; memory: bytes; limit: seconds a token (P95)."""
+  """peak: operations a second; bandwidth, link: bytes a second; memory: bytes; limit: seconds a token (P95) of an
+  8B network."""
 
   peak: float
   bandwidth: float
@@ -65,13 +66,23 @@ def title(name: str) -> str:
   return {"l20": "an L20-like chip", "hopper": "a Hopper-like chip", "measured": "the measured chip"}[name]
 
 
-def cache_pages(name: str, network: TransformerConfig, page: int, tokens_of_a_step: int = 4096) -> int:
-  """Pages that nine tenths of the memory have room for, beside bfloat16 weights and a step's activations."""
+def weights(network: TransformerConfig) -> int:
+  """Bytes, in bfloat16."""
   c = network
   layer = c.width * (2 * c.q_heads + 2 * c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width
-  weights = 2 * (c.depth * layer + 2 * c.vocab_size * c.width)
-  step = 2 * tokens_of_a_step * (c.vocab_size // 8 + 4 * c.mlp_width)
-  return int((0.9 * facts(name).memory - weights - step) / bytes_of_a_token(c) / page)
+  return 2 * (c.depth * layer + 2 * c.vocab_size * c.width)
+
+
+def limit(name: str, network: TransformerConfig) -> float:
+  """Seconds a token: the chip's for 8B weights, and less in proportion to what a decoding step has to read."""
+  return facts(name).limit * weights(network) / weights(NETWORKS["llama3.1-8b"])
+
+
+def cache_pages(name: str, network: TransformerConfig, page: int, tokens_of_a_step: int = 4096) -> int:
+  """Pages that nine tenths of the memory have room for, beside the weights and a step's activations."""
+  step = 2 * tokens_of_a_step * (network.vocab_size // 8 + 4 * network.mlp_width)
+  room = 0.9 * facts(name).memory - weights(network) - step
+  return int(room / bytes_of_a_token(network) / page)
 
 
 def bytes_of_a_token(network: TransformerConfig) -> int:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from experiments import figures
-from experiments.nexus.chips import facts, title
-from experiments.nexus.simulate import sustained
+from experiments.nexus.chips import title
+from experiments.nexus.simulate import limit_of, sustained
 
 NAMES = {
   "vllm": "as vLLM", "sglang": "as SGLang", "spf": "one batch, shortest first", "fastserve": "FastServe",
@@ -18,7 +18,7 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   """{file: caption}."""
   s = config.simulate
   chip, workload = s.chips[0], s.workloads[0]
-  rows, limit = metrics_[f"sweep.{chip}.{workload}"]["rows"], facts(chip).limit
+  rows, limit = metrics_[f"sweep.{chip}.{workload}"]["rows"], limit_of(chip, workload)
   figure, (left, right) = figures.subplots(2)
   for system in dict.fromkeys(row["system"] for row in rows):
     mine = [row for row in rows if row["system"] == system and row["load"]]
@@ -52,7 +52,8 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   labels, gains = [], []
   for name in (name for name in metrics_ if name.startswith("sweep.")):
     _, on, what = name.split(".")
-    at = lambda system, name=name, on=on: sustained(config, metrics_[name]["rows"], system, facts(on).limit)
+    most = limit_of(on, what)
+    at = lambda system, name=name, most=most: sustained(metrics_[name]["rows"], system, most)
     labels.append(f"{what},\n{title(on).split(maxsplit=1)[1]}")
     gains.append([at(system) / at("vllm") for system in ("sglang", "nexus")])
   width = 0.25

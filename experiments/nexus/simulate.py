@@ -89,7 +89,7 @@ def sweep(config, found: dict, console, *, chip: str, workload: str) -> dict:
     for load in (*s.loads, 0.0):
       how = setting(settings, system)
       rows.append(row(config, world, workload, system, load, how, seeds=range(config.seed, config.seed + s.seeds)))
-    console.say(f"  {system}: {sustained(config, rows, system, chips.facts(chip).limit):.3g} of the load 1")
+    console.say(f"  {system}: {sustained(rows, system, limit_of(chip, workload)):.3g} of the load 1")
   return dict(settings=settings, rows=rows, alone=world.alone)
 
 
@@ -196,7 +196,12 @@ def _many() -> Callable:
   return jax.jit(jax.vmap(nexus.seconds_of, (None, 0, 0, None, None)))
 
 
-def sustained(config, rows: list[dict], system: str, limit: float, arm: str | None = None) -> float:
+def limit_of(chip: str, workload: str) -> float:
+  """Seconds a token that 95 % of the requests have to keep to."""
+  return chips.limit(chip, chips.NETWORKS[workloads.NETWORK[workload]])
+
+
+def sustained(rows: list[dict], system: str, limit: float, arm: str | None = None) -> float:
   """The load up to which P95 of seconds a token keeps to the limit, between the measured ones in proportion to its
   logarithm; the largest measured one where it always does, the least times limit over latency where it never does."""
   mine = sorted(

@@ -80,7 +80,7 @@ def _controller(split, world: World, config, how: Setting) -> Callable[[Tick], i
   if split == "dynamic":
     return dynamic(world, how)
   if split == "reactive":
-    return reactive(tbt=config.simulate.slo_tbt * chips.facts(world.name).limit, ttft=config.simulate.slo_ttft)
+    return reactive(tbt=config.simulate.slo_tbt * chips.limit(world.name, world.network), ttft=config.simulate.slo_ttft)
   return lambda tick: split
 
 

@@ -10,7 +10,6 @@ Between events a lane's segment (an operator of some layers) goes on at 1 / max(
 where the lanes of a chip get max-min fair bandwidths, each at most h(r) of the chip's and no more than it can use.
 """
 
-import dataclasses
 import heapq
 import math
 from collections import deque
@@ -117,8 +116,7 @@ class Server(NamedTuple):
   overhead: float = 0.0
 
 
-@dataclasses.dataclass
-class Lane:
+class Lane(NamedTuple):
   """A stream of steps.
 
   Attributes:

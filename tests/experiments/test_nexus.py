@@ -72,11 +72,10 @@ def simulate_lengths(rng, lengths):
 
 
 def test_rates_are_read_off_between_the_measured_loads():
-  config = config_file.get_config("test")
   rows = [dict(system="a", load=load, latency_p95=late) for load, late in ((0.0, 9.0), (0.4, 0.1), (0.8, 0.4))]
-  assert simulate.sustained(config, rows, "a", 0.2) == pytest.approx(0.6)
-  assert simulate.sustained(config, rows, "a", 0.5) == 0.8
-  assert simulate.sustained(config, rows, "a", 0.05) == pytest.approx(0.2)
+  assert simulate.sustained(rows, "a", 0.2) == pytest.approx(0.6)
+  assert simulate.sustained(rows, "a", 0.5) == 0.8
+  assert simulate.sustained(rows, "a", 0.05) == pytest.approx(0.2)
 
 
 def test_whoever_has_had_most_goes_last():
