@@ -45,7 +45,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           cpu=("vllm", "spf", "fcfs_static", "fcfs_dynamic", "static_30", "static_50", "static_70", "nexus"),
         ),
         tuned=("vllm", "sglang", "fastserve", "nexus"),
-        budgets=pick(test=(2048,), cpu=(512, 1024, 2048), paper=(256, 512, 1024, 2048, 4096)),
+        budgets=pick(test=(2048,), cpu=(256, 512, 1024, 2048), paper=(256, 512, 1024, 2048, 4096)),
         gammas=pick(test=(15.0,), cpu=(15.0, 200.0), paper=(0.0, 15.0, 100.0, 200.0, 1000.0)),
         gammas_shown=pick(test=(0.0,), cpu=(0.0, 15.0, 1000.0), paper=(0.0, 15.0, 100.0, 200.0, 1000.0)),
         quanta=pick(test=(0.5,), cpu=(0.1, 1.0), paper=(0.05, 0.1, 0.5, 1.0, 4.0)),
@@ -54,6 +54,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         arms_load=0.85,
         requests=pick(test=20, cpu=150, paper=1000),
         seeds=pick(test=1, cpu=2, gpu=1, paper=5),
+        seeds_more=pick(test=1, cpu=1, paper=5),  # of other requests and chips, and of the ablation
         rows=128,
         page=64,
         most_pages=40_000,
@@ -79,9 +80,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           vocab_size=pick(test=64, cpu=64, gpu=32_000),
           context=32_768,
         ),
-        requests=pick(test=8, cpu=32, paper=400),
+        requests=pick(test=8, cpu=24, gpu=32, paper=400),
         divide=pick(test=64, cpu=1),  # prompts and answers are so many times shorter
-        loads=pick(test=(0.8,), cpu=(0.6, 1.2)),  # of the requests a second that are served where all wait
+        loads=pick(test=(0.8,), cpu=(1.2,), gpu=(0.6, 1.2)),  # of the requests a second that are served where all wait
         rows=pick(test=4, cpu=32),
         budget=pick(test=12, cpu=2080),  # 32 rows and a chunk of 2,048
         part=pick(test=8, cpu=512),

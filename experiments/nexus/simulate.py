@@ -83,12 +83,13 @@ def sweep(config, found: dict, console, *, chip: str, workload: str) -> dict:
   console.say(
     f"  load 1 is {world.alone:.3g} requests a second, {world.server.pages * s.page} tokens fit into the cache"
   )
-  systems_ = s.systems if (chip, workload) == (s.chips[0], s.workloads[0]) else s.few
+  main = (chip, workload) == (s.chips[0], s.workloads[0])
+  systems_, seeds = (s.systems, s.seeds) if main else (s.few, s.seeds_more)
   settings, rows = tuned(config, world, workload, systems_, console), []
   for system in systems_:
     for load in (*s.loads, 0.0):
       how = setting(settings, system)
-      rows.append(row(config, world, workload, system, load, how, seeds=range(config.seed, config.seed + s.seeds)))
+      rows.append(row(config, world, workload, system, load, how, seeds=range(config.seed, config.seed + seeds)))
     console.say(f"  {system}: {sustained(rows, system, limit_of(chip, workload)):.3g} of the load 1")
   return dict(settings=settings, rows=rows, alone=world.alone)
 
@@ -98,7 +99,7 @@ def ablation(config, found: dict, console, *, chip: str, workload: str = "mixed"
   s = config.simulate
   world = a_world(config, chip, workload, found)
   tuned_ = found[f"sweep.{chip}.{workload}"]["settings"]
-  seeds = range(config.seed, config.seed + s.seeds)
+  seeds = range(config.seed, config.seed + s.seeds_more)
   arms: dict[str, tuple[str, dict]] = {name: (name, {}) for name in s.arms}
   arms |= {
     "brute": ("nexus", dict(search=systems.brute)),
