@@ -30,9 +30,8 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   arms = {row["arm"]: row for row in metrics_[f"ablation.{chip}"]["rows"] if row["arm"] in s.arms}
   for arm, row in arms.items():
     right.scatter(row["ttft_mean"], row["tbt_mean"], label=NAMES[arm], marker="*" if arm == "nexus" else "o", s=70)
-  right.set(
-    xscale="log", yscale="log", xlabel="seconds to the first token, mean", ylabel="seconds between tokens, mean"
-  )
+  right.set(xlabel="seconds to the first token, mean", ylabel="seconds between tokens, mean")
+  right.set(xlim=(0, None), ylim=(0, None))
   right.legend(fontsize=8)
   captions = {
     figures.save(figure, workdir, "rates"): f"Left: {workload} requests on {title(chip)}, simulated; dotted: the "
