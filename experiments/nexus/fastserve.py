@@ -45,7 +45,7 @@ def skip_join(
     if served.pages:
       if served.pending == 1:
         continue
-    elif not _let_in(view, served):
+    elif view.admit(served) is None:
       continue  # who holds pages goes on, or nobody would ever give any up
     plan.chunks.append((served, min(served.pending, view.room(plan))))
   view.memory.update(last=[*plan.decode, *(s for s, _ in plan.chunks)], then=view.now)
@@ -67,9 +67,3 @@ def _decode(view: View, plan: Plan, ready: list[Served], ordered: list[Served]) 
         break
     else:
       plan.decode.append(served)
-
-
-def _let_in(view: View, served: Served) -> bool:
-  view.waiting.remove(served)
-  view.waiting.appendleft(served)
-  return view.admit() is not None

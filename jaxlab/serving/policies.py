@@ -72,13 +72,13 @@ class View:
     sequence.pages.extend(pages)
     return True
 
-  def admit(self, *, whole: bool = False) -> Served | None:
-    """The first of those waiting, running now: with pages for all its tokens and one more (whole: for the longest
-    answer), what is known of them already in place; or None, where they do not fit beside the watermark or all rows
-    are taken."""
+  def admit(self, sequence: Served | None = None, *, whole: bool = False) -> Served | None:
+    """The first of those waiting, or the one that is given, running now: with pages for all its tokens and one more
+    (whole: for the longest answer), what is known of them already in place; or None, where they do not fit beside the
+    watermark or all rows are taken."""
     if not self.waiting or len(self.running) >= self.rows:
       return None
-    sequence = self.waiting[0]
+    sequence = self.waiting[0] if sequence is None else sequence
     # Scores are of every prompt token: such a request computes all of it.
     known = [] if sequence.request.score else self.pages.match(sequence.tokens)
     longest = len(sequence.request.prompt) + sequence.request.tokens if whole else len(sequence.tokens) + 1
@@ -88,7 +88,8 @@ class View:
       return None
     sequence.pages = known + self.pages.take(needed)
     sequence.computed, sequence.published = len(known) * self.pages.size, len(known)
-    self.running.append(self.waiting.popleft())
+    self.waiting.remove(sequence)
+    self.running.append(sequence)
     self.running.sort(key=lambda s: s.order)
     return sequence
 
@@ -241,9 +242,7 @@ def _shortest(view: View, plan: Plan, gamma: float, fill: bool) -> None:
     if sequence in waiting:
       if full:
         continue
-      view.waiting.remove(sequence)
-      view.waiting.appendleft(sequence)
-      full = view.admit() is None
+      full = view.admit(sequence) is None
       if full:
         continue  # those that hold pages read on, or nobody would ever give any up
     _chunk(view, plan, sequence)

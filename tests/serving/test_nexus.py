@@ -83,7 +83,21 @@ def test_planted_knees_and_slopes_are_found_from_noisy_samples(knee, slope):
   found = nexus.fit_curves({"up": samples}, peak=100e12, bandwidth=864e9)
   up = OPERATORS.index("up")
   np.testing.assert_allclose([found.peak[up], found.knee[up], found.slope[up]], [70e12, knee, slope], rtol=0.02)
-  assert (found.peak[0], found.knee[0], found.slope[0]) == (100e12, 1, 1)
+  assert (found.peak[0], found.knee[0], found.slope[0], found.reach[up]) == (100e12, 1, 1, 0)
+
+
+def test_the_share_that_draws_the_whole_bandwidth_is_found_too_where_asked():
+  samples = [
+    Sample(flops, 2e9, share, max(flops / (70e12 * share), 2e9 / (864e9 * min(1, share / 0.35))))
+    for share in np.linspace(0.1, 1, 19)
+    for flops in (1e9, 1e12)
+  ]
+  found = nexus.fit_curves({"down": samples}, peak=100e12, bandwidth=864e9, memory=True)
+  down = OPERATORS.index("down")
+  assert found.reach[down] == pytest.approx(0.35, rel=0.02)
+  work = volumes(LARGE, Work.of(rows=1, contexts=[100]))
+  seconds = [nexus.phase_operators(work, share, found, 864e9)[down] for share in (0.175, 0.35, 1.0)]
+  np.testing.assert_allclose(seconds, work.bytes[down] / 864e9 * np.array([2, 1, 1]), rtol=0.03)
 
 
 def test_a_prefill_beside_it_only_takes_bandwidth_from_a_decode_and_nothing_where_it_reads_nothing():
@@ -121,7 +135,8 @@ def states(count=2000):
   zero = np.zeros(count)
   prefill = volumes(LARGE, Work(tokens, tokens * (past + tokens / 2), zero, past + tokens, zero + 1))
   decode = volumes(LARGE, Work(rows, zero, context, zero, rows))
-  curves = lambda low, high: Curves(*(rng.uniform(a, b, (count, 7)) for a, b in ((low, high), (0.1, 1), (0, 1))))
+  ranges = lambda low, high: ((low, high), (0.1, 1), (0, 1), (0, 0.5))
+  curves = lambda low, high: Curves(*(rng.uniform(a, b, (count, 7)) for a, b in ranges(low, high)))
   machines = Machine(rng.uniform(5e11, 5e12, count), curves(3e13, 1e14), curves(3e12, 5e13))
   return Load(prefill, decode), rng.integers(1, 100, count), rng.integers(0, 2, count), machines
 
