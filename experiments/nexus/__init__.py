@@ -89,7 +89,7 @@ def claims(config, metrics_: dict) -> list[Claim]:
   limit = limit_of(chip, workload)
   mono = ("vllm", "sglang")
   rows = {(r["system"], r["load"]): r for r in metrics_[f"sweep.{chip}.{workload}"]["rows"]}
-  at = lambda of: rows["vllm", s.arms_load][of] / rows["nexus", s.arms_load][of]
+  at = lambda of: min(rows[system, s.arms_load][of] for system in mono) / rows["nexus", s.arms_load][of]
   arm, error = arms(config, metrics_), metrics_[f"predictor.{chip}"]["beside"]
   came = directions(config, metrics_)
   loss = arm["nexus"]["latency_p95"] / arm["delta 0"]["latency_p95"] - 1
@@ -111,11 +111,13 @@ def claims(config, metrics_: dict) -> list[Claim]:
     ),
     Claim(
       "Mean seconds to the first token, one batch of both over side by side", "ratio", "higher",
-      ours=at("ttft_mean"), threshold=2.0, paper=2.0, baseline="as vLLM", note=f"{workload}, {load}",
+      ours=at("ttft_mean"), threshold=2.0, paper=2.0, baseline="as vLLM or SGLang (the better)",
+      note=f"{workload}, {load}",
     ),
     Claim(
       "Mean seconds between tokens, one batch of both over side by side", "ratio", "higher",
-      ours=at("tbt_mean"), threshold=1.0, paper=1.24, baseline="as vLLM", note=f"{workload}, {load}",
+      ours=at("tbt_mean"), threshold=1.0, paper=1.24, baseline="as vLLM or SGLang (the better)",
+      note=f"{workload}, {load}",
     ),
     Claim(
       "Directions of the paper's ablation that come out", "of 5", "higher",

@@ -51,7 +51,7 @@ def row(config, world: World, workload: str, system: str, load: float, how: Sett
 
 
 def tuned(config, world: World, workload: str, names, console) -> dict[str, dict]:
-  """{system: its best setting}: that which sustains most, on a seed of its own."""
+  """{system: its best setting}: what sustains most, on a seed of its own; of equals the one with the least P95s."""
   s, found = config.simulate, {}
   for system in (name for name in s.tuned if name in names):
     rest = [dict()]
