@@ -77,7 +77,7 @@ def tuned(config, world: World, workload: str, names, console) -> dict[str, dict
 
 def setting(found: dict, system: str, **others) -> Setting:
   """The tuned setting of a system, or that of the one it is a variant of."""
-  like = system if system in found else "vllm" if system in ("sglang", "spf", "vllm_pd", "fastserve") else "nexus"
+  like = system if system in found else "vllm" if system in systems.MONOLITHIC else "nexus"
   return Setting(**found[like] | others)
 
 
