@@ -5,7 +5,6 @@ Parts: `calibrate` measures a chip, `engine` serves requests in one batch or in 
 controller's model with what the simulated chip does.
 """
 
-import functools
 from pathlib import Path
 
 from experiments import results
@@ -25,21 +24,21 @@ __all__ = ["claims", "draw", "finding", "measure"]
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """{part: what was measured}; of a chip "sweep.<chip>.<workload>", "ablation.<chip>", "predictor.<chip>"."""
   del cache
-  s, parts = config.simulate, {}
+  s, found, parts = config.simulate, {}, {}
   if "measured" in s.chips:
-    parts["calibrate"] = calibrate
-  parts["engine"] = engine
+    parts["calibrate"] = lambda: calibrate(config, console)
+  parts["engine"] = lambda: engine(config, found, console)
   for chip in s.chips:
     for workload in s.workloads if chip == s.chips[0] else s.workloads[:1]:
-      parts[f"sweep.{chip}.{workload}"] = functools.partial(sweep, chip=chip, workload=workload)
-  for name, part in (("ablation", ablation), ("predictor", predictor)):
-    parts[f"{name}.{s.chips[0]}"] = functools.partial(part, chip=s.chips[0])
-  found: dict = {}
+      where = dict(chip=chip, workload=workload)
+      parts[f"sweep.{chip}.{workload}"] = lambda where=where: sweep(config, found, console, **where)
+  parts[f"ablation.{s.chips[0]}"] = lambda: ablation(config, found, console, chip=s.chips[0])
+  parts[f"predictor.{s.chips[0]}"] = lambda: predictor(config, found, console, chip=s.chips[0])
   for name, part in parts.items():
 
     def run(name=name, part=part):
       console.say(name)
-      return part(config, found, console)
+      return part()
 
     found[name] = results.part(workdir, name, run)
   return found

@@ -71,9 +71,8 @@ def _call(kernel, arguments, out, programs: int, warps: int, interpret: bool):
   )(*arguments)  # fmt: skip
 
 
-def calibrate(config, found: dict, console) -> dict:
+def calibrate(config, console) -> dict:
   """{peak, bandwidth, shares, compute: {operator: curve}, memory: curve, processors, times}."""
-  del found
   c, shape, key = config.calibrate, NETWORKS[config.calibrate.network], jax.random.key(config.seed)
   interpret = jax.default_backend() != "gpu"
   programs = c.processors or jax.devices()[0].core_count

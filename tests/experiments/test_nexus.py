@@ -124,7 +124,7 @@ def test_the_active_programs_do_all_of_the_work(active):
 
 def test_a_measured_chip_can_be_simulated():
   config = config_file.get_config("test")
-  found = dict(calibrate=calibrate(config, {}, Console(quiet=True)))
+  found = dict(calibrate=calibrate(config, Console(quiet=True)))
   assert len(found["calibrate"]["memory"]) == 10 and set(found["calibrate"]["compute"]) == set(chips.COMPUTE)
   world = simulate.a_world(config, "measured", "mixed", found)
   config.simulate.requests = 3
