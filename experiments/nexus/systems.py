@@ -130,7 +130,10 @@ def _chunk(tokens: int, before: int) -> Work:
   return Work.of(rows=tokens, chunks=[(before + tokens, tokens)])
 
 
-def fitted(chip: Chip, network: TransformerConfig, truth, rng, *, noise: float, memory: bool = False) -> Machine:
+_FITTED: dict[str, Machine] = {}  # every part of a run asks for the same, and a fit takes seconds
+
+
+def fitted(chip: Chip, network: TransformerConfig, truth, rng, *, noise: float, memory: bool) -> Machine:
   """The controller's own model, from timed operators of whole stages at ten shares; `memory` as in `fit_curves`."""
   chunks = [_chunk(tokens, before) for tokens in (256, 1024, 2048) for before in (0, 2048, 8192)]
   rows = [Work.of(rows=n, contexts=[at] * n) for n in (2, 16, 64) for at in (500, 2000, 6000)]
@@ -158,7 +161,10 @@ def world(
   """`prompt`: mean tokens, for the load of 1; mixed: as in `Chip`; memory: as in `fitted`."""
   s, chip = config.simulate, chips.chip(name, measured, mixed=mixed)
   truth = simulator.steps_of(chip, network, groups=s.groups, tile=s.tile)
-  machine = fitted(chip, network, truth, np.random.default_rng(config.seed), noise=s.noise, memory=memory)
+  key = repr((chip._replace(mixed=1.0), network, s.groups, s.tile, s.noise, config.seed, memory))
+  if key not in _FITTED:
+    _FITTED[key] = fitted(chip, network, truth, np.random.default_rng(config.seed), noise=s.noise, memory=memory)
+  machine = _FITTED[key]
   pages = min(chips.cache_pages(name, network, s.page), s.most_pages)
   ends = np.arange(0, prompt, 2048)
   read = sum(sum(simulator.alone(chip, truth(_chunk(int(min(2048, prompt - at)), int(at))), 100)) for at in ends)
