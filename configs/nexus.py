@@ -84,6 +84,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           context=32_768,
         ),
         requests=pick(test=8, cpu=24, gpu=32, paper=400),
+        seeds=pick(test=2, cpu=10),  # where the clock counts: the simulator, which is the engine then, serves more
+        seeds_requests=pick(test=8, cpu=96, paper=400),
         divide=pick(test=64, cpu=1),  # prompts and answers are so many times shorter
         loads=pick(test=(0.8,), cpu=(1.2,), gpu=(0.6, 1.2)),  # of the requests a second that are served where all wait
         rows=pick(test=4, cpu=32),

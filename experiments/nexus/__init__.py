@@ -7,6 +7,8 @@ controller's model with what the simulated chip does.
 
 from pathlib import Path
 
+import numpy as np
+
 from experiments import results
 from experiments.nexus.calibrate import calibrate
 from experiments.nexus.chips import title
@@ -77,11 +79,13 @@ def missed(found: dict) -> float:
   return max(abs(row["simulated"][of] / row[of] - 1) for row in rows for of in ("ttft_mean", "tbt_mean"))
 
 
-def _engine_gain(config, found: dict, policy: str, of: str) -> float:
-  """Mixed batches over a policy, at the highest load."""
+def _engine_gain(config, found: dict, policy: str, of: str) -> dict:
+  """Mixed batches over a policy at the highest load: the median of all seeds and their spread, where there are some."""
   rows = {(row["load"], row["policy"]): row for row in found["engine"]["rows"]}
-  load = max(config.engine.loads)
-  return rows[load, MIXED][of] / rows[load, policy][of]
+  load, seeds = max(config.engine.loads), found["engine"]["repeated"].get(policy)
+  if not seeds:
+    return dict(ours=rows[load, MIXED][of] / rows[load, policy][of])
+  return dict(ours=float(np.median(seeds)), spread=tuple(np.percentile(seeds, [10, 90]).tolist()))
 
 
 def claims(config, metrics_: dict) -> list[Claim]:
@@ -98,6 +102,11 @@ def claims(config, metrics_: dict) -> list[Claim]:
   off = arm["nexus"]["latency_p95"] / arm["brute"]["latency_p95"] - 1
   counted = config.engine.clock == "counted"
   clock = "a clock that counts what steps take on the simulated chip" if counted else "a real clock"
+  runs = clock
+  if counted:
+    runs += (
+      f"; {config.engine.seeds} seeds of {config.engine.seeds_requests} requests in the simulator, which is the same"
+    )
   load = f"at {s.arms_load:.0%} of the prompts that the chip could read by itself"
   made = [
     Claim(
@@ -147,13 +156,13 @@ def claims(config, metrics_: dict) -> list[Claim]:
     ),
     Claim(
       "Mean seconds to the first token on the engine, by arrival over shortest first", "ratio", "higher",
-      ours=_engine_gain(config, metrics_, SHORTEST, "ttft_mean"), threshold=1.5,
-      baseline="the same mixed batches", note=f"{clock}, load {max(config.engine.loads)}",
+      **_engine_gain(config, metrics_, SHORTEST, "ttft_mean"), threshold=1.5,
+      baseline="the same mixed batches", note=f"{runs}; load {max(config.engine.loads)}",
     ),
     Claim(
       "95th percentile of seconds between tokens on the engine, mixed batches over turns", "ratio", "higher",
-      ours=_engine_gain(config, metrics_, TURNS, "tbt_p95"), threshold=1.0,
-      baseline="chunks beside decodes", note=f"{clock}; reading has {metrics_['engine']['share']:.0%} of the time",
+      **_engine_gain(config, metrics_, TURNS, "tbt_p95"), threshold=1.0,
+      baseline="chunks beside decodes", note=f"{runs}; reading has {metrics_['engine']['share']:.0%} of the time",
     ),
   ]  # fmt: skip
   if len(s.workloads) > 1:

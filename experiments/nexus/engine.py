@@ -65,7 +65,7 @@ class Watch:
 
 def engine(config, found: dict, console) -> dict:
   """{fit: what the cost of a step misses, share, capacity: requests a second, rows of each load and policy: as measured
-  and as simulated, same: share of requests whose tokens are those of the mixed batches}."""
+  and as simulated, same: share of requests whose tokens are those of the mixed batches, repeated}."""
   e = config.engine
   network = _network(config)
   world = simulate.a_world(config, config.simulate.chips[0], WORKLOAD, found) if e.clock == "counted" else None
@@ -97,8 +97,23 @@ def engine(config, found: dict, console) -> dict:
   same = np.mean([made == tokens[load, MIXED][id] for (load, _), of in tokens.items() for id, made in of.items()])
   return dict(
     fit=cost.error(fitted, works, seconds), weights=fitted.weights.tolist(), share=share, capacity=capacity, rows=rows,
-    same=float(same),
+    same=float(same), repeated=_repeated(config, world, turns) if world else {},
   )  # fmt: skip
+
+
+def _repeated(config, world: World, turns) -> dict[str, list[float]]:
+  """{policy: mixed batches over it, for every seed}, at the highest load: of shortest first the mean seconds to the
+  first token, of turns the 95th percentile between tokens."""
+  e, made = config.engine, {SHORTEST: [], TURNS: []}
+  for seed in range(config.seed, config.seed + e.seeds):
+    asked = functools.partial(workloads.requests, WORKLOAD, count=e.seeds_requests, divide=e.divide)
+    serve_ = lambda policy, requests: metrics.summary(simulated(config, policy, requests, None, world))
+    capacity = e.seeds_requests / serve_(policies.sarathi, asked(rate=0, seed=seed + 1))["makespan"]
+    requests = asked(rate=max(e.loads) * capacity, seed=seed)
+    mixed = serve_(policies.sarathi, requests)
+    made[SHORTEST].append(mixed["ttft_mean"] / serve_(policies.spf, requests)["ttft_mean"])
+    made[TURNS].append(mixed["tbt_p95"] / serve_(turns, requests)["tbt_p95"])
+  return made
 
 
 def serve(config, network: Network, policy, requests: list[Request], counted: Callable[[Work], float] | None):
@@ -115,7 +130,9 @@ def serve(config, network: Network, policy, requests: list[Request], counted: Ca
   return ended, watch.steps
 
 
-def simulated(config, policy, requests: list[Request], fitted: StepCost, world: World | None = None) -> list[Served]:
+def simulated(
+  config, policy, requests: list[Request], fitted: StepCost | None, world: World | None = None
+) -> list[Served]:
   """The same requests in the simulator, whose steps cost what was fitted, or what they do on a chip."""
   e = config.engine
   server = Server(pages=e.pages, page=e.page, rows=e.rows, budget=e.budget, chunks=e.rows, part=e.part)
