@@ -1,4 +1,5 @@
-"""What a step of a batch costs: seconds from what it reads and decodes, fitted to measured steps.
+"""What a step of a batch costs: seconds from what it reads and decodes, fitted to measured steps, or the operations and
+bytes of each of its operators.
 
 cost = fit(steps, seconds)
 cost(Work.of(rows=256, chunks=[(1024, 224)], contexts=[900, 400]))
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 
 from jaxlab.core.checks import require, require_counts
+from jaxlab.models.config import TransformerConfig
 
 
 class Work(NamedTuple):
@@ -21,16 +23,67 @@ class Work(NamedTuple):
   Attributes:
     rows: tokens that its products are of, padding among them.
     pairs: of queries and keys in its chunks; context: keys that its decoding rows read, in all.
+    keys: that its chunks read, each once; drawn: rows whose logits are worked out.
   """
 
   rows: int
   pairs: float
   context: float
+  keys: float = 0
+  drawn: int = 0
 
   @classmethod
   def of(cls, *, rows: int, chunks: Iterable[tuple[int, int]] = (), contexts: Iterable[int] = ()) -> "Work":
     """chunks: (position of the end, tokens) each, so c * end - c^2 / 2 pairs; contexts: of every decoding row."""
-    return cls(rows, sum(count * end - count**2 / 2 for end, count in chunks), sum(contexts))
+    chunks, contexts = list(chunks), list(contexts)
+    pairs, keys = sum(count * end - count**2 / 2 for end, count in chunks), sum(end for end, _ in chunks)
+    return cls(rows, pairs, sum(contexts), keys, len(chunks) + len(contexts))
+
+
+OPERATORS = ("qkv", "chunk_attention", "row_attention", "out", "up", "down", "head")  # in the order of a layer
+
+
+class Volumes(NamedTuple):
+  """Floating-point operations and bytes of every operator of `OPERATORS`, of all layers."""
+
+  flops: Float[np.ndarray, "*batch 7"]
+  bytes: Float[np.ndarray, "*batch 7"]
+
+
+def volumes(config: TransformerConfig, work: Work, *, tile: int = 1, size: int = 2) -> Volumes:
+  """A product of m rows with a matrix of in x out: 2 m in out operations, in out + m (in + out) numbers.
+
+  Attention: 4 head_dim q_heads operations for every pair of a query and a key; keys and values are read once a chunk,
+  and once a row that decodes.
+
+  Args:
+    work: of one step, or of many in arrays.
+    tile: rows of the products' tiles; size: bytes of a number.
+
+  Raises:
+    InputError: layers that differ from each other, experts, or windows.
+  """
+  c = config
+  alike = c.experts is None and c.layer_kv_heads is None and c.layer_mlp_widths is None
+  alike = alike and set(c.windows) == {None}
+  require(alike, "operators are counted for dense layers that are alike, without windows; give such a config")
+  q, kv, gates = c.q_heads * c.head_dim, c.kv_heads * c.head_dim, 2 if c.mlp == "swiglu" else 1
+  rows, pairs, context, keys, drawn = (np.asarray(value, float) for value in work)
+  tiles = lambda m: np.ceil(m / tile) * tile
+
+  def product(m, width, out):
+    return 2 * tiles(m) * width * out, np.where(m > 0, width * out + m * (width + out), 0) * size
+
+  layer = (
+    product(rows, c.width, q + 2 * kv),
+    (4 * q * pairs, 2 * kv * size * keys),
+    (4 * q * context, 2 * kv * size * context),
+    product(rows, q, c.width),
+    product(rows, c.width, gates * c.mlp_width),
+    product(rows, c.mlp_width, c.width),
+  )
+  all_ = [(c.depth * flops, c.depth * bytes_) for flops, bytes_ in layer] + [product(drawn, c.width, c.vocab_size)]
+  return Volumes(*(np.stack(np.broadcast_arrays(*part), axis=-1) for part in zip(*all_, strict=True)))
 
 
 class StepCost(NamedTuple):

@@ -10,6 +10,7 @@ Which tokens a request gets depends on nothing but itself: neither on the policy
 the rounding of products of other shapes.
 """
 
+import concurrent.futures
 import math
 import time
 from collections import deque
@@ -89,6 +90,7 @@ class Engine:
     self._pools = batch.empty_pools(self.network, pages, page)
     self._leaves = jax.tree.leaves(self.network)
     self._programs: dict[Shape, Callable] = {}
+    self._memory: dict = {}  # the policy's
 
   @property
   def busy(self) -> bool:
@@ -139,12 +141,16 @@ class Engine:
 
   def warm_up(self, *, score: bool = False) -> int:
     """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
-    for shape in self._shapes(score):
+    shapes = self._shapes(score)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+      list(threads.map(lambda shape: batch.compiled(self.network, self._pools, self._table, shape), shapes))
+    for shape in shapes:
       self._program(shape)
     return len(self._programs)
 
   def step(self) -> list[Event]:
     """Runs one step and returns the new tokens, none where nothing can run."""
+    now = self.clock()
     view = policies.View(
       self.running,
       self.waiting,
@@ -155,6 +161,8 @@ class Engine:
       self.part,
       self._watermark,
       self.counters["steps"],
+      now,
+      self._memory,
     )
     waiting = set(self.waiting)
     plan = self.policy(view)
@@ -163,7 +171,6 @@ class Engine:
     self.counters["reused"] += sum(s.computed for s in self.running if s in waiting)
     if not plan.decode and not plan.chunks:
       return []
-    now = self.clock()
     for served in (*plan.decode, *(s for s, _ in plan.chunks)):
       served.scheduled = now if math.isnan(served.scheduled) else served.scheduled
     steps = self._steps(view, plan)

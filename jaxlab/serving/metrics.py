@@ -20,7 +20,8 @@ def between(served: Served) -> list[float]:
 
 
 def summary(ended: Sequence[Served]) -> dict[str, float]:
-  """{ttft, tbt, tpot, latency, delay: their _p50 and _p99; output and total tokens a second of the makespan, makespan}.
+  """{ttft, tbt, tpot, latency, delay: their _mean, _p50, _p95 and _p99; output and total tokens a second of the
+  makespan, makespan}.
 
   Raises:
     InputError: nobody was served.
@@ -37,8 +38,9 @@ def summary(ended: Sequence[Served]) -> dict[str, float]:
   made = {
     f"{name}_p{share}": float(np.percentile(found, share)) if found else float("nan")
     for name, found in values.items()
-    for share in (50, 99)
+    for share in (50, 95, 99)
   }
+  made |= {f"{name}_mean": float(np.mean(found)) if found else float("nan") for name, found in values.items()}
   makespan = max(s.times[-1] for s in done) - min(s.request.arrival for s in done)
   tokens = sum(s.made for s in done)
   return made | {

@@ -54,11 +54,12 @@ def microbatches(
   require(budget > rows, f"budget is {budget}; it must have room for a token of each of the {rows} rows and one more")
   waiting = deque(Served(request, list(request.prompt), order=i) for i, request in enumerate(requests))
   longest = max(len(request.prompt) + request.tokens for request in requests) + 1
-  ring = [([], Pages(rows + 1, longest, index=False)) for _ in range(slots)]
+  ring = [([], Pages(rows + 1, longest, index=False), {}) for _ in range(slots)]
   steps, found = [0] * slots, []
-  while waiting or any(running for running, _ in ring):
-    for slot, (running, pages) in enumerate(ring):
-      view = policies.View(running, waiting, pages, rows, budget, chunks, min(part, budget - rows), 0, steps[slot])
+  while waiting or any(running for running, *_ in ring):
+    for slot, (running, pages, memory) in enumerate(ring):
+      part_ = min(part, budget - rows)
+      view = policies.View(running, waiting, pages, rows, budget, chunks, part_, 0, steps[slot], memory=memory)
       plan = policy(view)
       policies.check(plan, view)
       if not plan.decode and not plan.chunks:
@@ -70,18 +71,25 @@ def microbatches(
 
 def _ran(slot: int, plan: policies.Plan, running: list[Served], pages: Pages, part: int) -> Microbatch:
   """The micro-batch of a plan; its sequences have the tokens it makes."""
-  contexts = [len(s.tokens) for s in plan.decode]
-  read = [(s.computed + count, count) for s, count in plan.chunks]
-  padded = len(contexts) + sum(-(-count // part) * part for _, count in read)
   members = (*plan.decode, *(s for s, _ in plan.chunks))
+  found = Microbatch(slot, tuple(s.order for s in members), plan.work(part))
+  advance(plan, running, pages)
+  return found
+
+
+def advance(plan: policies.Plan, running: list[Served], pages: Pages) -> list[Served]:
+  """Gives the sequences of a plan what it works out, without a model: token 0. Returns those that got a token; who has
+  all that were asked for leaves `running` and its pages."""
+  made = []
   for sequence, count in (*((s, 1) for s in plan.decode), *plan.chunks):
     sequence.computed += count
     if sequence.pending == 0:
       sequence.tokens.append(0)
+      made.append(sequence)
       if sequence.made >= sequence.request.tokens:
         running.remove(sequence)
         pages.release(sequence.pages)
-  return Microbatch(slot, tuple(s.order for s in members), Work.of(rows=padded, chunks=read, contexts=contexts))
+  return made
 
 
 class Times(NamedTuple):

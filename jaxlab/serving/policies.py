@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from jaxlab.core.checks import require
+from jaxlab.serving.cost import Work
 from jaxlab.serving.pages import Pages
 from jaxlab.serving.requests import Served
 
@@ -25,6 +26,12 @@ class Plan:
   chunks: list[tuple[Served, int]] = dataclasses.field(default_factory=list)
   preempt: list[Served] = dataclasses.field(default_factory=list)
 
+  def work(self, part: int) -> Work:
+    """What it costs; chunks are read in parts of so many tokens."""
+    chunks = [(s.computed + count, count) for s, count in self.chunks]
+    rows = len(self.decode) + sum(-(-count // part) * part for _, count in chunks)
+    return Work.of(rows=rows, chunks=chunks, contexts=[len(s.tokens) for s in self.decode])
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -34,6 +41,7 @@ class View:
     running: in the order of their arrival; waiting: those that were preempted first, then by arrival.
     rows: sequences that may run at most; budget: tokens of a step at most; chunks: sequences that may read at once.
     part: chunks take room in multiples of so many tokens. step: how many steps have run.
+    now: seconds on the engine's clock; memory: what the policy keeps from step to step.
   """
 
   running: list[Served]
@@ -45,6 +53,8 @@ class View:
   part: int
   watermark: int
   step: int = 0
+  now: float = 0.0
+  memory: dict = dataclasses.field(default_factory=dict)
 
   def room(self, plan: Plan) -> int:
     """Tokens that one more chunk may have: the budget is that of the program, where all rows decode or none."""
@@ -62,13 +72,13 @@ class View:
     sequence.pages.extend(pages)
     return True
 
-  def admit(self, *, whole: bool = False) -> Served | None:
-    """The first of those waiting, running now: with pages for all its tokens and one more (whole: for the longest
-    answer), what is known of them already in place; or None, where they do not fit beside the watermark or all rows
-    are taken."""
+  def admit(self, sequence: Served | None = None, *, whole: bool = False) -> Served | None:
+    """The first of those waiting, or the one that is given, running now: with pages for all its tokens and one more
+    (whole: for the longest answer), what is known of them already in place; or None, where they do not fit beside the
+    watermark or all rows are taken."""
     if not self.waiting or len(self.running) >= self.rows:
       return None
-    sequence = self.waiting[0]
+    sequence = self.waiting[0] if sequence is None else sequence
     # Scores are of every prompt token: such a request computes all of it.
     known = [] if sequence.request.score else self.pages.match(sequence.tokens)
     longest = len(sequence.request.prompt) + sequence.request.tokens if whole else len(sequence.tokens) + 1
@@ -78,7 +88,8 @@ class View:
       return None
     sequence.pages = known + self.pages.take(needed)
     sequence.computed, sequence.published = len(known) * self.pages.size, len(known)
-    self.running.append(self.waiting.popleft())
+    self.waiting.remove(sequence)
+    self.running.append(sequence)
     self.running.sort(key=lambda s: s.order)
     return sequence
 
@@ -192,20 +203,113 @@ def request_level(view: View) -> Plan:
   return plan
 
 
+def read_only(view: View) -> Plan:
+  """Chunks of prompts, first come first served: half of an engine whose phases run apart."""
+  plan = Plan()
+  _read(view, plan)
+  return plan
+
+
+def decode_only(view: View) -> Plan:
+  """All that decode: the other half."""
+  plan = Plan()
+  _decodes(view, plan)
+  return plan
+
+
+def shortest_only(view: View, *, gamma: float = 15.0, fill: bool = True) -> Plan:
+  """Prompts with the fewest tokens left first (Nexus' SPF), ascending in  left - gamma (now - arrival).
+
+  They are taken as long as they fit into the step; where the cache is full, those that have pages. The first that does
+  not fit is read as far as there is room; without `fill` that is done for one that would not fit alone.
+
+  Args:
+    gamma: tokens that a second of waiting counts for; 0 is the order of lengths, a large one that of arrivals.
+  """
+  plan = Plan()
+  _shortest(view, plan, gamma, fill)
+  return plan
+
+
+def _shortest(view: View, plan: Plan, gamma: float, fill: bool) -> None:
+  score = lambda s: (s.pending - gamma * (view.now - s.request.arrival), s.order)
+  waiting, full = set(view.waiting), False
+  for sequence in sorted((*_reading(view, plan), *view.waiting), key=score):
+    room = view.room(plan)
+    fits = sequence.pending <= room
+    if room < 1 or len(plan.chunks) >= view.chunks or not (fits or fill or not plan.chunks):
+      return
+    if sequence in waiting:
+      if full:
+        continue
+      full = view.admit(sequence) is None
+      if full:
+        continue  # those that hold pages read on, or nobody would ever give any up
+    _chunk(view, plan, sequence)
+    if not fits:
+      return
+
+
+def spf(view: View, *, gamma: float = 15.0) -> Plan:
+  """As `sarathi`, but for the order of prompts: that of `shortest_only`."""
+  plan = Plan()
+  _decodes(view, plan)
+  if not plan.preempt:
+    _shortest(view, plan, gamma, True)
+    return plan
+  for sequence in _reading(view, plan):
+    _chunk(view, plan, sequence)
+  return plan
+
+
+def nexus_time(
+  view: View,
+  *,
+  share: float | Callable[[View], float] = 0.5,
+  gamma: float = 15.0,
+  cost: Callable[[Work], float] = lambda work: 1.0,
+) -> Plan:
+  """Nexus (arXiv 2507.06608) in turns instead of side by side: steps that read, shortest prompts first, and steps that
+  decode, by stride scheduling: who has had less of its share is next.
+
+  Args:
+    share: of the time that reading gets while somebody decodes, between 0 and 1.
+    cost: seconds of a step, as `cost.fit` finds them; by default each counts the same.
+  """
+  had = view.memory.setdefault("had", [0.0, 0.0])  # reading, decoding: seconds over shares
+  mine = share(view) if callable(share) else share
+  require(0 < mine < 1, f"share is {mine}; it must lie between 0 and 1")
+  shares = (mine, 1 - mine)
+  lanes = (lambda: shortest_only(view, gamma=gamma), lambda: decode_only(view))
+  first = int(had[0] > had[1])
+  plan = lanes[first]()
+  idle = not (plan.decode or plan.chunks or plan.preempt)
+  if idle:
+    plan = lanes[1 - first]()
+  if plan.decode or plan.chunks:
+    ran = int(bool(plan.decode))
+    had[ran] += cost(plan.work(view.part)) / shares[ran]
+  if idle:
+    had[first] = max(had)  # who has nothing to do saves nothing up
+  return plan
+
+
 POLICIES: dict[str, Callable[[View], Plan]] = {
   "sarathi": sarathi,
   "orca": orca,
   "prefill_first": prefill_first,
   "alternating": alternating,
   "request_level": request_level,
+  "spf": spf,
+  "nexus_time": nexus_time,
 }
 
 
 def check(plan: Plan, view: View) -> None:
   """Raises InputError for a plan that no step can run: what a policy of one's own got wrong."""
   members: Sequence[Served] = [*plan.decode, *(s for s, _ in plan.chunks)]
-  require(len({id(s) for s in members}) == len(members), "a policy planned a sequence twice in one step")
-  require(all(s in view.running for s in members), "a policy planned a sequence that is not running; admit it first")
+  require(len(set(members)) == len(members), "a policy planned a sequence twice in one step")
+  require(set(members) <= set(view.running), "a policy planned a sequence that is not running; admit it first")
   require(all(s.pending == 1 for s in plan.decode), "a policy decodes a sequence whose prompt is not read")
   require(
     all(1 <= count <= s.pending for s, count in plan.chunks), "a policy reads more tokens of a sequence than it has"
