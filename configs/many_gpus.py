@@ -56,7 +56,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     "d32_width640": dict(
       shape=dict(depth=32, aspect_ratio=20, **plain), axes=("data", "fsdp", "tensor"), batch=128, rows=16, **common
     ),
-    "d20_width1280": dict(shape=dict(depth=20, **plain), axes=("tensor",), batch=64, rows=8, **common),
+    "d20_width1280": dict(shape=dict(depth=20, **plain), axes=("data", "fsdp", "tensor"), batch=64, rows=8, **common),
   }
   small = {
     "tiny": dict(

@@ -39,17 +39,21 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 def claims(config, metrics: dict) -> list[Claim]:
   """Speeds only where the config says that they mean something."""
   made = [*_speeds(metrics)] if config.timed else []
-  for name, runs in metrics["training"].items():
-    spread = {label: training.sent(run) for label, run in runs.items() if label.startswith("fsdp")}
-    if spread:
-      worst = max(spread, key=spread.get)
-      made.append(
-        Claim(
-          f"Bytes that fsdp sends for a microbatch, over those of the parameters, {name}", "x", "lower",
-          ours=spread[worst], threshold=_MOST_SENT,
-          note=", ".join(f"{label} {training.sent(run):.2f}" for label, run in runs.items() if label != training.ONE),
-        )
-      )  # fmt: skip
+  sends = {
+    f"{name}, {label}": training.sent(run)
+    for name, runs in metrics["training"].items()
+    for label, run in runs.items()
+    if label != training.ONE
+  }
+  spread = {case: times for case, times in sends.items() if ", fsdp" in case}
+  if spread:
+    made.append(
+      Claim(
+        "Bytes that fsdp sends for a microbatch, over those of the parameters, most of any", "x", "lower",
+        ours=max(spread.values()), threshold=_MOST_SENT,
+        note=", ".join(f"{case} {times:.2f}" for case, times in sends.items()),
+      )
+    )  # fmt: skip
   apart = {name: training.difference(runs) for name, runs in metrics["training"].items()}
   made.append(
     Claim(
@@ -70,18 +74,27 @@ def claims(config, metrics: dict) -> list[Claim]:
 
 def _speeds(metrics: dict):
   most = metrics["devices"]
-  for name, runs in metrics["training"].items():
-    for axis, floor in _FLOORS.items():
-      at = training.describe(axis, 2 if axis == "tensor" else most)
-      if at in runs:
-        yield Claim(
-          f"Training speed of {at} devices, over as many times one device's, {name}", "", "higher",
-          ours=training.efficiency(runs, at), threshold=floor,
-          baseline=f"{runs[training.ONE]['tokens_per_second']:.0f} tokens/s on one device",
-          note=", ".join(
-            f"{label} {run['tokens_per_second']:.0f} tokens/s, MFU {run['mfu']:.1%}" for label, run in runs.items()
-          ),
-        )  # fmt: skip
+  for axis, floor in _FLOORS.items():
+    at = training.describe(axis, 2 if axis == "tensor" else most)
+    shapes = {name: runs for name, runs in metrics["training"].items() if at in runs}
+    if not shapes:
+      continue
+    found = {name: training.efficiency(runs, at) for name, runs in shapes.items()}
+    worst = min(found, key=found.get)
+    yield Claim(
+      f"Training speed of {at} devices, over as many times one device's, slowest shape", "", "higher",
+      ours=found[worst], threshold=floor,
+      baseline=f"{worst}: {shapes[worst][training.ONE]['tokens_per_second']:.0f} tokens/s on one device",
+      note="; ".join(
+        f"{name} {found[name]:.3g}: "
+        + ", ".join(
+          f"{label} {run['tokens_per_second']:.0f} tokens/s, MFU {run['mfu']:.1%}"
+          for label, run in runs.items()
+          if label == training.ONE or label.startswith(axis)
+        )
+        for name, runs in shapes.items()
+      ),
+    )  # fmt: skip
   for kind, what in (("decode", "one token is decoded"), ("prefill", "a prompt is read")):
     times = {name: row["median"] for name, row in metrics["suffix"][kind]["milliseconds"].items()}
     many, one = times[suffix.layered(most, 1)], times[suffix.layered(1, 1)]

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from configs import compression as config_file
-from experiments import compressing, compression, results
-from experiments.compression import chains
-from experiments.compression.solved import solved_perplexity
+from configs import compositions as config_file
+from experiments import compositions, compressing, results
+from experiments.compositions import chains
+from experiments.compositions.solved import solved_perplexity
 from jaxlab.core.checks import InputError
 from tests.common import run_and_continue
 
@@ -26,7 +26,7 @@ def test_chains_are_measured_once_and_begin_alike(config, two_layers, tmp_path, 
     "lord 0.7 + gptq 4",
     "even 0.6 + gptq 4",
   )
-  report = run_and_continue("compression", tmp_path, monkeypatch, "Maker", config=config)
+  report = run_and_continue("compositions", tmp_path, monkeypatch, "Maker", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   rows = report.metrics[two_layers.name]
   of = {row["method"]: row for row in rows}
@@ -41,8 +41,8 @@ def test_chains_are_measured_once_and_begin_alike(config, two_layers, tmp_path, 
 def test_one_method_alone_is_read_off_between_its_sizes():
   row = lambda method, size, value: dict(method=method, bytes=size, perplexity=value)
   rows = [row("dense", 16, 2.0), row("gptq 4", 4, 8.0), row("gptq 3", 3, 16.0), row("lord 0.9", 15, 3.0)]
-  assert np.isclose(compression.alone_at(rows, "gptq", 3.5), np.sqrt(8 * 16))
-  assert np.isclose(compression.alone_at(rows, "gptq", 10), 4.0) and compression.alone_at(rows, "gptq", 2) is None
+  assert np.isclose(compositions.alone_at(rows, "gptq", 3.5), np.sqrt(8 * 16))
+  assert np.isclose(compositions.alone_at(rows, "gptq", 10), 4.0) and compositions.alone_at(rows, "gptq", 2) is None
 
 
 def test_what_is_no_chain_is_named():

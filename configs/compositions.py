@@ -1,7 +1,7 @@
 r"""Compressing together: bytes and perplexity of every method on one model, alone, behind another one, under SNLP.
 
-  python -m experiments.run --config=configs/compression.py:cpu --config.data.path='books/*.xz' --workdir=runs/all
-  python -m experiments.run --config=configs/compression.py --config.model=hf:DIR --workdir=runs/mine
+  python -m experiments.run --config=configs/compositions.py:cpu --config.data.path='books/*.xz' --workdir=runs/all
+  python -m experiments.run --config=configs/compositions.py --config.model=hf:DIR --workdir=runs/mine
 
 A chain such as "lord 0.9 + gptq 4" is methods with their budget, each of what the one before gave: a share of the
 parameters that stay (lord, struprune, even), a density (icbs, wanda), bits (rtn, gptq, awq), blocks (bitstack).
@@ -42,8 +42,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
 
   return ml_collections.ConfigDict(
     dict(
-      paper="compression",
-      experiment="compression",
+      paper="compositions",
+      experiment="compositions",
       scale=scale,
       seed=0,
       model="",  # a hub name, or hf:DIR: that one alone

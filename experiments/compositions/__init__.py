@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments import results
+from experiments.compositions.chains import KINDS, Maker, steps_of
+from experiments.compositions.solved import solved_perplexity
 from experiments.compressing import row, sizes, stored, subjects
 from experiments.compressing_drawing import draw_frontier
-from experiments.compression.chains import KINDS, Maker, steps_of
-from experiments.compression.solved import solved_perplexity
 from experiments.results import Claim
 
 DENSE = "dense"
