@@ -34,13 +34,19 @@ class Basis:
   """The outputs' principal directions, those of rank r being the first r: a prefix.
 
   down: (*stack, inputs, most) = W E; up: (*stack, most, outputs) = E^T; eigenvalues: (*stack, most), descending; mean:
-  (*stack, outputs) of the outputs, zeros without centring.
+  (*stack, outputs) of x W, zeros without centring; bias: (*stack, outputs) of the map itself, if it has one.
   """
 
   down: Array
   up: Array
   eigenvalues: Array
   mean: Array
+  bias: Array | None = None
+
+  @property
+  def shifts(self) -> bool:
+    """Whether a map of low rank has a bias."""
+    return self.bias is not None or bool(jnp.any(self.mean != 0))
 
   @property
   def weights(self) -> int:
@@ -94,16 +100,25 @@ def decompose(
   made = jax.jit(basis, static_argnames="centre")
 
   def visit(layer, block, inputs):
-    return {name: made(one.weight[...], inputs[name], centre=centre) for name, one in maps.named(block).items()}
+    found = {}
+    for name, one in maps.named(block).items():
+      bias = getattr(one, "bias", None)
+      found[name] = made(one.weight[...], inputs[name], centre=centre)
+      found[name] = dataclasses.replace(found[name], bias=None if bias is None else bias[...])
+    return found
 
   return layer_by_layer(model, tokens, visit, batch=batch)
+
+
+def _or_zero(bias: Array | None):
+  return 0 if bias is None else bias
 
 
 def factors(basis: Basis, rank: int, *, dtype) -> Factored:
   """The map of that rank: its first directions and, where outputs have a mean, what the others add on average."""
   down, up = basis.down[..., :rank], basis.up[..., :rank, :]
-  left = basis.mean - ((up @ basis.mean[..., None]) * up).sum(axis=-2)
-  bias = left.astype(dtype) if bool(jnp.any(basis.mean != 0)) else None
+  left = basis.mean - ((up @ basis.mean[..., None]) * up).sum(axis=-2) + _or_zero(basis.bias)
+  bias = left.astype(dtype) if basis.shifts else None
   return Factored(down.astype(dtype), up.astype(dtype), bias)
 
 
@@ -137,7 +152,7 @@ class _Masked(nnx.Module):
     b = self.basis
     keep = jnp.arange(b.up.shape[-2]) < self.rank
     cut = lambda a: jnp.where(keep, a @ b.down.astype(a.dtype), 0) @ b.up.astype(a.dtype)
-    left = b.mean - (jnp.where(keep, b.up @ b.mean, 0)[:, None] * b.up).sum(axis=0)
+    left = b.mean - (jnp.where(keep, b.up @ b.mean, 0)[:, None] * b.up).sum(axis=0) + _or_zero(b.bias)
     return cut(x) + left.astype(x.dtype)
 
 
@@ -189,7 +204,7 @@ def choose(
     InputError: a budget that the smallest ranks of the sweep do not reach.
   """
   dense, table = found
-  bias = {name: bool(jnp.any(one.mean != 0)) for name, one in bases.items()}
+  bias = {name: one.shifts for name, one in bases.items()}
   cost = lambda name, rank: bases[name].cost(rank, bias=bias[name]) if rank else bases[name].weights
   total = sum(one.weights for one in bases.values())
   ranks = dict.fromkeys(bases, 0)
@@ -230,7 +245,7 @@ def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> 
   ranks = {}
   for name, one in bases.items():
     inputs, outputs = one.down.shape[-2], one.up.shape[-1]
-    bias = outputs if bool(jnp.any(one.mean != 0)) else 0
+    bias = outputs if one.shifts else 0
     ranks[name] = int((budget * one.weights - bias) / (inputs + outputs)) // multiple * multiple
     require(ranks[name] >= 1, f"budget {budget} leaves {name} no rank of a multiple of {multiple}; raise it")
   return ranks

@@ -73,7 +73,8 @@ def decompose(
 
   def visit(layer, block, inputs):
     chosen = {name: one for name, one in maps.named(block).items() if name in names}
-    return {name: Factored(*made(one.weight[...], inputs[name])) for name, one in chosen.items()}
+    bias = lambda one: one.bias[...] if isinstance(one, maps.Affine) else None
+    return {name: Factored(*made(one.weight[...], inputs[name]), bias(one)) for name, one in chosen.items()}
 
   return layer_by_layer(model, tokens, visit, batch=batch)
 
@@ -91,5 +92,6 @@ def truncate(model: Transformer, full: Mapping[str, Factored], *, budget: float,
     rank = int(budget * n * m / (n + m)) // multiple * multiple
     require(rank >= 1, f"budget {budget} leaves {name} no rank; its smallest is {multiple * (n + m) / (n * m):.3f}")
     down, up = one.down[..., :rank], one.up[..., :rank, :]
-    forms[name] = Factored(down.astype(model.dtype), up.astype(model.dtype))
+    bias = None if one.bias is None else one.bias[...].astype(model.dtype)
+    forms[name] = Factored(down.astype(model.dtype), up.astype(model.dtype), bias)
   return with_maps(model, forms)
