@@ -12,8 +12,9 @@ from jaxlab.core.checks import InputError
 from jaxlab.evaluation.methods import subject
 from jaxlab.models import generate, hub, maps
 from jaxlab.models.block import layer_slice
+from jaxlab.weights import svd
 from jaxlab.weights.calibration import Moments, layer_by_layer, merge, moments, rows_of, with_maps
-from jaxlab.weights.lord import decompose, truncate
+from jaxlab.weights.lord import decompose, factors, masked, truncate
 from jaxlab.weights.quantise import quantise, rtn
 from tests.common import configs, random_model, random_tokens
 
@@ -172,3 +173,18 @@ def test_wrong_input_is_one_line(model, tmp_path):
 
 def test_moments_are_a_tree_of_arrays():
   assert len(jax.tree.leaves(jax.eval_shape(moments, jnp.zeros((1, 2, 3))))) == len(Moments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_a_map_of_low_rank_keeps_the_bias_of_the_map(model, centre):
+  """At full rank the function is the same: what was pruned before has biases that make up for what is gone."""
+  weight = maps.named(model.blocks)["o"].weight[...]
+  added = maps.Affine(weight, jax.random.normal(jax.random.key(1), (len(weight), weight.shape[2])))
+  biased = with_maps(model, {"o": added})
+  one = decompose(biased, TOKENS, batch=16, centre=centre)["o"]
+  full = {"o": factors(one, one.up.shape[-2], dtype=jnp.float32)}
+  np.testing.assert_allclose(with_maps(model, full)(TOKENS), biased(TOKENS), rtol=1e-4, atol=1e-4)
+  ranks = masked(biased, {"o": one}, {"o": jnp.int32(0)})
+  np.testing.assert_allclose(ranks(TOKENS), biased(TOKENS), rtol=1e-4, atol=1e-4)
+  (bias,) = (form.bias[...] for form in svd.decompose(biased, TOKENS, names=["o"], batch=16).values())
+  np.testing.assert_array_equal(bias, added.bias[...])
