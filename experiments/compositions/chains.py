@@ -56,7 +56,7 @@ def _step(config, subject: Subject, method: str, amount: float) -> Transformer:
   if method == "bitstack":
     return bitstack.decompose(model, text, blocks=int(amount), rank=config.block_rank, batch=batch)
   if method == "wanda":
-    return pruning.stored_sparse(pruning.prune(model, text, "wanda", density=amount, batch=batch).params)
+    return pruning.stored_sparse(pruning.prune(model, text, "wanda", density=amount, batch=batch).model)
   paper = importlib.import_module(f"configs.{'struprune' if method == 'even' else method}").get_config(config.scale)
   paper.text.base.update(config.text.base)
   paper.text.others.update(config.text.others)

@@ -19,7 +19,7 @@ def config(two_layers):
 
 def test_chains_are_measured_once_and_begin_alike(config, two_layers, tmp_path, monkeypatch):
   config.chains.others = (
-    "gptq 4",
+    *("gptq 4", "rtn 4", "awq 4", "wanda 0.5", "icbs 0.5", "bitstack 2"),
     "lord 0.7",
     "even 0.6",
     "struprune 0.75 + lord 0.7",

@@ -51,6 +51,7 @@ def test_it_lowers_for_tpus_and_for_cuda():
     else:
       text = run.trace(*packed).lower(lowering_platforms=(platform,)).as_text()
     assert call in text and "xnor_matmul" in text
+    assert platform == "tpu" or ("popc" in text and "ctpop" not in text)  # Triton cannot compile math.ctpop
 
 
 def test_bad_input():
