@@ -367,6 +367,8 @@ def _fit(x, y, weight, keep, fitted: int, options: Options):
   if not options.refit:
     return rows, bias(rows, whole[2]), error(rows)
   errors = jax.lax.map(lambda ridge: error(solve(part, ridge)), jnp.asarray(_RIDGES))
+  # Where a few directions hold nearly all of A, the least ridge may be below the rounding of float32 sums: no factor.
+  errors = jnp.where(jnp.isnan(errors), jnp.inf, errors)
   plain, least = error(rows), errors.min()
   best = jnp.where(plain < least, rows, solve(whole, jnp.asarray(_RIDGES)[errors.argmin()]))
   return best, bias(best, whole[2]), jnp.minimum(plain, least)

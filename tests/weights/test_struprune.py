@@ -159,3 +159,15 @@ def test_wrong_input_is_one_line(model):
     struprune.survey(model, TOKENS, batch=5)
   with pytest.raises(InputError, match="the rule softmax has a temperature"):
     struprune.allocate(model.config, struprune.survey(model, TOKENS, batch=16), budget=0.7, least=Least(1, 8))
+
+
+def test_a_ridge_below_the_rounding_of_sums_is_not_taken(monkeypatch):
+  """One direction holds nearly all of A and rows are few: without a ridge worth the name there is no factor."""
+  monkeypatch.setattr(struprune, "_RIDGES", (1e-9, 1e-1))
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(1e3 * np.outer(rng.normal(size=20), rng.normal(size=64)) + rng.normal(size=(20, 64)), jnp.float32)
+  weight = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
+  gram, cross = struprune.ridged(*struprune._moments(x, x @ weight, QUICK)[:2], weight, 1e-9)
+  assert jnp.isnan(struprune.least_squares(gram, cross, jnp.ones(64, bool))).any()
+  fitted, bias, error = struprune._fit(x, x @ weight, weight, jnp.arange(64) < 48, 16, QUICK)
+  assert jnp.isfinite(fitted).all() and jnp.isfinite(bias).all() and jnp.isfinite(error)
