@@ -17,6 +17,7 @@ import jax
 
 from jaxlab.core.checks import InputError, require, require_choice, require_counts
 from jaxlab.core.command import Parser, cache_folder
+from jaxlab.core.mesh import make_mesh
 from jaxlab.models import hub
 from jaxlab.models.vocabulary import load_vocabulary
 from jaxlab.serving.engine import Engine
@@ -73,8 +74,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--host", default="127.0.0.1", help="0.0.0.0 lets others in (%(default)s)")
   add("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
   add("--dtype", choices=("float32", "bfloat16"), help="of the parameters (bfloat16; on a CPU float32)")
-  add("--cache-gb", type=float, help="memory of keys and values (half of what a GPU has free; on a CPU 0.5)")
+  add(
+    "--cache-gb",
+    type=float,
+    help="memory of a device's keys and values (half of what a GPU has free; on a CPU 0.5)",
+  )
   add("--page", type=int, default=32, help="tokens of a page (%(default)s)")
+  add("--tensor", type=int, default=1, help="devices that share the heads and neurons of every layer (%(default)s)")
   add("--rows", type=int, default=32, help="sequences that run at once (%(default)s)")
   add("--budget", type=int, help="tokens of a step, more than --rows (256, or twice --rows where that is more)")
   add("--length", type=int, help="tokens of a request, prompt and answer (the model's context)")
@@ -97,6 +103,9 @@ def _serve(options: argparse.Namespace) -> None:
   require(
     budget > options.rows, f"--budget is {budget}; it must be above --rows, {options.rows}: steps read prompts too"
   )
+  require(
+    1 <= options.tensor <= jax.device_count(), f"--tensor is {options.tensor}; there are {jax.device_count()} devices"
+  )
   require(options.queue >= 0, f"--queue is {options.queue}; it must be at least 0")
   listening = _listen(options.host, options.port)  # before minutes of loading and compiling
   vocabulary = load_vocabulary(options.model)
@@ -111,6 +120,7 @@ def _serve(options: argparse.Namespace) -> None:
     budget=budget,
     policy=options.policy,
     salt=f"{options.model}, {dtype}",
+    mesh=make_mesh({"tensor": options.tensor}, jax.devices()[: options.tensor]) if options.tensor > 1 else None,
   )
   if options.warm_up if options.warm_up is not None else jax.default_backend() != "cpu":
     print("compiling", flush=True)
@@ -141,9 +151,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _pages(model, options: argparse.Namespace) -> int:
-  """How many pages fit into the memory that is given, or that there is."""
+  """How many pages fit into the memory of a device that is given, or that there is."""
   c = model.config
-  each = 2 * model.depth * c.kv_heads * c.head_dim * options.page * jax.numpy.dtype(model.dtype).itemsize
+  heads = -(-c.kv_heads // options.tensor)
+  each = 2 * model.depth * heads * c.head_dim * options.page * jax.numpy.dtype(model.dtype).itemsize
   size = None if options.cache_gb is None else options.cache_gb * 1e9
   require(size is None or math.isfinite(size), f"--cache-gb is {options.cache_gb}; it must be a number")
   if size is None:

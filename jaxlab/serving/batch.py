@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlab.models import inference, paged
+from jaxlab.models import inference, paged, tensor_parallel
 from jaxlab.models.generate import COLDEST
 from jaxlab.models.inference import Network
 
@@ -84,10 +85,13 @@ def drawn_of(packed: np.ndarray) -> tuple[np.ndarray, ...]:
   return token, _reals(logprob), best, _reals(of_best)
 
 
-def empty_pools(network: Network, pages: int, size: int) -> tuple:
-  """Keys and values of every layer, (kv_heads, pages, size, head_dim) each."""
+def empty_pools(network: Network, pages: int, size: int, mesh: Mesh | None = None) -> tuple:
+  """Keys and values of every layer, (kv_heads, pages, size, head_dim) each; the heads of a split network's devices side
+  by side."""
   c, dtype = network.model.config, network.model.dtype
-  store = lambda: jnp.zeros((c.kv_heads, pages, size, c.head_dim), dtype)
+  heads = c.kv_heads * (mesh.shape[tensor_parallel.AXIS] if mesh else 1)
+  placed = NamedSharding(mesh, tensor_parallel.PLACED) if mesh else None
+  store = lambda: jnp.zeros((heads, pages, size, c.head_dim), dtype, device=placed)
   return tuple((store(), store()) for _ in network.blocks)
 
 
@@ -206,27 +210,30 @@ def _scores(head, x, backout, chunks, shape: Shape):
   return jax.lax.map(one, jnp.arange(shape.chunks))
 
 
-def compiled(network: Network, pools, pages_per_row: int, shape: Shape):
+def compiled(network: Network, pools, pages_per_row: int, shape: Shape, mesh: Mesh | None = None):
   """(leaves of the network, pools, decode, chunks: arrays of `blank`) -> (pools, drawn: for `drawn_of`, scores).
 
-  The step `run`, compiled; the pools are overwritten.
+  The step `run`, compiled; the pools are overwritten. With a mesh the network is one that `tensor_parallel.split` made.
   """
   leaves, structure = jax.tree.flatten(network)
   shaped = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
-  return _compiled(structure, tuple(map(shaped, leaves)), jax.tree.map(shaped, pools), pages_per_row, shape)
+  return _compiled(structure, tuple(map(shaped, leaves)), jax.tree.map(shaped, pools), pages_per_row, shape, mesh)
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape):
+def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape, mesh: Mesh | None):
   """Engines of one network share it."""
   length = max(shape.length, 1)
 
-  @functools.partial(jax.jit, donate_argnums=1)
   def program(leaves, pools, decode, chunks):
-    network = jax.tree.unflatten(structure, leaves)
+    network = jax.tree.unflatten(structure, tensor_parallel.mine(leaves) if mesh else leaves)
     pools, drawn, scores = run(network, pools, split(decode, 1), split(chunks, length), shape)
     bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.int32)
     return pools, jnp.stack(list(map(bits, drawn))), scores
 
+  if mesh:
+    whole, placed = PartitionSpec(), tensor_parallel.PLACED
+    specs = dict(in_specs=(placed, placed, whole, whole), out_specs=(placed, whole, whole))
+    program = jax.shard_map(program, mesh=mesh, **specs, check_vma=False)  # what is drawn is the same on all
   rows, _ = zip(blank(shape.decode, 1, pages_per_row), blank(shape.chunks, length, pages_per_row), strict=True)
-  return program.lower(list(leaves), pools, *rows).compile()
+  return jax.jit(program, donate_argnums=1).lower(list(leaves), pools, *rows).compile()

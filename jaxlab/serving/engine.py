@@ -18,9 +18,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlab.core.checks import require, require_choice, require_counts
-from jaxlab.models import inference
+from jaxlab.models import inference, tensor_parallel
 from jaxlab.models.generate import power_of_two
 from jaxlab.models.transformer import Transformer
 from jaxlab.serving import batch, policies
@@ -43,9 +44,11 @@ class Engine:
     prefix: pages of prompts are shared with later prompts that begin alike.
     salt: as in `Pages`.
     clock: seconds; a test's may stand still.
+    mesh: devices that share the heads and neurons of every layer, along `tensor` (`models.tensor_parallel`).
 
   Raises:
-    InputError: sizes out of range, no room for a single page a row, or a model that cannot be served.
+    InputError: sizes out of range, no room for a single page a row, or a model that cannot be served, or not by these
+      devices.
   """
 
   def __init__(
@@ -64,12 +67,17 @@ class Engine:
     prefix: bool = True,
     salt: str = "",
     clock: Callable[[], float] = time.monotonic,
+    mesh: Mesh | None = None,
   ):
     require_counts(rows=rows, budget=budget, chunks=chunks, part=part, steps=steps)
     require(budget > rows, f"budget is {budget}; it must have room for a token of each of the {rows} rows and one more")
     if isinstance(policy, str):
       require_choice("policy", policy, policies.POLICIES)
-    self.network = jax.jit(inference.take_apart)(model) if isinstance(model, Transformer) else model
+    require(mesh is None or isinstance(model, Transformer), "devices share a model; give it as hub.load returns it")
+    if mesh:
+      self.network = tensor_parallel.split(model, mesh)
+    else:
+      self.network = jax.jit(inference.take_apart)(model) if isinstance(model, Transformer) else model
     c = self.network.model.config
     require(not c.smear, "models that smear embeddings cannot be served yet; use jaxlab.generate")
     self.pages = Pages(pages, page, salt=salt, index=prefix)
@@ -87,7 +95,8 @@ class Engine:
     self._of_id: dict[str, Served] = {}
     self._added = 0
     self._table = -(-self.length // page)
-    self._pools = batch.empty_pools(self.network, pages, page)
+    self.mesh = mesh
+    self._pools = batch.empty_pools(self.network, pages, page, mesh)
     self._leaves = jax.tree.leaves(self.network)
     self._programs: dict[Shape, Callable] = {}
     self._memory: dict = {}  # the policy's
@@ -143,7 +152,7 @@ class Engine:
     """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
     shapes = self._shapes(score)
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-      list(threads.map(lambda shape: batch.compiled(self.network, self._pools, self._table, shape), shapes))
+      list(threads.map(self._compiled, shapes))
     for shape in shapes:
       self._program(shape)
     return len(self._programs)
@@ -266,9 +275,12 @@ class Engine:
 
   def _program(self, shape: Shape) -> Callable:
     if shape not in self._programs:
-      self._programs[shape] = batch.compiled(self.network, self._pools, self._table, shape)
+      self._programs[shape] = self._compiled(shape)
       self.counters["programs"] += 1
     return self._programs[shape]
+
+  def _compiled(self, shape: Shape) -> Callable:
+    return batch.compiled(self.network, self._pools, self._table, shape, self.mesh)
 
   def _fitting(self, decode: int, pieces: int, steps: int, score: bool) -> Shape:
     """The smallest program that the step fits into."""

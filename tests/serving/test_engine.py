@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
+from jaxlab.core.mesh import make_mesh
 from jaxlab.models import generate, inference
 from jaxlab.serving import policies
 from jaxlab.serving.batch import sample_rows
@@ -16,6 +17,7 @@ from jaxlab.serving.engine import Engine
 from jaxlab.serving.requests import Request, Sampling
 from tests.common import configs, random_model
 
+SHARED = dataclasses.replace(configs()["qwen3"], depth=2, q_heads=8, kv_heads=2, mlp_width=96)
 SMALL = dict(pages=40, page=4, length=48, rows=4, budget=16, chunks=2, part=4, steps=4)
 
 
@@ -250,3 +252,24 @@ def test_engines_and_policies_that_cannot_be_are_named():
     engine.add(requests()[0])
   with pytest.raises(InputError, match="that is not running; admit it first"):
     engine.step()
+
+
+def test_eight_devices_that_share_heads_serve_the_same_tokens():
+  """As one does; four of them have the same key-value head."""
+  sharing = make_mesh({"tensor": 8})
+  few = SMALL | dict(length=32, rows=2, budget=10, chunks=1, steps=2)
+  engines = [Engine(random_model(SHARED), **few, mesh=mesh) for mesh in (None, sharing)]
+  pool = engines[1]._pools[0][0]
+  assert pool.sharding.spec[0] == "tensor" and {a.data.shape[0] for a in pool.addressable_shards} == {1}
+  alone, together = (serve(engine, requests()[2:6]) for engine in engines)
+  assert together == alone
+
+
+def test_what_devices_cannot_share_is_said():
+  for model, options, message in (
+    (random_model(SHARED), {"tensor": 3}, "3 devices cannot share 8 heads, 2 key-value heads and 96 neurons evenly"),
+    (random_model(configs()["qwen3_moe"]), {"tensor": 2}, "a model with experts"),
+    (network(), {"tensor": 2}, "give it as hub.load returns it"),
+  ):
+    with pytest.raises(InputError, match=message):
+      Engine(model, **SMALL, mesh=make_mesh(options, jax.devices()[: options["tensor"]]))

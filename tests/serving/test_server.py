@@ -291,6 +291,7 @@ def test_the_command_serves_a_folder_and_ends_its_streams_when_told_to(tmp_path,
   [
     (["--model=nowhere", "--port=0"], "no checkpoint 'nowhere'"),
     (["--model=base", "--port=70000"], "--port is 70000"),
+    (["--model=base", "--port=0", "--tensor=99"], "--tensor is 99; there are"),
     (["--model=base", "--policy=fair"], "--policy is 'fair'"),
     (["--model=base", "--port=0", "--cache-gb=0"], "--cache-gb has no room for two pages"),
     (["--model=base", "--rows=many"], "argument --rows: invalid int value"),
