@@ -1,0 +1,1 @@
+"""Methods that split sequences and training data."""
