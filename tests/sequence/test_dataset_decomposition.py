@@ -174,8 +174,8 @@ def test_averages_are_those_of_their_definitions(lengths):
 
 
 def test_tokens_see_more_of_their_document_than_in_masked_chunks_where_lengths_have_a_heavy_tail():
-  """Sequences of 256 to 8192, and chunks of 8192: of log-normal lengths of mean 600 for a sigma of 2, as short documents
-  go; for 1.2 they see less, as the powers of two cut documents that fit a chunk whole."""
+  """Sequences of 256 to 8192, and chunks of 8192: of log-normal lengths of mean 600 for a sigma of 2, as short ones go;
+  for 1.2 they see less, as the powers of two cut documents that fit a chunk whole."""
   gains = {}
   for sigma in (1.2, 2.0):
     lengths = np.exp(np.random.default_rng(0).normal(np.log(600) - sigma**2 / 2, sigma, 20_000)).astype(int) + 2
