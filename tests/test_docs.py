@@ -1,4 +1,4 @@
-"""The Python of every method's page runs from top to bottom, and the site is whole."""
+"""The Python of methods' pages and of guides runs from top to bottom, and the site is whole."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,10 @@ import pytest
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "methods").glob("*.md"))
+GUIDES = [DOCS / f"{name}.md" for name in ("data", "long_context", "serving", "weights")]
 
 
-@pytest.mark.parametrize("page", [*PAGES, DOCS / "long_context.md", DOCS / "weights.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
   blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
   assert blocks, "show three lines on one's own data"
