@@ -22,12 +22,13 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlab.core import mesh as meshes
-from jaxlab.core.checks import InputError, require_divides
+from jaxlab.core.checks import InputError, require, require_divides
 from jaxlab.models import LanguageModel
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.metrics import MetricsWriter, peak_flops
 
 LossFn = Callable[..., tuple[jax.Array, dict]]  # (model, batch, step, key[, frozen])
+GradientFn = Callable[..., tuple[tuple[jax.Array, dict], Any]]  # the same -> (what the loss gives, gradient)
 
 _SPIKE_WINDOW = 50
 _SPIKE_NATS = 2.0
@@ -59,7 +60,7 @@ class TrainState:
 def train(
   model: LanguageModel,
   data: Iterable,
-  loss_fn: LossFn,
+  loss_fn: LossFn | None,
   optimizer: optax.GradientTransformation,
   *,
   steps: int,
@@ -70,6 +71,7 @@ def train(
   checkpoint_every: int = 500,
   mesh: Mesh | None = None,
   frozen=None,
+  gradient_fn: GradientFn | None = None,
   progress: Callable[[dict], None] = lambda metrics: None,
 ) -> LanguageModel:
   """Trains a model and returns it (float32); resumes from `workdir` if it holds a checkpoint of this run.
@@ -82,6 +84,8 @@ def train(
     accumulate: microbatches a batch is split into, gradients averaged.
     mesh: devices; the model is placed by its axis names, the batch over data and fsdp. None: all devices, data only.
     frozen: a model that the loss reads and nothing trains (a teacher, the weights under adapters), as it is.
+    gradient_fn: in the place of `jax.value_and_grad(loss_fn, has_aux=True)`, for gradients that are worked out another
+      way (a sequence in parts, say); `loss_fn` is then None.
     progress: called once a step with that step's metrics.
 
   Returns:
@@ -90,12 +94,18 @@ def train(
   Raises:
     Diverged: NaN, or a jump of 2 nats over the median of the last 50 steps.
     Interrupted: on Ctrl-C or SIGTERM, after saving.
-    InputError: a batch that does not divide, a checkpoint of another config, a full disk.
+    InputError: a batch that does not divide, a checkpoint of another config, a full disk, no or two ways to a gradient.
   """
+  require((loss_fn is None) != (gradient_fn is None), "give a loss_fn or a gradient_fn, and not both")
   mesh = mesh or meshes.make_mesh()
   state = initial_state(model, optimizer, mesh, seed)
   step_fn = make_step(
-    loss_fn, optimizer, meshes.shardings(state, mesh), accumulate=accumulate, compute_dtype=compute_dtype
+    loss_fn,
+    optimizer,
+    meshes.shardings(state, mesh),
+    accumulate=accumulate,
+    compute_dtype=compute_dtype,
+    gradient_fn=gradient_fn,
   )
   constant = () if frozen is None else (jax.device_put(frozen, meshes.shardings(frozen, mesh)),)
   iterator = iter(data)
@@ -136,15 +146,23 @@ def initial_state(model: LanguageModel, optimizer, mesh: Mesh, seed: int) -> Tra
   return jax.jit(make, out_shardings=placed)(model)
 
 
-def make_step(loss_fn: LossFn, optimizer, shardings, *, accumulate: int = 1, compute_dtype="bfloat16"):
+def make_step(
+  loss_fn: LossFn | None,
+  optimizer,
+  shardings,
+  *,
+  accumulate: int = 1,
+  compute_dtype="bfloat16",
+  gradient_fn: GradientFn | None = None,
+):
   """The jitted training step `(state, batch[, frozen]) -> (state, metrics)`; the state is donated."""
   mesh = jax.tree.leaves(shardings)[0].mesh
+  differentiated = gradient_fn or jax.value_and_grad(loss_fn, has_aux=True)
 
-  def loss(model, batch, step, key, *frozen):
-    return loss_fn(meshes.gathered(cast(model, compute_dtype)), batch, step, key, *frozen)
-
-  def gradient(*args):
-    value, grads = jax.value_and_grad(loss, has_aux=True)(*args)
+  def gradient(model, *args):
+    used, back = jax.vjp(lambda model: meshes.gathered(cast(model, compute_dtype)), model)
+    value, grads = differentiated(used, *args)
+    (grads,) = back(grads)
     return value, jax.lax.with_sharding_constraint(grads, shardings.model)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))

@@ -90,6 +90,22 @@ def test_accumulation_changes_nothing_but_rounding(reference, tmp_path):
   np.testing.assert_allclose(losses_of(tmp_path), reference[1], rtol=1e-4)
 
 
+def test_a_gradient_of_ones_own_trains_as_the_loss_does(reference, tmp_path):
+  """Worked out in two halves of the rows, of a model in the computing dtype."""
+
+  def halves(model, batch, step, key):
+    gradient = jax.value_and_grad(plain_loss, has_aux=True)
+    half = lambda i: gradient(model, jax.tree.map(lambda a: a[i::2], batch), step, key)
+    return jax.tree.map(lambda a, b: (a + b) / 2, half(0), half(1))
+
+  optimizer = muon_adamw(CONFIG, steps=6, batch_tokens=128)
+  how = dict(steps=6, workdir=tmp_path, compute_dtype="float32")
+  loop.train(random_model(CONFIG), make_data(), None, optimizer, gradient_fn=halves, **how)
+  np.testing.assert_allclose(losses_of(tmp_path), reference[1], rtol=1e-4)
+  with pytest.raises(InputError, match="give a loss_fn or a gradient_fn, and not both"):
+    loop.train(random_model(CONFIG), make_data(), plain_loss, optimizer, gradient_fn=halves, **how)
+
+
 @pytest.mark.parametrize(
   "shape", [{"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "data": 2}]
 )
