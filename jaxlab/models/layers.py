@@ -60,15 +60,16 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def rope_table(config: TransformerConfig, positions: Int[Array, "*batch time"], dtype) -> tuple[Array, Array]:
-  """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each, computed in float32."""
-  angle = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+  """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each, computed in float32, or in float64 for that."""
+  frequency = rope_frequencies(config, jnp.promote_types(dtype, jnp.float32))
+  angle = positions.astype(frequency.dtype)[..., None] * frequency
   return jnp.cos(angle).astype(dtype), (config.rope_direction * jnp.sin(angle)).astype(dtype)
 
 
-def rope_frequencies(config: TransformerConfig) -> Float[Array, "half"]:
-  """Radians a position of each pair of channels, float32[head_dim / 2]: theta^(-2 i / head_dim), scaled."""
+def rope_frequencies(config: TransformerConfig, dtype=jnp.float32) -> Float[Array, "half"]:
+  """Radians a position of each pair of channels, (head_dim / 2,): theta^(-2 i / head_dim), scaled."""
   half = config.head_dim // 2
-  frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half) / config.rope_factor
+  frequency = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half) / config.rope_factor
   return _llama3_scaling(frequency, config.rope_scaling) if config.rope_scaling else frequency
 
 

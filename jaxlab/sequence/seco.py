@@ -1,0 +1,172 @@
+r"""SeCO and SpaCO: gradients of a long sequence with the activations of one chunk (Li et al. 2025, "Training
+Long-Context LLMs Efficiently via Chunk-wise Optimization").
+
+A chunk's loss J_j and cache m_j depend on the caches before it: (J_j, m_j) = f(x_j; m_1 .. m_{j-1}; theta). Caches are
+checkpoints: with them each chunk's graph can be made again by itself, last chunk first, so that what later chunks sent
+back to its cache is known.
+
+  pass 1, without gradients    m_i for i = 1 .. k
+  pass 2, i = k .. 1           vjp of f at chunk i with cotangents dJ_i = s1, dm_i = s2 * (sum of what came back)
+
+SeCO visits every chunk (s1 = s2 = 1): the exact gradient for one forward more. SpaCO visits t of k chosen at random;
+a chain of gradients through p chunks then survives with probability (t)_p / (k)_p, so that
+
+  E[estimate] = sum_p s1 s2^(p-1) (t)_p / (k)_p z_p,   z_p: the sum of all chains through exactly p chunks.
+
+  train(model, data, None, optimizer, gradient_fn=gradient(chunk=512), ...)               SeCO
+  train(model, data, None, optimizer, gradient_fn=gradient(chunk=512, visited=8), ...)    SpaCO
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
+from jaxlab.models.transformer import Transformer, sequential
+from jaxlab.training import losses
+from jaxlab.training.loop import GradientFn
+
+SAMPLING = ("uniform", "bernoulli")
+
+# (params, cache, a chunk's part of the batch, its first position) -> (the chunk's share of the loss, cache with its
+# own entries written); it reads no entry from its first position on.
+ChunkLoss = Callable[..., tuple[Float[Array, ""], object]]
+
+
+def value_and_grad(
+  chunk_loss: ChunkLoss,
+  params,
+  cache,
+  parts,
+  *,
+  chunk: int,
+  order: Int[Array, "visits"] | None = None,
+  active: Bool[Array, "visits"] | None = None,
+  direct: float | Array = 1.0,
+  relay: float | Array = 1.0,
+  axis: int = 2,
+):
+  """(the loss of all chunks, gradient by `params`) around any chunk-wise loss; both passes are scans.
+
+  Args:
+    cache: arrays with room for the whole sequence, positions along `axis`; what they hold is not read.
+    parts: a tree of arrays (chunks, ...): what `chunk_loss` is given of each.
+    chunk: positions of a chunk.
+    order: which chunks pass 2 visits, in descending order; None: all.
+    active: of these, the ones it does not leave out.
+    direct, relay: s1 and s2.
+  """
+  count = len(jax.tree.leaves(parts)[0])
+  part_of = lambda i: jax.tree.map(lambda a: a[i], parts)
+
+  def fill(carry, i):
+    loss, cache = carry
+    own, cache = chunk_loss(params, cache, part_of(i), i * chunk)
+    return (loss + own, cache), None
+
+  wide = jnp.promote_types(jnp.result_type(float), jnp.float32)
+  (loss, cache), _ = jax.lax.scan(fill, (jnp.zeros((), wide), cache), jnp.arange(count))
+  cut = lambda a, i: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis)
+
+  def visit(carry, i):
+    gradient, back = carry
+
+    def own(params, cache):
+      loss, after = chunk_loss(params, cache, part_of(i), i * chunk)
+      return loss, jax.tree.map(lambda a: cut(a, i), after)
+
+    (loss, _), pull = jax.vjp(own, params, cache)
+    sent = jax.tree.map(lambda a, b: (relay * cut(b, i)).astype(a.dtype), cache, back)
+    more, to_cache = pull((jnp.asarray(direct, loss.dtype), sent))
+    add = lambda total, new: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new)
+    return add(gradient, more), add(back, to_cache)
+
+  def step(carry, at):
+    i, here = at
+    if active is None:
+      return visit(carry, i), None
+    return jax.lax.cond(here, visit, lambda carry, i: carry, carry, i), None
+
+  order = jnp.arange(count - 1, -1, -1) if order is None else order
+  here = jnp.ones(len(order), bool) if active is None else active
+  # Sums over chunks in float32 or better: a bfloat16 sum of a hundred of them loses two digits.
+  zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), tree)
+  (gradient, _), _ = jax.lax.scan(step, (zeros(params), zeros(cache)), (order, here))
+  return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
+
+
+def choose(
+  key: jax.Array, chunks: int, visited: int, sampling: str = "uniform"
+) -> tuple[Int[Array, "visits"], Bool[Array, "visits"] | None]:
+  """(order, active) for `value_and_grad`: `visited` different chunks, or each with probability visited / chunks
+  ("bernoulli", at a cost that varies, whose estimate is unbiased with s1 = s2 = chunks / visited)."""
+  if sampling == "uniform":
+    return jnp.sort(jax.random.permutation(key, chunks)[:visited], descending=True), None
+  return jnp.arange(chunks - 1, -1, -1), jax.random.bernoulli(key, visited / chunks, (chunks,))
+
+
+def gradient(
+  *,
+  chunk: int,
+  visited: int | None = None,
+  cap: float | None = 2.0,
+  sampling: str = "uniform",
+  attention: AttentionFn = dot_product_attention,
+  remat: str = "none",
+  model_of: Callable = lambda params, *frozen: params,
+) -> GradientFn:
+  """SeCO, or SpaCO where some chunks are visited, as `training.loop.train(gradient_fn=...)` takes it.
+
+  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks.
+
+  Args:
+    chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
+    cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains.
+    sampling: of `SAMPLING`.
+    model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
+
+  Raises:
+    InputError: sizes below 1, an unknown sampling, more chunks visited than there are, or a model that smears
+      embeddings, whose chunks would need the token before them.
+  """
+  require_counts(chunk=chunk, visited=1 if visited is None else visited)
+  require_choice("sampling", sampling, SAMPLING)
+  require(cap is None or cap > 0, f"cap is {cap}; it must be positive, or None for no limit")
+
+  def run(params, batch, step, key, *frozen):
+    del step
+    model = jax.eval_shape(model_of, params, *frozen)
+    c, (rows, time) = model.config, batch["inputs"].shape
+    require(not c.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+    count = -(-time // chunk)
+    require(visited is None or visited <= count, f"visited is {visited}; the sequence has {count} chunks of {chunk}")
+    total = jnp.maximum((batch["targets"] >= 0).sum(), 1)
+    pad = lambda a, value: jnp.pad(a, ((0, 0), (0, count * chunk - time)), constant_values=value)
+    split = lambda a: jnp.moveaxis(a.reshape(rows, count, chunk), 1, 0)
+    parts = split(pad(batch["inputs"], 0)), split(pad(batch["targets"], -1))
+    chunk_loss = functools.partial(_share, model_of=model_of, frozen=frozen, total=total, how=(attention, remat))
+    shape = (c.depth, rows, count * chunk, c.kv_heads, c.head_dim)
+    empty = lambda: meshes.constrain(jnp.zeros(shape, model.dtype), None, "batch")
+    how = dict(chunk=chunk)
+    if visited is not None:
+      how["order"], how["active"] = choose(key, count, visited, sampling)
+      how |= dict(direct=count / visited, relay=min(count / visited, cap or jnp.inf))
+    loss, gradient = value_and_grad(chunk_loss, params, (empty(), empty()), parts, **how)
+    return (loss, {}), gradient
+
+  return run
+
+
+def _share(params, cache, part, start, *, model_of, frozen, total, how):
+  """A `ChunkLoss` of a transformer: the sum of a chunk's losses over all tokens that count."""
+  attention, remat = how
+  model: Transformer = model_of(params, *frozen)
+  inputs, targets = part
+  x, side, _ = model.embed(inputs, Cache(*cache, jnp.asarray(start, jnp.int32), None))
+  x, backout, _, cache = sequential(model, x, side, attention=attention, cache=cache, remat=remat)
+  return losses.token_losses(model, (x, backout), targets).sum() / total, cache

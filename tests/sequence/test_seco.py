@@ -1,0 +1,269 @@
+"""SeCO is the gradient; SpaCO's mean is what its chains say, by every choice of chunks there is."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlab.core import mesh as meshes
+from jaxlab.core.checks import InputError
+from jaxlab.sequence import seco
+from jaxlab.training import loop, lora, losses
+from jaxlab.training.metrics import read_metrics
+from tests.common import configs, random_model
+
+TIME = 48
+CONFIG = dataclasses.replace(configs()["qwen3"], depth=3)
+
+
+@pytest.fixture(autouse=True)
+def double():
+  with jax.enable_x64(True):
+    yield
+
+
+def text(rows=2, time=TIME, seed=0):
+  ids = np.random.default_rng(seed).integers(0, 64, (rows, time + 1)).astype(np.int32)
+  targets = ids[:, 1:].copy()
+  targets[0, -5:] = -1
+  return {"inputs": ids[:, :-1], "targets": targets}
+
+
+def model_of(config=CONFIG):
+  return random_model(config, dtype="float64")
+
+
+def flat(tree):
+  return np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(tree)])
+
+
+def precise(q, k, v, *, window, start):
+  """Attention in float64: the library's takes its softmax in float32."""
+  q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+  query, key = jnp.arange(q.shape[1])[:, None] + start, jnp.arange(k.shape[1])
+  see = (key <= query) & (True if window is None else key >= query - window)
+  score = jnp.einsum("btgrd,bsgd->bgrts", q, k) / math.sqrt(q.shape[-1])
+  weight = jax.nn.softmax(jnp.where(see, score, -jnp.inf), axis=-1)
+  return jnp.einsum("bgrts,bsgd->btgrd", weight, v).reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def loss_of(model, batch):
+  per_token = losses.token_losses(model, model.hidden(batch["inputs"], attention=precise), batch["targets"])
+  return losses.mean_loss(per_token, batch["targets"])
+
+
+def exact(model, batch):
+  value, gradient = jax.jit(jax.value_and_grad(loss_of))(model, batch)
+  return float(value), flat(gradient)
+
+
+def by_chunks(model, batch, key=None, **how):
+  run = jax.jit(lambda model, key: seco.gradient(**how, attention=precise)(model, batch, 0, key))
+  (loss, _), gradient = run(model, jax.random.key(0) if key is None else key)
+  return float(loss), flat(gradient)
+
+
+def close(a, b, tolerance=1e-11):
+  assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, TIME])
+def test_seco_is_the_gradient(chunk):
+  """Also where chunks do not divide the sequence, and in one."""
+  model, batch = model_of(), text()
+  loss, gradient = exact(model, batch)
+  found, ours = by_chunks(model, batch, chunk=chunk)
+  assert found == pytest.approx(loss, rel=1e-12)
+  close(ours, gradient)
+
+
+@pytest.mark.parametrize("name", ["llama", "nanochat_plain", "mhc", "qwen3_moe"])
+def test_any_transformer_that_does_not_smear(name):
+  config = dataclasses.replace(configs()[name], depth=2)
+  config = dataclasses.replace(config, smear=False) if config.smear else config
+  model, batch = model_of(config), text()
+  close(by_chunks(model, batch, chunk=20, remat="full")[1], exact(model, batch)[1], 1e-10)
+
+
+def test_adapters_alone_are_trained():
+  """Up to float32, in which adapters are merged."""
+  model, batch = model_of(), text()
+  adapters = lora.init(model, jax.random.key(1), rank=2, where=lambda name: name in ("blocks.q", "blocks.v"))
+  adapters = dataclasses.replace(adapters, b=jax.tree.map(lambda b: b + 0.1, adapters.b))
+  merged = lambda adapters, model: lora.merge(model, adapters)
+  expected = jax.grad(lambda a: loss_of(merged(a, model), batch))(adapters)
+  _, ours = seco.gradient(chunk=16, attention=precise, model_of=merged)(adapters, batch, 0, jax.random.key(0), model)
+  assert jax.tree.structure(ours) == jax.tree.structure(adapters)
+  close(flat(ours), flat(expected), 1e-6)
+
+
+def test_all_chunks_visited_is_seco():
+  model, batch = model_of(), text()
+  expected = by_chunks(model, batch, chunk=8)[1]
+  for how in (dict(cap=None), dict(cap=2.0), dict(sampling="bernoulli")):
+    close(by_chunks(model, batch, chunk=8, visited=6, **how)[1], expected, 1e-12)
+
+
+def pieces(model, batch, k):
+  """(a function of (order, active, direct, relay) -> gradient, k chunks)."""
+  chunk = TIME // k
+  total = (batch["targets"] >= 0).sum()
+  split = lambda a: jnp.moveaxis(jnp.asarray(a).reshape(len(a), k, chunk), 1, 0)
+  parts = split(batch["inputs"]), split(batch["targets"])
+  c = model.config
+  empty = jnp.zeros((c.depth, len(batch["inputs"]), TIME, c.kv_heads, c.head_dim))
+  how = dict(model_of=lambda model: model, frozen=(), total=total, how=(precise, "none"))
+  share = lambda *args: seco._share(*args, **how)
+
+  @jax.jit
+  def run(order, active, direct, relay):
+    how = dict(chunk=chunk, order=order, active=active, direct=direct, relay=relay)
+    return seco.value_and_grad(share, model, (empty, empty), parts, **how)[1]
+
+  return lambda order, active=None, direct=1.0, relay=1.0: flat(
+    run(jnp.asarray(order), jnp.ones(len(order), bool) if active is None else jnp.asarray(active), direct, relay)
+  )
+
+
+def chains(run, k):
+  """z_1 .. z_k: all chunks with relays scaled by sigma give sum_p sigma^(p-1) z_p."""
+  nodes = np.cos(np.pi * (np.arange(k) + 0.5) / k)  # well-conditioned
+  every = np.arange(k)[::-1].copy()
+  values = np.stack([run(every, relay=sigma) for sigma in nodes])
+  return np.linalg.solve(np.vander(nodes, increasing=True), values)
+
+
+@pytest.fixture(scope="module")
+def six():
+  with jax.enable_x64(True):
+    model = model_of(dataclasses.replace(CONFIG, depth=2))
+    run = pieces(model, text(rows=1), 6)
+    yield run, chains(run, 6)
+
+
+def falling(n, p):
+  return math.prod(n - i for i in range(p))
+
+
+@pytest.mark.parametrize(("direct", "relay"), [(1.0, 2.0), (2.0, 2.0), (2.0, 1.0), (2.0, 2.5)])
+def test_the_mean_over_all_choices_is_that_of_the_chains(six, direct, relay):
+  run, z = six
+  subsets = list(itertools.combinations(range(6), 3))
+  mean = np.mean([run(sorted(s, reverse=True), direct=direct, relay=relay) for s in subsets], axis=0)
+  weights = [direct * relay ** (p - 1) * falling(3, p) / falling(6, p) for p in range(1, 7)]
+  close(mean, np.tensordot(weights, z, 1), 1e-9)
+
+
+def test_a_chain_has_at_most_a_chunk_more_than_there_are_layers(six):
+  _, z = six
+  size = np.linalg.norm(z, axis=1)
+  assert (size[:3] > 1e-6).all() and (size[3:] < 1e-10 * size[0]).all()
+
+
+def test_bernoulli_choices_are_unbiased(six):
+  """With s1 = s2 = k / t, over all 2^k masks by their probabilities."""
+  run, z = six
+  share, every = 0.4, np.arange(6)[::-1].copy()
+  mean = 0
+  for mask in itertools.product([False, True], repeat=6):
+    probability = share ** sum(mask) * (1 - share) ** (6 - sum(mask))
+    mean = mean + probability * run(every, active=list(mask), direct=1 / share, relay=1 / share)
+  close(mean, z.sum(axis=0), 1e-10)
+
+
+def test_one_layer_is_unbiased_with_the_better_factor():
+  """s1 = k / t and s2 = (k - 1) / (t - 1): a chain has two chunks at most."""
+  run = pieces(model_of(dataclasses.replace(CONFIG, depth=1)), text(rows=1), 3)
+  subsets = itertools.combinations(range(3), 2)
+  mean = np.mean([run(sorted(s, reverse=True), direct=1.5, relay=2.0) for s in subsets], axis=0)
+  close(mean, run(np.arange(3)[::-1].copy()), 1e-10)
+
+
+def test_chunks_must_come_last_first(six):
+  run, z = six
+  wrong = run(np.arange(6))
+  assert np.linalg.norm(wrong - z.sum(axis=0)) > 1e-3 * np.linalg.norm(wrong)
+
+
+def test_without_relays_it_is_training_with_caches_that_send_nothing_back(six):
+  """s2 = 0 and all chunks: the direct terms alone, that is truncated backpropagation."""
+  run, z = six
+  close(run(np.arange(6)[::-1].copy(), relay=0.0), z[0], 1e-9)
+
+
+def test_chosen_chunks_are_different_and_descend():
+  for seed in range(5):
+    order, active = seco.choose(jax.random.key(seed), 10, 4)
+    assert active is None and (np.diff(order) < 0).all() and set(np.asarray(order).tolist()) <= set(range(10))
+  order, active = seco.choose(jax.random.key(0), 1000, 300, "bernoulli")
+  assert len(order) == 1000 and 240 < int(active.sum()) < 360
+
+
+def test_memory_grows_by_the_cache_alone():
+  """From 512 to 2048 tokens in chunks of 128, in float32: by keys, values, their gradients and copies of these."""
+  with jax.enable_x64(False):
+    model = random_model(CONFIG)
+    c = model.config
+
+    def temporaries(time, way):
+      batch = jax.tree.map(jnp.asarray, text(rows=1, time=time))
+      return jax.jit(way).lower(model, batch).compile().memory_analysis().temp_size_in_bytes
+
+    chunks = lambda model, batch: seco.gradient(chunk=128)(model, batch, 0, jax.random.key(0))
+    whole = lambda model, batch: jax.value_and_grad(lambda m: losses.language_model_loss(m, batch)[0])(model)
+    ours, naive = ([temporaries(time, way) for time in (512, 2048)] for way in (chunks, whole))
+    cache = 2 * c.depth * c.kv_heads * c.head_dim * 4 * (2048 - 512)
+    scores = 4 * c.q_heads * 128 * (2048 - 512)  # of a chunk, in every layer
+    assert ours[1] - ours[0] < 8 * cache + 8 * c.depth * scores and naive[1] > 3.5 * naive[0]
+    assert naive[1] > 2 * ours[1]
+
+
+def test_a_run_trains_by_it_on_eight_devices_too(tmp_path):
+  """In three lines: the losses are those of training by the loss itself; SpaCO's first loss is the same."""
+  with jax.enable_x64(False):
+    batch = text(rows=8)
+
+    class Same:
+      def __iter__(self):
+        return self
+
+      def __next__(self):
+        return batch
+
+      def get_state(self):
+        return {}
+
+    def curve(name, devices, **how):
+      workdir = tmp_path / name
+      mesh = meshes.make_mesh({"data": devices}, jax.devices()[:devices])
+      options = dict(steps=2, workdir=workdir, compute_dtype="float32", mesh=mesh)
+      loss = None if how else losses.language_model_loss
+      ways = dict(gradient_fn=seco.gradient(**how)) if how else {}
+      plain = None if how else lambda model, batch, step, key: loss(model, batch)
+      loop.train(random_model(CONFIG), Same(), plain, optax.sgd(0.1), **options, **ways)
+      return [line["loss"] for line in read_metrics(workdir)]
+
+    expected = curve("loss", 1)
+    np.testing.assert_allclose(curve("seco", 1, chunk=16), expected, rtol=1e-4)
+    np.testing.assert_allclose(curve("eight", 8, chunk=16), expected, rtol=1e-4)
+    assert curve("spaco", 1, chunk=8, visited=2)[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+def test_bad_input():
+  model, batch = model_of(), text()
+  for how, message in (
+    (dict(chunk=0), "chunk is 0"),
+    (dict(chunk=8, visited=0), "visited is 0"),
+    (dict(chunk=8, visited=7), "visited is 7; the sequence has 6 chunks of 8"),
+    (dict(chunk=8, visited=2, sampling="gauss"), "sampling is 'gauss'"),
+    (dict(chunk=8, visited=2, cap=0.0), "cap is 0.0"),
+  ):
+    with pytest.raises(InputError, match=message):
+      by_chunks(model, batch, **how)
+  with pytest.raises(InputError, match="models that smear embeddings"):
+    by_chunks(model_of(configs()["nanochat"]), batch, chunk=8)
