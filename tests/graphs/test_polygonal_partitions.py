@@ -517,6 +517,20 @@ def test_polygons_are_measured_a_few_at_a_time(monkeypatch):
     np.testing.assert_allclose([m[at] for m in metrics], np.ravel(alone), rtol=1e-12)
 
 
+@pytest.mark.slow
+def test_a_tree_of_a_million_leaves_is_drawn_and_measured():
+  """10^4 folders, from paths to right areas within the bound; its boxes too. Distances of all vertices were 4 GB."""
+  weights = np.random.default_rng(0).lognormal(0, 3, 10**6).tolist()
+  tree, names = tree_from_sizes({f"{i // 100}/{i}": weight for i, weight in enumerate(weights)})
+  assert len(names) == 1 + 10**4 + 10**6
+  binary = binarise(tree)
+  measured = polygons.measure(polygons.partition(binary, method="angular").of_nodes(binary))
+  np.testing.assert_allclose(measured.area, tree.weights / tree.weights[0], rtol=1e-9)
+  assert measured.aspect.max() <= polygons.aspect_bound(len(binary.levels), method="angular")
+  sides = boxes.slack_boxes(tree, eps=0.1)[1]
+  assert boxes.box_aspect(sides).max() <= 10 * (1 + 1e-9)
+
+
 def test_nouns_hang_under_their_first_hypernym(tmp_path):
   """Two hypernyms: the first; an instance; two words, the first; a pointer to a verb; the licence's lines."""
   file = tmp_path / "data.noun"
@@ -561,6 +575,11 @@ def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
     (lambda: weighted_tree([-1, 2, 0], [0, 1, 1]), "node 1 has parent 2; node 0 is the root"),
     (lambda: weighted_tree([0, 0], [1, 1]), "node 0 has parent 0"),
     (lambda: weighted_tree([-1, 0], [1]), "1 weights for 2 nodes"),
+    (lambda: weighted_tree([-1, 0.5, 0], [0, 1, 1]), "node 1 has parent 0.5; parents are numbers of nodes"),
+    (lambda: weighted_tree([math.nan, 0], [0, 1]), "node 0 has parent nan; .* the root's -1"),
+    (lambda: weighted_tree([None, "a"], [0, 1]), "parents are no numbers"),
+    (lambda: weighted_tree([-1, 0], [0, "big"]), "weights are no numbers .*big"),
+    (lambda: tree_from_sizes([("a", 1)]), r"sizes are a list; give \{path: size\}"),
     (lambda: polygons.partition(binarise(tree_part.star([1, 2])), method="magic"), "method is 'magic'"),
     (lambda: polygons.partition(binarise(tree_part.star([1, 2])), root="cube"), "root is 'cube'"),
     (lambda: polygons.aspect_bound(5, method="random"), "method with a bound is 'random'"),
