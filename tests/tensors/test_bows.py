@@ -447,6 +447,21 @@ def city_config(path):
       r"bits are float32\[4, 20\]; 20 words are uint8 of \[..., 3\]",
     ),
     (lambda tmp: bows.evaluate(random_model(), np.zeros((4, 20), np.uint8), 20), r"bits are uint8\[4, 20\]"),
+    (
+      lambda tmp: bows.train(
+        random_model(), np.packbits(np.ones((4, 24), int), 1), features=20, steps=1, batch=2, rate=1
+      ),
+      "bits beyond 20 words are set",
+    ),
+    (
+      lambda tmp: bows.train(random_model(), jnp.zeros((4, 4), jnp.uint8), features=25, steps=1, batch=2, rate=1),
+      "features is 25, the parameters are of 20 words",
+    ),
+    (lambda tmp: bows.evaluate(random_model(), jnp.zeros((4, 3), jnp.uint8), 19), "features is 19, the parameters"),
+    (lambda tmp: data.shuffle_columns(np.zeros((4, 20), np.uint8), 20, 0), r"bits are uint8\[4, 20\]; 20 words"),
+    (lambda tmp: data.or_rows(jnp.zeros((4, 3), jnp.uint8), np.array([0, 3]), 2), r"at 0\.\.3; of 2 rows, at 0\.\.2"),
+    (lambda tmp: data.or_rows(np.zeros((4, 3), np.uint8), np.array([-1]), 2), r"start at -1\.\.0"),
+    (lambda tmp: data.or_rows(np.zeros((4, 24), bool), np.array([0]), 2), "rows are bool; pack them"),
     (lambda tmp: data.synthetic("torus"), "structure is 'torus'"),
     (lambda tmp: data.pack_rows([[0], [7]], 5), "row 1 has a word index outside 0..4"),
     (lambda tmp: data.make_windows([[0]], group=0), "group is 0"),
