@@ -45,7 +45,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(
         name="field",  # generated; or npz with files of data/<fold>/{tr_ind,tr_y,te_ind,te_y}, ndims/<mode>
         paths=(),
-        few=pick(test=0, cpu=500),  # each file a second time with as few training entries, 0: not
+        few=pick(test=(), cpu=(500,)),  # each file again with as few training entries
         folds=pick(test=2, cpu=5),
         observations=pick(test=400, cpu=6000, gpu=20000, paper=20000),  # of the generated field
         levels=pick(test=(12, 14, 20), cpu=(100, 120, 400), gpu=(400, 500, 1500), paper=(400, 500, 1500)),
