@@ -502,6 +502,17 @@ def test_empty_leaves_are_left_out_where_asked_for():
   assert dict(zip(names, tree.weights.tolist(), strict=True)) == {"": 4, "a": 3, "a/x": 3, "f": 1, "f/i": 1}
 
 
+def test_an_empty_file_in_a_folder_has_no_polygon(tmp_path):
+  (tmp_path / "a").mkdir()
+  for name, text in (("a/b", "x"), ("a/c", ""), ("d", "yy"), ("e", "")):
+    (tmp_path / name).write_text(text)
+  assert files.file_sizes("directory", str(tmp_path)) == ({"a/b": 1.0, "d": 2.0}, tmp_path)
+  sizes = {p: p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+  with pytest.raises(InputError, match="has size 0, which has no area; drop_empty=True"):
+    tree_from_sizes(sizes)
+  assert len(tree_from_sizes(sizes, drop_empty=True)[1]) == 3 + len(tmp_path.parts)
+
+
 def test_polygons_are_measured_a_few_at_a_time(monkeypatch):
   """10,000 leaves: no call sees more than a chunk, and the numbers are those of each polygon alone."""
   seen, measure = [], polygons._measure

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.ssumm import get_config
 from experiments.ssumm import baselines as ssumm_baselines
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import common, ssumm, ssumm_host, summary
@@ -477,6 +479,14 @@ def test_sparsification_alone_meets_the_budget():
 def test_impossible_requests_are_named(call, message):
   with pytest.raises(InputError, match=message):
     call()
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_errors_and_seconds_are_of_the_same_settings(scale):
+  """Of the defaults: seconds are of them by construction."""
+  defaults = {name: p.default for name, p in inspect.signature(ssumm.summarise).parameters.items()}
+  options = get_config(scale).summary.options.to_dict()
+  assert options == {name: defaults[name] for name in options}
 
 
 def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):

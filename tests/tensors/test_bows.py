@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from configs.bows import get_config
 from experiments import bows as experiment
 from experiments import results
-from experiments.bows import cities, months, synthetic, training, value_coding
+from experiments.bows import cities, months, synthetic, training, value_coding, words
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import bows
@@ -412,6 +412,18 @@ def test_a_grid_over_data_sets_is_a_grid_of_each():
     np.testing.assert_allclose(losses[at], loss[0], rtol=1e-5)
     for name in one:
       np.testing.assert_allclose(both[name][at], one[name][0], atol=1e-5)
+
+
+def test_a_shorter_run_decays_as_much_as_the_papers():
+  """Rate x decay x steps is that of 40 steps in 10; of every scale that of the paper's 31,700."""
+  t = get_config("test").train
+  t.update(weight_decays=(0.0, 1.0), paper_steps=40, steps=10, batch=16, seeds=1)
+  bits = jnp.asarray(np.packbits(circular()[:64], axis=1))
+  options = dict(latent=3, features=12, steps=10, batch=16, rate=t.rate, seeds=1)
+  grid, _ = training.train_grid(bits, jnp.array([0.0, 4.0]), **options)
+  expected = [words.relative_offdiagonal(training.pick(grid, i, 0)) for i in (0, 1)]
+  assert list(words.measure_geometry(t, 3, 12, bits).values()) == pytest.approx(expected, rel=1e-5)
+  assert {get_config(scale).train.paper_steps for scale in ("cpu", "gpu", "paper")} == {31_700}
 
 
 def test_the_random_control_keeps_norms_and_biases():
