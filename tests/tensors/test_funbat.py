@@ -586,11 +586,14 @@ def test_claims_take_the_variant_chosen_on_held_out_data_and_the_worst_data_set(
   rows = {"FunBaT-CP": row(0.4, 0.6), "FunBaT": row(0.5, 0.3), "discrete CP": row(0.1, 0.9)}
   rows["discrete CP"]["errors"]["rmse_of_training"] = {"mean": 0.85, "std": 0.1}
   sets = {"easy": rows | {"discrete Tucker": row(0.9, 2.0)}, "hard": rows | {"discrete Tucker": row(0.9, 0.7)}}
-  claim, dense = comparison.claims(
-    config_file.get_config("test"), sets | {"full": rows}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
-  )[:2]
+  full = rows | {"exact GP": row(0.1, 0.4), "GPTF": row(0.1, 0.25)}
+  claim, dense, processes, *_ = comparison.claims(
+    config_file.get_config("test"), sets | {"full": full}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
+  )
   assert dense.name.endswith("more seen, full") and dense.holds
   assert "discrete CP 0.9000 (3.00), on its training entries 0.8500" in dense.note
+  # The best Gaussian process, of indices too: FunBaT-CP is 3.5 deviations above it.
+  assert processes.ours == pytest.approx(3.5) and not processes.holds and "FunBaT-CP 0.6000, GPTF" in processes.note
   assert claim.name.endswith("worst of 2 data sets") and claim.ours == pytest.approx(1.0) and not claim.holds
   assert "hard: FunBaT-CP 0.6000, discrete Tucker 0.7000" in claim.note
   assert "0.600 on hard (discrete 0.700)" in comparison.finding(sets)
