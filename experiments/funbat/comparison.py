@@ -21,8 +21,7 @@ from jaxlab.tensors.funbat import Settings
 FUNCTIONAL, DISCRETE, ALS = ("FunBaT-CP", "FunBaT"), ("discrete CP", "discrete Tucker"), ("CP-ALS", "P-Tucker")
 SPARSE = 0.01
 EXACT, ONE_LENGTHSCALE = "exact GP", "FunBaT-CP, one lengthscale"
-# Of the coordinates, and (GPTF) of learned embeddings of discrete indices.
-PROCESSES = (EXACT, "sparse GP", "GPTF")
+PROCESSES = (EXACT, "GPTF")  # of the coordinates; of learned embeddings of discrete indices
 
 
 @dataclasses.dataclass(frozen=True)
