@@ -358,7 +358,14 @@ def _largest(row, count, cap: int) -> Int[np.ndarray, "kept"]:
 
 
 def make_index(nodes: int, origins, visited, values, dtype=jnp.float32, built: Built | None = None) -> Index:
-  """An index from any list of entries; those of the same (origin, visited) add."""
+  """An index from any list of entries; those of the same (origin, visited) add.
+
+  Raises:
+    InputError: an end that is no position of a vertex.
+  """
+  for ends in (np.asarray(origins), np.asarray(visited)):
+    inside = ends.dtype.kind in "iu" and bool(((ends >= 0) & (ends < nodes)).all())
+    require(inside or not len(ends), f"entries must be of vertices 0..{nodes - 1}; make the index of the graph's own")
   # Sparse formats sort by counting.
   sparse = scipy.sparse.coo_array(
     (np.asarray(values), (np.asarray(origins), np.asarray(visited))), shape=(nodes, nodes)

@@ -107,7 +107,7 @@ def cur_index(
   if not isinstance(anchors, jax.core.Tracer):
     given = jnp.asarray(anchors)
     require(
-      given.size > 0 and bool(jnp.all((given >= 0) & (given < r_anc.shape[1]))),
+      given.size > 0 and given.dtype.kind in "iu" and bool(jnp.all((given >= 0) & (given < r_anc.shape[1]))),
       f"anchor items must be one or more of 0..{r_anc.shape[1] - 1}",
     )
     require(len(jnp.unique(given)) == given.size, "an item is an anchor twice; give each once")

@@ -11,6 +11,7 @@ vocabulary. Rows are packed to bits, so that a window is a bitwise OR:
 import collections
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,8 @@ def pack_rows(rows: Sequence[Sequence[int]], words: int) -> UInt8[np.ndarray, "r
   """One bit per row and word. Raises InputError on an index outside the vocabulary."""
   dense = np.zeros((len(rows), words), bool)
   for i, row in enumerate(rows):
-    require(all(0 <= v < words for v in row), f"row {i} has a word index outside 0..{words - 1}; encode it again")
+    whole = all(isinstance(v, Integral) and 0 <= v < words for v in row)
+    require(whole, f"row {i} has a word index outside 0..{words - 1}; encode it again")
     dense[i, list(row)] = True
   return np.packbits(dense, axis=1)
 

@@ -177,7 +177,7 @@ def on_grids(grids, index: Int[Array, "N K"], y: Float[Array, "N"], *, units: Un
     units = Units(tuple(float(grid[0]) for grid in grids), spans, float(y.mean()), spread)
   narrow = tuple(np.asarray(units.of_mode(k, grid), dtype) for k, grid in enumerate(grids))
   for k, (wide, grid) in enumerate(zip(grids, narrow, strict=True)):
-    place = lambda rises: int(np.argmin(rises)) + 1
+    place = lambda rises: int(np.argmin([*rises, False])) + 1
     rises, apart = np.diff(wide) > 0, np.diff(grid) > 0
     require(
       bool(rises.all()),

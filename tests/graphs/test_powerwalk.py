@@ -455,6 +455,7 @@ def test_work_counts_edges_and_entries():
     (lambda: powerwalk.exact_top_k([0], RAW, k=1), "graph is a Graph; walks need"),
     (lambda: powerwalk_sharded.shard(RAW, exact_index(), make_mesh(), axis="data"), "graph is a Graph; walks need"),
     (lambda: fingerprints.build_index(RAW, jax.random.key(0), walks=1), "graph is a Graph; walks need"),
+    (lambda: fingerprints.make_index(3, np.array([0]), np.array([3]), np.ones(1)), r"of vertices 0\.\.2"),
     (lambda: fingerprints.build_index(GRAPH, 0, walks=1), r"key is 0; give jax.random.key\(0\)"),
     (lambda: fingerprints.walk_graph(networkx.path_graph(3)), r"graph is a networkx\.\S+; make a Graph of it"),
     (lambda: powerwalk.decompose(jnp.array([0]), GRAPH, steps=1, reset=1.0), "reset is 1.0"),

@@ -286,6 +286,8 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([0, 5])), r"one or more of 0\.\.4"),
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([], jnp.int32)), "one or more"),
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([1, 1])), "anchor twice"),
+    (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.ones(5, bool)), r"one or more of 0\.\.4"),
+    (lambda: anncur.cur_index(jnp.ones((2, 5)), [0.5]), r"one or more of 0\.\.4"),
     (lambda: anncur.cur_index(jnp.full((2, 5), jnp.nan), jnp.array([1])), "R_anc holds NaN"),
     (lambda: anncur.regularised_pinv(jnp.ones((2, 2)), method="lasso"), "method is 'lasso'"),
     (lambda: anncur.regularised_pinv(jnp.ones((2, 2)), strength=-1.0), "strength is -1.0"),

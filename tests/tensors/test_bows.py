@@ -476,6 +476,7 @@ def city_config(path):
     (lambda tmp: data.or_rows(np.zeros((4, 24), bool), np.array([0]), 2), "rows are bool; pack them"),
     (lambda tmp: data.synthetic("torus"), "structure is 'torus'"),
     (lambda tmp: data.pack_rows([[0], [7]], 5), "row 1 has a word index outside 0..4"),
+    (lambda tmp: data.pack_rows([[0], ["a"]], 5), "row 1 has a word index outside 0..4"),
     (lambda tmp: data.make_windows([[0]], group=0), "group is 0"),
     (lambda tmp: data.block_split(1000, group=50, block=100), "too short for windows of 50"),
     (lambda tmp: data.block_split(90, group=2, block=100), "90 rows are too few"),

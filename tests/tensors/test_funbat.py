@@ -400,10 +400,11 @@ def test_coordinates_that_the_model_cannot_tell_apart_are_named():
   assert len(funbat.observe(seconds, np.ones(4)).grids[0]) == 4
 
 
-def test_constant_outputs_have_no_spread():
-  """The deviation of equal numbers is rounding: divided by it they were ones."""
-  data = funbat.observe(np.arange(7.0)[:, None], np.full(7, 0.1))
+def test_constant_outputs_and_coordinates_have_no_spread():
+  """The deviation of equal numbers is rounding: divided by it they were ones. A mode of one coordinate is one."""
+  data = funbat.observe(np.stack([np.arange(7.0), np.full(7, 300.0)], 1), np.full(7, 0.1))
   assert data.units.spread == 1 and float(jnp.abs(data.y).max()) < 1e-12
+  assert data.units.span == (6.0, 1.0) and data.grids[1].tolist() == [0.0]
 
 
 def test_units_change_nothing_but_the_units():
