@@ -22,14 +22,14 @@ def load_folds(config) -> dict[str, list[tuple[funbat.Data, funbat.Data]]]:
     return {"generated field": field(config)}
   require(len(d.paths) > 0, "config.data.paths is empty; data.name=npz needs .npz files")
   sets = {Path(path).stem: read_folds(Path(path), d.folds) for path in d.paths}
-  few = {f"{name}, {d.few} entries": [thinned(*fold, d.few) for fold in folds] for name, folds in sets.items()}
-  return sets | (few if d.few else {})
+  few = lambda folds, size: [thinned(*fold, size) for fold in folds]
+  return sets | {f"{name}, {size} entries": few(folds, size) for name, folds in sets.items() for size in d.few}
 
 
 def thinned(train: funbat.Data, test: funbat.Data, size: int):
   """A fold with `size` of its training entries, drawn at random."""
   at = np.random.default_rng(0).permutation(len(train.y))[:size]
-  require(len(at) == size, f"data.few is {size}; a fold has {len(train.y)} training entries")
+  require(len(at) == size >= 1, f"data.few has {size}; a fold has {len(train.y)} training entries")
   return funbat.take(train, at), test
 
 

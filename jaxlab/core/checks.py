@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+import jax
+
 
 class InputError(ValueError):
   """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2.
@@ -36,6 +38,12 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
     divisor > 0 and value % divisor == 0,
     f"{divisor_name}={divisor} must divide {name}={value}; change one of the two",
   )
+
+
+def require_key(key: object) -> None:
+  """Raises InputError unless `key` is a random key of the new style, traced or not."""
+  is_key = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+  require(is_key, f"key is {key!r:.60}; give jax.random.key(0), or another seed")
 
 
 def plain(*names: str) -> str:

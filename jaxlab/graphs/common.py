@@ -80,6 +80,14 @@ class Graph(Named):
     return (u, v) if self.directed else (np.concatenate([u, v]), np.concatenate([v, u]))
 
 
+def require_graph(graph: object) -> None:
+  """Raises InputError for what is no `Graph`, one of networkx for instance."""
+  require(
+    isinstance(graph, Graph),
+    f"graph is a {type(graph).__module__}.{type(graph).__name__}; make a Graph of it, e.g. common.from_networkx",
+  )
+
+
 def sorted_pairs(
   first: Int[np.ndarray, "pairs"], second: Int[np.ndarray, "pairs"], span: int
 ) -> tuple[Int[np.ndarray, "pairs"], Int[np.ndarray, "pairs"]]:
@@ -160,7 +168,12 @@ def _told(names: np.ndarray) -> np.ndarray | None:
 
 
 def from_networkx(graph: networkx.Graph) -> Graph:
-  """The vertices, names and edges of a networkx graph, directed if it is."""
+  """The vertices, names and edges of a networkx graph, directed if it is.
+
+  Raises:
+    InputError: no networkx graph, or one without vertices.
+  """
+  require(isinstance(graph, networkx.Graph), f"graph is a {type(graph).__name__}; from_networkx takes networkx graphs")
   return from_edges(graph.edges(), directed=graph.is_directed(), vertices=graph)
 
 

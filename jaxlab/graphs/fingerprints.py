@@ -19,8 +19,8 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.common import Graph, Named, sorted_pairs
+from jaxlab.core.checks import require, require_choice, require_key
+from jaxlab.graphs.common import Graph, Named, require_graph, sorted_pairs
 
 NORMS = ("self_norm", "unbiased")
 MOVES = ("walkers", "long_path", "rounded")
@@ -88,7 +88,12 @@ class Index:
 
 
 def walk_graph(graph: Graph) -> WalkGraph:
-  """Both directions of undirected edges; a self-loop for every vertex without out-edges; the names of the graph."""
+  """Both directions of undirected edges; a self-loop for every vertex without out-edges; the names of the graph.
+
+  Raises:
+    InputError: no `Graph`.
+  """
+  require_graph(graph)
   sources, targets = graph.arcs()
   dangling = np.flatnonzero(np.bincount(sources, minlength=graph.nodes) == 0)
   sources, targets = np.concatenate([sources, dangling]), np.concatenate([targets, dangling])
@@ -102,8 +107,16 @@ def walk_graph(graph: Graph) -> WalkGraph:
   return WalkGraph(*(jnp.asarray(x, jnp.int32) for x in arrays), graph.nodes, digest.hexdigest(), graph.names)
 
 
+def check_graph(graph: WalkGraph) -> None:
+  """Refuses what is no graph for walks."""
+  name = type(graph).__name__
+  require(isinstance(graph, WalkGraph), f"graph is a {name}; walks need fingerprints.walk_graph(graph) of a Graph")
+
+
 def check_sources(sources, graph: Named) -> Int[np.ndarray, "queries"]:
-  """The sources as int32, refused unless all are positions of vertices."""
+  """The sources as int32, refused unless all are positions of vertices; traced ones have been checked."""
+  if isinstance(sources, jax.core.Tracer):
+    return sources
   sources = np.asarray(sources)
   require(
     sources.ndim == 1 and len(sources) > 0, f"sources have shape {sources.shape}; give a non-empty list of vertices"
@@ -301,9 +314,11 @@ def build_index(
     devices, spread: of `count_visits`, and given by `powerwalk_sharded.build_index`.
 
   Raises:
-    InputError: walks, length or cap no integers or below 1, reset outside (0, 1), 2^32 walks or more, an unknown norm
-      or move, or long paths that are not self-normalised.
+    InputError: no graph of `walk_graph`, no key, walks, length or cap no integers or below 1, reset outside (0, 1),
+      2^32 walks or more, an unknown norm or move, or long paths that are not self-normalised.
   """
+  check_graph(graph)
+  require_key(key)
   for name, value in (("walks", walks), ("length", length), ("cap", cap)):
     check_whole(name, value, 1)
   require(0 < reset < 1, f"reset is {reset}; it must lie strictly between 0 and 1")
@@ -343,7 +358,14 @@ def _largest(row, count, cap: int) -> Int[np.ndarray, "kept"]:
 
 
 def make_index(nodes: int, origins, visited, values, dtype=jnp.float32, built: Built | None = None) -> Index:
-  """An index from any list of entries; those of the same (origin, visited) add."""
+  """An index from any list of entries; those of the same (origin, visited) add.
+
+  Raises:
+    InputError: an end that is no position of a vertex.
+  """
+  for ends in (np.asarray(origins), np.asarray(visited)):
+    inside = ends.dtype.kind in "iu" and bool(((ends >= 0) & (ends < nodes)).all())
+    require(inside or not len(ends), f"entries must be of vertices 0..{nodes - 1}; make the index of the graph's own")
   # Sparse formats sort by counting.
   sparse = scipy.sparse.coo_array(
     (np.asarray(values), (np.asarray(origins), np.asarray(visited))), shape=(nodes, nodes)

@@ -30,6 +30,7 @@ from jaxlab.graphs.fingerprints import (
   RESET,
   Index,
   WalkGraph,
+  check_graph,
   check_index,
   check_reset,
   check_sources,
@@ -106,8 +107,9 @@ def decompose(
     S, F, H (nodes, queries), and the mass dropped by query. S + F + H sums to 1 a query unless flow is dropped.
 
   Raises:
-    InputError: steps no integer or negative, reset outside (0, 1), an unknown pruning.
+    InputError: a source that is no vertex, steps no integer or negative, reset outside (0, 1), an unknown pruning.
   """
+  sources = check_sources(sources, graph)
   # Under jit the number of steps may be an argument: then the caller has checked it.
   if not isinstance(steps, jax.Array):
     check_whole("steps", steps, 0)
@@ -169,8 +171,10 @@ def query(
   steps stays where it is.
 
   Raises:
-    InputError: a source that is no vertex, an index of another graph or reset, or as `decompose`.
+    InputError: no graph of `walk_graph`, a source that is no vertex, an index of another graph or reset, or as
+      `decompose`.
   """
+  check_graph(graph)
   sources = check_sources(sources, graph)
   check_whole("steps", steps, 0)
   if index is not None:
@@ -217,11 +221,11 @@ def exact_top_k(
   Raises:
     InputError: as `top_k`, or iterations no integer or negative.
   """
-  check_whole("iterations", iterations, 0)
   return _in_batches(lambda part: exact(part, graph, iterations=iterations), sources, graph, k=k, batch=batch)
 
 
 def _in_batches(answer, sources, graph, *, k, batch):
+  check_graph(graph)
   sources = check_sources(sources if graph.names is None else graph.index(sources), graph)
   check_whole("batch", batch, 1)
   check_whole("k", k, 1)
@@ -254,17 +258,26 @@ def largest(
   return scores, jnp.take_along_axis(chosen, place // _GROUP, axis=1) * _GROUP + place % _GROUP
 
 
-@functools.partial(jax.jit, static_argnames=("reset", "dtype"))
 def exact(
   sources: Int[Array, "queries"], graph: WalkGraph, *, iterations: int = 150, reset: float = RESET, dtype=jnp.float32
 ) -> Float[Array, "nodes queries"]:
-  """Power iteration: p <- c e_u + (1 - c) p P from e_u, which is S + F after as many steps (0.85^150 = 2.6e-11)."""
+  """Power iteration: p <- c e_u + (1 - c) p P from e_u, which is S + F after as many steps (0.85^150 = 2.6e-11).
+
+  Raises:
+    InputError: no graph of `walk_graph`, a source that is no vertex, iterations no integer or negative.
+  """
+  check_graph(graph)
+  check_whole("iterations", iterations, 0)
+  return _exact(check_sources(sources, graph), graph, iterations=jnp.int32(iterations), reset=reset, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("reset", "dtype"))
+def _exact(sources, graph, *, iterations, reset, dtype):
   columns = jnp.arange(len(sources))
   sweep = lambda _, p: step((1 - reset) * p, graph).at[sources, columns].add(reset)
   return jax.lax.fori_loop(0, iterations, sweep, one_hot(sources, graph.nodes, dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "reset"))
 def backward(
   targets: Int[Array, "columns"], graph: WalkGraph, index: Index, *, steps: int, reset: float = RESET
 ) -> Float[Array, "nodes columns"]:
@@ -273,10 +286,18 @@ def backward(
   The dynamic programme of Jeh and Widom; the same estimate as `query` without pruning, all sources at once.
 
   Raises:
-    InputError: an index of another graph or reset.
+    InputError: no graph of `walk_graph`, a target that is no vertex, steps no integer or negative, an index of another
+      graph or reset.
   """
+  check_graph(graph)
+  check_whole("steps", steps, 0)
   check_index(index, graph)
   check_reset(index.built, reset)
+  return _backward(check_sources(targets, graph), graph, index, steps=steps, reset=reset)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "reset"))
+def _backward(targets, graph, index, *, steps, reset):
   start = one_hot(targets, graph.nodes, index.values.dtype)
   sources = jnp.repeat(jnp.arange(graph.nodes), graph.degree, total_repeat_length=len(graph.targets))
   order = jnp.argsort(index.origins, stable=True)
@@ -304,7 +325,14 @@ def quality(
 
 
 def work(sources: Int[Array, "queries"], graph: WalkGraph, index: Index | None, *, steps: int) -> dict[str, float]:
-  """Mean edge traversals, index entries touched and active vertices at the end, of a query without pruning."""
+  """Mean edge traversals, index entries touched and active vertices at the end, of a query without pruning.
+
+  Raises:
+    InputError: as `query`.
+  """
+  check_graph(graph)
+  check_whole("steps", steps, 0)
+  sources = check_sources(sources, graph)
   active, edges = (np.asarray(x, np.float64) for x in _active(jnp.asarray(sources), graph, jnp.int32(steps)))
   entries = np.zeros(graph.nodes)
   if index is not None:

@@ -26,6 +26,7 @@ from jaxlab.graphs.fingerprints import (
   Built,
   Index,
   WalkGraph,
+  check_graph,
   check_index,
   check_reset,
   check_sources,
@@ -79,9 +80,10 @@ def shard(graph: WalkGraph, index: Index, mesh: Mesh, *, axis: str) -> Parts:
   """Cuts a graph and its index by ranges of vertices and places them.
 
   Raises:
-    InputError: an axis the mesh has not, or an index of another graph.
+    InputError: an axis the mesh has not, no graph of `walk_graph`, or an index of another graph.
   """
   require_choice("axis", axis, mesh.axis_names)
+  check_graph(graph)
   check_index(index, graph)
   devices = mesh.shape[axis]
   local = -(-graph.nodes // devices)

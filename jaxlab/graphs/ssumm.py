@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxlab.core.checks import require, require_choice
+from jaxlab.core.checks import require, require_choice, require_key
 from jaxlab.graphs import ssumm_blocks
 from jaxlab.graphs import summary as summaries
 from jaxlab.graphs.common import Graph
@@ -119,8 +119,7 @@ def summarise(
     InputError: an unknown option, no key, a directed or empty graph, a budget that is a ratio or too small to reach.
   """
   check_budget(budget)
-  is_key = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-  require(is_key, f"key is {key!r:.60}; give jax.random.key(0), or another seed")
+  require_key(key)
   require_choice("groups", groups, GROUPS)
   require_choice("fail_rule", fail_rule, FAIL_RULES)
   require(0 <= share <= 1, f"share is {share}; it must lie in 0..1")

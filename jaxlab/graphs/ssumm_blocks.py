@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice
-from jaxlab.graphs.common import Graph, sorted_pairs
+from jaxlab.graphs.common import Graph, require_graph, sorted_pairs
 
 ERRORS = ("re1", "re2")
 GRANULE = 512
@@ -78,7 +78,7 @@ def initial_state(graph: Graph, *, error: str = "re1", drop: bool = True) -> Sta
 
 def check_graph(graph: Graph) -> None:
   """Raises InputError for what is no `Graph`, is directed or has no edge."""
-  require(isinstance(graph, Graph), f"graph is a {type(graph).__name__}; make a Graph of it, e.g. common.from_networkx")
+  require_graph(graph)
   require(not graph.directed, "SSumM summarises undirected graphs; load the graph with directed=False")
   require(len(graph.edges) > 0, "SSumM needs a graph with at least one edge")
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
-from jaxlab.graphs.common import Graph, Named
+from jaxlab.graphs.common import Graph, Named, require_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,8 @@ def size_bits(nodes: int, supernodes: int, superedges: int, w_max: float) -> flo
 
 
 def graph_bits(graph: Graph) -> float:
-  """Size(G) = 2|E| log2|V|."""
+  """Size(G) = 2|E| log2|V|. Raises InputError for what is no `Graph`."""
+  require_graph(graph)
   return 2 * len(graph.edges) * math.log2(graph.nodes)
 
 

@@ -47,11 +47,17 @@ def weighted_tree(parents: Sequence[int], weights: Sequence[float]) -> Tree:
   """Checks a tree and sums its weights upwards; `weights` is read at the leaves alone.
 
   Raises:
-    InputError: parents out of order or out of range; a leaf whose weight is not positive and finite, or below 1e-100
-      of the total.
+    InputError: no numbers; parents that are fractions, out of order or out of range; a leaf whose weight is not
+      positive and finite, or below 1e-100 of the total.
   """
-  parents = np.asarray(parents, np.int64)
-  weights = np.array(weights, np.float64)
+  parents, weights = _numbers("parents", parents), _numbers("weights", weights)
+  whole = np.isfinite(parents) & (parents == np.round(parents))
+  require(
+    bool(whole.all()),
+    f"node {int(np.argmin(whole))} has parent {parents.flat[int(np.argmin(whole))]}; parents are numbers of nodes, "
+    "the root's -1",
+  )
+  parents = parents.astype(np.int64)
   check_parents(parents)
   require(
     weights.shape == parents.shape, f"{len(weights)} weights for {len(parents)} nodes; give one per node (0 for inner)"
@@ -70,6 +76,13 @@ def weighted_tree(parents: Sequence[int], weights: Sequence[float]) -> Tree:
   return Tree(parents, weights)
 
 
+def _numbers(name: str, values: Sequence) -> Float[np.ndarray, "nodes"]:
+  try:
+    return np.array(values, np.float64)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{name} are no numbers ({error}); give one for each node") from None
+
+
 def tree_from_sizes(sizes: Mapping, *, drop_empty: bool = False) -> tuple[Tree, list[str]]:
   """The tree of paths with the sizes of its leaves, and each node's path "a/b/c" ("" is the root).
 
@@ -79,9 +92,10 @@ def tree_from_sizes(sizes: Mapping, *, drop_empty: bool = False) -> tuple[Tree, 
     drop_empty: leave out leaves of size 0, and folders with nothing else in them; without it they are an error.
 
   Raises:
-    InputError: a size that is no positive, finite number; a path that is empty, comes twice, or is a leaf and a folder;
-      nothing left.
+    InputError: no mapping; a size that is no positive, finite number; a path that is empty, comes twice, or is a leaf
+      and a folder; nothing left.
   """
+  require(hasattr(sizes, "items"), f"sizes are a {type(sizes).__name__}; give {{path: size}}, e.g. dict(pairs)")
   index, parents, names, weights = {"": 0}, [-1], [""], [0.0]
   for parts, size in _leaves(sizes, ()):
     real = isinstance(size, numbers.Real)

@@ -13,8 +13,9 @@ in rounds, each the best of what the round before predicted.
   found = anncur.search(f, queries, index, retrieve=50, k=10)               # .items (B, 10), .scores, .calls
 
 A scorer takes index arrays that broadcast and returns scores of that shape: `lambda q, i: M[q, i]` for a stored matrix,
-a jitted transformer, or a call of another machine. Nothing here knows which. Items are numbered 0..n-1. A score that is
-NaN ranks below all others where it is traced and is an InputError where it is not.
+a jitted transformer, or a call of another machine that answers with anything NumPy takes. Nothing here knows which.
+Items are numbered 0..n-1. A score that is NaN ranks below all others where it is traced and is an InputError where it
+is not.
 """
 
 import functools
@@ -29,6 +30,7 @@ from jaxlab.core.checks import require, require_choice
 
 Scorer = Callable[[Int[Array, "*#shape"], Int[Array, "*#shape"]], Float[Array, "*shape"]]
 METHODS = ("ridge", "rcond")
+_RETRIEVED = "scores of the retrieved items"
 _POWER_ITERATIONS = 30
 
 
@@ -52,11 +54,9 @@ def score_matrix(f: Scorer, queries: Int[Array, "Q"], items: Int[Array, "n"]) ->
   """f of every query and item: Q n calls, for R the whole price of an index.
 
   Raises:
-    InputError: a score is NaN or infinite.
+    InputError: a score is NaN or infinite, or they have another shape.
   """
-  scores = f(jnp.asarray(queries)[:, None], jnp.asarray(items)[None, :])
-  _check_finite("the score matrix", scores)
-  return scores
+  return _scored("the score matrix", f, jnp.asarray(queries)[:, None], jnp.asarray(items)[None, :])
 
 
 def draw_anchors(key: jax.Array, items: int, count: int) -> Int[Array, "count"]:
@@ -107,7 +107,7 @@ def cur_index(
   if not isinstance(anchors, jax.core.Tracer):
     given = jnp.asarray(anchors)
     require(
-      given.size > 0 and bool(jnp.all((given >= 0) & (given < r_anc.shape[1]))),
+      given.size > 0 and given.dtype.kind in "iu" and bool(jnp.all((given >= 0) & (given < r_anc.shape[1]))),
       f"anchor items must be one or more of 0..{r_anc.shape[1] - 1}",
     )
     require(len(jnp.unique(given)) == given.size, "an item is an anchor twice; give each once")
@@ -143,13 +143,12 @@ def search(
   k_i, n = index.embeddings.shape
   _check_budget(n - k_i if pool_anchors else n, retrieve, k, retrieve + k_i if pool_anchors else retrieve)
   queries = jnp.asarray(queries)
-  e = f(queries[:, None], index.anchors[None, :])
-  _check_finite("scores of the anchor items", e)
+  e = _scored("scores of the anchor items", f, queries[:, None], index.anchors[None, :])
   s = cur_scores(e, index.embeddings)
   if pool_anchors:
     s = s.at[:, index.anchors].set(-jnp.inf)
   chosen = top_k(s, retrieve)[1]
-  x = f(queries[:, None], chosen)
+  x = _scored(_RETRIEVED, f, queries[:, None], chosen)
   if not pool_anchors:
     fresh = ~jnp.isin(chosen, index.anchors)
     return _best(chosen, x, k, k_i + fresh.sum(1))
@@ -166,7 +165,7 @@ def rerank(f: Scorer, queries: Int[Array, "B"], approximate: Float[Array, "B n"]
   """
   _check_budget(approximate.shape[1], retrieve, k, retrieve)
   chosen = top_k(approximate, retrieve)[1]
-  scores = f(jnp.asarray(queries)[:, None], chosen)
+  scores = _scored(_RETRIEVED, f, jnp.asarray(queries)[:, None], chosen)
   return _best(chosen, scores, k, jnp.full(len(chosen), retrieve))
 
 
@@ -189,14 +188,17 @@ def adacur(
 
   Args:
     r_anc: R; the transposed item vectors of a dual encoder serve as well (AXN).
-    first: anchors of round 1, e.g. drawn at random or the best by TF-IDF; each once in a row.
+    first: anchors of round 1, e.g. drawn at random or the best by TF-IDF; a row for each query, each item once in it.
     key: draw the anchors without replacement from softmax(s) instead of taking the largest.
 
   Raises:
-    InputError: rounds < 1, strength <= 0, no item left, k or `retrieve` out of range, scores of R NaN or infinite.
+    InputError: rounds < 1, strength <= 0, no item left, k or `retrieve` out of range, first anchors that are none or
+      twice in a row, scores that are NaN or infinite or have another shape.
   """
   _check_finite("R_anc", r_anc)
-  slots, n = first.shape[1], r_anc.shape[1]
+  first, n = jnp.asarray(first), r_anc.shape[1]
+  _check_first(first, len(queries), n)
+  slots = first.shape[1]
   size = rounds * slots
   require(rounds >= 1 and slots >= 1, f"rounds is {rounds} with {slots} anchors each; both must be at least 1")
   require(size < n, f"{rounds} rounds of {slots} anchors leave none of {n} items; lower one of the two")
@@ -204,16 +206,17 @@ def adacur(
   _check_budget(n - size, retrieve, k, size + retrieve)
   queries = jnp.asarray(queries)[:, None]
   fill = lambda a: jnp.pad(a, ((0, 0), (0, size - slots)))
-  put = lambda a, b, at: jax.lax.dynamic_update_slice_in_dim(a, jnp.asarray(b, a.dtype), at, axis=1)
-  chosen, e = fill(jnp.asarray(first)), fill(jnp.asarray(f(queries, first), r_anc.dtype))
+  put = lambda a, b, at: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), at, axis=1)
+  ask = lambda name, items: _scored(name, f, queries, items).astype(r_anc.dtype)
+  chosen, e = fill(first), fill(ask("scores of the first anchors", first))
   for filled in range(slots, size, slots):  # in Python, as a scorer may be anything
     s = _unseen(r_anc, chosen, e, filled, strength)
     if key is not None:
       s += jax.random.gumbel(jax.random.fold_in(key, filled // slots), s.shape, s.dtype)
     new = top_k(s, slots)[1]
-    chosen, e = put(chosen, new, filled), put(e, f(queries, new), filled)
+    chosen, e = put(chosen, new, filled), put(e, ask("scores of the anchor items", new), filled)
   last = top_k(_unseen(r_anc, chosen, e, size, strength), retrieve)[1]
-  pool, scores = jnp.concatenate([chosen, last], 1), jnp.concatenate([e, jnp.asarray(f(queries, last), e.dtype)], 1)
+  pool, scores = jnp.concatenate([chosen, last], 1), jnp.concatenate([e, ask(_RETRIEVED, last)], 1)
   return _best(pool, scores, k, jnp.full(len(queries), size + retrieve))
 
 
@@ -285,8 +288,28 @@ def evaluate(
   return counts / jnp.array(ks)[:, None, None]
 
 
+def _scored(name, f, queries, items):
+  """f's scores as an array of JAX."""
+  scores = jnp.asarray(f(queries, items))
+  shape = jnp.broadcast_shapes(queries.shape, items.shape)
+  require(scores.shape == shape, f"{name} have shape {scores.shape}; the scorer was asked for {shape}")
+  _check_finite(name, scores)
+  return scores
+
+
+def _check_first(first, queries: int, items: int) -> None:
+  require(
+    first.ndim == 2 and len(first) == queries and first.dtype.kind in "iu",
+    f"first anchors are {first.dtype}{list(first.shape)}; expected integers [{queries}, slots], a row for each query",
+  )
+  if not isinstance(first, jax.core.Tracer):
+    ordered = jnp.sort(first, axis=1)
+    inside = bool(jnp.all((ordered >= 0) & (ordered < items)))
+    require(inside, f"first anchors lie in {int(ordered.min())}..{int(ordered.max())}; items are 0..{items - 1}")
+    require(bool(jnp.all(ordered[:, 1:] != ordered[:, :-1])), "an item is twice among the first anchors of a query")
+
+
 def _best(items, scores, k, calls):
-  _check_finite("scores of the retrieved items", scores)
   values, at = top_k(scores, k)
   return Found(jnp.take_along_axis(items, at, axis=1), values, calls)
 

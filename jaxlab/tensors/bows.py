@@ -111,12 +111,12 @@ def train(
 
   Raises:
     InputError: unknown output, loss or latent; a batch larger than the data; no steps; bits that are not packed rows of
-      `features`.
+      `features`, or parameters of another number.
   """
   require_choice("output", output, OUTPUTS)
   require_choice("loss", loss, LOSSES)
   require_choice("latent", latent, LATENTS)
-  bits = check_bits(bits, features)
+  bits = _checked(params, bits, features)
   require(1 <= batch <= len(bits), f"batch is {batch} with {len(bits)} samples; it must lie in 1..{len(bits)}")
   require(steps >= 1, f"steps is {steps}; it must be at least 1")
   per_epoch = len(bits) // batch
@@ -224,14 +224,20 @@ def evaluate(
   """`word_statistics` over all windows, a batch at a time.
 
   Raises:
-    InputError: bits that are not packed rows of `features`.
+    InputError: bits that are not packed rows of `features`, or parameters of another number.
   """
-  bits = check_bits(bits, features)
+  bits = _checked(params, bits, features)
   sums = None
   for at in range(0, len(bits), batch):
     part = accumulate(params, unpack(bits[at : at + batch], features), output=output)
     sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
   return word_statistics(sums)
+
+
+def _checked(params, bits, features):
+  words = params["b"].shape[-1]
+  require(words == features, f"features is {features}, the parameters are of {words} words; give one number for both")
+  return check_bits(bits, features)
 
 
 def word_statistics(sums: dict[str, Float[Array, "d"]]) -> dict[str, np.ndarray]:

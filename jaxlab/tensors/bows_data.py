@@ -11,7 +11,9 @@ vocabulary. Rows are packed to bits, so that a window is a bitwise OR:
 import collections
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -97,13 +99,22 @@ def pack_rows(rows: Sequence[Sequence[int]], words: int) -> UInt8[np.ndarray, "r
   """One bit per row and word. Raises InputError on an index outside the vocabulary."""
   dense = np.zeros((len(rows), words), bool)
   for i, row in enumerate(rows):
-    require(all(0 <= v < words for v in row), f"row {i} has a word index outside 0..{words - 1}; encode it again")
+    whole = all(isinstance(v, Integral) and 0 <= v < words for v in row)
+    require(whole, f"row {i} has a word index outside 0..{words - 1}; encode it again")
     dense[i, list(row)] = True
   return np.packbits(dense, axis=1)
 
 
 def or_rows(packed: UInt8[Array, "rows bytes"], starts: Int[Array, "windows"], group: int) -> UInt8[Array, "w bytes"]:
-  """The windows rows[s : s + group] as bits; 20 rows gathered and OR-ed move 1/8 of one dense window."""
+  """The windows rows[s : s + group] as bits; 20 rows gathered and OR-ed move 1/8 of one dense window.
+
+  Raises:
+    InputError: rows that are no packed bits, or starts (not traced) of windows that are not within the rows.
+  """
+  require(packed.dtype == np.uint8, f"rows are {packed.dtype}; pack them with pack_rows")
+  if not isinstance(starts, jax.core.Tracer):
+    low, high, last = int(np.min(starts, initial=0)), int(np.max(starts, initial=0)), len(packed) - group
+    require(group >= 1 and low >= 0 and high <= last, f"windows start at {low}..{high}; of {group} rows, at 0..{last}")
   windows = packed[starts]
   for i in range(1, group):
     windows = windows | packed[starts + i]
@@ -111,7 +122,12 @@ def or_rows(packed: UInt8[Array, "rows bytes"], starts: Int[Array, "windows"], g
 
 
 def check_bits(bits: UInt8[Array, "*batch bytes"], words: int) -> UInt8[Array, "*batch bytes"]:
-  """The bits as a device array. Raises InputError unless they are rows of `words` bits, packed as by `pack_rows`."""
+  """The bits as a device array.
+
+  Raises:
+    InputError: no rows of `words` bits, packed as by `pack_rows`; or bits set (where they are not traced) that are no
+      word, those of a larger vocabulary.
+  """
   width = -(-words // 8)
   bits = jnp.asarray(bits)
   require(
@@ -119,6 +135,10 @@ def check_bits(bits: UInt8[Array, "*batch bytes"], words: int) -> UInt8[Array, "
     f"bits are {bits.dtype}{list(bits.shape)}; {words} words are uint8 of [..., {width}]: pack them with pack_rows or "
     "numpy.packbits(x, axis=-1)",
   )
+  spare = 8 * width - words
+  if spare and not isinstance(bits, jax.core.Tracer):
+    beyond = bool(jnp.any(bits[..., -1] & (2**spare - 1)))
+    require(not beyond, f"bits beyond {words} words are set; they were packed for another vocabulary: give its size")
   return bits
 
 
@@ -152,8 +172,12 @@ def block_split(
 
 
 def shuffle_columns(bits: UInt8[np.ndarray, "n bytes"], words: int, seed: int) -> UInt8[np.ndarray, "n bytes"]:
-  """Every word's column permuted on its own: the same marginals, no correlation."""
-  dense = np.unpackbits(bits, axis=1, count=words)
+  """Every word's column permuted on its own: the same marginals, no correlation.
+
+  Raises:
+    InputError: as `check_bits`.
+  """
+  dense = np.unpackbits(np.asarray(check_bits(bits, words)), axis=1, count=words)
   return np.packbits(np.random.default_rng(seed).permuted(dense, axis=0), axis=1)
 
 

@@ -47,8 +47,8 @@ def space(rows, p: int, *, pack: bool = False) -> Shaped[Array, "m n"]:
   """Rows over the field, checked and brought to its dtype; with `pack` over GF(2) into words.
 
   Raises:
-    InputError: p is neither 0 nor a supported prime, entries are NaN, infinite or (finite field) not integers, or the
-      rows are not a matrix.
+    InputError: p is neither 0 nor a supported prime, entries are NaN, infinite or (finite field) not integers below
+      2^53, or the rows are not a matrix.
   """
   check_field(p)
   try:
@@ -64,6 +64,11 @@ def space(rows, p: int, *, pack: bool = False) -> Shaped[Array, "m n"]:
     rows.dtype.kind != "f" or bool((rows == np.round(rows)).all()),
     f"rows hold fractions; a space over GF({p}) needs integers",
   )
+  # Larger floats are rounded, and larger integers may not fit into int64.
+  require(
+    rows.dtype.kind == "b" or bool((np.abs(rows.astype(np.float64)) < 2.0**53).all()),
+    f"rows hold integers of 2^53 or more; reduce them modulo {p} first",
+  )
   values = np.mod(rows.astype(np.int64), p)
   if pack:
     require(p == 2, f"only GF(2) spaces pack into words, not GF({p})")
@@ -73,6 +78,8 @@ def space(rows, p: int, *, pack: bool = False) -> Shaped[Array, "m n"]:
 
 def check_field(p: int) -> None:
   """Raises InputError unless p is 0 (the reals) or a prime this arithmetic is exact for."""
+  whole = isinstance(p, int | np.integer) and not isinstance(p, bool)
+  require(whole, f"p is {p!r:.40}; give an integer: a prime, or 0 for the reals")
   if p == 0:
     require(jax.config.jax_enable_x64, "p=0, the reals, needs 64-bit floats to decide ranks; set jax_enable_x64")
     return
@@ -110,9 +117,11 @@ def eliminate(m: Shaped[Array, "m n"], p: int, mask: Shaped[Array, "n"] | None =
   are columns as independent as can be had, each the one with the largest part outside the span of those before.
 
   Raises:
-    InputError: as `check_space`.
+    InputError: as `check_space` and `check_mask`.
   """
   check_space(m, p)
+  if mask is not None:
+    check_mask(m, mask)
   rows, columns = m.shape
   if not rows or not columns:
     return Reduced(m, jnp.zeros(columns, jnp.uint32 if m.dtype == jnp.uint32 else bool), jnp.int32(0))
@@ -310,12 +319,21 @@ def gap(m: Float[Array, "m n"], mask: Shaped[Array, "n"] | None = None) -> tuple
   )
 
 
+def check_mask(m: Shaped[Array, "m n"], mask) -> None:
+  """Raises InputError unless the mask says of every column whether it is meant: bools, or words where m is packed."""
+  dtype = jnp.uint32 if m.dtype == jnp.uint32 else jnp.bool_
+  fits = getattr(mask, "dtype", None) == dtype and mask.shape == m.shape[-1:]
+  form = f"{mask.dtype}{list(mask.shape)}" if hasattr(mask, "dtype") else f"a {type(mask).__name__}"
+  require(fits, f"the mask is {form}; expected an array of {m.shape[-1]} {dtype.dtype.name}, one a column")
+
+
 def check_space(m, p: int) -> None:
   """Raises InputError unless m is a matrix of the field's dtype.
 
   Packed words take p = 2, float64 takes p = 0, int32 and int64 a prime, and only int64 takes `LARGE`.
   """
   check_field(p)
+  require(hasattr(m, "dtype"), f"a space is a {type(m).__name__}; make it with fields.space(rows, p)")
   exact = m.dtype == jnp.int64 or (m.dtype == jnp.int32 and p != LARGE)
   require(
     p == 2 if m.dtype == jnp.uint32 else m.dtype == jnp.float64 if p == 0 else exact,

@@ -23,6 +23,7 @@ Kronecker order everywhere: mode 1 slowest, as `W.reshape(R_1, ..., R_K)` has it
 
 import dataclasses
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core import kalman
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_key
 from jaxlab.core.precision import exactly
 from jaxlab.tensors import matern
 from jaxlab.tensors.funbat_data import (  # noqa: F401 - what a user of this module needs beside it
@@ -76,6 +77,7 @@ class State:
 
 def initial_state(data: Data, settings: Settings, key: jax.Array) -> State:
   """Random means in (0, 1); covariances, noise and core as `settings.initial` says; messages near zero."""
+  require_key(key)
   modes, size, dtype = len(data.grids), data.y.shape[0], data.y.dtype
   small = settings.initial == "small"
   ranks = [settings.of_mode("rank", k, modes) for k in range(modes)]
@@ -140,14 +142,14 @@ def fit(data: Data, settings: Settings, key: jax.Array, *, epochs: int, test: Da
     the model's units.
 
   Raises:
-    InputError: epochs < 1, or a test set on other grids or in other units.
+    InputError: no key, epochs no integer or below 1, or a test set on other grids or in other units.
   """
   require_same_grids(data, test)
   return _sweeps(initial_state(data, settings, key), data, settings, epochs, test)
 
 
 def _sweeps(state: State, data: Data, settings: Settings, epochs: int, test: Data | None):
-  require(epochs >= 1, f"epochs is {epochs}; at least one is needed")
+  require(isinstance(epochs, Integral) and epochs >= 1, f"epochs is {epochs}; give an integer, at least 1")
 
   def body(state, _):
     state = epoch(state, data, settings)
@@ -330,10 +332,11 @@ def predict(state: State, data: Data, coordinates: Float[Array, "N K"], settings
     rule: "markov" is exact; "merge" is the authors' code, which joins the neighbours as if independent (an ablation).
 
   Raises:
-    InputError: the coordinates have another number of modes.
+    InputError: the coordinates have another number of modes, or (where they are not traced) are NaN or infinite.
   """
   modes = len(data.grids)
-  coordinates = coordinates if isinstance(coordinates, jax.Array) else numbers("coordinates", coordinates)
+  if not isinstance(coordinates, jax.core.Tracer):
+    coordinates = numbers("coordinates", coordinates)
   require(
     coordinates.ndim == 2 and coordinates.shape[1] == modes,
     f"coordinates have shape {coordinates.shape}; expected (N, {modes})",

@@ -1,6 +1,7 @@
 """What FunBaT is given: observations at real coordinates, in the model's units, and the settings of a fit."""
 
 import dataclasses
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +70,16 @@ class Settings:
     for name in ("rank", "lengthscale", "variance"):
       values = getattr(self, name)
       for value in values if isinstance(values, tuple) else (values,):
+        real = isinstance(value, jax.Array | Real)
+        require(real, f"{name} is {values!r:.60}; give a number, or one for each mode")
         require(isinstance(value, jax.core.Tracer) or value > 0, f"{name} is {values}; it must be positive")
+        require(name != "rank" or isinstance(value, Integral), f"rank is {values}; give integers")
     require(self.model == "tucker" or len(set(np.atleast_1d(self.rank))) == 1, "a CP model has one rank for all modes")
+    for name, length in (("damping", 3), ("noise", 2)):
+      value = getattr(self, name)
+      require(isinstance(value, tuple) and len(value) == length, f"{name} is {value!r:.60}; give {length} numbers")
     require(all(0 <= d < 1 for d in self.damping), f"damping is {self.damping}; each must lie in [0, 1)")
+    require(min(self.noise) > 0, f"noise is {self.noise}; both must be positive")
 
   def of_mode(self, name: str, k: int, modes: int):
     """Field `name` of mode k."""
@@ -144,7 +152,8 @@ def on_grids(grids, index: Int[Array, "N K"], y: Float[Array, "N"], *, units: Un
     units: as in `observe`. Give a test set those of the training set, `data.units`.
 
   Raises:
-    InputError: a grid with NaN, unsorted or duplicate coordinates; an index outside it; NaN in y.
+    InputError: a grid with NaN, unsorted or duplicate coordinates, or such as `dtype` does not tell apart; an index
+      outside it; NaN in y.
   """
   dtype = dtype or jnp.asarray(0.0).dtype
   grids, index, y = (
@@ -163,17 +172,25 @@ def on_grids(grids, index: Int[Array, "N K"], y: Float[Array, "N"], *, units: Un
     require(low >= 0 and high < len(grid), f"index of mode {k} spans {low}..{high}; its grid has {len(grid)} entries")
   if units is None:
     spans = tuple(float(np.ptp(grid)) or 1.0 for grid in grids)
-    units = Units(tuple(float(grid[0]) for grid in grids), spans, float(y.mean()), float(y.std()) or 1.0)
-  grids = tuple(np.asarray(units.of_mode(k, grid), dtype) for k, grid in enumerate(grids))
-  for k, grid in enumerate(grids):
-    step = np.diff(grid)
+    constant = y.std() <= 4 * np.finfo(y.dtype).eps * np.abs(y).max()  # the deviation is rounding
+    spread = 1.0 if constant else float(y.std())
+    units = Units(tuple(float(grid[0]) for grid in grids), spans, float(y.mean()), spread)
+  narrow = tuple(np.asarray(units.of_mode(k, grid), dtype) for k, grid in enumerate(grids))
+  for k, (wide, grid) in enumerate(zip(grids, narrow, strict=True)):
+    place = lambda rises: int(np.argmin([*rises, False])) + 1
+    rises, apart = np.diff(wide) > 0, np.diff(grid) > 0
     require(
-      bool((step > 0).all()),
-      f"grid {k} is not increasing at position {int(np.argmin(step > 0)) + 1 if len(step) else 0} (a duplicate or "
-      f"unsorted coordinate, in {np.dtype(dtype).name}); merge duplicates with observe(coordinates, y)",
+      bool(rises.all()),
+      f"grid {k} is not increasing at position {place(rises)} (a duplicate or unsorted coordinate); merge duplicates "
+      "with observe(coordinates, y)",
+    )
+    require(
+      bool(apart.all()),
+      f"grid {k} has coordinates that are one number in {np.dtype(dtype).name} (at position {place(apart)}); round "
+      "them, or give dtype=float64 with jax_enable_x64" + ("" if units.span else ", or units=None"),
     )
   y = np.asarray((y - units.mean) / units.spread, dtype)
-  return Data(tuple(map(jnp.asarray, grids)), jnp.asarray(index, jnp.int32), jnp.asarray(y), units)
+  return Data(tuple(map(jnp.asarray, narrow)), jnp.asarray(index, jnp.int32), jnp.asarray(y), units)
 
 
 def take(data: Data, at) -> Data:
@@ -182,9 +199,10 @@ def take(data: Data, at) -> Data:
 
 
 def require_same_grids(data: Data, test: Data | None) -> None:
-  """Raises InputError if the test set's indices are not places on the training set's grids."""
+  """Raises InputError for a test set that is no `Data`, or whose indices are not places on the training set's grids."""
   if test is None:
     return
+  require(isinstance(test, Data), f"the test set is a {type(test).__name__}; make it with observe and take")
   known = lambda grid: not isinstance(grid, jax.core.Tracer)
   same = len(data.grids) == len(test.grids) and data.units == test.units
   for a, b in zip(data.grids, test.grids, strict=False):
@@ -198,6 +216,7 @@ def require_same_grids(data: Data, test: Data | None) -> None:
 
 def numbers(name, values) -> np.ndarray:
   """float64 on the host: coordinates such as Unix seconds do not fit into float32."""
+  require(not np.iscomplexobj(values), f"{name} are complex; give real numbers")
   try:
     values = np.asarray(values, np.float64)
   except (TypeError, ValueError) as error:

@@ -49,11 +49,14 @@ def rank(m: Space, p: int) -> Int[Array, ""]:
 def restrict(m: Space, mask: Mask, p: int) -> Space:
   """V o mask, with zeros in the other columns."""
   fields.check_space(m, p)
+  fields.check_mask(m, mask)
   return canonical(fields.keep(m, mask), p) if p or not m.size else _square(fields.row_basis(m, mask))
 
 
 def contract(m: Space, mask: Mask, p: int) -> Space:
   """V x mask: the vectors of V that are zero outside the mask."""
+  fields.check_space(m, p)
+  fields.check_mask(m, mask)
   return canonical(_reduced(m, p, ~mask).rest(), p)
 
 
@@ -91,6 +94,8 @@ def perp(m: Space, p: int) -> Space:
 
 def connectivity(m: Space, mask: Mask, p: int) -> Int[Array, ""]:
   """lambda = r(V o S) + r(V o Q) - r(V), S the mask and Q the rest: the least |P| of any decomposition."""
+  fields.check_space(m, p)
+  fields.check_mask(m, mask)
   part = lambda mask: _reduced(m, p, mask).rank
   return part(mask) + part(~mask) - rank(m, p)
 
@@ -291,7 +296,7 @@ def _rows(m):
 
 def _check_columns(a, b, nS, nP, nQ):
   require(
-    a.shape[-1] == nS + nP and b.shape[-1] == nP + nQ and a.dtype == b.dtype,
+    min(nS, nP, nQ) >= 0 and a.shape[-1] == nS + nP and b.shape[-1] == nP + nQ and a.dtype == b.dtype,
     f"spaces have {a.shape[-1]} and {b.shape[-1]} columns ({a.dtype}, {b.dtype}); expected |S|+|P|={nS + nP} and "
     f"|P|+|Q|={nP + nQ} of one dtype",
   )

@@ -73,6 +73,7 @@ FRAME = pandas.DataFrame({"from": ["a", "b"], "to": ["c", None], "weight": [1.0,
     (lambda: common.from_edges([("a", "b")]).index(["a", "c"]), "no vertex is named 'c'; the first of 2 names are 'a'"),
     (lambda: common.from_edges([("a", "b")]).index("a"), "names is 'a'; give a list"),
     (lambda: common.load("karate").index([34]), "no vertex is named 34"),
+    (lambda: common.from_networkx(common.load("karate")), "graph is a Graph; from_networkx takes networkx graphs"),
     (lambda: common.rmat(8, 10, quadrants=(0.5, 0.5, 0.5, 0.5)), "sum to 1"),
   ],
 )

@@ -502,6 +502,17 @@ def test_empty_leaves_are_left_out_where_asked_for():
   assert dict(zip(names, tree.weights.tolist(), strict=True)) == {"": 4, "a": 3, "a/x": 3, "f": 1, "f/i": 1}
 
 
+def test_an_empty_file_in_a_folder_has_no_polygon(tmp_path):
+  (tmp_path / "a").mkdir()
+  for name, text in (("a/b", "x"), ("a/c", ""), ("d", "yy"), ("e", "")):
+    (tmp_path / name).write_text(text)
+  assert files.file_sizes("directory", str(tmp_path)) == ({"a/b": 1.0, "d": 2.0}, tmp_path)
+  sizes = {p: p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+  with pytest.raises(InputError, match="has size 0, which has no area; drop_empty=True"):
+    tree_from_sizes(sizes)
+  assert len(tree_from_sizes(sizes, drop_empty=True)[1]) == 3 + len(tmp_path.parts)
+
+
 def test_polygons_are_measured_a_few_at_a_time(monkeypatch):
   """10,000 leaves: no call sees more than a chunk, and the numbers are those of each polygon alone."""
   seen, measure = [], polygons._measure
@@ -515,6 +526,20 @@ def test_polygons_are_measured_a_few_at_a_time(monkeypatch):
   for at in (0, 99, 4096, 10_099):
     alone = polygons.measure(polygons.Polygon(*(part[at : at + 1] for part in shapes)))
     np.testing.assert_allclose([m[at] for m in metrics], np.ravel(alone), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_tree_of_a_million_leaves_is_drawn_and_measured():
+  """10^4 folders, from paths to right areas within the bound; its boxes too. Distances of all vertices were 4 GB."""
+  weights = np.random.default_rng(0).lognormal(0, 3, 10**6).tolist()
+  tree, names = tree_from_sizes({f"{i // 100}/{i}": weight for i, weight in enumerate(weights)})
+  assert len(names) == 1 + 10**4 + 10**6
+  binary = binarise(tree)
+  measured = polygons.measure(polygons.partition(binary, method="angular").of_nodes(binary))
+  np.testing.assert_allclose(measured.area, tree.weights / tree.weights[0], rtol=1e-9)
+  assert measured.aspect.max() <= polygons.aspect_bound(len(binary.levels), method="angular")
+  sides = boxes.slack_boxes(tree, eps=0.1)[1]
+  assert boxes.box_aspect(sides).max() <= 10 * (1 + 1e-9)
 
 
 def test_nouns_hang_under_their_first_hypernym(tmp_path):
@@ -561,6 +586,11 @@ def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):
     (lambda: weighted_tree([-1, 2, 0], [0, 1, 1]), "node 1 has parent 2; node 0 is the root"),
     (lambda: weighted_tree([0, 0], [1, 1]), "node 0 has parent 0"),
     (lambda: weighted_tree([-1, 0], [1]), "1 weights for 2 nodes"),
+    (lambda: weighted_tree([-1, 0.5, 0], [0, 1, 1]), "node 1 has parent 0.5; parents are numbers of nodes"),
+    (lambda: weighted_tree([math.nan, 0], [0, 1]), "node 0 has parent nan; .* the root's -1"),
+    (lambda: weighted_tree([None, "a"], [0, 1]), "parents are no numbers"),
+    (lambda: weighted_tree([-1, 0], [0, "big"]), "weights are no numbers .*big"),
+    (lambda: tree_from_sizes([("a", 1)]), r"sizes are a list; give \{path: size\}"),
     (lambda: polygons.partition(binarise(tree_part.star([1, 2])), method="magic"), "method is 'magic'"),
     (lambda: polygons.partition(binarise(tree_part.star([1, 2])), root="cube"), "root is 'cube'"),
     (lambda: polygons.aspect_bound(5, method="random"), "method with a bound is 'random'"),

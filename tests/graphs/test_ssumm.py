@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.ssumm import get_config
 from experiments.ssumm import baselines as ssumm_baselines
 from jaxlab.core.checks import InputError
 from jaxlab.graphs import common, ssumm, ssumm_host, summary
@@ -460,7 +462,8 @@ def test_sparsification_alone_meets_the_budget():
     (lambda: ssumm.summarise(GRAPH, jax.random.key(0), budget=0.3), "the budget is 0.3 bits"),
     (lambda: ssumm_host.summarise(GRAPH, 0, budget=0.3), "the budget is 0.3 bits"),
     (lambda: ssumm.summarise(GRAPH, 0, budget=9), r"key is 0; give jax.random.key\(0\)"),
-    (lambda: ssumm.summarise(networkx.path_graph(3), jax.random.key(0), budget=9), "is a Graph; .*from_networkx"),
+    (lambda: ssumm.summarise(networkx.path_graph(3), jax.random.key(0), budget=9), r"is a networkx\.\S+; make a Graph"),
+    (lambda: graph_bits(networkx.path_graph(3)), r"is a networkx\.\S+; make a Graph of it, .*from_networkx"),
     (lambda: ssumm.summarise(GRAPH, jax.random.key(0), budget=9, error="re3"), "error is 're3'"),
     (lambda: ssumm.summarise(GRAPH, jax.random.key(0), budget=9, groups="all"), "groups is 'all'"),
     (lambda: ssumm.summarise(GRAPH, jax.random.key(0), budget=9, share=2.0), "share is 2.0"),
@@ -476,6 +479,14 @@ def test_sparsification_alone_meets_the_budget():
 def test_impossible_requests_are_named(call, message):
   with pytest.raises(InputError, match=message):
     call()
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_errors_and_seconds_are_of_the_same_settings(scale):
+  """Of the defaults: seconds are of them by construction."""
+  defaults = {name: p.default for name, p in inspect.signature(ssumm.summarise).parameters.items()}
+  options = get_config(scale).summary.options.to_dict()
+  assert options == {name: defaults[name] for name in options}
 
 
 def test_the_experiment_runs_and_continues(tmp_path, monkeypatch):

@@ -116,15 +116,33 @@ def test_adacur_spends_its_budget_on_different_items():
     assert np.array_equal(np.sort(f.m[query, found.items[row]])[::-1], found.scores[row])
 
 
-def test_a_scorer_may_be_anything_that_returns_numbers():
+class Foreign:
+  """An array of another package: all that is known of it is that NumPy takes it."""
+
+  def __init__(self, values):
+    self.values = values
+
+  def __array__(self, dtype=None, copy=None):
+    return np.asarray(self.values, dtype)
+
+
+@pytest.mark.parametrize("form", [np.asarray, np.ndarray.tolist, Foreign])
+def test_a_scorer_may_be_anything_that_returns_numbers(form):
   m = np.random.default_rng(0).normal(size=(30, 6)) @ np.random.default_rng(1).normal(size=(6, 40))
   m = m.astype(np.float32)
-  remote = lambda q, i: m[np.asarray(q), np.asarray(i)]  # NumPy: it cannot be traced
+  remote = lambda q, i: form(m[np.asarray(q), np.asarray(i)])  # it cannot be traced
   first = jnp.tile(jnp.array([3, 9, 17]), (10, 1))
   options = dict(rounds=3, retrieve=5, k=5)
-  found = anncur.adacur(remote, np.arange(20, 30), jnp.asarray(m[:20]), first, **options)
-  traced = anncur.adacur(scorer(jnp.asarray(m)), jnp.arange(20, 30), jnp.asarray(m[:20]), first, **options)
-  assert (found.items == traced.items).all()
+  table, queries = anncur.score_matrix(remote, np.arange(20), np.arange(40)), np.arange(20, 30)
+  assert (table == jnp.asarray(m[:20])).all()
+  index = anncur.cur_index(table, first[0])
+  calls = (
+    lambda f: anncur.adacur(f, queries, table, first, **options),
+    lambda f: anncur.search(f, queries, index, retrieve=5, k=5),
+    lambda f: anncur.rerank(f, queries, jnp.asarray(m[20:]), retrieve=5, k=5),
+  )
+  for call in calls:
+    assert (call(remote).items == call(scorer(jnp.asarray(m))).items).all()
 
 
 def test_one_round_of_adacur_is_anncur():
@@ -268,6 +286,8 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([0, 5])), r"one or more of 0\.\.4"),
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([], jnp.int32)), "one or more"),
     (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.array([1, 1])), "anchor twice"),
+    (lambda: anncur.cur_index(jnp.ones((2, 5)), jnp.ones(5, bool)), r"one or more of 0\.\.4"),
+    (lambda: anncur.cur_index(jnp.ones((2, 5)), [0.5]), r"one or more of 0\.\.4"),
     (lambda: anncur.cur_index(jnp.full((2, 5), jnp.nan), jnp.array([1])), "R_anc holds NaN"),
     (lambda: anncur.regularised_pinv(jnp.ones((2, 2)), method="lasso"), "method is 'lasso'"),
     (lambda: anncur.regularised_pinv(jnp.ones((2, 2)), strength=-1.0), "strength is -1.0"),
@@ -280,6 +300,22 @@ FIRST = jnp.array([[0, 1]])
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=5, retrieve=1, k=1), "leave none of 10"),
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=0, retrieve=1, k=1), "rounds is 0"),
     (lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST, rounds=1, retrieve=1, k=1, strength=0.0), "strength"),
+    (
+      lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), jnp.array([[3, 3]]), rounds=1, retrieve=1, k=1),
+      "twice among the first anchors",
+    ),
+    (
+      lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), jnp.array([[0, 10]]), rounds=1, retrieve=1, k=1),
+      r"first anchors lie in 0\.\.10; items are 0\.\.9",
+    ),
+    (
+      lambda: anncur.adacur(ONES, [0], jnp.ones((2, 10)), FIRST[0], rounds=1, retrieve=1, k=1),
+      r"first anchors are int32\[2\]; expected integers \[1, slots\]",
+    ),
+    (
+      lambda: anncur.search(lambda q, i: np.ones((1, 3)), jnp.arange(2), SMALL, retrieve=2, k=1),
+      r"scores of the anchor items have shape \(1, 3\); the scorer was asked for \(2, 3\)",
+    ),
     (lambda: anncur.evaluate(jnp.ones((1, 5)), jnp.ones((1, 5)), ks=(6,), retrieves=(2,)), "beyond 5 items"),
     (
       lambda: baselines.shared_batches(None, [0], np.ones((1, 9)), steps=1, batch=2, size=5),

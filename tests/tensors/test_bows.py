@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from configs.bows import get_config
 from experiments import bows as experiment
 from experiments import results
-from experiments.bows import cities, months, synthetic, training, value_coding
+from experiments.bows import cities, months, synthetic, training, value_coding, words
 from experiments.console import Console
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import bows
@@ -414,6 +414,18 @@ def test_a_grid_over_data_sets_is_a_grid_of_each():
       np.testing.assert_allclose(both[name][at], one[name][0], atol=1e-5)
 
 
+def test_a_shorter_run_decays_as_much_as_the_papers():
+  """Rate x decay x steps is that of 40 steps in 10; of every scale that of the paper's 31,700."""
+  t = get_config("test").train
+  t.update(weight_decays=(0.0, 1.0), paper_steps=40, steps=10, batch=16, seeds=1)
+  bits = jnp.asarray(np.packbits(circular()[:64], axis=1))
+  options = dict(latent=3, features=12, steps=10, batch=16, rate=t.rate, seeds=1)
+  grid, _ = training.train_grid(bits, jnp.array([0.0, 4.0]), **options)
+  expected = [words.relative_offdiagonal(training.pick(grid, i, 0)) for i in (0, 1)]
+  assert list(words.measure_geometry(t, 3, 12, bits).values()) == pytest.approx(expected, rel=1e-5)
+  assert {get_config(scale).train.paper_steps for scale in ("cpu", "gpu", "paper")} == {31_700}
+
+
 def test_the_random_control_keeps_norms_and_biases():
   """Random W with matched norms; its Gram has the model's diagonal and nothing of its pattern."""
   params = bows.init_params(jax.random.key(0), features=300, latent=20)
@@ -447,8 +459,24 @@ def city_config(path):
       r"bits are float32\[4, 20\]; 20 words are uint8 of \[..., 3\]",
     ),
     (lambda tmp: bows.evaluate(random_model(), np.zeros((4, 20), np.uint8), 20), r"bits are uint8\[4, 20\]"),
+    (
+      lambda tmp: bows.train(
+        random_model(), np.packbits(np.ones((4, 24), int), 1), features=20, steps=1, batch=2, rate=1
+      ),
+      "bits beyond 20 words are set",
+    ),
+    (
+      lambda tmp: bows.train(random_model(), jnp.zeros((4, 4), jnp.uint8), features=25, steps=1, batch=2, rate=1),
+      "features is 25, the parameters are of 20 words",
+    ),
+    (lambda tmp: bows.evaluate(random_model(), jnp.zeros((4, 3), jnp.uint8), 19), "features is 19, the parameters"),
+    (lambda tmp: data.shuffle_columns(np.zeros((4, 20), np.uint8), 20, 0), r"bits are uint8\[4, 20\]; 20 words"),
+    (lambda tmp: data.or_rows(jnp.zeros((4, 3), jnp.uint8), np.array([0, 3]), 2), r"at 0\.\.3; of 2 rows, at 0\.\.2"),
+    (lambda tmp: data.or_rows(np.zeros((4, 3), np.uint8), np.array([-1]), 2), r"start at -1\.\.0"),
+    (lambda tmp: data.or_rows(np.zeros((4, 24), bool), np.array([0]), 2), "rows are bool; pack them"),
     (lambda tmp: data.synthetic("torus"), "structure is 'torus'"),
     (lambda tmp: data.pack_rows([[0], [7]], 5), "row 1 has a word index outside 0..4"),
+    (lambda tmp: data.pack_rows([[0], ["a"]], 5), "row 1 has a word index outside 0..4"),
     (lambda tmp: data.make_windows([[0]], group=0), "group is 0"),
     (lambda tmp: data.block_split(1000, group=50, block=100), "too short for windows of 50"),
     (lambda tmp: data.block_split(90, group=2, block=100), "90 rows are too few"),

@@ -392,6 +392,21 @@ def test_outputs_far_from_zero_and_unix_seconds_are_learned_as_they_come(model):
   assert np.mean(np.abs(error) < 1.96 * np.sqrt(variance)) > 0.9
 
 
+def test_coordinates_that_the_model_cannot_tell_apart_are_named():
+  """Seconds of ten years: neighbours are one float32 number even in shares of their range."""
+  seconds = 1.7e9 + np.array([0.0, 1.0, 3e8, 3e8 + 1])[:, None]
+  with jax.enable_x64(False), pytest.raises(InputError, match=r"one number in float32 \(at position 3\); round"):
+    funbat.observe(seconds, np.ones(4))
+  assert len(funbat.observe(seconds, np.ones(4)).grids[0]) == 4
+
+
+def test_constant_outputs_and_coordinates_have_no_spread():
+  """The deviation of equal numbers is rounding: divided by it they were ones. A mode of one coordinate is one."""
+  data = funbat.observe(np.stack([np.arange(7.0), np.full(7, 300.0)], 1), np.full(7, 0.1))
+  assert data.units.spread == 1 and float(jnp.abs(data.y).max()) < 1e-12
+  assert data.units.span == (6.0, 1.0) and data.grids[1].tolist() == [0.0]
+
+
 def test_units_change_nothing_but_the_units():
   """Predictions of a y + b at c i + d are a times those of y at i, plus b; and points of a factor are in its units."""
   at, y = smooth_and_rough(80)
@@ -518,6 +533,18 @@ def test_a_fit_that_loses_its_loss_keeps_the_last_parameters_that_had_one(steps)
     (lambda: funbat.on_grids([np.array([0.0, 1.0, 1.0])], np.zeros((1, 1), int), np.ones(1)), "at position 2 .*merge"),
     (lambda: funbat.on_grids([np.array([0.0, 1.0])], np.full((1, 1), 2), np.ones(1)), r"spans 2\.\.2; its grid has 2"),
     (lambda: Settings(rank=0), "rank is 0; it must be positive"),
+    (lambda: Settings(rank=2.5), "rank is 2.5; give integers"),
+    (lambda: Settings(lengthscale="0.1"), "lengthscale is '0.1'; give a number, or one for each mode"),
+    (lambda: Settings(damping=0.3), "damping is 0.3; give 3 numbers"),
+    (lambda: Settings(noise=(1.0,)), r"noise is \(1.0,\); give 2 numbers"),
+    (lambda: funbat.observe(1j * np.ones((1, 1)), np.ones(1)), "coordinates are complex"),
+    (lambda: funbat.fit(random_problem(), Settings(), 0, epochs=1), r"key is 0; give jax.random.key\(0\)"),
+    (lambda: funbat.fit(random_problem(), Settings(), jax.random.key(0), epochs=2.5), "epochs is 2.5; give an integer"),
+    (
+      lambda: funbat.fit(random_problem(), Settings(), jax.random.key(0), epochs=1, test=(np.ones((1, 3)), np.ones(1))),
+      "the test set is a tuple; make it with observe and take",
+    ),
+    (lambda: funbat.predict(None, random_problem(), jnp.full((1, 3), jnp.nan), Settings()), "coordinates has 3 NaN"),
     (lambda: Settings(rank=(2, 3), model="cp"), "one rank for all modes"),
     (lambda: Settings(kernel="rbf"), "kernel is 'rbf'"),
     (lambda: Settings(damping=(1.0, 0.0, 0.0)), "each must lie in"),
@@ -560,11 +587,14 @@ def test_claims_take_the_variant_chosen_on_held_out_data_and_the_worst_data_set(
   rows = {"FunBaT-CP": row(0.4, 0.6), "FunBaT": row(0.5, 0.3), "discrete CP": row(0.1, 0.9)}
   rows["discrete CP"]["errors"]["rmse_of_training"] = {"mean": 0.85, "std": 0.1}
   sets = {"easy": rows | {"discrete Tucker": row(0.9, 2.0)}, "hard": rows | {"discrete Tucker": row(0.9, 0.7)}}
-  claim, dense = comparison.claims(
-    config_file.get_config("test"), sets | {"full": rows}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
-  )[:2]
+  full = rows | {"exact GP": row(0.1, 0.4), "GPTF": row(0.1, 0.25)}
+  claim, dense, processes, *_ = comparison.claims(
+    config_file.get_config("test"), sets | {"full": full}, {"easy": 1e-3, "hard": 1e-3, "full": 0.5}
+  )
   assert dense.name.endswith("more seen, full") and dense.holds
   assert "discrete CP 0.9000 (3.00), on its training entries 0.8500" in dense.note
+  # The best Gaussian process, of indices too: FunBaT-CP is 3.5 deviations above it.
+  assert processes.ours == pytest.approx(3.5) and not processes.holds and "FunBaT-CP 0.6000, GPTF" in processes.note
   assert claim.name.endswith("worst of 2 data sets") and claim.ours == pytest.approx(1.0) and not claim.holds
   assert "hard: FunBaT-CP 0.6000, discrete Tucker 0.7000" in claim.note
   assert "0.600 on hard (discrete 0.700)" in comparison.finding(sets)
@@ -596,6 +626,18 @@ def test_real_tensors_are_read(tmp_path):
   (train, test), _ = load_folds(config)["us"]
   assert [len(g) for g in train.grids] == [15, 95, 267] and float(train.grids[2][-1]) == 1.0
   np.testing.assert_allclose([train.y.mean(), train.y.std()], [0, 1], atol=1e-6)
+  config.data.few = (10, 20)
+  fewer = load_folds(config)
+  assert {name: len(folds[0][0].y) for name, folds in fewer.items()} == {
+    "us": 30,
+    "us, 10 entries": 10,
+    "us, 20 entries": 20,
+  }
+  assert all((fold.y == test.y).all() for (_, fold), _ in fewer.values())
+  config.data.few = (31,)
+  with pytest.raises(InputError, match="has 31; a fold has 30"):
+    load_folds(config)
+  config.data.few = ()
   np.savez(path, **arrays | {"data/1/te_y": np.zeros(7), "data/1/te_ind": arrays["data/1/te_ind"][:7]})
   with pytest.raises(InputError, match="folds of several sizes"):
     load_folds(config)
