@@ -15,11 +15,12 @@ measures the machine it runs on; results are named after its number of GPUs: x2,
 
   JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
 
-has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes a minute
-on two cores and printed (2026-11-28):
+has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes two
+minutes on two cores and printed (2026-11-29):
 
   bytes that fsdp sends for a microbatch, over the parameters'   2.1   (data 1.4, tensor 7.5)
   largest difference of a loss from one device's                 2e-6 nats
+  memory for a token of a prompt shared by 4, over one's         0.25
 """
 
 import ml_collections

@@ -89,7 +89,8 @@ def _prompt_claim(config, metrics: dict) -> Claim:
   noted = "devices, time and what each holds: " + "; ".join(
     f"{length} tokens: "
     + ", ".join(
-      f"{n} {row['prefill']['median']:.4g} ms and {row['bytes'] / 1e6:.4g} MB, a later token {row['decode']['median']:.3g} ms"
+      f"{n} {row['prefill']['median']:.4g} ms and {row['bytes'] / 1e6:.4g} MB, a later token "
+      f"{row['decode']['median']:.3g} ms"
       for n, row in found.items()
     )
     for length, found in metrics["prompts"].items()
@@ -205,14 +206,14 @@ def _draw_sent(shapes: dict, workdir: Path) -> str:
 
 
 def _draw_prompts(config, found: dict, workdir: Path) -> str:
-  kinds = {"GB a device": lambda row: row["bytes"] / 1e9}
+  kinds = {"MB a device": lambda row: row["bytes"] / 1e6}
   if config.timed:
     kinds["ms"] = lambda row: row["prefill"]["median"]
   figure, axes = figures.subplots(len(kinds), squeeze=False)
   for axis, (label, value) in zip(axes[0], kinds.items(), strict=True):
     for tokens, rows in found.items():
       axis.plot([int(n) for n in rows], [value(row) for row in rows.values()], "o-", label=f"{tokens} tokens")
-    axis.set(xlabel="devices", ylabel=label, ylim=(0, None))
+    axis.set(xlabel="devices", ylabel=label, ylim=(0, None), xticks=[int(n) for n in rows])
     axis.legend()
   return figures.save(figure, workdir, "prompts")
 

@@ -164,9 +164,7 @@ def prefill(
     f"give decoder a chunk of at least {-(-time // page) * page}",
   )
   prompts, lengths, chunk = in_chunks(prompts, lengths, capacity=capacity, chunk=chunk, unit=page)
-  state = empty_state(
-    network, batch=batch, capacity=max(capacity, prompts.shape[1]), page=page, method=method
-  )
+  state = empty_state(network, batch=batch, capacity=max(capacity, prompts.shape[1]), page=page, method=method)
   ends, state = read(network, prompts, lengths, state, chunk=chunk, method=method)
   previous = before_smear(network.model, last_of(prompts, lengths))
   state = dataclasses.replace(state, length=lengths, previous=previous)
@@ -336,8 +334,8 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
       pages out; these are not read by the kernel. By default pages follow each other.
 
   Returns:
-    (attention like q; its log-sum-exp, float32[batch, time, q_heads]). Pages past the last position are not read. Tokens
-    that see no page are zeros, and -inf.
+    (attention like q; its log-sum-exp, float32[batch, time, q_heads]). Pages past the last position are not read.
+    Tokens that see no page are zeros, and -inf.
   """
   batch, time, q_heads, size = q.shape
   kv_heads, _, page, _ = keys.shape

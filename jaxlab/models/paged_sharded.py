@@ -102,7 +102,7 @@ def step(
 
 
 def _table(batch: int, pages: int, share: int, devices: int) -> Int[Array, "batch pages"]:
-  """Pages of every row where `share` in a row lie on each device in turn; the pools' parts are put one after another."""
+  """Pages of every row where `share` in a row lie on each device in turn; the pools' parts follow each other."""
   page = jnp.arange(pages, dtype=jnp.int32)
   row = jnp.arange(batch, dtype=jnp.int32)[:, None]
   device, place = page // share % devices, page // (share * devices) * share + page % share
@@ -114,8 +114,7 @@ def _mine(state: paged.State, table) -> paged.State:
 
   Its memory is (numbers of this device's pages of every row, their positions), for attention.
   """
-  batch, pages = table.shape
-  count = state.pools[0][0].shape[1]
+  batch, count = len(table), state.pools[0][0].shape[1]
   table = table - jax.lax.axis_index(AXIS) * count
   here = (table >= 0) & (table < count)
   own = jnp.argsort(~here, axis=1, stable=True)[:, : count // batch]

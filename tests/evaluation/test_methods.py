@@ -78,6 +78,13 @@ def test_methods_of_a_paged_cache_by_name(model, name):
   assert generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder).tolist() == expected.tolist()
 
 
+def test_a_prompt_over_several_devices_by_name(model):
+  network, logits, decoder = subject(model, "sequence", devices=2, page=4, prefill_chunk=8)
+  assert logits is None
+  expected = generate(model, TOKENS, LENGTHS, tokens=4)
+  assert generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder).tolist() == expected.tolist()
+
+
 def test_scores_behind_prompts_of_different_lengths(model):
   network, _, decoder = subject(model, "dense", page=4, prefill_chunk=8)
   following = random_tokens(2, 4)
@@ -139,6 +146,8 @@ def test_methods_with_trained_parts_by_the_files_that_hold_them(model, tmp_path,
     ("compact_attention", dict(select="seer"), "select=seer needs gate="),
     ("snlp", dict(layers=2, depth=3), "an option of method snlp is 'depth'; it must be one of layers, "),
     ("snlp", dict(layers=7), "layers"),
+    ("sequence", dict(devices=9), "devices is 9; this machine has 8"),
+    ("sequence", dict(devices=3), "page x devices on 'sequence'=192 must divide chunk=4096"),
   ],
 )
 def test_impossible_methods_are_named(model, method, options, message):

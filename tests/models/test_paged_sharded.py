@@ -118,7 +118,10 @@ def test_positions_lie_in_turn_on_the_devices():
 @pytest.mark.parametrize(
   "make, message",
   [
-    (lambda: paged_sharded.decoder(mesh(8), chunk=100, page=4), "page x devices on 'sequence'=32 must divide chunk=100"),
+    (
+      lambda: paged_sharded.decoder(mesh(8), chunk=100, page=4),
+      "page x devices on 'sequence'=32 must divide chunk=100",
+    ),
     (lambda: paged_sharded.decoder(mesh(8), chunk=64, page=0), "page is 0"),
     (lambda: paged_sharded.decoder(jax.make_mesh((8,), ("data",))), "it needs one named 'sequence'"),
     (
