@@ -132,6 +132,7 @@ PAGED = {
   "streaming_llm": eviction.streaming_llm,
   "h2o": eviction.h2o,
   "snapkv": eviction.snapkv,
+  "pyramidkv": eviction.pyramidkv,
   "keydiff": eviction.keydiff,
 }
 SELECTORS = {

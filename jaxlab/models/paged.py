@@ -62,6 +62,7 @@ class View(NamedTuple):
     start: position of the first new token, of all rows or of each.
     lengths: (batch,), the positions of every row that count, new tokens included; later ones are padding.
     x: the layer's input, (batch, time, width).
+    tokens: the new tokens' ids, (batch, time).
   """
 
   layer: int
@@ -72,6 +73,7 @@ class View(NamedTuple):
   start: Array
   lengths: Array
   x: Array
+  tokens: Array | None = None
 
 
 def attend_densely(q, k, v, view: View, memory):
@@ -252,7 +254,8 @@ def hidden(network: Network, tokens, state: State, lengths, method: Method):
     if pools:
       new = zip(pools[layer], (k, v), strict=True)
       pools[layer] = tuple(write(pool, a, state.table, side.start) for pool, a in new)
-    view = View(layer, window, *(pools[layer] if pools else (None, None)), state.table, side.start, lengths, x)
+    pair = pools[layer] if pools else (None, None)
+    view = View(layer, window, *pair, state.table, side.start, lengths, x, tokens)
     out, memory = method.attend(q, k, v, view, memory)
     return out
 

@@ -64,7 +64,7 @@ FULL = {  # what makes every method the model
   "dhsa": dict(budget=256),
   "sliding_window": dict(budget=256),
   **{name: dict(keep=1.0, slide=False) for name in ("streaming_llm", "h2o")},
-  **{name: dict(keep=1.0) for name in ("chelsea", "snapkv", "keydiff")},
+  **{name: dict(keep=1.0) for name in ("chelsea", "snapkv", "pyramidkv", "keydiff")},
 }
 LENGTHS = np.array([9, 6])
 
