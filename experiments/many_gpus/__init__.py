@@ -32,7 +32,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     case = config.training[name].to_dict()
     console.say(f"training {name}")
     run = lambda case=case: training.measure(case, devices, console)
-    metrics["training"][name] = part(f"training_{name}", run)
+    metrics["training"][name] = part(f"training.{name}", run)
   metrics["suffix"] = part("suffix", lambda: suffix.measure(config.suffix, devices, console))
   metrics["prompts"] = part("prompts", lambda: prompts.measure(config.prompts, devices, console))
   metrics["fit"] = suffix.fit(metrics["suffix"]["decode"], config.suffix)
