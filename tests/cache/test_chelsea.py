@@ -126,6 +126,20 @@ def test_the_error_stays_under_its_bound(seed):
   assert np.linalg.norm(attend(q, out) - attend(q, e)) <= bound + 1e-6
 
 
+def test_no_problem_of_a_thousand_is_over_its_bound():
+  def excess(key):
+    keys = jax.random.split(key, 3)
+    k, v, q = (jax.random.normal(key, shape) for key, shape in zip(keys, ((16, D), (16, D), (D,)), strict=True))
+    e = Entries(k, v, jnp.ones(16))
+    row = module.soft_match(e.keys, e.size, 6)
+    out = module.merge(e, row, 10)
+    one = lambda e: module.attend_entries(q[None, None, None], jax.tree.map(lambda a: a[None, None], e))[0, 0, 0]
+    return jnp.linalg.norm(one(out) - one(e)) - error_bound(q[None], e, out, row)[0]
+
+  found = jax.jit(jax.vmap(excess))(jax.random.split(jax.random.key(0), 1000))
+  assert found.shape == (1000,) and found.max() <= 1e-6
+
+
 @given(st.integers(0, 999))
 def test_rescaled_keys_have_the_mean_length_of_their_tokens(seed):
   """Over several rounds too; directions and values are those of the means."""
