@@ -32,6 +32,7 @@ _WHOLE = PartitionSpec()
 _PLACED = paged.State(pools=PartitionSpec(None, AXIS), table=_WHOLE, length=_WHOLE, memory=_WHOLE, previous=_WHOLE)
 
 
+@functools.cache
 def decoder(mesh: Mesh, *, chunk: int = 4096, page: int = 64) -> Decoder:
   """Dense attention over a paged cache that the devices of a `sequence` axis share (`jaxlab.models.generate`).
 
@@ -42,14 +43,7 @@ def decoder(mesh: Mesh, *, chunk: int = 4096, page: int = 64) -> Decoder:
   Raises:
     InputError: a mesh without the axis, or sizes that do not divide.
   """
-  return _decoder(mesh, chunk, page)
-
-
-@functools.cache
-def _decoder(mesh: Mesh, chunk: int, page: int) -> Decoder:
-  require(AXIS in mesh.axis_names, f"the mesh has axes {mesh.axis_names}; it needs one named {AXIS!r}")
-  require_counts(chunk=chunk, page=page)
-  require_divides(f"page x devices on {AXIS!r}", page * mesh.shape[AXIS], "chunk", chunk)
+  _devices(mesh, chunk, page)
   return Decoder(functools.partial(prefill, mesh=mesh, chunk=chunk, page=page), functools.partial(step, mesh=mesh))
 
 
@@ -66,9 +60,9 @@ def prefill(
   """`paged.prefill` by all devices of the axis; the state is one of `paged`, its pools split by pages.
 
   Raises:
-    InputError: a prompt longer than the capacity.
+    InputError: a prompt longer than the capacity; and what `decoder` raises.
   """
-  devices, batch = mesh.shape[AXIS], len(prompts)
+  devices, batch = _devices(mesh, chunk, page), len(prompts)
   prompts, lengths, chunk = paged.in_chunks(prompts, lengths, capacity=capacity, chunk=chunk, unit=page * devices)
   capacity = -(-max(capacity, prompts.shape[1]) // chunk) * chunk
   share = chunk // devices
@@ -99,6 +93,14 @@ def step(
 
   specs = dict(in_specs=(_WHOLE, _WHOLE, _PLACED), out_specs=(_WHOLE, _PLACED))
   return jax.shard_map(on_each, mesh=mesh, **specs, check_vma=False)(network, tokens, state)
+
+
+def _devices(mesh: Mesh, chunk: int, page: int) -> int:
+  """How many share a chunk."""
+  require(AXIS in mesh.axis_names, f"the mesh has axes {mesh.axis_names}; it needs one named {AXIS!r}")
+  require_counts(chunk=chunk, page=page)
+  require_divides(f"page x devices on {AXIS!r}", page * mesh.shape[AXIS], "chunk", chunk)
+  return mesh.shape[AXIS]
 
 
 def _table(batch: int, pages: int, share: int, devices: int) -> Int[Array, "batch pages"]:

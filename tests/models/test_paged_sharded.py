@@ -128,6 +128,10 @@ def test_positions_lie_in_turn_on_the_devices():
       lambda: paged_sharded.prefill(network("qwen3"), PROMPTS, mesh=mesh(8), capacity=60, chunk=16, page=2),
       "the prompt has 61 tokens, the cache room for 60",
     ),
+    (
+      lambda: paged_sharded.prefill(network("qwen3"), PROMPTS, mesh=mesh(8), capacity=64, chunk=24, page=2),
+      "=16 must divide chunk=24",
+    ),
   ],
 )
 def test_impossible_sizes_and_meshes_are_named(make, message):
