@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           paper=("needle", "multi_key", "variable_tracking"),
         ),
         lengths=pick(test=(256,), cpu=(512,), gpu=(4096,), paper=(1024, 2048, 4096, 8192)),
-        count=pick(test=2, cpu=100, gpu=200),
+        count=pick(test=2, cpu=200),
         batch=pick(test=2, cpu=20, gpu=50),
         late=24,  # tokens at the end of a prompt, the question among them, that come after the cache has shrunk
       ),

@@ -80,7 +80,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         subjects=("base",),
         tasks=pick(test=("needle",), cpu=("multi_key",), gpu=("needle", "multi_key")),
         lengths=pick(test=(256,), cpu=(512,), gpu=(4096,), paper=(1024, 2048, 4096, 8192)),
-        count=pick(test=2, cpu=100, gpu=200),
+        count=pick(test=2, cpu=200),
         batch=pick(test=2, cpu=20, gpu=50),
       ),
       consistency=dict(

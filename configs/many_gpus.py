@@ -1,7 +1,8 @@
 r"""Several GPUs of one host: is the training step as fast on each as on one, and does SNLP's suffix over devices pay?
 
 Training sharded by data, fsdp and tensor, the same batch on 1, 2, 4 devices; then one token and a prompt with the last
-24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism.
+24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism; then prompts of up to 128 K tokens
+shared out along a `sequence` axis.
 
   python -m experiments.run --config=configs/many_gpus.py:gpu --workdir=runs/many_gpus
 
@@ -14,11 +15,12 @@ measures the machine it runs on; results are named after its number of GPUs: x2,
 
   JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
 
-has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes a minute
-on two cores and printed (2026-11-28):
+has simulated devices and tiny shapes: it shows what is sent and that results agree, and claims no speed. Takes two
+minutes on two cores and printed (2026-11-29):
 
   bytes that fsdp sends for a microbatch, over the parameters'   2.1   (data 1.4, tensor 7.5)
   largest difference of a loss from one device's                 2e-6 nats
+  memory for a token of a prompt shared by 4, over one's         0.25
 """
 
 import ml_collections
@@ -88,6 +90,25 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         room=pick(test=100, cpu=200, gpu=600),
         tokens=pick(test=8, cpu=32, gpu=512),
         repetitions=pick(test=2, cpu=5, gpu=12),
+      ),
+      prompts=dict(
+        # Layers of Llama-3.1-8B's shape.
+        shape=dict(
+          depth=pick(cpu=2, gpu=4),
+          width=pick(cpu=64, gpu=4096),
+          q_heads=pick(cpu=4, gpu=32),
+          kv_heads=pick(cpu=2, gpu=8),
+          head_dim=pick(cpu=64, gpu=128),
+          mlp_width=pick(cpu=128, gpu=14_336),
+          vocab_size=pick(cpu=256, gpu=8192),
+        ),
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        prompts=pick(test=(60, 124), cpu=(2048, 8192), gpu=(32_768, 131_072)),
+        rows=1,
+        chunk=pick(test=32, cpu=64, gpu=8192),
+        page=pick(test=4, cpu=16, gpu=128),
+        room=pick(test=16, cpu=64, gpu=256),
+        repetitions=pick(test=2, cpu=3, gpu=5),
       ),
       tolerance=dict(loss=pick(cpu=1e-3, gpu=5e-3), logits=pick(cpu=1e-3, gpu=5e-2)),
     )

@@ -2,6 +2,8 @@
 
 python -m experiments.report                 RESULTS.md, README's table, results/*/README.md, build/results.html
 python -m experiments.report --publish DIR   first copies DIR's results.json and figures into results/<paper>
+python -m experiments.report --restore results/<paper>/<scale>.json DIR
+                                             the other way: a run into DIR measures the parts which that one lacks
 
 A run is named after its scale, or, where its config says `per_machine`, after the machine's number of devices: x2, x4.
 """
@@ -19,9 +21,10 @@ from PIL import Image
 
 from configs import About
 from configs.scales import SCALES
-from experiments.results import cell, markdown, number
+from experiments.results import PART, cell, markdown, number
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.files import write_text
+from jaxlab.core.foreign import foreign
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -61,6 +64,30 @@ def publish(workdir: Path, results: Path = RESULTS) -> Path:
   )
   write_text(folder / f"{name}.json", text)
   return folder / f"{name}.json"
+
+
+def restore(published: Path, workdir: Path) -> list[str]:
+  """Writes the parts of a published run into a workdir, where a run of the same config finds them and measures only
+  those that are missing; returns their names. Numbers have the digits they were published with.
+
+  Raises:
+    InputError: no published run, a workdir that holds something, or metrics that are not the parts by their names.
+  """
+  with foreign(published, "name results/<paper>/<scale>.json"):
+    run = json.loads(published.read_text())
+    parts, metrics = dict(run["parts"]), run["metrics"]
+  require(not workdir.exists() or not any(workdir.iterdir()), f"{workdir} is not empty; name a new folder")
+  for name, origin in parts.items():
+    value = metrics
+    for key in name.split("."):
+      value = value.get(key) if isinstance(value, dict) else None
+    require(value is not None, f"part {name} of {published} is no entry of its metrics; run the experiment again")
+    parts[name] = origin | {"result": value}
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_text(workdir / "config.json", json.dumps(run["config"], indent=1))
+  for name, part in parts.items():
+    write_text(workdir / f"{name}{PART}", json.dumps(part, indent=1))
+  return list(parts)
 
 
 def copy_figure(source: Path, target: Path) -> None:
@@ -239,8 +266,12 @@ def generated(runs: list[dict], results: Path = RESULTS) -> dict[Path, str]:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
   parser.add_argument("--publish", metavar="DIR", type=Path, action="append", default=[])
+  parser.add_argument("--restore", metavar=("JSON", "DIR"), type=Path, nargs=2)
   arguments = parser.parse_args(argv)
   try:
+    if arguments.restore:
+      print(f"{arguments.restore[1]} holds {', '.join(restore(*arguments.restore))}")
+      return 0
     for workdir in arguments.publish:
       print(f"published {publish(workdir)}")
     runs = load()

@@ -32,7 +32,7 @@ from jaxlab.core.files import write_files, write_text
 from jaxlab.core.foreign import foreign
 
 MOST_CLAIMS = 12
-_PART = ".part.json"
+PART = ".part.json"
 _DIVERGED = "no result is written: see why it diverged, or lower the learning rate, and take another --workdir"
 
 
@@ -107,7 +107,7 @@ def write(report: Report, config, workdir: Path, seconds: float, command: str) -
     InputError: a metric or a claim is NaN or infinite (`require_finite`); nothing is written.
   """
   require_finite(report)
-  files = {file.name.removesuffix(_PART): file for file in sorted(workdir.glob(f"*{_PART}"))}
+  files = {file.name.removesuffix(PART): file for file in sorted(workdir.glob(f"*{PART}"))}
   origins = {name: _without(json.loads(file.read_text()), "result") for name, file in files.items()}
   parts = list(origins.values())
   several = lambda name, own: ", ".join(dict.fromkeys(part[name] for part in parts)) or own
@@ -222,12 +222,12 @@ def restored(value):
 
 
 def has_part(workdir: Path, name: str) -> bool:
-  return (workdir / f"{name}{_PART}").exists()
+  return (workdir / f"{name}{PART}").exists()
 
 
 def part(workdir: Path, name: str, measure) -> dict:
   """What `measure()` returned when this run's part `name` was measured: kept in the workdir as JSON, measured once."""
-  file = workdir / f"{name}{_PART}"
+  file = workdir / f"{name}{PART}"
   if not has_part(workdir, name):
     start = time.perf_counter()
     origin = {"git": _git(), "device": _devices(), "versions": _versions()}

@@ -141,7 +141,10 @@ def _join(how: str) -> None:
 
 
 def _same_config(config, workdir: Path) -> None:
-  """Writes config.json, or refuses a folder that holds a run of another config; the devices may be others."""
+  """Writes config.json, or refuses a folder that holds a run of another config.
+
+  Devices may be others, and so may the parts and the subjects they are of: what a part is called says which it is.
+  """
   from jaxlab.core.files import write_text
   from jaxlab.core.foreign import foreign
 
@@ -151,6 +154,7 @@ def _same_config(config, workdir: Path) -> None:
     with foreign(f"{file} is damaged", "remove it if its checkpoints belong to this config"):
       a, b = _flatten(json.loads(file.read_text())), _flatten(mine)
     names = {name for name in a.keys() | b.keys() if not name.startswith("mesh.")}
+    names = {name for name in names if name.split(".")[-1] not in ("parts", "subjects")}
     changed = sorted(name for name in names if a.get(name) != b.get(name))
     require(
       not changed,

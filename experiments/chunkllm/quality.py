@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, compared, named
+from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, RAW, TRUE, compared, holding, named
 from experiments.chunkllm.training import sizes_of
 from experiments.long_context import Subject, accuracy, documents, padded, paired
 from experiments.overlap import overlapped
 from jaxlab.attention.chunkllm import Chunks, retention
 from jaxlab.attention.chunkllm_chunks import best_chunks, chunk_ends, chunk_ids
 from jaxlab.attention.chunkllm_training import teacher_attention
-from jaxlab.cache.eviction import streaming_llm
 from jaxlab.evaluation.long_context import continuation, own_loss
-from jaxlab.models import paged
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.inference import run_layers
 
@@ -27,7 +25,7 @@ def losses_of(config, subject: Subject, mean: float) -> list[dict]:
   read = sizes_of(config.losses, subject.name)
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=config.seed)
   keeps = tuple(map(named, config.keeps if mine else (config.keep,)))
-  names = (DENSE, *keeps, *((FIXED, EVERY, TRUE, CHANCE) if mine else ()))
+  names = (DENSE, *keeps, *((FIXED, EVERY, TRUE, CHANCE, RAW) if mine else ()))
 
   def measured(decoder) -> tuple[np.ndarray, float]:
     run = lambda i: _losses(subject.network, padded(rows[i : i + read.batch], read.batch), read.prompt, decoder)
@@ -39,8 +37,8 @@ def losses_of(config, subject: Subject, mean: float) -> list[dict]:
   shares = {name: share for name, (_, share) in found.items()}
   # Its entries stay as many while the row grows, and the share that is read is a mean over the rest.
   share = shares[named(config.keep)] * (1 + read.rest / (2 * read.prompt))
-  window = paged.decoder(streaming_llm(keep=min(1.0, share)), chunk=256, page=64)
-  found[WINDOW] = measured(window)[0], shares[named(config.keep)]
+  for name, held in holding(config, subject, share).items():
+    found[name] = measured(held)[0], shares[named(config.keep)]
   first = found[DENSE][0]
   row = lambda name, losses, share: (
     dict(subject=subject.name, decoder=name, loss=float(losses.mean()), read=share, count=len(rows))
@@ -59,11 +57,10 @@ def questions_of(config, subject: Subject, mean: float, share: float) -> list[di
   """Rows of `long_context.accuracy`.
 
   Args:
-    share: of the tokens that ChunkLLM reads; the sliding window holds as many.
+    share: of the tokens that ChunkLLM reads; a sliding window and SepLLM's cache hold as many.
   """
   decoders = compared(config, mean, (DENSE, named(config.keep), FIXED, EVERY))
-  decoders[WINDOW] = paged.decoder(streaming_llm(keep=share), chunk=256, page=64)
-  return accuracy(subject, decoders, config.questions)
+  return accuracy(subject, decoders | holding(config, subject, share), config.questions)
 
 
 def consistency_of(config, subject: Subject, label) -> dict:

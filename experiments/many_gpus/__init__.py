@@ -1,4 +1,5 @@
-"""What several devices of one host buy: training by data, fsdp and tensor, SNLP's suffix over a `layer` axis.
+"""What several devices of one host buy: training by data, fsdp and tensor, SNLP's suffix over a `layer` axis, prompts
+over a `sequence` axis.
 
 One run measures 1, 2, 4 .. devices of its machine. On CPUs the devices are simulated: what is sent and that results
 agree can be seen there, not what it costs.
@@ -10,11 +11,12 @@ from pathlib import Path
 import jax
 
 from experiments import figures, results
-from experiments.many_gpus import suffix, training
+from experiments.many_gpus import prompts, suffix, training
 from experiments.results import Claim
 from jaxlab.core.checks import require
 
 _FLOORS = {"data": 0.90, "fsdp": 0.85, "tensor": 0.70}
+_PROMPT_FLOOR = 0.7
 _MOST_SENT = 4.0  # weights gathered for both passes, gradients summed, Muon's exchange
 
 
@@ -30,8 +32,9 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     case = config.training[name].to_dict()
     console.say(f"training {name}")
     run = lambda case=case: training.measure(case, devices, console)
-    metrics["training"][name] = part(f"training_{name}", run)
+    metrics["training"][name] = part(f"training.{name}", run)
   metrics["suffix"] = part("suffix", lambda: suffix.measure(config.suffix, devices, console))
+  metrics["prompts"] = part("prompts", lambda: prompts.measure(config.prompts, devices, console))
   metrics["fit"] = suffix.fit(metrics["suffix"]["decode"], config.suffix)
   return metrics
 
@@ -62,14 +65,47 @@ def claims(config, metrics: dict) -> list[Claim]:
       note=", ".join(f"{name} {value:.1g}" for name, value in apart.items()) + "; the same batch on all",
     )
   )  # fmt: skip
-  error = max(kind["error"] for kind in metrics["suffix"].values())
+  if "prompts" in metrics:
+    made.append(_prompt_claim(config, metrics))
+  error = max(
+    *(kind["error"] for kind in metrics["suffix"].values()),
+    *(row["error"] for rows in metrics.get("prompts", {}).values() for row in rows.values()),
+  )
   made.append(
     Claim(
       "Largest error of logits on several devices, over the largest logit", "", "lower", ours=error,
-      threshold=config.tolerance.logits, note="SNLP beside its form for one device, tensor parallelism beside sequence",
+      threshold=config.tolerance.logits,
+    note="SNLP beside its form for one device, tensor parallelism beside sequence"
+    + ", prompts beside one device's cache" * ("prompts" in metrics),
     )
   )  # fmt: skip
   return made
+
+
+def _prompt_claim(config, metrics: dict) -> Claim:
+  """Of the longest prompt: its speed where that means something, or its memory."""
+  most, tokens = f"{metrics['devices']}", max(metrics["prompts"], key=int)
+  rows = metrics["prompts"][tokens]
+  noted = "devices, time and what each holds: " + "; ".join(
+    f"{length} tokens: "
+    + ", ".join(
+      f"{n} {row['prefill']['median']:.4g} ms and {row['bytes'] / 1e6:.4g} MB, a later token "
+      f"{row['decode']['median']:.3g} ms"
+      for n, row in found.items()
+    )
+    for length, found in metrics["prompts"].items()
+  )
+  if config.timed:
+    return Claim(
+      f"Speed of reading a prompt of {tokens} tokens shared out over {most} devices, over as many times one device's",
+      "", "higher", ours=prompts.speedup(rows, most, "prefill") / int(most), threshold=_PROMPT_FLOOR,
+      baseline=f"{rows['1']['prefill']['median']:.4g} ms on one device", note=noted,
+    )  # fmt: skip
+  return Claim(
+    f"Bytes a device needs for each further token of a prompt shared by {most}, over those of one device alone", "",
+    "lower", ours=prompts.grown(metrics["prompts"], most) / prompts.grown(metrics["prompts"], "1"),
+    threshold=1.2 / int(most), note=noted,
+  )  # fmt: skip
 
 
 def _speeds(metrics: dict):
@@ -125,19 +161,32 @@ def finding(config, metrics: dict) -> str:
     return (
       f"On {most} simulated devices losses stay within {training.difference(runs):.1g} nats of one device's, and fsdp "
       f"sends {training.sent(runs[training.describe('fsdp', most)]):.1f} times the parameters for a microbatch."
+      f"{_prompt_finding(config, metrics)}"
     )
   shares = ", ".join(f"{axis} {training.efficiency(runs, f'{axis} {most}'):.0%}" for axis in _FLOORS)
   times = metrics["suffix"]["decode"]["milliseconds"]
   gain = times[suffix.layered(1, 1)]["median"] / times[suffix.layered(most, 1)]["median"]
   return (
     f"{most} GPUs train {name} at {shares} of {most} times one GPU's speed; SNLP's suffix over {most} GPUs decodes "
-    f"{gain:.2f}x as fast as on one."
+    f"{gain:.2f}x as fast as on one.{_prompt_finding(config, metrics)}"
   )
+
+
+def _prompt_finding(config, metrics: dict) -> str:
+  """A sentence more, where it was measured."""
+  if "prompts" not in metrics:
+    return ""
+  claim, tokens, most = _prompt_claim(config, metrics), max(metrics["prompts"], key=int), metrics["devices"]
+  if config.timed:
+    return f" A prompt of {tokens} tokens is read {claim.ours * most:.2f}x as fast by {most}."
+  return f" A token of a prompt shared by {most} takes {claim.ours:.2f} of the memory on each."
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   """What is sent; and speeds where they mean something."""
   drawn = {_draw_sent(metrics["training"], workdir): "Megabytes of all collectives of a training step"}
+  if "prompts" in metrics:
+    drawn[_draw_prompts(config, metrics["prompts"], workdir)] = "A device's memory while a prompt is read, and the time"
   if config.timed:
     drawn[_draw_speed(metrics["training"], workdir)] = "Training speed for each device, over one device's"
     drawn[_draw_latency(metrics["suffix"], metrics["fit"], workdir)] = "Latency by devices; dotted: the cost model"
@@ -154,6 +203,19 @@ def _draw_sent(shapes: dict, workdir: Path) -> str:
     axis.set(title=name, ylabel="MB a step")
     axis.tick_params(axis="x", rotation=45)
   return figures.save(figure, workdir, "sent")
+
+
+def _draw_prompts(config, found: dict, workdir: Path) -> str:
+  kinds = {"MB a device": lambda row: row["bytes"] / 1e6}
+  if config.timed:
+    kinds["ms"] = lambda row: row["prefill"]["median"]
+  figure, axes = figures.subplots(len(kinds), squeeze=False)
+  for axis, (label, value) in zip(axes[0], kinds.items(), strict=True):
+    for tokens, rows in found.items():
+      axis.plot([int(n) for n in rows], [value(row) for row in rows.values()], "o-", label=f"{tokens} tokens")
+    axis.set(xlabel="devices", ylabel=label, ylim=(0, None), xticks=[int(n) for n in rows])
+    axis.legend()
+  return figures.save(figure, workdir, "prompts")
 
 
 def _draw_speed(shapes: dict, workdir: Path) -> str:

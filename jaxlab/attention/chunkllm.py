@@ -33,6 +33,7 @@ from jaxlab.attention.chunkllm_chunks import (
   chunk_table,
   pick_chunks,
   require_fit,
+  without_maps,
 )
 from jaxlab.attention.chunkllm_prefill import attend_chosen, choices
 from jaxlab.attention.compact_attention import page_table
@@ -41,7 +42,7 @@ from jaxlab.models import paged
 from jaxlab.models.generate import Decoder
 from jaxlab.models.inference import Network
 
-CHOICES = ("adapters", "oracle", "random", "ends")
+CHOICES = ("adapters", "raw", "oracle", "random", "ends")
 CROSS_LAYER = ("per_layer", "vote")
 
 
@@ -125,9 +126,9 @@ def chunkllm(
     keep, most: ceil(keep * chunks) are chosen, at most `most`; None: any number.
     threshold: probability above which a token ends a chunk; at 1 every chunk is `max_chunk` long (FixLLM).
     cross_layer: "per_layer", or "vote": all layers read the chunks that most of them choose.
-    choose: "adapters"; or for comparison "oracle" (true attention, read for every token), "random", or "ends": no
-      chunk but the last token of each, as SepLLM reads its separators, where the chunk adapter has learnt those and
-      min_chunk is 1.
+    choose: "adapters"; or for comparison "raw" (the products of queries and keys themselves, mean over the heads, which
+      takes no distillation), "oracle" (true attention, read for every token), "random", or "ends": no chunk but the
+      last token of each, as SepLLM reads its separators, where the chunk adapter has learnt those and min_chunk is 1.
     every_token: the layers choose anew for every token, not only where a chunk ends.
     evict: a chunk that a layer does not choose it never reads again, so that its keys and values could be given up.
     sparse_prefill: the prompt, read as one chunk of the decoder, is sparse as well (`chunkllm_prefill`).
@@ -150,6 +151,7 @@ def chunkllm(
   require(not sparse_prefill or own, "sparse_prefill is for layers that choose by their adapters, each for itself")
   require(not evict or (choose != "ends" and cross_layer == "per_layer"), "evict is for layers that choose chunks")
   require(choose != "oracle" or adapters.reads != "hidden", "the oracle needs queries; let the adapters read those")
+  adapters = without_maps(adapters) if choose == "raw" else adapters
   limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (2 * threshold - 1)
 
   def empty(config, *, batch, capacity, page, dtype):

@@ -90,6 +90,30 @@ class ChunkAdapters(nnx.Module):
     return _compressed(content, self.k1[...], self.k2[...], layer)
 
 
+class _WithoutMaps(ChunkAdapters):
+  def __init__(self, adapters: ChunkAdapters):
+    vars(self).update(vars(adapters))
+
+  def queries(self, content, layer=None):
+    c = self.config
+    grouped = content.reshape(*content.shape[:-2], c.kv_heads, c.q_heads // c.kv_heads, c.head_dim)
+    return grouped.sum(axis=-2).reshape(*content.shape[:-2], -1) / c.q_heads
+
+  def keys(self, content, layer=None):
+    return content.reshape(*content.shape[:-2], -1)
+
+
+def without_maps(adapters: ChunkAdapters) -> ChunkAdapters:
+  """Adapters whose scores are 1/H sum_h q_h . k_h of what they read, up to a factor: what distillation starts from.
+
+  Raises:
+    InputError: adapters that read the layer's input, or chunks that two keys stand for, which have no such product.
+  """
+  fits = adapters.reads != "hidden" and adapters.stands != "both"
+  require(fits, "only queries and keys have a product of their own; take adapters with stands='last' or 'mean'")
+  return _WithoutMaps(adapters)
+
+
 def _compressed(content, first, second, layer):
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   one = lambda x, first, second: product(jax.nn.silu(product(x.reshape(*x.shape[:-2], -1), first)), second)

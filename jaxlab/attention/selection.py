@@ -69,14 +69,79 @@ def x_attention(q, k, *, past, block: int, stride: int = 8, threshold: float = 0
   return _cover(mass, threshold * mass.sum(axis=-1, keepdims=True), forced) & (behind >= 0)
 
 
-def minference(
-  q, k, *, past, block: int, vertical: int = 1000, slash: int = 6096, last: int = 64, sink: int = 30
-) -> Selection:
-  """MInference's vertical-slash pattern (arXiv 2407.02490) for every head, judged by the chunk's last queries.
+PATTERNS = ("vertical_slash", "a_shape", "blocks")
 
-  Kept: the `vertical` columns and `slash` diagonals of the largest attention of the `last` queries, the first `sink`
-  columns and the main diagonal, each in the blocks that it crosses.
+
+def minference(
+  q,
+  k,
+  *,
+  past,
+  block: int,
+  vertical: int = 1000,
+  slash: int = 6096,
+  last: int = 64,
+  sink: int = 30,
+  first: int = 128,
+  local: int = 4096,
+  blocks: int = 100,
+  patterns: tuple[str, ...] = (),
+) -> Selection:
+  """MInference (arXiv 2407.02490): every head by a pattern of its own, found beforehand (`minference_patterns`).
+
+    vertical_slash  the `vertical` columns and `slash` diagonals of the largest attention of the chunk's `last` queries,
+                    the first `sink` columns and the main diagonal, each in the blocks that it crosses
+    a_shape         the first `first` tokens and the `local` ones before each query
+    blocks          the `blocks` of the largest product of mean query and mean key, and the own one
+
+  Args:
+    patterns: of every head; none: vertical_slash for all.
+
+  Raises:
+    InputError: an unknown pattern, or not one for each head.
   """
+  require(len(patterns) in (0, q.shape[1]), f"{len(patterns)} patterns for {q.shape[1]} query heads; give one for each")
+  require(set(patterns) <= set(PATTERNS), f"patterns are {patterns}; each must be one of {', '.join(PATTERNS)}")
+  behind = blocks_behind(past, q.shape[2] // block, k.shape[2] // block, block)
+  made = {
+    "vertical_slash": lambda: _crossed(q, k, past, block, vertical, slash, last, sink),
+    "a_shape": lambda: (jnp.arange(behind.shape[1]) * block < first) | (behind * block < local + block),
+    "blocks": lambda: _best_means(q, k, block, behind, blocks),
+  }
+  shape = (*q.shape[:2], *behind.shape)
+  wanted = {name: jnp.broadcast_to(made[name](), shape) for name in dict.fromkeys(patterns or PATTERNS[:1])}
+  heads = [wanted[name][:, h] for h, name in enumerate(patterns)]
+  return (jnp.stack(heads, axis=1) if heads else wanted["vertical_slash"]) & (behind >= 0)
+
+
+def minference_patterns(q, k, *, block: int, past: int, **options) -> tuple[str, ...]:
+  """The pattern of every head that holds most of the attention of these queries, of equal ones the first.
+
+  Args:
+    q, k: of a prompt to judge by, as `minference`, whose options say what each pattern may read: give those of as many
+      blocks. Known where the function runs: not under jit.
+  """
+  score = grouped_products(q, k) / math.sqrt(q.shape[3])
+  see = jnp.arange(k.shape[2]) <= past + jnp.arange(q.shape[2])[:, None]
+  weight = jax.nn.softmax(jnp.where(see, score, -jnp.inf), axis=-1)
+  mass = weight.reshape(*q.shape[:2], -1, block, k.shape[2] // block, block).sum(axis=(3, 5))
+
+  def held(name):
+    chosen = minference(q, k, past=past, block=block, patterns=(name,) * q.shape[1], **options)
+    return jnp.where(chosen, mass, 0).sum(axis=(0, 2, 3))
+
+  best = jnp.argmax(jnp.stack([held(name) for name in PATTERNS]), axis=0)
+  return tuple(PATTERNS[i] for i in best.tolist())
+
+
+def _best_means(q, k, block: int, behind, count: int):
+  """The `count` blocks of the largest product of mean query and mean key, and the own one."""
+  score = grouped_products(block_means(q, block), block_means(k, block))
+  return largest(jnp.where(behind >= 0, score, -jnp.inf), count) | (behind == 0)
+
+
+def _crossed(q, k, past, block: int, vertical: int, slash: int, last: int, sink: int):
+  """The blocks that the columns and diagonals of the most attention cross."""
   columns, diagonals = _vertical_slash(q[:, :, -last:], k, past + q.shape[2] - min(last, q.shape[2]))
   position = jnp.arange(k.shape[2])
   columns = largest(columns, vertical) | (position < sink)
@@ -88,7 +153,7 @@ def minference(
   before = jnp.pad(inside[..., 1:].any(axis=-1), ((0, 0), (0, 0), (1, 0)))[..., :-1]
   crossed = inside.any(axis=-1) | before
   behind = blocks_behind(past, q.shape[2] // block, crossed.shape[2], block)
-  return (any_column[:, :, None] | crossed[:, :, jnp.maximum(behind, 0)]) & (behind >= 0)
+  return any_column[:, :, None] | crossed[:, :, jnp.maximum(behind, 0)]
 
 
 def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1, budget: int = 1024) -> Selection:

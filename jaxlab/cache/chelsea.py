@@ -273,6 +273,7 @@ def chelsea(
   size_bias: bool = True,
   skip_layers: tuple[int, ...] = (),
   during_prefill: bool = False,
+  most: int | None = None,
   merging: Callable[..., Entries] = compress,
   implementation: str | None = None,
 ) -> paged.Method:
@@ -287,6 +288,8 @@ def chelsea(
     skip_layers: layers whose cache stays whole.
     during_prefill: the method reads the prompt too, `chunk` tokens at a time, and merges behind itself: what a later
       part of the prompt sees of an earlier one is centroids. The cache is never whole.
+    most: centroids that a head has at most, for a cache that does not grow: where more would come, one more round, of
+      half, is run on those there are. None: any number.
     merging: (entries, keep=, chunk=, rounds=) -> `kept(n, keep, chunk, rounds)` entries in the place of n, for one
       head.
     implementation: of a token's attention over the centroids, as in `kernels.paged_attention`; None: its kernel on a
@@ -298,6 +301,11 @@ def chelsea(
   schedule(chunk, keep, chunk, rounds)
   require(sink >= 0 and recent >= 0, f"sink is {sink} and recent {recent}; both must be at least 0")
   budget = lambda layer: dict(keep=1.0 if layer in skip_layers else keep, chunk=chunk, rounds=rounds)
+  if most is not None:
+    one = kept(chunk, 1.0 if skip_layers else keep, chunk, rounds)
+    least = next(n for n in range(one, 4 * (one + chunk)) if kept(n, 0.5, chunk) + one <= n)
+    require(most >= least, f"most is {most}; half of it and a merged chunk must fit, take at least {least}")
+  halve = lambda entries: jax.vmap(jax.vmap(functools.partial(merging, keep=0.5, chunk=chunk, rounds=None)))(entries)
 
   def squeeze(layer: int, entries: Entries) -> Entries:
     return jax.vmap(jax.vmap(functools.partial(merging, **budget(layer))))(entries)
@@ -314,6 +322,7 @@ def chelsea(
 
     def layer(i):
       places = max(0, capacity - sink - recent) // chunk * kept(chunk, **budget(i))
+      places = places if most is None else min(places, most)
       return Layer(part(_whole_pages(places)), part(sink), part(recent + 2 * chunk), blank, blank)
 
     return tuple(map(layer, range(config.depth)))
@@ -338,8 +347,11 @@ def chelsea(
       place = jnp.arange(chunks * chunk)
       body = part(valid(place, (taken * chunk)[:, None]), lambda a: a[:, :, sink : sink + chunks * chunk])
       body = squeeze(i, body)
+      while most is not None and body.size.shape[2] > most:
+        body = halve(body)
       taken_up = body.size.shape[2]
-      room = _whole_pages(taken_up + later * kept(chunk, **budget(i))) - taken_up
+      places = taken_up + later * kept(chunk, **budget(i))
+      room = _whole_pages(places if most is None else min(places, most)) - taken_up
       body = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, room), *[(0, 0)] * (a.ndim - 3))), body)
       first = part(valid(jnp.arange(sink), state.length[:, None]), lambda a: a[:, :, :sink])
       begin = sink + taken * chunk
@@ -347,7 +359,7 @@ def chelsea(
       window = jnp.arange(recent + chunk)
       at = jnp.minimum(begin[:, None] + window, capacity - 1)
       gather = lambda a: jnp.take_along_axis(a, at[:, None, :, None], axis=2)
-      used = jnp.full(len(taken), kept(chunks * chunk, **budget(i)), jnp.int32)
+      used = jnp.full(len(taken), taken_up, jnp.int32)
       return Layer(body, first, part(valid(window, filled[:, None]), gather), used, filled)
 
     memory = tuple(layer(i, pair) for i, pair in enumerate(state.pools))
@@ -384,7 +396,8 @@ def chelsea(
         out = in_parts(q, layer, see)
       else:
         out = attend_entries(q, layer.sink, layer.body, layer.recent, size_bias=size_bias, see=see)
-      return _merge_oldest(layer, recent + chunk, chunk, functools.partial(squeeze, view.layer)), out
+      mine = functools.partial(squeeze, view.layer)
+      return _merge_oldest(layer, recent + chunk, chunk, mine, halve, most), out
 
     size = min(chunk, time)
     pad = lambda a: jnp.pad(a, ((0, 0), (0, -time % size), (0, 0), (0, 0)))
@@ -425,9 +438,10 @@ def _append(layer: Layer, keys, values, begin: Int[Array, "batch"], end) -> tupl
   return layer, jnp.concatenate(see, axis=2)
 
 
-def _merge_oldest(layer: Layer, most: int, chunk: int, squeeze) -> Layer:
-  """Rows with `most` recent tokens or more have their oldest chunk merged into the body."""
-  full = layer.filled >= most
+def _merge_oldest(layer: Layer, length: int, chunk: int, squeeze, halve, most: int | None) -> Layer:
+  """Rows with `length` recent tokens or more have their oldest chunk merged into the body, which is halved before where
+  it would get more than `most` entries."""
+  full = layer.filled >= length
   choose = lambda new, old: jnp.where(full.reshape(-1, *[1] * (new.ndim - 1)), new, old)
   oldest = lambda: jax.tree.map(lambda a: a[:, :, :chunk], layer.recent)
   merged = jax.eval_shape(squeeze, oldest())
@@ -448,10 +462,23 @@ def _merge_oldest(layer: Layer, most: int, chunk: int, squeeze) -> Layer:
     old = jax.lax.dynamic_slice_in_dim(body, at, count, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(body, jnp.where(full, new, old), at, axis=1)
 
-  body = layer.body
+  body, used = layer.body, layer.used
+  if most is not None:
+    over = full & (used + count > most)
+    body, used = jax.lax.cond(over.any(), functools.partial(_halved, over, halve, most), lambda *a: a, body, used)
   if body.size.shape[2] >= count:  # a row that has room for no merged chunk never has one
-    body = jax.tree.map(lambda a, b: jax.vmap(write)(a, b, layer.used, full), body, new)
+    body = jax.tree.map(lambda a, b: jax.vmap(write)(a, b, used, full), body, new)
   moved = lambda a, by: a + jnp.where(full, by, 0)
   return dataclasses.replace(
-    layer, body=body, recent=recent, used=moved(layer.used, count), filled=moved(layer.filled, -chunk)
+    layer, body=body, recent=recent, used=moved(used, count), filled=moved(layer.filled, -chunk)
   )
+
+
+def _halved(rows, halve, most: int, body: Entries, used):
+  """The body with the first `most` places of these rows halved, and how many places of all rows are then used."""
+  places = body.size.shape[2]
+  merged = halve(jax.tree.map(lambda a: a[:, :, :most], body))
+  count = merged.size.shape[2]
+  fill = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, places - count), *[(0, 0)] * (a.ndim - 3)))
+  mine = lambda new, old: jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), fill(new).astype(old.dtype), old)
+  return jax.tree.map(mine, merged, body), jnp.where(rows, count, used)

@@ -10,6 +10,8 @@ A prompt is read densely; then every key head keeps the share `keep` of the entr
   h2o            mean attention of all queries that see a key; half are the last   Zhang et al. 2023, arXiv 2306.14048
   snapkv         attention of the last queries, averaged along the row             Li et al. 2024, arXiv 2404.14469
   keydiff        keys that are least like the mean of all                          Park et al. 2025, arXiv 2504.15364
+  pyramidkv      SnapKV's scores; lower layers keep more, upper ones less          Cai et al. 2024, arXiv 2406.02069
+  sepllm         the first tokens, separators such as commas, and the last tokens  Chen et al. 2024, arXiv 2412.12094
 
 Scores are a key head's: means over the query heads that read it.
 """
@@ -26,6 +28,8 @@ from jaxlab.cache.chelsea import Entries, attend_entries
 from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.inference import Network
+
+_FAR = 2.0**22  # more than any position; float32 tells the sums of two and a position apart
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +53,41 @@ def streaming_llm(*, keep: float = 0.25, sink: int = 4, slide: bool = True) -> p
   return _method(score, keep=keep, slide=slide)
 
 
+def sepllm(
+  separators: tuple[int, ...], *, keep: float = 0.25, sink: int = 4, local: int = 64, slide: bool = True
+) -> paged.Method:
+  """The first `sink` tokens, the separators, and with what is left of the budget the last tokens.
+
+  The model is used as it is, without the published training. Where the separators are too many, the last `local` tokens
+  stay and the oldest separators go.
+
+  Args:
+    separators: ids of the tokens that stand for the segment before them (`data.tokenizer.ids_of`).
+
+  Raises:
+    InputError: no separators.
+  """
+  require(len(separators) > 0, "no separators are given; take those that data.tokenizer.ids_of finds")
+  ids = jnp.array(separators, jnp.int32)
+
+  def empty(config, *, batch, capacity, page, dtype):
+    return tuple(jnp.zeros((batch, capacity), bool) for _ in range(config.depth))
+
+  def look(q, k, view: paged.View, seen):
+    return jax.lax.dynamic_update_slice(seen, jnp.isin(view.tokens, ids), (0, view.start))
+
+  def score(keys, seen, length):
+    position = jnp.arange(keys.shape[2])
+    worth = jnp.where(position < sink, jnp.inf, position + _FAR * seen)
+    return jnp.broadcast_to(worth[:, None], keys.shape[:3])
+
+  def fresh(view: paged.View):
+    return (view.lengths - 1).astype(jnp.float32) + _FAR * jnp.isin(view.tokens[:, 0], ids)
+
+  recent = lambda used: jnp.minimum(local, used - sink)
+  return _method(score, keep=keep, slide=slide, empty=empty, look=look, fresh=fresh, recent=recent)
+
+
 def keydiff(*, keep: float = 0.25) -> paged.Method:
   """The keys with the least cosine to the mean of all unit keys."""
 
@@ -65,6 +104,11 @@ def keydiff(*, keep: float = 0.25) -> paged.Method:
 
 def snapkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5) -> paged.Method:
   """The last `window` tokens, and those that their queries attend to most, averaged over `kernel` neighbours."""
+  _require_share(keep)
+  return _snapkv(lambda layer, layers, time: keep, window, kernel)
+
+
+def _snapkv(share: Callable[[int, int, int], float], window: int, kernel: int) -> paged.Method:
   require(kernel % 2 == 1, f"kernel is {kernel}; it must be odd, so that it has a middle")
 
   def empty(config, *, batch, capacity, page, dtype):
@@ -87,10 +131,28 @@ def snapkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5) -> paged.Me
     mean = jnp.where(real, weight, 0).sum(axis=3).mean(axis=2) / window
     body = position < (length - window)[:, None, None]
     padded = jnp.pad(jnp.where(body, mean, 0), ((0, 0), (0, 0), (kernel // 2, kernel // 2)))
-    smooth = sum(padded[..., i : i + count] for i in range(kernel)) / kernel
-    return jnp.where(body, smooth, jnp.inf)
+    return sum(padded[..., i : i + count] for i in range(kernel)) / kernel
 
-  return _method(score, keep=keep, empty=empty, look=look)
+  return _method(score, keep=share, empty=empty, look=look, recent=lambda used: jnp.minimum(window, used))
+
+
+def pyramidkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5, beta: float = 20.0) -> paged.Method:
+  """`snapkv` whose lower layers keep more: of n entries beside the window, on average over the layers, the first keeps
+  (2 - 1 / beta) n and the last n / beta, evenly in between; where that is more than there are, all, and the last more.
+
+  Raises:
+    InputError: beta under 1; and what `snapkv` raises.
+  """
+  _require_share(keep)
+  require(beta >= 1, f"beta is {beta}; the last layer keeps 1 / beta of the mean, so it must be at least 1")
+
+  def share(layer, layers, time):
+    mean, most = max(keep * time - window, 0), max(time - window, 0)
+    least = max(mean / beta, 2 * mean - most)
+    depth = layer / (layers - 1) if layers > 1 else 0.5
+    return min(keep * time, window) / time + (2 * mean - least + 2 * (least - mean) * depth) / time
+
+  return _snapkv(share, window, kernel)
 
 
 def h2o(*, keep: float = 0.25, slide: bool = True) -> paged.Method:
@@ -107,40 +169,58 @@ def h2o(*, keep: float = 0.25, slide: bool = True) -> paged.Method:
 
   def score(keys, seen, length):
     position = jnp.arange(keys.shape[2])
-    mean = seen / jnp.maximum(length[:, None, None] - position, 1)
-    recent = jnp.floor(keep * length / 2).astype(jnp.int32)
-    return jnp.where(position >= (length - recent)[:, None, None], jnp.inf, mean)
+    return seen / jnp.maximum(length[:, None, None] - position, 1)
 
-  return _method(score, keep=keep, slide=slide, empty=empty, look=look, attended=True)
+  return _method(
+    score,
+    keep=keep,
+    slide=slide,
+    empty=empty,
+    look=look,
+    attended=True,
+    fresh=lambda view: jnp.zeros(view.lengths.shape),
+    recent=lambda used: used // 2,
+  )
 
 
 def _method(
   score: Callable,
   *,
-  keep: float,
+  keep: float | Callable[[int, int, int], float],
   slide: bool = False,
   empty: Callable = lambda config, **sizes: (),
   look: Callable | None = None,
   attended: bool = False,
+  fresh: Callable = lambda view: (view.lengths - 1).astype(jnp.float32),
+  recent: Callable = lambda used: used * 0,
 ) -> paged.Method:
   """A method from its score(keys, what `look` gathered, lengths): float32[batch, kv_heads, positions].
 
   Args:
+    keep: share of the entries; or of a layer's, from its number, that of all, and the prompt's tokens.
     look: (q, k, view, what it gathered of this layer before) -> what it has gathered, chunk by chunk.
-    attended: the score is attention, to which later queries add; the last half of the places is safe from `slide`.
+    attended: the score is attention, to which later queries add.
+    fresh: view -> float32[batch], the score of a new token; by default its position.
+    recent: places that are used -> how many of the last tokens are kept whatever their score, the new one among them.
   """
-  require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
+  if not callable(keep):
+    _require_share(keep)
 
   def ready(network: Network, state: paged.State, time: int) -> paged.State:
     capacity = state.table.shape[1] * state.page
-    places, room = max(1, math.floor(keep * time)), 0 if slide else capacity - time
-    kept = jnp.maximum(jnp.floor(keep * state.length), 1).astype(jnp.int32)
+    room = 0 if slide else capacity - time
 
     def layer(i, pair):
+      mine = keep(i, len(state.pools), time) if callable(keep) else keep
+      places = max(1, math.floor(mine * time))
+      kept = jnp.maximum(jnp.floor(mine * state.length), 1).astype(jnp.int32)
       keys, values = (paged.rows(pool, state.table) for pool in pair)
       worth = score(keys, state.memory[i] if state.memory else None, state.length)
-      worth = jnp.where(jnp.arange(capacity) < state.length[:, None, None], worth, -jnp.inf)
-      worth, at = jax.lax.top_k(worth, places)
+      place, length = jnp.arange(capacity), state.length[:, None, None]
+      worth = jnp.where(place < length, worth, -jnp.inf)
+      safe = (place >= length - recent(kept)[:, None, None]) & (place < length)
+      _, at = jax.lax.top_k(jnp.where(safe, jnp.inf, worth), places)
+      worth = jnp.take_along_axis(worth, at, axis=2)
       size = jnp.broadcast_to((jnp.arange(places) < kept[:, None])[:, None], at.shape).astype(jnp.float32)
       take = lambda a: jnp.where((size > 0)[..., None], jnp.take_along_axis(a, at[..., None], axis=2), 0)
       entries = Entries(take(keys), take(values), size)
@@ -159,7 +239,8 @@ def _method(
         memory = (*memory[: view.layer], mine, *memory[view.layer + 1 :])
       return paged.attend_densely(q, k, v, view, memory)
     require(q.shape[1] == 1, f"{q.shape[1]} tokens at once; a cache that evicts takes one after the other")
-    mine = _put(memory[view.layer], k[:, 0], v[:, 0], view.lengths - 1, slide, attended)
+    layer = memory[view.layer]
+    mine = _put(layer, k[:, 0], v[:, 0], view.lengths - 1, fresh(view), recent(layer.used) if slide else None)
     out = attend_entries(q, mine.entries)
     if attended:
       weight = _weights(q, mine.entries).mean(axis=2)
@@ -169,15 +250,19 @@ def _method(
   return paged.Method(attend, empty, ready)
 
 
-def _put(layer: Layer, key, value, position, slide: bool, attended: bool) -> Layer:
-  """With one more token (batch, kv_heads, head_dim): in a free place, or in that of the entry worth least."""
+def _require_share(keep: float) -> None:
+  require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
+
+
+def _put(layer: Layer, key, value, position, score, recent) -> Layer:
+  """With one more token (batch, kv_heads, head_dim) of this score: in a free place, or where `recent` of a row's tokens
+  are safe, in that of the entry worth least among the others."""
   places = layer.score.shape[2]
   at = jnp.broadcast_to(jnp.minimum(layer.used, places - 1)[:, None], key.shape[:2])
+  slide = recent is not None
   if slide:
-    worth = layer.score
-    if attended:
-      recent = jnp.maximum(layer.used // 2, 1)[:, None, None]
-      worth = jnp.where(layer.position > position[:, None, None] - recent, jnp.inf, worth)
+    safe = position - jnp.maximum(recent, 1)
+    worth = jnp.where(layer.position > safe[:, None, None], jnp.inf, layer.score)
     # A place that was never used is worth least of all.
     worth = jnp.where(layer.entries.size > 0, worth, -jnp.inf)
     # Rows of fewer entries than places keep to their own number.
@@ -187,8 +272,8 @@ def _put(layer: Layer, key, value, position, slide: bool, attended: bool) -> Lay
   new = Entries(key, value, jnp.ones(key.shape[:2], jnp.float32))
   entries = jax.tree.map(lambda a, b: a.at[index].set(b.astype(a.dtype)), layer.entries, new)
   where = layer.position.at[index].set(jnp.broadcast_to(position[:, None], at.shape))
-  worth = 0.0 if attended else jnp.broadcast_to(position[:, None].astype(jnp.float32), at.shape)
-  return Layer(entries, where, layer.score.at[index].set(worth), layer.used + (0 if slide else 1))
+  worth = layer.score.at[index].set(jnp.broadcast_to(score[:, None], at.shape))
+  return Layer(entries, where, worth, layer.used + (0 if slide else 1))
 
 
 def _attention(q, keys, query: Int[Array, "batch time"]):
@@ -208,4 +293,4 @@ def _weights(q, entries: Entries):
   return jax.nn.softmax(jnp.where((entries.size > 0)[:, :, None], score, -jnp.inf), axis=-1)
 
 
-METHODS = dict(streaming_llm=streaming_llm, h2o=h2o, snapkv=snapkv, keydiff=keydiff)
+METHODS = dict(streaming_llm=streaming_llm, h2o=h2o, snapkv=snapkv, pyramidkv=pyramidkv, keydiff=keydiff)

@@ -137,6 +137,13 @@ def bos_id(tokenizer: Tokenizer) -> int:
   raise InputError("the tokenizer has no token that starts a document (<|bos|>, <|begin_of_text|>, <s>, <|endoftext|>)")
 
 
+def ids_of(tokenizer: Tokenizer, marks: str) -> tuple[int, ...]:
+  """Ids of the tokens that are made of these characters alone, spaces beside them aside: separators, say ",.;:?!\n"."""
+  vocabulary = tokenizer.get_vocab(with_added_tokens=False).values()
+  texts = ((i, tokenizer.decode([i]).strip(" ")) for i in sorted(vocabulary))
+  return tuple(i for i, text in texts if text and set(text) <= set(marks))
+
+
 def token_bytes(tokenizer: Tokenizer, *, complete: bool = True) -> np.ndarray:
   """UTF-8 bytes of text each id stands for, int32[largest id + 1]; special tokens and unused ids count 0.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.attention import chunkllm, dhsa, selection
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
@@ -22,10 +23,11 @@ from jaxlab.attention.dhsa_boundaries import BoundaryPredictor, evenly
 from jaxlab.attention.seer_gate import SeerGate
 from jaxlab.cache import eviction
 from jaxlab.cache.chelsea import chelsea
+from jaxlab.core import mesh as meshes
 from jaxlab.core import modules
 from jaxlab.core.checks import require, require_choice
 from jaxlab.depth import snlp_inference, snlp_suffix
-from jaxlab.models import Transformer, TransformerConfig, inference, paged
+from jaxlab.models import Transformer, TransformerConfig, inference, paged, paged_sharded
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.generate import Decoder
 
@@ -86,7 +88,20 @@ def chunk_llm(model: Transformer, *, adapters: str, prefill_chunk: int = 256, pa
   return Subject(chunkllm.Adapted(network.model, network.blocks, made), None, decoder)
 
 
-METHODS = {"snlp": snlp, "chunkllm": chunk_llm}
+def over_sequence(model: Transformer, *, devices: int, prefill_chunk: int = 4096, page: int = 64) -> Subject:
+  """Dense attention, prompts shared out over several devices (`jaxlab.models.paged_sharded`), each with the weights.
+
+  Raises:
+    InputError: more devices than there are, or a chunk that page x devices does not divide.
+  """
+  found = jax.devices()
+  require(1 <= devices <= len(found), f"devices is {devices}; this machine has {len(found)}")
+  mesh = meshes.make_mesh({paged_sharded.AXIS: devices}, found[:devices])
+  network = jax.device_put(inference.take_apart(model), NamedSharding(mesh, PartitionSpec()))
+  return Subject(network, None, paged_sharded.decoder(mesh, chunk=prefill_chunk, page=page))
+
+
+METHODS = {"snlp": snlp, "chunkllm": chunk_llm, "sequence": over_sequence}
 _PASSED_ON = {chunk_llm: chunkllm.chunkllm}  # whose options a method's **options are
 
 
@@ -117,6 +132,7 @@ PAGED = {
   "streaming_llm": eviction.streaming_llm,
   "h2o": eviction.h2o,
   "snapkv": eviction.snapkv,
+  "pyramidkv": eviction.pyramidkv,
   "keydiff": eviction.keydiff,
 }
 SELECTORS = {

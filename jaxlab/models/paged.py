@@ -11,7 +11,7 @@ table of pages reads them where they lie.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,12 @@ class State:
     previous: as in `inference.State`.
   """
 
-  pools: tuple[Pair, ...]
-  table: Int[Array, "batch pages_per_row"]
-  length: Int[Array, "*batch"]
+  # Any: trees of shardings have this form too.
+  pools: tuple[Pair, ...] | Any
+  table: Int[Array, "batch pages_per_row"] | Any
+  length: Int[Array, "*batch"] | Any
   memory: object
-  previous: Float[Array, "batch 1 width"] | None
+  previous: Float[Array, "batch 1 width"] | Any | None
 
   @property
   def page(self) -> int:
@@ -61,6 +62,7 @@ class View(NamedTuple):
     start: position of the first new token, of all rows or of each.
     lengths: (batch,), the positions of every row that count, new tokens included; later ones are padding.
     x: the layer's input, (batch, time, width).
+    tokens: the new tokens' ids, (batch, time).
   """
 
   layer: int
@@ -71,6 +73,7 @@ class View(NamedTuple):
   start: Array
   lengths: Array
   x: Array
+  tokens: Array | None = None
 
 
 def attend_densely(q, k, v, view: View, memory):
@@ -157,37 +160,72 @@ def prefill(
     InputError: a prompt longer than the capacity, or than the chunk where the method reads it as one.
   """
   batch, time = prompts.shape
-  require(time <= capacity, f"the prompt has {time} tokens, the cache room for {capacity}; raise the capacity")
   require(
     time <= chunk or not method.whole,
     f"the prompt has {time} tokens, the chunk {chunk}; this method reads a prompt as one chunk: "
     f"give decoder a chunk of at least {-(-time // page) * page}",
   )
-  lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-  chunk = min(chunk, -(-time // page) * page)
-  read = -(-time // chunk) * chunk
-  prompts = jnp.pad(prompts, ((0, 0), (0, read - time)))
-  state = empty_state(network, batch=batch, capacity=max(capacity, read), page=page, method=method)
-  blank = jnp.zeros_like(network.model.embed(prompts[:, :1])[0])
-  ends = (blank, blank if network.model.config.backout else None)
-
-  def one(i, carry):
-    state, ends = carry
-    tokens = jax.lax.dynamic_slice_in_dim(prompts, i * chunk, chunk, axis=1)
-    *found, state = hidden(network, tokens, dataclasses.replace(state, length=i * chunk), lengths, method)
-    at = lengths - i * chunk
-    inside = (at >= 1) & (at <= chunk)
-    column = inside.reshape(-1, *[1] * (blank.ndim - 1))
-    choose = lambda new, old: jnp.where(column, last_of(new, jnp.clip(at, 1, chunk)), old)
-    return state, jax.tree.map(choose, tuple(found), ends)
-
-  state, ends = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, one, (state, ends))
+  prompts, lengths, chunk = in_chunks(prompts, lengths, capacity=capacity, chunk=chunk, unit=page)
+  state = empty_state(network, batch=batch, capacity=max(capacity, prompts.shape[1]), page=page, method=method)
+  ends, state = read(network, prompts, lengths, state, chunk=chunk, method=method)
   previous = before_smear(network.model, last_of(prompts, lengths))
   state = dataclasses.replace(state, length=lengths, previous=previous)
   if after is not None and after is not method:
     sizes = dict(batch=batch, capacity=state.table.shape[1] * page, page=page, dtype=network.model.dtype)
     state = dataclasses.replace(state, memory=after.empty(network.model.config, **sizes))
   return network.model.logits(*ends), (after or method).ready(network, state, time)
+
+
+def in_chunks(prompts, lengths, *, capacity: int, chunk: int, unit: int):
+  """(prompts padded to whole chunks, lengths, chunk), the chunk of no more units than the prompts fill.
+
+  Raises:
+    InputError: a prompt longer than the capacity.
+  """
+  batch, time = prompts.shape
+  require(time <= capacity, f"the prompt has {time} tokens, the cache room for {capacity}; raise the capacity")
+  lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+  chunk = min(chunk, -(-time // unit) * unit)
+  return jnp.pad(prompts, ((0, 0), (0, -time % chunk))), lengths, chunk
+
+
+def read(
+  network: Network,
+  prompts: Int[Array, "batch time"],
+  lengths: Int[Array, "batch"],
+  state: State,
+  *,
+  chunk: int,
+  method: Method,
+  share: int | None = None,
+  offset=0,
+):
+  """((output of the last layer, backout or None) at every row's last token, the state that has read the prompts).
+
+  Args:
+    share: tokens of every chunk that are read here, from its token `offset` on, by default all; the others' keys are
+      another device's. A row whose last token is not read here has zeros for its outputs.
+  """
+  share, model = share or chunk, network.model
+  blank = jnp.zeros_like(model.embed(prompts[:, :1])[0])
+  ends = (blank, blank if model.config.backout else None)
+
+  def one(i, carry):
+    state, ends = carry
+    start = i * chunk + offset
+    tokens = jax.lax.dynamic_slice_in_dim(prompts, start, share, axis=1)
+    previous = before_smear(model, jax.lax.dynamic_slice_in_dim(prompts, jnp.maximum(start - 1, 0), 1, axis=1))
+    previous = None if previous is None else jnp.where(start > 0, previous, 0)
+    state = dataclasses.replace(state, length=start, previous=previous)
+    *found, state = hidden(network, tokens, state, lengths, method)
+    at = lengths - start
+    inside = (at >= 1) & (at <= share)
+    column = inside.reshape(-1, *[1] * (blank.ndim - 1))
+    choose = lambda new, old: jnp.where(column, last_of(new, jnp.clip(at, 1, share)), old)
+    return state, jax.tree.map(choose, tuple(found), ends)
+
+  state, ends = jax.lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, one, (state, ends))
+  return ends, state
 
 
 def step(
@@ -216,7 +254,8 @@ def hidden(network: Network, tokens, state: State, lengths, method: Method):
     if pools:
       new = zip(pools[layer], (k, v), strict=True)
       pools[layer] = tuple(write(pool, a, state.table, side.start) for pool, a in new)
-    view = View(layer, window, *(pools[layer] if pools else (None, None)), state.table, side.start, lengths, x)
+    pair = pools[layer] if pools else (None, None)
+    view = View(layer, window, *pair, state.table, side.start, lengths, x, tokens)
     out, memory = method.attend(q, k, v, view, memory)
     return out
 
@@ -251,7 +290,8 @@ def attend_tables(q, keys, values, table, count, start, *, implementation: str |
   Returns:
     (attention like q; its log-sum-exp, float32[batch, time, q_heads]).
   """
-  from jaxlab.kernels.paged_attention import paged_attention  # late, as in `attend_pages`
+  # Imported late: other kernels import their reference functions from this package.
+  from jaxlab.kernels.paged_attention import paged_attention
 
   batch, time, heads, size = q.shape
   (kv_heads, pages), (groups, capacity) = keys.shape[:2], table.shape[1:]
@@ -278,7 +318,14 @@ def attend_tables(q, keys, values, table, count, start, *, implementation: str |
   return back(out), back(total)
 
 
-def attend_pages(q, keys, values, table, *, start, window: int | None = None):
+def kernel_takes(q, keys, window: int | None) -> bool:
+  """Whether attention over pages is a kernel's here."""
+  from jaxlab.kernels.paged_attention import gpu  # late, as in `attend_tables`
+
+  return jax.default_backend() == "gpu" and window is None and gpu.supports(q, keys[0])
+
+
+def attend_pages(q, keys, values, table, *, start, window: int | None = None, places=None):
   """Causal attention of new tokens over paged keys: by a kernel on a GPU, else some pages at a time, so that there is
   no score matrix of the whole context. Where the kernel is used there is no derivative.
 
@@ -286,38 +333,43 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None):
     q: (batch, time, q_heads, head_dim), at positions start, start + 1, ... of their rows.
     keys, values: (kv_heads, pages, page, head_dim); table: int32[batch, pages_per_row].
     start: int32[] or int32[batch]; window: as in `AttentionFn`.
+    places: int32[batch, pages_per_row], position of the first entry of every page, ascending, for tables that leave
+      pages out; these are not read by the kernel. By default pages follow each other.
 
   Returns:
     (attention like q; its log-sum-exp, float32[batch, time, q_heads]). Pages past the last position are not read.
+    Tokens that see no page are zeros, and -inf.
   """
   batch, time, q_heads, size = q.shape
   kv_heads, _, page, _ = keys.shape
   start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
-  # Imported late: other kernels import their reference functions from this package.
-  from jaxlab.kernels.paged_attention import gpu
-
-  if jax.default_backend() == "gpu" and window is None and gpu.supports(q, keys[0]):
+  if places is None and kernel_takes(q, keys, window):
     count = jnp.stack([start // page, (start + time - 1) // page + 1], axis=1)
     by_head = lambda a: jnp.repeat(a[:, None], kv_heads, axis=1)
     return attend_tables(q, keys, values, by_head(table), by_head(count), start)
   each = min(max(1, _KEYS // page), table.shape[1])
   groups = -(-table.shape[1] // each)
-  table = jnp.pad(table, ((0, 0), (0, groups * each - table.shape[1])))
+  if places is None:
+    places = jnp.broadcast_to(page * jnp.arange(table.shape[1]), table.shape)
+  last = start[:, None] + time - 1
+  used = (jnp.max((places <= last).sum(axis=1)) + each - 1) // each
+  fill = lambda a, value: jnp.pad(a, ((0, 0), (0, groups * each - a.shape[1])), constant_values=value)
+  table, places = fill(table, 0), fill(places, jnp.iinfo(jnp.int32).max - page)
   query = (start[:, None] + jnp.arange(time))[:, None, None, :, None]
   wide = jnp.promote_types(q.dtype, jnp.float32)
   grouped = q.reshape(batch, time, kv_heads, -1, size)
 
   def one(i, carry):
     o, m, l = carry  # noqa: E741 (the field's name)
-    here = jax.lax.dynamic_slice_in_dim(table, i * each, each, axis=1)
+    here, first = (jax.lax.dynamic_slice_in_dim(a, i * each, each, axis=1) for a in (table, places))
     read = lambda pool: pool[:, here].reshape(kv_heads, batch, each * page, size)
     key, value = read(keys), read(values)
-    place = i * each * page + jnp.arange(each * page)
-    see = place <= query
+    place = (first[..., None] + jnp.arange(page)).reshape(batch, -1)
+    see = place[:, None, None, None] <= query
     if window is not None:
-      see &= place >= query - window
+      see &= place[:, None, None, None] >= query - window
     # Pages may hold anything past a row's length, also what is not a number.
-    value = jnp.where((place < start[:, None] + time)[None, :, :, None], value, 0)
+    value = jnp.where((place <= last)[None, :, :, None], value, 0)
     score = jnp.einsum("btkgd,kbsd->bkgts", grouped, key, preferred_element_type=wide) / size**0.5
     score = jnp.where(see, score, _LOWEST)
     top = jnp.maximum(m, score.max(axis=-1))
@@ -328,7 +380,7 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None):
 
   shape = (batch, kv_heads, q_heads // kv_heads, time)
   carry = jnp.zeros((*shape, size), wide), jnp.full(shape, _LOWEST, wide), jnp.zeros(shape, wide)
-  used = (jnp.max(start) + time + each * page - 1) // (each * page)
-  o, m, l = jax.lax.fori_loop(0, jnp.minimum(used, groups), one, carry)  # noqa: E741
-  out = jnp.moveaxis(o / l[..., None], 3, 1).reshape(q.shape).astype(q.dtype)
-  return out, jnp.moveaxis(m + jnp.log(l), 3, 1).reshape(batch, time, q_heads)
+  o, m, l = jax.lax.fori_loop(0, used, one, carry)  # noqa: E741
+  some, safe = l > 0, jnp.where(l > 0, l, 1)
+  out = jnp.moveaxis(o / safe[..., None], 3, 1).reshape(q.shape).astype(q.dtype)
+  return out, jnp.moveaxis(jnp.where(some, m + jnp.log(safe), -jnp.inf), 3, 1).reshape(batch, time, q_heads)

@@ -114,7 +114,10 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
     mine = contents[1][layer, row]
     return np.concatenate([mine[[*c]].mean(0)] * (stands != "last") + [mine[c[-1]]] * (stands != "mean"))
 
-  key = lambda layer, c: compressed(content(layer, c), a.k1[layer], a.k2[layer])
+  raw = options.get("choose") == "raw"
+  key = lambda layer, c: (
+    content(layer, c).reshape(-1) if raw else compressed(content(layer, c), a.k1[layer], a.k2[layer])
+  )
   scores = np.asarray(a.ends(jnp.asarray(x[1, row])[None]))[0]
   for t in range(LENGTHS[row] + STEPS):
     if t >= LENGTHS[row]:
@@ -138,6 +141,9 @@ def attended_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk, grai
         weight = np.exp(np.einsum("hd,jhd->hj", q[layer, row, t], np.repeat(k[layer, row, : t + 1], 2, 1)) / 4)
         weight = (weight / weight.sum(1, keepdims=True)).mean(0)
         worth = [weight[[j for j in c if j >= sink]].sum() for c in chunks]
+      elif raw:
+        mine = contents[0][layer, row, t].reshape(2, 2, -1).sum(1).reshape(-1)
+        worth = [mine @ key(layer, c) for c in chunks]
       else:
         mine = compressed(contents[0][layer, row, t], a.q1[layer], a.q2[layer])
         worth = [mine @ key(layer, c) for c in chunks]
@@ -169,6 +175,8 @@ VARIANTS = {
   "evicting, by hidden states": dict(grain=1, evict=True, reads="hidden", stands="both"),
   "after rotation": dict(grain=1, reads="rotated", stands="both"),
   "oracle at every token": dict(grain=2, choose="oracle", every_token=True),
+  "raw products, after rotation": dict(grain=1, choose="raw", reads="rotated"),
+  "raw products of means": dict(grain=2, choose="raw", stands="mean"),
   "ends alone": dict(grain=1, choose="ends", local=1),
   "fixed": dict(grain=1, threshold=1.0, keep=0.9, most=2, sink=0),
 }
@@ -497,6 +505,8 @@ def test_what_it_cannot_do_is_named():
     chunkllm(adapters(), sparse_prefill=True, choose="random")
   with pytest.raises(InputError, match="oracle needs queries"):
     chunkllm(adapters(reads="hidden"), choose="oracle")
+  with pytest.raises(InputError, match="have a product of their own"):
+    chunkllm(adapters(stands="both"), choose="raw")
   for option in ("stands", "reads"):
     with pytest.raises(InputError, match=f"{option} is 'other'"):
       ChunkAdapters(CONFIG, jax.random.key(0), **{option: "other"})

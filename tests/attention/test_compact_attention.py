@@ -17,24 +17,38 @@ from jaxlab.attention.compact_attention import (
   page_table,
   quoka,
 )
-from jaxlab.attention.selection import block_means, flash_prefill, flex_prefill, minference, x_attention
+from jaxlab.attention.selection import (
+  block_means,
+  flash_prefill,
+  flex_prefill,
+  minference,
+  minference_patterns,
+  x_attention,
+)
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, inference, paged
 from tests.common import configs, random_model, random_tokens
 
 B, HEADS, KV, SIZE, CHUNK, BLOCK, CAPACITY = 2, 4, 2, 16, 16, 4, 48
 TILES, BLOCKS, GROUP = CHUNK // BLOCK, CAPACITY // BLOCK, HEADS // KV
+BY_HEAD = ("a_shape", "blocks", "vertical_slash", "a_shape")
 SELECTORS = {
   "flash_prefill": functools.partial(flash_prefill, alpha=0.3, sink=1, window=1),
   "x_attention": functools.partial(x_attention, stride=2, threshold=0.5),
   "minference": functools.partial(minference, vertical=2, slash=2, last=8, sink=1),
   "flex_prefill": functools.partial(flex_prefill, gamma=0.4, budget=BLOCK),
+  "minference by head": functools.partial(
+    minference, vertical=2, slash=2, last=8, sink=1, first=2, local=3, blocks=2, patterns=BY_HEAD
+  ),
 }
 ALL = {
   "flash_prefill": functools.partial(flash_prefill, alpha=0.0),
   "x_attention": functools.partial(x_attention, stride=2, threshold=2.0),
   "minference": functools.partial(minference, vertical=CAPACITY),
   "flex_prefill": functools.partial(flex_prefill, budget=CAPACITY),
+  "minference by head": functools.partial(
+    minference, vertical=CAPACITY, first=CAPACITY, local=CAPACITY, blocks=BLOCKS, patterns=BY_HEAD
+  ),
 }
 
 
@@ -188,6 +202,42 @@ def test_minference_keeps_the_blocks_its_columns_and_diagonals_cross():
       pairs = itertools.product(range(16 + i * BLOCK, 16 + (i + 1) * BLOCK), range(j * BLOCK, (j + 1) * BLOCK))
       crossed = any(at - key in offsets for at, key in pairs) or any(c // BLOCK == j for c in columns)
       assert bool(chosen[b, h, i, j]) == (crossed and j <= 4 + i)
+
+
+def test_minference_has_a_pattern_for_every_head():
+  """An A of the first 2 tokens and 3 before each query; the 2 blocks of the largest mean product; else as before."""
+  q, _, k, _, _ = problem()
+  chosen, plain = (np.asarray(select(name, q, k, 16)) for name in ("minference by head", "minference"))
+  means = lambda a: np.asarray(a).reshape(-1, BLOCK, SIZE).mean(1)
+  for b, h in np.ndindex(B, HEADS):
+    score = means(q[b, :, h]) @ means(k[b, h // GROUP]).T
+    for i in range(TILES):
+      own, first = 4 + i, 16 + i * BLOCK
+      expected = {
+        "vertical_slash": {*np.flatnonzero(plain[b, h, i])},
+        "a_shape": {0, *(j // BLOCK for t in range(first, first + BLOCK) for j in range(t - 3, t + 1))},
+        "blocks": {own, *np.argsort(-score[i, : own + 1])[:2].tolist()},
+      }[BY_HEAD[h]]
+      assert {*np.flatnonzero(chosen[b, h, i])} == expected
+
+
+def test_every_head_gets_the_pattern_that_holds_its_attention():
+  """A head that looks at its last tokens, one at a block that differs from block to block, one at two columns that the
+  means of their blocks hide."""
+  time, block = 32, 4
+  q, k = np.zeros((1, 3, time, 33), np.float32), np.zeros((1, 3, time, 33), np.float32)
+  near = np.abs(np.arange(time)[:, None] - np.arange(time)) < 3
+  q[0, 0, :, :time], k[0, 0, :, :time] = 40.0 * near, np.eye(time)
+  for i, j in {4: 2, 5: 0, 6: 1, 7: 3}.items():
+    q[0, 1, 4 * i : 4 * i + 4, i], k[0, 1, 4 * j : 4 * j + 4, i] = 60.0, 1.0
+  q[0, 2, :, 32], k[0, 2, [5, 13], 32], k[0, 2, [4, 6, 7, 12, 14, 15], 32] = 60.0, 1.0, -1.0
+  options = dict(vertical=2, slash=1, last=8, sink=1, first=1, local=4, blocks=1)
+  found = minference_patterns(jnp.asarray(q[:, :, 16:]), jnp.asarray(k), block=block, past=16, **options)
+  assert found == ("a_shape", "blocks", "vertical_slash")
+  with pytest.raises(InputError, match="2 patterns for 3 query heads"):
+    minference(jnp.asarray(q), jnp.asarray(k), past=0, block=block, patterns=("blocks",) * 2)
+  with pytest.raises(InputError, match="each must be one of vertical_slash"):
+    minference(jnp.asarray(q), jnp.asarray(k), past=0, block=block, patterns=("best",) * 3)
 
 
 def test_flex_prefill_tells_heads_by_how_well_means_predict_them():

@@ -126,6 +126,20 @@ def test_the_error_stays_under_its_bound(seed):
   assert np.linalg.norm(attend(q, out) - attend(q, e)) <= bound + 1e-6
 
 
+def test_no_problem_of_a_thousand_is_over_its_bound():
+  def excess(key):
+    keys = jax.random.split(key, 3)
+    k, v, q = (jax.random.normal(key, shape) for key, shape in zip(keys, ((16, D), (16, D), (D,)), strict=True))
+    e = Entries(k, v, jnp.ones(16))
+    row = module.soft_match(e.keys, e.size, 6)
+    out = module.merge(e, row, 10)
+    one = lambda e: module.attend_entries(q[None, None, None], jax.tree.map(lambda a: a[None, None], e))[0, 0, 0]
+    return jnp.linalg.norm(one(out) - one(e)) - error_bound(q[None], e, out, row)[0]
+
+  found = jax.jit(jax.vmap(excess))(jax.random.split(jax.random.key(0), 1000))
+  assert found.shape == (1000,) and found.max() <= 1e-6
+
+
 @given(st.integers(0, 999))
 def test_rescaled_keys_have_the_mean_length_of_their_tokens(seed):
   """Over several rounds too; directions and values are those of the means."""
@@ -247,6 +261,31 @@ def test_entries_grow_by_the_rule_and_first_and_recent_tokens_stay():
   assert state.pools == ()
 
 
+@pytest.mark.parametrize("how", [{}, dict(during_prefill=True)])
+def test_a_bounded_cache_halves_itself_and_loses_no_token(how):
+  """7 centroids at most where the longer prompt alone makes 8: sizes add up to the tokens merged. A bound that is not
+  met changes nothing."""
+  prompts, lengths = random_tokens(2, 21), np.array([21, 10])
+  bounded, free, wide = (decoder(keep=0.5, **how, **options) for options in (dict(most=7), {}, dict(most=60)))
+  run = lambda chosen: jax.jit(functools.partial(chosen.prefill, capacity=60))(network(), prompts, lengths)
+  (_, state), (_, other), (_, same) = map(run, (bounded, free, wide))
+  steps, halved = [jax.jit(chosen.step) for chosen in (bounded, free, wide)], 0
+  for made in range(30):
+    for layer in state.memory:
+      for row, length in enumerate(lengths):
+        merged = (length + made - 2 - 3) // 4 * 4
+        sizes = np.asarray(layer.body.size[row])
+        assert (sizes.sum(axis=1) == merged).all() and ((sizes > 0).sum(axis=1) <= 7).all()
+        assert (np.asarray(layer.used) <= 7).all()
+        halved += sizes.max() >= 6
+    token = random_tokens(2, 1, seed=made)
+    (_, state), (mine, other), (expected, same) = (
+      step(network(), token, a) for step, a in zip(steps, (state, other, same), strict=True)
+    )
+    np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+  assert halved and state.memory[0].body.size.shape[2] == module.PAGE
+
+
 @pytest.mark.parametrize("options", [dict(keep=0.5), dict(keep=0.5, size_bias=False)])
 def test_centroids_are_read_by_the_kernel_as_by_xla(options):
   """By the kernel's reference: rows of different lengths, one without a centroid, and others that gain some."""
@@ -322,6 +361,17 @@ def test_it_takes_over_from_a_sparse_prefill_by_config_alone():
   np.testing.assert_array_equal(found, generate(network(), prompts, tokens=8))
   less = generate(network(), prompts, tokens=8, decoder=every(decode=chelsea(keep=0.25, **SMALL)))
   assert less.shape == found.shape
+
+
+@given(st.integers(2, 40), st.floats(0.1, 1.0))
+def test_every_bound_that_is_taken_leaves_room_for_the_next_chunk(chunk, keep):
+  for most in range(1, 200, 7):
+    try:
+      chelsea(keep=keep, chunk=chunk, most=most)
+    except InputError as error:
+      assert "half of it and a merged chunk must fit" in str(error)
+    else:
+      assert kept(most, 0.5, chunk) + kept(chunk, keep, chunk) <= most
 
 
 def test_what_it_cannot_do_is_named():

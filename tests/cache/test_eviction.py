@@ -11,7 +11,13 @@ from jaxlab.models import generate, inference, paged
 from tests.common import configs, random_model, random_tokens
 
 LENGTHS, TIME, WINDOW = np.array([21, 13]), 21, 4
-METHODS = dict(eviction.METHODS, snapkv=functools.partial(eviction.snapkv, window=WINDOW, kernel=3))
+SEPARATORS, SINK, LOCAL = (*range(0, 64, 5),), 2, 3
+METHODS = dict(
+  eviction.METHODS,
+  snapkv=functools.partial(eviction.snapkv, window=WINDOW, kernel=3),
+  pyramidkv=functools.partial(eviction.pyramidkv, window=WINDOW, kernel=3, beta=4.0),
+  sepllm=functools.partial(eviction.sepllm, SEPARATORS, sink=SINK, local=LOCAL),
+)
 
 
 @functools.cache
@@ -44,15 +50,27 @@ def attention(q, k, row, head, length):
   return weight / weight.sum(-1, keepdims=True)
 
 
+def held(name, keep, length, layer=0):
+  """Entries of a row in one of two layers."""
+  if name != "pyramidkv":
+    return int(keep * length)
+  mean = keep * TIME - WINDOW
+  return int((WINDOW + (mean / 4, mean * 2 - mean / 4)[1 - layer]) / TIME * length + 1e-9)
+
+
 def expected(name, q, k, row, head, keep):
   """Positions kept, from the definitions."""
   length = LENGTHS[row]
-  count = int(keep * length)
+  count = held(name, keep, length)
   if name == "streaming_llm":
     return {*range(4), *range(length - (count - 4), length)}
   if name == "keydiff":
     unit = k[row, :length, head] / np.linalg.norm(k[row, :length, head], axis=1, keepdims=True)
     return {*np.argsort(unit @ unit.mean(0))[:count].tolist()}
+  if name == "sepllm":
+    tokens, last = np.asarray(random_tokens(2, TIME))[row], {*range(SINK), *range(length - LOCAL, length)}
+    rest = sorted({*range(length)} - last, key=lambda j: (tokens[j] in SEPARATORS, j), reverse=True)
+    return last | {*rest[: count - len(last)]}
   weight = attention(q, k, row, head, length)
   if name == "h2o":
     recent = int(keep * length / 2)
@@ -72,39 +90,83 @@ def test_what_is_kept_is_what_the_definition_says(name):
   for row, head in np.ndindex(2, 2):
     full = np.asarray(state.memory[0].entries.size[row, head]) > 0
     found = np.asarray(state.memory[0].position[row, head])[full]
-    assert len(found) == int(0.5 * LENGTHS[row]) and set(found.tolist()) == expected(name, q, k, row, head, 0.5)
+    assert len(found) == held(name, 0.5, LENGTHS[row]) and set(found.tolist()) == expected(name, q, k, row, head, 0.5)
     np.testing.assert_allclose(state.memory[0].entries.keys[row, head][full], k[row, found, head], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_with_everything_kept_generation_is_the_plain_one(name):
-  growing = {} if name in ("snapkv", "keydiff") else dict(slide=False)
+  growing = {} if name in ("snapkv", "pyramidkv", "keydiff") else dict(slide=False)
   decoder = paged.decoder(METHODS[name](keep=1.0, **growing), chunk=8, page=4)
   found = generate(network(), random_tokens(2, TIME), LENGTHS, tokens=5, decoder=decoder)
   np.testing.assert_array_equal(found, generate(network(), random_tokens(2, TIME), LENGTHS, tokens=5))
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o"])
-def test_a_sliding_cache_keeps_its_number_and_its_last_tokens(name):
-  decoder, state, *_ = read(name, 0.5)
-  step = jax.jit(decoder.step)
-  for made in range(5):
-    _, state = step(network(), random_tokens(2, 1, seed=made), state)
-    for row, head in np.ndindex(2, 2):
-      full = np.asarray(state.memory[1].entries.size[row, head]) > 0
-      found = set(np.asarray(state.memory[1].position[row, head])[full].tolist())
-      last, count = LENGTHS[row] + made, int(0.5 * LENGTHS[row])
-      assert len(found) == full.sum() == count and last in found
-      if name == "streaming_llm":
-        assert found == {*range(4), *range(last - (count - 4) + 1, last + 1)}
-      else:
-        assert {*range(last - count // 2 + 1, last + 1)} <= found
+def slid(name, q, k, tokens, row, head, length, held, new):
+  """Positions held after each of `new` tokens, from the definitions: the entry worth least goes, but for the last ones.
+
+  H2O's worth is the mean attention in the prompt and what later queries add; SepLLM's that of separators, then age.
+  """
+  held, sets = set(held), []
+  of_prompt = attention(q, k, row, head, length)
+  heavy = {j: of_prompt[..., j].sum() / 2 / (length - j) for j in range(length)}
+  count = len(held)
+  recent = {"streaming_llm": 1, "h2o": count // 2, "sepllm": min(LOCAL, count - SINK)}[name]
+  sink = {"streaming_llm": 4, "h2o": 0, "sepllm": SINK}[name]
+  for t in range(length, length + new):
+    separators = {j: (tokens[row, j] in SEPARATORS, j) for j in held}
+    worth = {"streaming_llm": {j: j for j in held}, "h2o": heavy, "sepllm": separators}[name]
+    held.remove(min((j for j in held if sink <= j <= t - recent), key=worth.get))
+    held.add(t)
+    places = sorted(held)
+    score = np.einsum("rd,nd->rn", q[row, t, 2 * head : 2 * head + 2], k[row, places, head]) / 4
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    weight = (weight / weight.sum(-1, keepdims=True)).mean(0)
+    heavy |= {j: heavy.get(j, 0) + w for j, w in zip(places, weight, strict=True)}
+    sets.append(set(held))
+  return sets
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "sepllm"])
+def test_in_a_sliding_cache_the_entry_worth_least_makes_room(name):
+  """More tokens than the cache has places for last ones: those of the prompt lose their privilege too."""
+  new = 9
+  decoder, state, *_ = read(name, 0.5, capacity=32)
+  later = random_tokens(2, new, seed=1)
+  prompts = np.asarray(random_tokens(2, TIME))
+  step, found = jax.jit(decoder.step), [state.memory[0]]
+  for made in range(new):
+    _, state = step(network(), later[:, made, None], state)
+    found.append(state.memory[0])
+  for row, length in enumerate(LENGTHS):
+    whole = np.concatenate([prompts[:, :length], np.asarray(later)], axis=1)
+    q, k = map(np.asarray, seen_arrays(whole))
+    for head in range(2):
+      full = [np.asarray(layer.entries.size[row, head]) > 0 for layer in found]
+      held = [
+        set(np.asarray(layer.position[row, head])[mine].tolist()) for layer, mine in zip(found, full, strict=True)
+      ]
+      assert {mine.sum() for mine in full} == {int(0.5 * length)}
+      assert held[1:] == slid(name, q, k, whole, row, head, int(length), held[0], new)
+
+
+def test_a_pyramid_keeps_as_many_in_all_and_of_few_the_last():
+  """Two layers of 21 tokens, of which SnapKV keeps 10 each; at a share too small for the window its last tokens."""
+  _, state, *_ = read("pyramidkv", 0.5)
+  sizes = [(np.asarray(layer.entries.size[0, 0]) > 0).sum() for layer in state.memory]
+  assert sizes == [held("pyramidkv", 0.5, 21, layer) for layer in range(2)] == [15, 5]
+  _, state, *_ = read("snapkv", 0.1)
+  full = np.asarray(state.memory[0].entries.size[0, 0]) > 0
+  assert np.asarray(state.memory[0].position[0, 0])[full].tolist() == [19, 20]
 
 
 def test_wrong_options_are_named():
   for make, message in (
     (lambda: eviction.h2o(keep=0), "keep is 0"),
     (lambda: eviction.snapkv(kernel=4), "kernel is 4"),
+    (lambda: eviction.sepllm(()), "no separators are given"),
+    (lambda: eviction.pyramidkv(beta=0), "beta is 0"),
+    (lambda: eviction.pyramidkv(keep=2), "keep is 2"),
   ):
     with pytest.raises(InputError, match=message):
       make()

@@ -64,7 +64,7 @@ FULL = {  # what makes every method the model
   "dhsa": dict(budget=256),
   "sliding_window": dict(budget=256),
   **{name: dict(keep=1.0, slide=False) for name in ("streaming_llm", "h2o")},
-  **{name: dict(keep=1.0) for name in ("chelsea", "snapkv", "keydiff")},
+  **{name: dict(keep=1.0) for name in ("chelsea", "snapkv", "pyramidkv", "keydiff")},
 }
 LENGTHS = np.array([9, 6])
 
@@ -73,6 +73,13 @@ LENGTHS = np.array([9, 6])
 def test_methods_of_a_paged_cache_by_name(model, name):
   """At its full budget each gives the model's tokens, rows of different lengths."""
   network, logits, decoder = subject(model, name, page=4, prefill_chunk=8, **FULL[name])
+  assert logits is None
+  expected = generate(model, TOKENS, LENGTHS, tokens=4)
+  assert generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder).tolist() == expected.tolist()
+
+
+def test_a_prompt_over_several_devices_by_name(model):
+  network, logits, decoder = subject(model, "sequence", devices=2, page=4, prefill_chunk=8)
   assert logits is None
   expected = generate(model, TOKENS, LENGTHS, tokens=4)
   assert generate(network, TOKENS, LENGTHS, tokens=4, decoder=decoder).tolist() == expected.tolist()
@@ -139,6 +146,8 @@ def test_methods_with_trained_parts_by_the_files_that_hold_them(model, tmp_path,
     ("compact_attention", dict(select="seer"), "select=seer needs gate="),
     ("snlp", dict(layers=2, depth=3), "an option of method snlp is 'depth'; it must be one of layers, "),
     ("snlp", dict(layers=7), "layers"),
+    ("sequence", dict(devices=9), "devices is 9; this machine has 8"),
+    ("sequence", dict(devices=3), "page x devices on 'sequence'=192 must divide chunk=4096"),
   ],
 )
 def test_impossible_methods_are_named(model, method, options, message):

@@ -15,7 +15,7 @@ def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   results.write(report, config, tmp_path, 1.0, "command")
   name = two_layers.name
   rows = {row["decoder"]: row for row in report.metrics["losses"][name]}
-  assert set(rows) == {"dense", "ChunkLLM 0.4", "sliding window"}
+  assert set(rows) == {"dense", "ChunkLLM 0.4", "sliding window", "separators"}
   assert rows["dense"]["read"] == 1 > rows["ChunkLLM 0.4"]["read"] > 0.1
   assert rows["sliding window"]["read"] == rows["ChunkLLM 0.4"]["read"]
   assert set(report.metrics["adapters"]) == {name} and (tmp_path / f"adapters.{name}" / "checkpoints").is_dir()

@@ -274,6 +274,40 @@ def test_published_runs_make_the_report(snlp_run, tmp_path):
     report.publish(tmp_path / "empty", tmp_path)
 
 
+def test_a_published_run_is_restored_and_goes_on(tmp_path):
+  """Its parts, with where they were measured; what it did not have is measured, nothing else."""
+  calls, config = (
+    [],
+    ml_collections.ConfigDict({"paper": "snlp", "scale": "test", "parts": ("a",), "a": {"subjects": ("base",)}}),
+  )
+
+  def measured(workdir, *names):
+    workdir.mkdir(exist_ok=True)
+    one = lambda name: lambda: calls.append(name) or {"value": [1.0, float("nan")]}
+    metrics = {"a": {name: results.part(workdir, f"a.{name}", one(name)) for name in names}}
+    found = Report(metrics, [Claim("c", "x", "lower", ours=1.0, threshold=2.0)], "f", undefined=("a.*",))
+    results.write(found, config, workdir, 1.0, "command")
+    return metrics
+
+  first = measured(tmp_path / "first", "base")
+  file = report.publish(tmp_path / "first", tmp_path / "results")
+  assert report.restore(file, tmp_path / "again") == ["a.base"]
+  config.parts, config.a.subjects = ("a", "b"), ("base", "smollm2")
+  run._same_config(config, tmp_path / "again")
+  second = measured(tmp_path / "again", "base", "smollm2")
+  np.testing.assert_equal(second["a"]["base"], first["a"]["base"])
+  origins = [json.loads((tmp_path / name / "results.json").read_text())["parts"] for name in ("first", "again")]
+  assert calls == ["base", "smollm2"] and report.rounded(origins[0]["a.base"]) == origins[1]["a.base"]
+  with pytest.raises(InputError, match="is not empty; name a new folder"):
+    report.restore(file, tmp_path / "again")
+  lost = json.loads(file.read_text())
+  file.write_text(json.dumps(lost | {"metrics": {"b": 1}}))
+  with pytest.raises(InputError, match=r"part a\.base of .* is no entry of its metrics"):
+    report.restore(file, tmp_path / "more")
+  with pytest.raises(InputError, match=r"name results/<paper>/<scale>\.json"):
+    report.restore(tmp_path / "none.json", tmp_path / "more")
+
+
 def test_what_is_published_is_small_or_refused(tmp_path, monkeypatch):
   run = {"paper": "snlp", "scale": "test", "figures": {}, "metrics": {"raw": list(range(30_000))}}
   (tmp_path / "results.json").write_text(json.dumps(run))
