@@ -21,7 +21,7 @@ from PIL import Image
 
 from configs import About
 from configs.scales import SCALES
-from experiments.results import PART, cell, markdown, number
+from experiments.results import PART, cell, finite, markdown, number, restored
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.files import write_text
 from jaxlab.core.foreign import foreign
@@ -40,15 +40,17 @@ _BEGIN, _END = "<!-- methods: made by experiments.report -->", "<!-- end of meth
 def publish(workdir: Path, results: Path = RESULTS) -> Path:
   """Copies one finished run to results/<paper>/<name>.json and <name>.<figure>.png. Returns the JSON file.
 
+  Metrics are rounded, and claims and finding made again of them: they follow from the digits beside them.
+
   Raises:
     InputError: no finished run, or more bytes than a paper may have.
   """
   file = workdir / "results.json"
   require(file.is_file(), f"{workdir} has no results.json; run the experiment to its end first")
-  run = json.loads(file.read_text())
+  run = evaluated(rounded(json.loads(file.read_text())))
   folder, name = results / run["paper"], name_of(run)
   figures = {f"{name}.{figure}": caption for figure, caption in run["figures"].items()}
-  text = compact(rounded(run | {"figures": figures}))
+  text = compact(run | {"figures": figures})
   require(
     len(text) <= JSON_BYTES,
     f"{file} has {len(text)} bytes when published, {JSON_BYTES} at most; put summaries into the metrics, not arrays",
@@ -64,6 +66,16 @@ def publish(workdir: Path, results: Path = RESULTS) -> Path:
   )
   write_text(folder / f"{name}.json", text)
   return folder / f"{name}.json"
+
+
+def evaluated(run: dict) -> dict:
+  """A run with the claims and the finding that its metrics give."""
+  config = importlib.import_module(f"configs.{run['paper']}").get_config(run["scale"])
+  config, experiment = config.__class__(run["config"]), importlib.import_module(f"experiments.{config.experiment}")
+  metrics = restored(run["metrics"])
+  claims = [rounded(finite(claim.as_dict())) for claim in experiment.claims(config, metrics)]
+  made = {"claims": claims, "headline": claims[0]["name"], "finding": experiment.finding(config, metrics)}
+  return run | json.loads(json.dumps(made))
 
 
 def restore(published: Path, workdir: Path) -> list[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from experiments import results
 from experiments.polygonal_partitions import embedding, files, polygons, speed
-from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.graphs.weighted_trees import is_leaf
 
@@ -27,8 +26,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   if d.name != "wordnet":
     sizes, folder = files.file_sizes(d.name, d.path)
     metrics["embedding"]["real"] = part("embedding.real", lambda: embedding.embed_files(config, folder, sizes))
-  # As it is published: claims follow from the same digits.
-  return rounded(metrics | {"speed": part("speed", lambda: speed.measure(config, console))})
+  return metrics | {"speed": part("speed", lambda: speed.measure(config, console))}
 
 
 def claims(config, metrics: dict) -> list[Claim]:

@@ -272,10 +272,12 @@ def test_published_runs_make_the_report(snlp_run, tmp_path):
   assert page.count("data:image/png;base64") == len(runs[0]["figures"])
   with pytest.raises(InputError, match=r"no results\.json"):
     report.publish(tmp_path / "empty", tmp_path)
+  assert runs == [report.evaluated(runs[0])] and runs[0]["claims"]  # of the digits that are published
 
 
-def test_a_published_run_is_restored_and_goes_on(tmp_path):
+def test_a_published_run_is_restored_and_goes_on(tmp_path, monkeypatch):
   """Its parts, with where they were measured; what it did not have is measured, nothing else."""
+  monkeypatch.setattr(report, "evaluated", lambda run: run)  # its claims are no experiment's
   calls, config = (
     [],
     ml_collections.ConfigDict({"paper": "snlp", "scale": "test", "parts": ("a",), "a": {"subjects": ("base",)}}),
@@ -309,6 +311,7 @@ def test_a_published_run_is_restored_and_goes_on(tmp_path):
 
 
 def test_what_is_published_is_small_or_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "evaluated", lambda run: run)
   run = {"paper": "snlp", "scale": "test", "figures": {}, "metrics": {"raw": list(range(30_000))}}
   (tmp_path / "results.json").write_text(json.dumps(run))
   with pytest.raises(InputError, match="100000 at most; put summaries"):
