@@ -60,7 +60,7 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def rope_table(config: TransformerConfig, positions: Int[Array, "*batch time"], dtype) -> tuple[Array, Array]:
-  """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each; computed in float32, in float64 for float64."""
+  """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each; in float32, in float64 for float64."""
   frequency = rope_frequencies(config, jnp.promote_types(dtype, jnp.float32))
   angle = positions.astype(frequency.dtype)[..., None] * frequency
   return jnp.cos(angle).astype(dtype), (config.rope_direction * jnp.sin(angle)).astype(dtype)
