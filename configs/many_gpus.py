@@ -9,8 +9,8 @@ shared out along a `sequence` axis.
 measures the machine it runs on; results are named after its number of GPUs: x2, x4. Three minutes on 2 H200s, printed
 (2026-11-28):
 
-  tokens/s of 2 GPUs over twice those of one: data, fsdp, tensor (32 x 640)      0.95, 0.94, 0.83
-  the same for tensor at 20 x 1280 (0.5 B parameters)                            0.78
+  tokens/s of 2 GPUs over twice those of one: data, fsdp, tensor (32 x 640)      0.95, 0.94, 0.83   (4: 0.93, 0.93)
+  the same for tensor at 20 x 1280                                               0.78
   a token by SNLP's suffix (24 of 32 layers, K = 1) over 2 GPUs, on one          0.570, 0.601 ms (in sequence 1.067)
 
   JAX_NUM_CPU_DEVICES=4 python -m experiments.run --config=configs/many_gpus.py:cpu --workdir=runs/many_gpus_cpu
