@@ -39,27 +39,29 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       seed=0,
       model=pick(cpu="base", gpu="smollm2"),  # what hub.load takes, or hf:DIR
       # The rows of a batch are dealt to them; the first is what the claims are about.
-      settings=pick(test=("n4 K1 G2 T1", "n4 K2 T1"), cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
+      settings=pick(test=("n4 K1 G2 T1", "n4 K2 T1"), cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2",)),
       measured=pick(
-        cpu=("n4 K1 G2 T1", "n4 K1 T1", "n4 K2 T1"), gpu=("n16 K1 G4 T2", "n16 K1 T2", "n16 K2 T2", "n16 K4 T2")
+        cpu=("n4 K1 G2 T1", "n4 K1 T1", "n4 K2 T1"),
+        gpu=("n16 K1 G4 T2", "n16 K1 G8 T2", "n16 K1 T2", "n16 K2 T2", "n16 K4 T2"),
       ),
       depth=pick(cpu=6, gpu=30),  # that settings are written for; other models get the same shares of theirs
       methods=("distilled", "regularised", "continued"),
-      parts=("speed", "speculation"),
+      parts=("speed", "speculation"),  # and "choices", with pip install 'jaxlab[eval]'
       parameters="suffix",  # or "all", or "lora"
       rank=32,  # of lora
       sequential_weight=1.0,
+      sequential_every=pick(test=1, cpu=2, gpu=4),  # of so many rows one is also run in sequence
       data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       unseen=dict(name="local_text", path="docs", split="train"),  # only measured on
       more=dict(name="stdlib_code", path="", share=pick(cpu=0.0, gpu=0.15)),  # another text to train on
       own=dict(  # rows the untouched model writes
-        share=pick(cpu=0.25, gpu=0.4),
-        rows=pick(test=8, cpu=64, gpu=6144, paper=65_536),
-        batch=pick(test=4, cpu=64, gpu=512),
+        share=pick(cpu=0.25, gpu=0.5),
+        rows=pick(test=8, cpu=64, gpu=24_576, paper=65_536),
+        batch=pick(test=4, cpu=64, gpu=2048),
         temperature=1.0,
       ),
       train=dict(
-        steps=pick(test=4, cpu=100, gpu=4000, paper=60_000),
+        steps=pick(test=4, cpu=64, gpu=7000, paper=60_000),
         batch=pick(test=8, cpu=4, gpu=32),
         length=pick(test=32, cpu=128, gpu=512),
         accumulate=1,
@@ -67,7 +69,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmup=pick(test=1, cpu=10, gpu=100),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat="none",  # "dots" or "full" where memory is short
-        checkpoint_every=pick(test=2, cpu=50, gpu=1000),
+        checkpoint_every=pick(test=2, cpu=32, gpu=1000),
       ),
       reg=dict(  # of "regularised", with the layers of the settings
         weight=0.5,
@@ -78,7 +80,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         detach_input=False,
         sampled=False,
       ),
-      recall=dict(tasks=pick(cpu=("needle",), gpu=()), questions=pick(test=1, cpu=32, gpu=256)),
+      recall=dict(tasks=("needle",), questions=pick(test=1, cpu=16, gpu=256)),
+      choices=dict(
+        questions=pick(test=4, cpu=64, gpu=512), context=pick(test=16, cpu=64), continuation=pick(test=4, cpu=16)
+      ),
       bench=dict(
         shape="model",
         kind="decode",
@@ -88,7 +93,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(test=2, cpu=5, gpu=20),
       ),
       speculation=dict(
-        settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2", "n16 K2 T2")),
+        settings=pick(cpu=("n4 K1 G2 T1",), gpu=("n16 K1 G4 T2",)),
         drafts=(4,),
         prompt=pick(test=8, cpu=32, gpu=64),
         prompts=pick(test=1, cpu=2, gpu=4),

@@ -67,6 +67,7 @@ def method_loss(config, method: str, settings: list[dict], shared: int | None):
       settings=chosen,
       shared=shared,
       sequential_weight=config.sequential_weight,
+      sequential_every=config.sequential_every,
       remat=config.train.remat,
     )
     return lambda model, batch, step, key, teacher: distil(model, teacher, batch["inputs"])
