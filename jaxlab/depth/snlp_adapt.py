@@ -117,6 +117,21 @@ def assembled(original: Transformer, trained: Transformer | Block | lora.Lora) -
   return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, original)
 
 
+def replaced(tokens: Int[Array, "batch time"], key: jax.Array, *, share: float) -> Int[Array, "batch time"]:
+  """The tokens, each but a row's first with probability `share` another one drawn from all rows.
+
+  The original's answer to a context that nobody wrote is as good a target as any. Where the text is all of one kind,
+  such contexts teach what holds for other kinds too.
+
+  Raises:
+    InputError: a share outside 0..1.
+  """
+  require(0 <= share <= 1, f"the share of tokens to replace is {share}; it must lie in 0..1")
+  where, which = jax.random.split(key)
+  changed = jax.random.bernoulli(where, share, tokens.shape).at[:, 0].set(False)
+  return jnp.where(changed, jax.random.choice(which, tokens.ravel(), tokens.shape), tokens)
+
+
 def own_text(
   model: Transformer, key: jax.Array, *, bos: int, rows: int, length: int, batch: int, temperature: float = 1.0
 ) -> Int[np.ndarray, "rows length_plus_1"]:

@@ -106,12 +106,22 @@ def test_an_interrupted_adaptation_goes_on_bit_for_bit(checkpoint, tmp_path, cac
   chex.assert_trees_all_equal(whole.embedding, original.embedding)
 
 
-def test_a_diverging_run_says_its_loss_and_keeps_its_checkpoint(checkpoint, tmp_path, cache):
+def test_a_diverging_run_says_its_loss_and_goes_on_from_its_last_good_checkpoint(checkpoint, tmp_path, cache):
   config = config_of(checkpoint, parameters="lora", rank=2)
-  config.train.rate, config.train.checkpoint_every, config.train.steps = 1e30, 1, 9
+  config.train.steps, config.train.checkpoint_every = 9, 100
+  run = lambda console=None: adapt(config, checkpoint, tmp_path / "run", cache, console, method="continued")
+  with pytest.raises(loop.Interrupted):
+    run(Interrupting(quiet=True))
+  kept = [file.name for file in (tmp_path / "run" / "continued" / "checkpoints").iterdir()]
+  config.train.rate = 1e30
   with pytest.raises(loop.Diverged, match=r"the loss is nan at step \d .*lower the learning rate") as caught:
-    adapt(config, checkpoint, tmp_path / "run", cache, method="continued")
-  assert "\n" not in str(caught.value) and list((tmp_path / "run" / "continued" / "checkpoints").iterdir())
+    run()
+  assert "\n" not in str(caught.value)
+  assert kept == [file.name for file in (tmp_path / "run" / "continued" / "checkpoints").iterdir()]
+  config.train.rate = 1e-4
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run()))
+  lines = (tmp_path / "run" / "continued" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
 def test_what_cannot_be_adapted_is_one_line(checkpoint, tmp_path, cache):
