@@ -51,7 +51,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       rank=32,  # of lora
       sequential_weight=1.0,
       sequential_every=pick(test=1, cpu=2, gpu=4),  # of so many rows one is also run in sequence
-      replaced=pick(test=0.25, cpu=0.0, gpu=0.1),  # share of the tokens read in distilling that are replaced by others
+      shuffled=pick(test=0.25, cpu=0.0, gpu=0.2),  # of the rows, in distilling: tokens without order
       data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       unseen=dict(name="local_text", path="docs", split="train"),  # only measured on
       more=dict(name="stdlib_code", path="", share=pick(cpu=0.0, gpu=0.15)),  # another text to train on

@@ -70,8 +70,8 @@ def method_loss(config, method: str, settings: list[dict], shared: int | None):
       sequential_every=config.sequential_every,
       remat=config.train.remat,
     )
-    noisy = functools.partial(snlp_adapt.replaced, share=config.replaced)
-    return lambda model, batch, step, key, teacher: distil(model, teacher, noisy(batch["inputs"], key))
+    read = functools.partial(snlp_adapt.shuffled, share=config.shuffled)
+    return lambda model, batch, step, key, teacher: distil(model, teacher, read(batch["inputs"], key))
   plain = training_loss(config, config.reg if method == REGULARISED else None)
   return lambda model, batch, step, key, teacher: plain(model, batch, step, key)
 

@@ -117,18 +117,18 @@ def assembled(original: Transformer, trained: Transformer | Block | lora.Lora) -
   return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, original)
 
 
-def replaced(tokens: Int[Array, "batch time"], key: jax.Array, *, share: float) -> Int[Array, "batch time"]:
-  """The tokens, each but a row's first with probability `share` another one drawn from all rows.
+def shuffled(tokens: Int[Array, "batch time"], key: jax.Array, *, share: float) -> Int[Array, "batch time"]:
+  """The tokens, each row with probability `share` filled behind its first token by draws from all rows.
 
-  The original's answer to a context that nobody wrote is as good a target as any. Where the text is all of one kind,
-  such contexts teach what holds for other kinds too.
+  The original's answer to a text that nobody wrote is as good a target as any. Where the text is all of one kind, such
+  rows teach what holds for other kinds too.
 
   Raises:
     InputError: a share outside 0..1.
   """
-  require(0 <= share <= 1, f"the share of tokens to replace is {share}; it must lie in 0..1")
+  require(0 <= share <= 1, f"the share of rows to shuffle is {share}; it must lie in 0..1")
   where, which = jax.random.split(key)
-  changed = jax.random.bernoulli(where, share, tokens.shape).at[:, 0].set(False)
+  changed = jax.random.bernoulli(where, share, (len(tokens), 1)) & (jnp.arange(tokens.shape[1]) > 0)
   return jnp.where(changed, jax.random.choice(which, tokens.ravel(), tokens.shape), tokens)
 
 

@@ -92,12 +92,13 @@ def test_few_rows_hold_the_sequential_network():
   assert abs(float(some["sequential"]) - float(every["sequential"])) > 1e-4
 
 
-def test_replaced_tokens_are_as_many_as_asked_and_of_the_text():
-  tokens = jnp.arange(4000).reshape(4, 1000)
-  found = snlp_adapt.replaced(tokens, jax.random.key(0), share=0.25)
-  assert 0.2 < float((found != tokens).mean()) < 0.3 and (found[:, 0] == tokens[:, 0]).all()
-  assert set(np.ravel(snlp_adapt.replaced(TOKENS, jax.random.key(1), share=1.0))) <= set(np.ravel(TOKENS))
-  chex.assert_trees_all_equal(snlp_adapt.replaced(tokens, jax.random.key(0), share=0.0), tokens)
+def test_as_many_rows_as_asked_are_filled_with_tokens_of_the_text():
+  tokens = jnp.arange(4000).reshape(400, 10)
+  found = snlp_adapt.shuffled(tokens, jax.random.key(0), share=0.25)
+  changed = np.asarray((found != tokens).sum(axis=1))
+  assert (found[:, 0] == tokens[:, 0]).all() and set(changed) <= {0, 8, 9} and 60 < (changed > 0).sum() < 140
+  assert len(set(np.ravel(found[changed > 0, 1:] // 1000))) == 4
+  chex.assert_trees_all_equal(snlp_adapt.shuffled(tokens, jax.random.key(0), share=0.0), tokens)
 
 
 def test_kept_parameters_come_back_as_they_were_and_adapters_merge():
@@ -137,7 +138,7 @@ def test_own_text_is_the_models_and_the_keys():
   [
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[]), "needs at least one setting"),
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO] * 3), "settings=3 must divide batch rows=2"),
-    (lambda m: snlp_adapt.replaced(TOKENS, jax.random.key(0), share=1.5), r"is 1\.5; it must lie in 0\.\.1"),
+    (lambda m: snlp_adapt.shuffled(TOKENS, jax.random.key(0), share=1.5), r"is 1\.5; it must lie in 0\.\.1"),
     (
       lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO], sequential_every=3),
       "sequential_every=3 must divide batch rows=2",
