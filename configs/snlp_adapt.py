@@ -50,7 +50,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       parameters="suffix",  # or "all", or "lora"
       rank=32,  # of lora
       sequential_weight=1.0,
-      sequential_every=pick(test=1, cpu=2, gpu=4),  # of so many rows one is also run in sequence
+      sequential_every=pick(test=2, cpu=1, gpu=2),  # of so many rows one is also run in sequence
       shuffled=pick(test=0.25, cpu=0.0, gpu=0.2),  # of the rows, in distilling: tokens without order
       data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       unseen=dict(name="local_text", path="docs", split="train"),  # only measured on
@@ -62,7 +62,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         temperature=1.0,
       ),
       train=dict(
-        steps=pick(test=4, cpu=64, gpu=7000, paper=60_000),
+        steps=pick(test=4, cpu=80, gpu=6500, paper=60_000),
         batch=pick(test=8, cpu=4, gpu=32),
         length=pick(test=32, cpu=128, gpu=512),
         accumulate=1,
@@ -70,7 +70,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmup=pick(test=1, cpu=10, gpu=100),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat="none",  # "dots" or "full" where memory is short
-        checkpoint_every=pick(test=2, cpu=32, gpu=1000),
+        checkpoint_every=pick(test=2, cpu=40, gpu=1000),
       ),
       reg=dict(  # of "regularised", with the layers of the settings
         weight=0.5,

@@ -52,8 +52,8 @@ def distillation(
       row b is solved by setting b mod their number.
     shared: layers at the start which, with the embedding and the head, are the teacher's and stay so: both networks
       then read one evaluation of them, and no gradient goes there. None: every parameter is trained.
-    sequential_every: KL(p || q_seq) is of every k-th row alone. The sequential network starts where it should
-      stay, and a quarter of the rows hold it there at two thirds of a step's cost.
+    sequential_every: k; KL(p || q_seq) is of every k-th row alone, which makes a step cheaper: the sequential network
+      starts where it should stay.
     remat: as `transformer.sequential`; anything but "none" also evaluates the solver's steps again for the gradient.
 
   Raises:
