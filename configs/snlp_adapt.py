@@ -46,7 +46,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       depth=pick(cpu=6, gpu=30),  # that settings are written for; other models get the same shares of theirs
       methods=("distilled", "regularised", "continued"),
-      parts=("speed", "speculation"),  # and "choices", with pip install 'jaxlab[eval]'
+      # choices: of the evaluation harness, pip install 'jaxlab[eval]'
+      parts=pick(cpu=("speed", "speculation"), paper=("speed", "speculation", "choices")),
       parameters="suffix",  # or "all", or "lora"
       rank=32,  # of lora
       sequential_weight=1.0,
