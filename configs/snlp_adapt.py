@@ -7,11 +7,12 @@ regulariser in continued training. The folder WORKDIR/adapted is an ordinary che
   python -m experiments.run --config=configs/snlp_adapt.py:gpu --config.model=smollm2 --workdir=runs/snlp_adapt \
       --config.data.path=books --config.unseen.path=wiki
 
-Scale cpu (`base`, 4 of 6 layers in two groups before the last one, 100 steps of 512 tokens) printed (2026-11-28), in %
-over the perplexity of the untouched network in sequence, held-out books | passages of an encyclopaedia:
+Scale cpu (`base`, 4 of 6 layers in two groups before the last one, 80 steps of 512 tokens, 530 processor-seconds)
+printed (2026-11-29), in % over the perplexity of the untouched network in sequence, held-out books | passages of an
+encyclopaedia:
 
-  untouched 39 | 5.0     distilled 20.5 | 8.7     regularised 40.9 | 12.2     continued 45.1 | 9.7
-  in sequence            distilled  1.0 | -3.6    regularised  8.1 | -0.2     continued 10.2 | 6.8
+  untouched 39 | 6.6     distilled 21.0 | 7.1     regularised 41.8 | 8.5     continued 44.6 | 10.3
+  in sequence            distilled  1.3 | -2.6    regularised  7.1 | -4.5    continued  8.7 | 4.6
 
 What else was tried is in docs/log.md.
 """
