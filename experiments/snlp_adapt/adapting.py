@@ -67,9 +67,11 @@ def method_loss(config, method: str, settings: list[dict], shared: int | None):
       settings=chosen,
       shared=shared,
       sequential_weight=config.sequential_weight,
+      sequential_every=config.sequential_every,
       remat=config.train.remat,
     )
-    return lambda model, batch, step, key, teacher: distil(model, teacher, batch["inputs"])
+    read = functools.partial(snlp_adapt.shuffled, share=config.shuffled)
+    return lambda model, batch, step, key, teacher: distil(model, teacher, read(batch["inputs"], key))
   plain = training_loss(config, config.reg if method == REGULARISED else None)
   return lambda model, batch, step, key, teacher: plain(model, batch, step, key)
 

@@ -41,25 +41,29 @@ def distillation(
   settings: Sequence[Mapping],
   shared: int | None = None,
   sequential_weight: float = 1.0,
+  sequential_every: int = 1,
   remat: str = "none",
   attention: AttentionFn = dot_product_attention,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """(L, {"sequential": KL(p || q_seq), "parallel": KL(p || q_par)}), means over all positions.
+  """(L, {"sequential": KL(p || q_seq), "parallel": KL(p || q_par)}), means over positions.
 
   Args:
     settings: arguments of `snlp.hidden` each: {"layers": n, "iterations": K, ...}. The rows are dealt to them in turn:
       row b is solved by setting b mod their number.
     shared: layers at the start which, with the embedding and the head, are the teacher's and stay so: both networks
       then read one evaluation of them, and no gradient goes there. None: every parameter is trained.
+    sequential_every: k; KL(p || q_seq) is of every k-th row alone, which makes a step cheaper: the sequential network
+      starts where it should stay.
     remat: as `transformer.sequential`; anything but "none" also evaluates the solver's steps again for the gradient.
 
   Raises:
-    InputError: no setting, more than divide the batch, `shared` beyond the first layer that is solved, and as
-      `snlp.hidden`.
+    InputError: no setting, settings or a `sequential_every` that do not divide the batch, `shared` beyond the first
+      layer that is solved, and as `snlp.hidden`.
   """
   count = len(settings)
   require(count > 0, "distilling through the solver needs at least one setting such as layers=16, iterations=2")
   require_divides("settings", count, "batch rows", tokens.shape[0])
+  require_divides("sequential_every", sequential_every, "batch rows", tokens.shape[0])
   original = jax.lax.stop_gradient(teacher)
   x, side, _ = original.embed(tokens)
   start, backout = shared or 0, None
@@ -69,19 +73,23 @@ def distillation(
   target_backout = target_backout if model.depth // 2 >= start else backout
   if shared is None:
     x, side, _ = model.embed(tokens)
-  h, h_backout, _, _ = sequential(model, x, side, start=start, attention=attention, remat=remat)
-  h_backout = h_backout if model.depth // 2 >= start else backout
 
   reader = model if shared is None else original
+  # Strided, so that the rows of a part stay spread over the devices.
+  some = lambda tree: jax.tree.map(lambda a: a[::sequential_every], tree)
+  few = reader.embed(some(tokens))[1]
+  h, h_backout, _, _ = sequential(model, some(x), few, start=start, attention=attention, remat=remat)
+  h_backout = h_backout if model.depth // 2 >= start else some(backout)
+
   solved = []
   for i, setting in enumerate(settings):
-    # Strided, so that every setting's rows stay spread over the devices.
     own, given = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:])[:, i], (tokens, (x, backout)))  # noqa: B023
     how = dict(setting, attention=attention, remat=remat != "none")
     solved.append(snlp.hidden_from(model, *given, reader.embed(own)[1], start=start, **how))
   dealt = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), *solved)
-  students = [(h, h_backout), dealt]
-  kept, reached = divergences(original, (target, target_backout), reader, students).mean(axis=(1, 2))
+  target = (target, target_backout)
+  kept = divergences(original, some(target), reader, [(h, h_backout)]).mean()
+  reached = divergences(original, target, reader, [dealt]).mean()
   return sequential_weight * kept + reached, {"sequential": kept, "parallel": reached}
 
 
@@ -107,6 +115,21 @@ def assembled(original: Transformer, trained: Transformer | Block | lora.Lora) -
     model.blocks = jax.tree.map(join, original.blocks, trained)
     return model
   return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, original)
+
+
+def shuffled(tokens: Int[Array, "batch time"], key: jax.Array, *, share: float) -> Int[Array, "batch time"]:
+  """The tokens, each row with probability `share` filled behind its first token by draws from all rows.
+
+  The original's answer to a text that nobody wrote is as good a target as any. Where the text is all of one kind, such
+  rows teach what holds for other kinds too.
+
+  Raises:
+    InputError: a share outside 0..1.
+  """
+  require(0 <= share <= 1, f"the share of rows to shuffle is {share}; it must lie in 0..1")
+  where, which = jax.random.split(key)
+  changed = jax.random.bernoulli(where, share, (len(tokens), 1)) & (jnp.arange(tokens.shape[1]) > 0)
+  return jnp.where(changed, jax.random.choice(which, tokens.ravel(), tokens.shape), tokens)
 
 
 def own_text(

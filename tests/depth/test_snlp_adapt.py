@@ -81,6 +81,26 @@ def test_rows_are_dealt_to_the_settings():
     np.testing.assert_allclose(found[part], np.mean([float(one[part]) for one in alone]), rtol=1e-4)
 
 
+def test_few_rows_hold_the_sequential_network():
+  """Every second row's divergence in sequence, all rows' layer-parallel: the teacher of a row is its own."""
+  teacher, student = pair("nanochat")
+  tokens = random_tokens(4, 8, seed=2)
+  few = distillation(student, teacher, tokens, settings=[TWO], sequential_every=2)[1]
+  some, every = (distillation(student, teacher, rows, settings=[TWO])[1] for rows in (tokens[::2], tokens))
+  np.testing.assert_allclose(few["sequential"], some["sequential"], rtol=1e-4)
+  np.testing.assert_allclose(few["parallel"], every["parallel"], rtol=1e-4)
+  assert abs(float(some["sequential"]) - float(every["sequential"])) > 1e-4
+
+
+def test_as_many_rows_as_asked_are_filled_with_tokens_of_the_text():
+  tokens = jnp.arange(4000).reshape(400, 10)
+  found = snlp_adapt.shuffled(tokens, jax.random.key(0), share=0.25)
+  changed = np.asarray((found != tokens).sum(axis=1))
+  assert (found[:, 0] == tokens[:, 0]).all() and set(changed) <= {0, 8, 9} and 60 < (changed > 0).sum() < 140
+  assert len(set(np.ravel(found[changed > 0, 1:] // 1000))) == 4
+  chex.assert_trees_all_equal(snlp_adapt.shuffled(tokens, jax.random.key(0), share=0.0), tokens)
+
+
 def test_kept_parameters_come_back_as_they_were_and_adapters_merge():
   model, _ = pair("llama")
   for parameters in snlp_adapt.PARAMETERS:
@@ -118,6 +138,11 @@ def test_own_text_is_the_models_and_the_keys():
   [
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[]), "needs at least one setting"),
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO] * 3), "settings=3 must divide batch rows=2"),
+    (lambda m: snlp_adapt.shuffled(TOKENS, jax.random.key(0), share=1.5), r"is 1\.5; it must lie in 0\.\.1"),
+    (
+      lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO], sequential_every=3),
+      "sequential_every=3 must divide batch rows=2",
+    ),
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO], shared=3), "begin at layer 2; .* before layer 3"),
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[dict(layers=7, iterations=1)]), "layers .* is 7"),
     (lambda m: snlp_adapt.distillation(m, m, TOKENS, settings=[TWO | dict(tail=3)]), r"is 4; it must lie in 1\.\.3"),

@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import chex
@@ -13,7 +14,7 @@ import pytest
 from configs import snlp_adapt as config_file
 from experiments.console import Console
 from experiments.snlp.settings import parse
-from experiments.snlp_adapt import GIVEN, UNTOUCHED, adapting, draw, fitted, named_texts
+from experiments.snlp_adapt import GIVEN, UNTOUCHED, adapting, choices, draw, fitted, measure, named_texts
 from experiments.text import load_text
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
@@ -105,12 +106,22 @@ def test_an_interrupted_adaptation_goes_on_bit_for_bit(checkpoint, tmp_path, cac
   chex.assert_trees_all_equal(whole.embedding, original.embedding)
 
 
-def test_a_diverging_run_says_its_loss_and_keeps_its_checkpoint(checkpoint, tmp_path, cache):
+def test_a_diverging_run_says_its_loss_and_goes_on_from_its_last_good_checkpoint(checkpoint, tmp_path, cache):
   config = config_of(checkpoint, parameters="lora", rank=2)
-  config.train.rate, config.train.checkpoint_every, config.train.steps = 1e30, 1, 9
+  config.train.steps, config.train.checkpoint_every = 9, 100
+  run = lambda console=None: adapt(config, checkpoint, tmp_path / "run", cache, console, method="continued")
+  with pytest.raises(loop.Interrupted):
+    run(Interrupting(quiet=True))
+  kept = [file.name for file in (tmp_path / "run" / "continued" / "checkpoints").iterdir()]
+  config.train.rate = 1e30
   with pytest.raises(loop.Diverged, match=r"the loss is nan at step \d .*lower the learning rate") as caught:
-    adapt(config, checkpoint, tmp_path / "run", cache, method="continued")
-  assert "\n" not in str(caught.value) and list((tmp_path / "run" / "continued" / "checkpoints").iterdir())
+    run()
+  assert "\n" not in str(caught.value)
+  assert kept == [file.name for file in (tmp_path / "run" / "continued" / "checkpoints").iterdir()]
+  config.train.rate = 1e-4
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run()))
+  lines = (tmp_path / "run" / "continued" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
 def test_what_cannot_be_adapted_is_one_line(checkpoint, tmp_path, cache):
@@ -125,6 +136,36 @@ def test_what_cannot_be_adapted_is_one_line(checkpoint, tmp_path, cache):
 
   refused(r"has \d+ tokens to train on, one batch 800000; give more", train__length=100_000)
   refused(r"own\.share is 0\.9, more\.share 0\.3", own__share=0.9, more__share=0.3)
+
+
+def test_of_four_continuations_the_first_is_the_texts_own(checkpoint, tmp_path, cache):
+  text = load_text(named_texts(config_of(checkpoint))[GIVEN], cache, given=checkpoint)
+  sizes = dict(questions=5, context=12, continuation=6)
+  choices.write_task(text, tmp_path / "task", split="validation", seed=0, **sizes)
+  rows = [json.loads(line) for line in (tmp_path / "task" / "questions.jsonl").read_text().splitlines()]
+  whole = text.bpe.decode(np.asarray(text.split("validation").ids).tolist())
+  assert len(rows) == 5 and len({row["question"] for row in rows}) > 1
+  for row in rows:
+    assert row["question"] + row["choices"][0] in whole and len(set(row["choices"])) == 4
+  with pytest.raises(InputError, match=r"has \d+ tokens; multiple choice needs more than 2000012"):
+    choices.write_task(text, tmp_path / "task", split="validation", seed=0, **sizes | dict(context=10**6))
+
+
+def test_without_the_harness_nothing_is_trained(checkpoint, tmp_path, cache, monkeypatch):
+  monkeypatch.setitem(sys.modules, "lm_eval", None)
+  monkeypatch.delitem(sys.modules, "jaxlab.evaluation.lm_eval", raising=False)
+  with pytest.raises(InputError, match=r"harness is not installed; pip install 'jaxlab\[eval\]'") as caught:
+    measure(config_of(checkpoint, parts=("choices",)), tmp_path, cache, Console(quiet=True))
+  assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_the_harness_scores_as_many_steps_as_layers_like_the_network_itself(checkpoint, tmp_path, cache):
+  pytest.importorskip("lm_eval")
+  config = config_of(checkpoint, settings=("n4 K2 G2 T1",))
+  config.choices.questions = 12
+  text = load_text(named_texts(config)[GIVEN], cache, given=checkpoint)
+  found = choices.measure(config, text, {UNTOUCHED: str(checkpoint)}, tmp_path / "choices")[UNTOUCHED]
+  assert set(found) == {"sequential", "n4 K2 G2 T1"} and len(set(found.values())) == 1
 
 
 def test_a_missing_speed_part_still_draws(tmp_path):
