@@ -48,6 +48,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
   add("--top-k", type=int, help="sample from so many of the likeliest tokens")
   add("--top-p", type=float, help="sample from the likeliest tokens that reach this probability")
+  add("--min-p", type=float, help="sample from tokens with at least this share of the likeliest one's probability")
   add("--seed", type=int, default=0, help="of sampling (%(default)s)")
   add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
   add("--method", metavar="NAME,OPTION=VALUE,...", help="run the model by a method: snlp,layers=8,iterations=2")
@@ -59,8 +60,8 @@ def _run(options: argparse.Namespace) -> None:
   cache_folder()
   require_stops(options.stop)
   require(
-    options.temperature != 0 or options.top_k is options.top_p is None,
-    "--top-k and --top-p are of sampling; give a --temperature too",
+    options.temperature != 0 or options.top_k is options.top_p is options.min_p is None,
+    "--top-k, --top-p and --min-p are of sampling; give a --temperature too",
   )
   vocabulary = load_vocabulary(options.model)
   prompt = (raw_prompt if options.raw else chat_prompt)(vocabulary, options.text)
@@ -81,6 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     temperature=options.temperature,
     top_k=options.top_k,
     top_p=options.top_p,
+    min_p=options.min_p,
     decoder=decoder,
   )
   sys.stdout.reconfigure(errors="replace")

@@ -42,7 +42,7 @@ except ImportError:
     sys.exit(2)
   raise InputError(_MISSING) from None
 
-_SAMPLING = ("temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 class JaxLM(TemplateLM):

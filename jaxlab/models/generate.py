@@ -39,7 +39,7 @@ class Decoder(NamedTuple):
 class Completion(NamedTuple):
   """New tokens of a row, its stop token (if it met one) the last of them, and their log-probabilities.
 
-  The log-probabilities are the model's own: those before temperature, top_k and top_p.
+  The log-probabilities are the model's own: those before temperature, top_k, top_p and min_p.
   """
 
   tokens: list[int]
@@ -53,16 +53,19 @@ def sample(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  min_p: float | None = None,
 ) -> Int[Array, "batch"]:
   """Draws a token a row. Temperature 0 is the argmax; top_k keeps the k largest logits, top_p the smallest set of
-  tokens whose probability reaches p (at least one).
+  tokens whose probability reaches p (at least one), min_p those whose probability is at least min_p times the
+  likeliest one's (Nguyen et al. 2024, arXiv 2407.01082); each of what the ones before it left.
 
   Raises:
-    InputError: top_k < 1, top_p outside 0 < p <= 1, a temperature that is negative, NaN or infinite.
+    InputError: top_k < 1, top_p or min_p outside 0 < p <= 1, a temperature that is negative, NaN or infinite.
   """
   require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (the argmax) or a positive number")
   require(top_k is None or top_k >= 1, f"top_k is {top_k}; keep at least 1 token, or give None for all")
   require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in 0 < top_p <= 1")
+  require(min_p is None or 0 < min_p <= 1, f"min_p is {min_p}; it must lie in 0 < min_p <= 1")
   if temperature < COLDEST:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits.astype(jnp.float32) / temperature
@@ -75,6 +78,9 @@ def sample(
     # A token stays while the probability of those before it has not reached p; the first always stays.
     smallest = jnp.min(jnp.where((before < top_p) | (before == 0), ordered, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < smallest, -jnp.inf, logits)
+  if min_p is not None:
+    # As a difference of logits: the likeliest one's own is 0, and no rounding leaves it out.
+    logits = jnp.where(logits - logits.max(axis=-1, keepdims=True) < math.log(min_p), -jnp.inf, logits)
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
@@ -88,6 +94,7 @@ def generate(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  min_p: float | None = None,
   decoder: Decoder = Decoder(),
 ) -> Int[Array, "batch tokens"]:
   """Continues each prompt row by `tokens` tokens; deterministic given the key (greedy needs none).
@@ -105,7 +112,7 @@ def generate(
     inside = isinstance(lengths, jax.core.Tracer) or bool(((lengths >= 1) & (lengths <= prompt.shape[1])).all())
     require(inside, f"lengths must lie in 1..{prompt.shape[1]}, the prompt's time")
   _check(tokens, key, temperature)
-  chosen = _Choice(decoder, prompt.shape[1] + tokens, temperature, top_k, top_p)
+  chosen = _Choice(decoder, prompt.shape[1] + tokens, temperature, top_k, top_p, min_p)
   return _generate(_network(model, decoder), prompt, lengths, _key(key), tokens=tokens, chosen=chosen)
 
 
@@ -119,6 +126,7 @@ def stream(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  min_p: float | None = None,
   decoder: Decoder = Decoder(),
   stretch: int = 8,
 ) -> Iterator[list[Completion]]:
@@ -141,7 +149,7 @@ def stream(
   capacity = padded.shape[1] + power_of_two(tokens + stretch)
   # Flat, as a module takes longer to flatten than its step takes to run.
   leaves, structure = jax.tree.flatten(_network(model, decoder))
-  begin, advance = _programs(structure, _Choice(decoder, capacity, temperature, top_k, top_p), stretch)
+  begin, advance = _programs(structure, _Choice(decoder, capacity, temperature, top_k, top_p, min_p), stretch)
   return _stretches(begin, advance, leaves, padded, lengths, _key(key), tokens, frozenset(stop))
 
 
@@ -187,11 +195,13 @@ class _Choice:
   temperature: float
   top_k: int | None
   top_p: float | None
+  min_p: float | None
 
   def draw(self, logits: Float[Array, "batch 1 vocab"], key):
     """(tokens, their log-probabilities)."""
     logits = logits[:, 0]
-    token = sample(logits, key, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+    how = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+    token = sample(logits, key, **how)
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
 

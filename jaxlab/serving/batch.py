@@ -39,8 +39,8 @@ class Rows(NamedTuple):
   Attributes:
     tokens: int32[rows, length]; start: int32[rows], their first position; count: int32[rows], how many are real.
     table: int32[rows, pages_per_row], page 0 where a row has no page.
-    temperature, top_p: float32[rows]; top_k, seed, number: int32[rows]; top_k is 0 and top_p 1 for all, number that of
-      the token that is drawn.
+    temperature, top_p, min_p: float32[rows]; top_k, seed, number: int32[rows]; top_k and min_p are 0 and top_p is 1 for
+      all, number that of the token that is drawn.
     targets: int32[rows, length], the tokens after these, for `Shape.score`.
   """
 
@@ -50,6 +50,7 @@ class Rows(NamedTuple):
   table: np.ndarray
   temperature: np.ndarray
   top_p: np.ndarray
+  min_p: np.ndarray
   top_k: np.ndarray
   seed: np.ndarray
   number: np.ndarray
@@ -64,15 +65,14 @@ def blank(rows: int, length: int, pages_per_row: int) -> tuple[np.ndarray, Rows]
   return packed, made
 
 
-_SINGLE = 7  # numbers of a row that are no list
+_SINGLE = 8  # numbers of a row that are no list
 
 
 def split(packed, length: int) -> Rows:
   """The rows that lie in an array of `blank`, of the host or the device; reals lie there by their bits."""
   tokens, targets, table = packed[:, :length], packed[:, length : 2 * length], packed[:, 2 * length : -_SINGLE]
-  start, count, top_k, seed, number, temperature, top_p = packed[:, -_SINGLE:].T
-  temperature, top_p = _reals(temperature), _reals(top_p)
-  return Rows(tokens, start, count, table, temperature, top_p, top_k, seed, number, targets)
+  start, count, top_k, seed, number, *reals = packed[:, -_SINGLE:].T
+  return Rows(tokens, start, count, table, *map(_reals, reals), top_k, seed, number, targets)
 
 
 def _reals(a):
@@ -105,7 +105,7 @@ def sample_rows(logits, rows):
 
   def drawn():
     scaled = logits / jnp.maximum(rows.temperature, COLDEST)[:, None]
-    limited = (rows.top_k > 0) | (rows.top_p < 1)
+    limited = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
     scaled = jax.lax.cond(limited.any(), lambda: _limited(scaled, rows), lambda: scaled)
     keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
       rows.seed.astype(jnp.uint32), rows.number
@@ -119,7 +119,7 @@ def sample_rows(logits, rows):
 
 
 def _limited(logits, rows):
-  """The logits with -inf where top_k or top_p leave a token out; equal ones stay or go together."""
+  """The logits with -inf where top_k, top_p or min_p leave a token out; equal ones stay or go together."""
   ordered = jnp.sort(logits, axis=-1, descending=True)
   last = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, logits.shape[1]), logits.shape[1]) - 1
   kth = jnp.take_along_axis(ordered, last[:, None], axis=1)
@@ -128,7 +128,8 @@ def _limited(logits, rows):
   before = jnp.cumsum(share, axis=-1) - share
   stays = (before < rows.top_p[:, None]) | (before == 0)
   smallest = jnp.maximum(kth, jnp.min(jnp.where(stays, kept, jnp.inf), axis=-1, keepdims=True))
-  return jnp.where(logits < smallest, -jnp.inf, logits)
+  likely = logits - ordered[:, :1] >= jnp.log(rows.min_p)[:, None]
+  return jnp.where(likely & (logits >= smallest), logits, -jnp.inf)
 
 
 def forward(network: Network, pools, decode, chunks):

@@ -238,6 +238,7 @@ class Engine:
     rows.table[i, : len(served.pages)] = served.pages
     rows.temperature[i] = sampling.temperature
     rows.top_p[i] = 1 if sampling.top_p is None else sampling.top_p
+    rows.min_p[i] = 0 if sampling.min_p is None else sampling.min_p
     rows.top_k[i] = 0 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
     rows.seed[i] = np.uint32(sampling.seed % 2**32).astype(np.int32)
     rows.number[i] = served.made

@@ -18,7 +18,19 @@ _NEUTRAL = {
   "suffix": (None, ""), "tools": (None, []), "tool_choice": (None, "none"), "response_format": (None, {"type": "text"}),
   "parallel_tool_calls": (None, True), "modalities": (None, ["text"]),
 }  # fmt: skip
-_COMMON = ("model", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "logprobs")
+_COMMON = (
+  "model",
+  "temperature",
+  "top_p",
+  "min_p",
+  "n",
+  "stream",
+  "stream_options",
+  "stop",
+  "seed",
+  "max_tokens",
+  "logprobs",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,7 @@ def _shared(body: Mapping) -> dict:
   require(known, "stream_options must be an object with include_usage")
   sampling = Sampling(
     temperature=_number(body, "temperature", 1.0, 0, 2),
-    top_p=None if body.get("top_p") is None else _number(body, "top_p", 1.0, 0, 1),
+    **{p: None if body.get(p) is None else _number(body, p, 1.0, 0, 1) for p in ("top_p", "min_p")},
     # Who gives none wants another answer each time.
     seed=_whole(body, "seed", secrets.randbits(32), -(2**63), 2**64) % 2**32,
   )

@@ -12,21 +12,23 @@ class Sampling:
   """How the tokens of a request are drawn; they depend on nothing else, not on who is served beside it.
 
   Attributes:
-    temperature: 0 is the argmax; top_k, top_p: as in `models.generate.sample`, None for all.
+    temperature: 0 is the argmax; top_k, top_p, min_p: as in `models.generate.sample`, None for all.
     seed: token number i is drawn by fold_in(key(seed), i), as `generate(key=jax.random.key(seed))` draws it.
   """
 
   temperature: float = 0.0
   top_k: int | None = None
   top_p: float | None = None
+  min_p: float | None = None
   seed: int = 0
 
   def __post_init__(self):
-    for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+    for name, value in (("temperature", self.temperature), ("top_p", self.top_p), ("min_p", self.min_p)):
       known = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
       require(known, f"{name} is {value!r:.80}; it must be a number")
     require(0 <= self.temperature <= 100, f"temperature is {self.temperature}; it must lie in 0 .. 100")
-    require(self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in 0 < top_p <= 1")
+    for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+      require(value is None or 0 < value <= 1, f"{name} is {value}; it must lie in 0 < {name} <= 1")
     require(
       self.top_k is None or (type(self.top_k) is int and self.top_k >= 1),
       f"top_k is {self.top_k!r:.80}; it must be a whole number from 1 on",
@@ -99,7 +101,7 @@ class Event:
   """A new token of a request, or its end.
 
   Attributes:
-    token, logprob: the model's own log-probability, before temperature, top_k and top_p; best: the likeliest token and
+    token, logprob: the model's own log-probability, before temperature and limits; best: the likeliest token and
       its. None with an end that brings no token.
     finish: "stop" (it met one of its stop ids), "length", "error: ..." or None while it goes on.
     scores: with the first token of a request that wants them: (log-probability, likeliest id, that one's) of every

@@ -40,6 +40,9 @@ def frequencies(**options):
     (dict(temperature=1.0, top_p=0.8), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
     (dict(temperature=1.0, top_p=1e-9), [1, 0, 0, 0]),
     (dict(temperature=1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
+    (dict(temperature=1.0, min_p=0.49), [2 / 3, 1 / 3, 0, 0]),
+    (dict(temperature=1.0, min_p=1.0), [1, 0, 0, 0]),
+    (dict(temperature=1.0, min_p=0.25, top_k=3), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
   ],
 )
 def test_sampling_draws_from_the_stated_distribution(options, expected):
@@ -73,6 +76,7 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward(name):
     (dict(top_p=0.0), "top_p is 0.0"),
     (dict(temperature=1.0, top_p=1.01), "top_p is 1.01"),
     (dict(top_p=float("nan")), "top_p is nan"),
+    (dict(temperature=1.0, min_p=0.0), "min_p is 0.0"),
   ],
 )
 def test_sampling_out_of_range_is_refused(options, message):

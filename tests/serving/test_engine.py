@@ -30,7 +30,7 @@ def network():
 def requests():
   """Greedy and sampled ones, of one token and of many."""
   rng = np.random.default_rng(0)
-  how = (Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=5, seed=4), Sampling(1.3, top_p=0.6, seed=5))
+  how = (Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=5, seed=4), Sampling(1.3, top_p=0.9, min_p=0.1, seed=5))
   prompts = [rng.integers(0, 64, size).tolist() for size in (1, 29, 5, 17, 12, 3, 30, 8)]
   prompts[6][:20] = prompts[1][:20]  # a beginning that is shared
   return [Request(f"{i}", p, int(rng.integers(1, 13)), how[i % 4]) for i, p in enumerate(prompts)]
@@ -41,7 +41,7 @@ def expected():
   made = {}
   for r in requests():
     s = r.sampling
-    how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, key=jax.random.key(s.seed))
+    how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, key=jax.random.key(s.seed))
     made[r.id] = generate(network(), np.array([r.prompt]), tokens=r.tokens, **how)[0].tolist()
   return made
 
@@ -193,17 +193,19 @@ def test_it_stops_at_a_stop_token_and_counts_what_it_did():
 
 
 def test_settings_of_a_row_are_its_own():
-  """Each row of a batch as if it were alone, and top_k and top_p as `generate.sample` has them."""
+  """Each row of a batch as if it were alone, and top_k, top_p and min_p as `generate.sample` has them."""
   logits = jax.random.normal(jax.random.key(0), (5, 40))
 
   class Rows:
     temperature, top_p = jnp.array([0, 1.0, 0.5, 1, 2]), jnp.array([1, 1, 0.3, 0.9, 1.0])
+    min_p = jnp.array([0.5, 0, 0, 0.3, 0.6])
     top_k, seed, number = jnp.array([0, 3, 0, 4, 0]), jnp.array([1, 2, 3, -4, 5]), jnp.array([0, 7, 2, 3, 1])
 
   token, logprob, best, _ = sample_rows(logits, Rows)
   for i in range(5):
     key = jax.random.fold_in(jax.random.key(int(Rows.seed[i]) % 2**32), int(Rows.number[i]))
     how = dict(temperature=float(Rows.temperature[i]), top_k=int(Rows.top_k[i]) or None, top_p=float(Rows.top_p[i]))
+    how["min_p"] = float(Rows.min_p[i]) or None
     assert int(token[i]) == int(generate_sample(logits[i : i + 1], key, **how)[0])
   np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits)[jnp.arange(5), token], rtol=1e-5)
   np.testing.assert_array_equal(best, logits.argmax(axis=1))
@@ -224,6 +226,7 @@ def generate_sample(*arguments, **options):
     (dict(prompt=[1] * 40, tokens=9), "40 tokens and 9 new ones are wanted; there is room for 48 in all"),
     (dict(sampling=dict(temperature=-1)), "temperature is -1"),
     (dict(sampling=dict(top_p=0)), "top_p is 0"),
+    (dict(sampling=dict(min_p=1.5)), "min_p is 1.5"),
     (dict(sampling=dict(top_k=0)), "top_k is 0"),
     (dict(sampling=dict(seed=0.5)), "seed is 0.5"),
   ],

@@ -165,6 +165,7 @@ BAD = [
   (dict(prompt="a", temperature=-1), "temperature is -1"),
   (dict(prompt="a", temperature=float("nan")), "temperature is nan"),
   (dict(prompt="a", top_p=0), "top_p is 0"),
+  (dict(prompt="a", min_p=2), "min_p"),
   (dict(prompt="a", n=0), "n is 0"),
   (dict(prompt="a", stop=[""]), "a stop string is empty"),
   (dict(prompt="a", stop=[1]), "stop must be a text"),
