@@ -1,8 +1,8 @@
 r"""Several GPUs of one host: is the training step as fast on each as on one, and does SNLP's suffix over devices pay?
 
 Training sharded by data, fsdp and tensor, the same batch on 1, 2, 4 devices; then one token and a prompt with the last
-24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism; then prompts of up to 128 K tokens
-shared out along a `sequence` axis.
+24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism; prompts of up to 128 K tokens
+shared out along a `sequence` axis; and requests that the engine serves over a `tensor` axis.
 
   python -m experiments.run --config=configs/many_gpus.py:gpu --workdir=runs/many_gpus
 
@@ -109,6 +109,26 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         page=pick(test=4, cpu=16, gpu=128),
         room=pick(test=16, cpu=64, gpu=256),
         repetitions=pick(test=2, cpu=3, gpu=5),
+      ),
+      serving=dict(
+        # Layers of a 7B model.
+        shape=dict(
+          depth=pick(cpu=2, gpu=8),
+          width=pick(cpu=32, gpu=4096),
+          q_heads=pick(cpu=4, gpu=32),
+          kv_heads=pick(cpu=2, gpu=8),
+          head_dim=pick(cpu=16, gpu=128),
+          mlp_width=pick(cpu=64, gpu=11_008),
+          vocab_size=pick(cpu=64, gpu=32_000),
+        ),
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        rows=pick(cpu=2, gpu=64),
+        prompt=pick(cpu=12, gpu=1024),
+        tokens=pick(cpu=6, gpu=128),
+        page=pick(cpu=4, gpu=64),
+        budget=pick(cpu=10, gpu=576),
+        part=pick(cpu=4, gpu=128),
+        repetitions=pick(cpu=1, gpu=3),
       ),
       tolerance=dict(loss=pick(cpu=1e-3, gpu=5e-3), logits=pick(cpu=1e-3, gpu=5e-2)),
     )

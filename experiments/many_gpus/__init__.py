@@ -1,5 +1,5 @@
 """What several devices of one host buy: training by data, fsdp and tensor, SNLP's suffix over a `layer` axis, prompts
-over a `sequence` axis.
+over a `sequence` axis, requests served over a `tensor` axis.
 
 One run measures 1, 2, 4 .. devices of its machine. On CPUs the devices are simulated: what is sent and that results
 agree can be seen there, not what it costs.
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from experiments import figures, results
-from experiments.many_gpus import prompts, suffix, training
+from experiments.many_gpus import prompts, serving, suffix, training
 from experiments.results import Claim
 from jaxlab.core.checks import require
 
@@ -35,6 +35,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     metrics["training"][name] = part(f"training.{name}", run)
   metrics["suffix"] = part("suffix", lambda: suffix.measure(config.suffix, devices, console))
   metrics["prompts"] = part("prompts", lambda: prompts.measure(config.prompts, devices, console))
+  metrics["serving"] = part("serving", lambda: serving.measure(config.serving, devices, console))
   metrics["fit"] = suffix.fit(metrics["suffix"]["decode"], config.suffix)
   return metrics
 
@@ -49,7 +50,7 @@ def claims(config, metrics: dict) -> list[Claim]:
     if label != training.ONE
   }
   spread = {case: times for case, times in sends.items() if ", fsdp" in case}
-  if spread:
+  if spread and not (config.timed and "serving" in metrics):  # twelve claims are the most
     made.append(
       Claim(
         "Bytes that fsdp sends for a microbatch, over those of the parameters, most of any", "x", "lower",
@@ -67,6 +68,8 @@ def claims(config, metrics: dict) -> list[Claim]:
   )  # fmt: skip
   if "prompts" in metrics:
     made.append(_prompt_claim(config, metrics))
+  if "serving" in metrics:
+    made.append(_serving_claim(config, metrics))
   error = max(
     *(kind["error"] for kind in metrics["suffix"].values()),
     *(row["error"] for rows in metrics.get("prompts", {}).values() for row in rows.values()),
@@ -80,6 +83,22 @@ def claims(config, metrics: dict) -> list[Claim]:
     )
   )  # fmt: skip
   return made
+
+
+def _serving_claim(config, metrics: dict) -> Claim:
+  """Speed where that means something, or the tokens."""
+  rows, most = metrics["serving"], f"{metrics['devices']}"
+  speeds = {n: row["tokens_per_second"] for n, row in rows.items()}
+  note = ", ".join(f"{n} devices {speeds[n]:.4g} tokens/s, {row['same']:.3g} the same" for n, row in rows.items())
+  if config.timed:
+    return Claim(
+      f"How many times as many tokens a second the engine serves over {most} devices as on one", "x", "higher",
+      ours=speeds[most] / speeds["1"], threshold=1.0, baseline=f"{speeds['1']:.4g} tokens/s", note=note,
+    )  # fmt: skip
+  return Claim(
+    f"Share of the tokens that the engine serves over {most} devices which are one device's", "", "higher",
+    ours=rows[most]["same"], threshold=1.0, note="greedy, in float32",
+  )  # fmt: skip
 
 
 def _prompt_claim(config, metrics: dict) -> Claim:

@@ -91,7 +91,8 @@ def test_tensor_exchanges_rows_around_split_products_only(head_dim, exchanges):
 
 
 def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypatch):
-  report = run_and_continue("many_gpus", tmp_path, monkeypatch, "training.measure", "suffix.measure", "prompts.measure")
+  parts = [f"{part}.measure" for part in ("training", "suffix", "prompts", "serving")]
+  report = run_and_continue("many_gpus", tmp_path, monkeypatch, *parts)
   runs = report.metrics["training"]["tiny"]
   assert list(runs) == ["one device", "data 2", "fsdp 2", "tensor 2"]
   assert training.difference(runs) < 1e-5 and len(runs["fsdp 2"]["losses"]) == 4
@@ -100,13 +101,14 @@ def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypa
     *("sequential", "tensor 1", "tensor 2"),
     *("layer 1 K1", "layer 2 K1"),
   }
-  assert all(claim.holds for claim in report.claims) and len(report.claims) == 4
+  assert all(claim.holds for claim in report.claims) and len(report.claims) == 5
   config = config_file.get_config("gpu")
   made = experiment.claims(config, report.metrics)  # as where speeds count
   speed = next(claim for claim in made if "fsdp 2 devices" in claim.name)
   rate = lambda name: runs[name]["tokens_per_second"]
   np.testing.assert_allclose(speed.ours, rate("fsdp 2") / rate("one device") / 2)
-  assert len(made) == 12 and "124 tokens shared out over 2 devices" in "".join(claim.name for claim in made)
+  assert len(made) == 12 and "the engine serves over 2 devices as on one" in "".join(claim.name for claim in made)
+  assert "124 tokens shared out over 2 devices" in "".join(claim.name for claim in made)
   assert "2 GPUs train tiny" in experiment.finding(config, report.metrics)
   pictures = {"sent.png", "prompts.png", "training.png", "latency.png"}
   assert set(experiment.draw(config, report.metrics, tmp_path)) == pictures
