@@ -267,6 +267,5 @@ def _check(memory: Memory, q, k, v, gates: Gates, chunk, reads, pace):
     (memory.momentum is None) == (gates.momentum is None),
     "momentum is in one of memory and gates only; give both or neither",
   )
-  require(
-    pace is None or pace.shape == (chunk,), f"pace has shape {jnp.shape(pace)}; expected one number a token, ({chunk},)"
-  )
+  if pace is not None:
+    require(pace.shape == (chunk,), f"pace has shape {pace.shape}; expected one number a token of a chunk, ({chunk},)")

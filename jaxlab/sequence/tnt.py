@@ -233,11 +233,12 @@ class MemoryLayer(nnx.Module):
   def recall(self, x, q, k, v, chunks: tuple[int, ...]) -> Float[Array, "batch time heads size"]:
     """o of all tokens: the sum of what the memories say, in float32 or better; x decides on the gates."""
     c, (batch, time), total = self.config, x.shape[:2], 0.0
-    if self.whole is not None:
-      rule = self.whole.rule(min(c.global_chunk, time), "chunk")
-      total = _over_heads(deep_memory.scan, rule)(self.whole.memory(), q, k, v, self.whole.gates_of(x))[1]
-    shard = min(c.shard or time, time)
+    span, shard = min(c.global_chunk or time, time), min(c.shard or time, time)
+    require_divides("global_chunk", span, "time", time)
     require_divides("shard", shard, "time", time)
+    if self.whole is not None:
+      memorize = _over_heads(deep_memory.scan, self.whole.rule(span, "chunk"))
+      total = memorize(self.whole.memory(), q, k, v, self.whole.gates_of(x))[1]
     # Shards are rows of their own, which devices may share out.
     cut = lambda a: meshes.constrain(a.reshape(-1, shard, *a.shape[2:]), "stack")
     for own, chunk in zip(self.local, chunks, strict=True):

@@ -1,8 +1,10 @@
 """The dual form is gradient descent token by token, written out; TNT's memories begin anew, keep to the past, and decode."""
 
 import dataclasses
+import itertools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,18 +32,18 @@ def double():
 def memory_of(form="mlp", *, momentum=False, ttt=False, seed=0):
   random = np.random.default_rng(seed)
   sizes = (SIZE, *FORMS[form], SIZE)
-  draw = lambda: tuple(jnp.array(random.normal(size=(a + ttt, b)) / 2) for a, b in zip(sizes, sizes[1:], strict=False))
+  draw = lambda: tuple(jnp.array(random.normal(size=(a + ttt, b)) / 2) for a, b in itertools.pairwise(sizes))
   norm = (jnp.array(random.uniform(0.5, 1.5, SIZE)), jnp.array(random.normal(size=SIZE))) if ttt else None
-  return Memory(draw(), draw() if momentum else None, norm)
+  return Memory(draw(), jax.tree.map(lambda s: s / 10, draw()) if momentum else None, norm)
 
 
 def data(time=TIME, gates=(), seed=1):
-  """(q, k, v, gates) with keys and queries of unit length."""
+  """(q, k, v, gates) with keys and queries of unit length, and steps with which momentum does not run away."""
   random = np.random.default_rng(seed)
   q, k, v = random.normal(size=(3, time, SIZE))
   unit = lambda a: jnp.array(a / np.linalg.norm(a, axis=1, keepdims=True))
-  names = {name: jnp.array(random.uniform(0.3, 0.95, time)) for name in gates}
-  return unit(q), unit(k), jnp.array(v), Gates(jnp.array(random.uniform(0.05, 0.3, time)), **names)
+  names = {name: jnp.array(random.uniform(0.3, 0.8, time)) for name in gates}
+  return unit(q), unit(k), jnp.array(v), Gates(jnp.array(random.uniform(0.02, 0.08, time)), **names)
 
 
 def predict(weights, norm, x):
@@ -165,11 +167,13 @@ def test_only_a_gradient_that_reads_the_weights_depends_on_the_chunk():
     assert differ(run(chunk, deep_memory.squared_error)[1], run(1, deep_memory.squared_error)[1])
 
 
-def test_a_chunk_that_was_written_is_recalled_better():
-  memory, (q, k, v, gates) = memory_of(), data()
-  after, _ = deep_memory.scan(memory, q, k, v, gates, chunk=4)
-  error = lambda memory: float(deep_memory.squared_error(deep_memory.read(memory, k), v))
-  assert error(after) < 0.7 * error(memory)
+def test_a_write_takes_its_share_of_the_error():
+  """Of a linear memory a chunk leaves (I - 2 theta K K') of the error."""
+  memory, (q, k, v, gates) = memory_of("linear"), data()
+  after, _ = deep_memory.scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
+  error = lambda memory: deep_memory.read(memory, k) - v
+  same(error(after), error(memory) - 0.1 * k @ (k.T @ error(memory)))
+  assert float(jnp.square(error(after)).sum()) < 0.9 * float(jnp.square(error(memory)).sum())
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -179,7 +183,7 @@ def test_gradients_are_those_of_finite_differences():
   check_grads(run, (memory, *given), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
   memory, given = memory_of("linear", ttt=True), data(time=4)
   run = jax.jit(lambda pace, *given: deep_memory.scan(*given, chunk=2, pace=pace))
-  check_grads(run, (jnp.array([1.0, 0.4]), memory, *given), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+  check_grads(run, (jnp.array([1.0, 0.4]), memory, *given), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-5)
 
 
 def heads(time, rows=1, count=2, seed=3):
@@ -189,14 +193,15 @@ def heads(time, rows=1, count=2, seed=3):
 
 def test_queries_are_projected_by_the_running_sum_of_their_window():
   q, k = heads(24, rows=2)
+  project = jax.jit(
+    lambda window, renormalize: tnt.project_queries(q, k, window=window, renormalize=renormalize), static_argnums=(0, 1)
+  )
   for window in (24, 8, 1):
-    out = tnt.project_queries(q, k, window=window, renormalize=False)
+    out = project(window, False)
     for t in (0, 7, 8, 15, 23):
       seen = k[:, t - t % window : t + 1]
       same(out[:, t], jnp.einsum("bthi,bthj,bhj->bhi", seen, seen, q[:, t]), 1e-11)
-  unit = tnt.project_queries(q, k, window=8)
-  np.testing.assert_allclose(jnp.linalg.norm(unit, axis=-1), 1, atol=1e-3)
-  np.testing.assert_allclose(unit * jnp.linalg.norm(out := tnt.project_queries(q, k, window=8, renormalize=False), axis=-1, keepdims=True), out, rtol=1e-2)
+    same(project(window, True), out / jnp.sqrt(jnp.square(out).sum(axis=-1, keepdims=True) + 1e-6), 1e-11)
 
 
 def test_orthonormal_keys_leave_queries_as_they_are():
@@ -275,7 +280,8 @@ def test_equal_memories_add_up():
   three = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4, 4, 4)))
   for n in range(3):
     three.local[n] = layer.local[0]
-  same(three.recall(x, q, k, v, (4, 4, 4)), 3 * layer.recall(x, q, k, v, (4,)))
+  recall = jax.jit(lambda layer, chunks: layer.recall(x, q, k, v, chunks), static_argnums=1)
+  same(recall(three, (4, 4, 4)), 3 * recall(layer, (4,)))
 
 
 @pytest.mark.parametrize(
@@ -309,10 +315,10 @@ def test_every_shard_teaches_the_common_start_and_stage_two_leaves_the_global_me
   layer, x = layer_of(), tokens(16, rows=1)
   weights = jnp.array(np.random.default_rng(0).normal(size=x.shape))
 
-  def loss(layer, first, last):
-    return (weights * layer(x))[:, first:last].sum()
-
-  both, *each = (jax.grad(loss)(layer, *span) for span in ((0, 16), (0, 8), (8, 16)))
+  loss = lambda layer, counts: (counts[:, None] * weights * layer(x)).sum()
+  gradient = jax.jit(jax.grad(loss))
+  first = jnp.arange(16.0) < 8
+  both, *each = (gradient(layer, counts) for counts in (jnp.ones(16), 1.0 * first, 1.0 * ~first))
   start = lambda g: g.local[0].weights[0][...]
   assert all(float(jnp.abs(start(g)).max()) > 1e-6 for g in each)
   same(start(both), start(each[0]) + start(each[1]))
@@ -331,7 +337,7 @@ def work(function, *arguments):
   def count(jaxpr):
     products, depth = 0, 0
     for equation in jaxpr.eqns:
-      inner = [count(p) for p in jax.core.jaxprs_in_params(equation.params)]
+      inner = [count(p) for p in jax.extend.core.jaxprs_in_params(equation.params)]
       times = equation.params["length"] if equation.primitive.name == "scan" else 1
       if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
@@ -360,18 +366,52 @@ def test_devices_share_shards_out():
   layer, x = layer_of(), tokens(32)
   with meshes.using(meshes.make_mesh({"sequence": 8})):
     out = jax.jit(lambda layer, x: layer(x))(layer, x)
-  same(out, layer(x), 1e-12)
+  same(out, jax.jit(lambda layer, x: layer(x))(layer, x))
 
 
 def test_sixteen_bits_outside_thirty_two_inside():
-  """On a user's own array, in three lines."""
   with jax.enable_x64(False):
     layer = tnt.MemoryLayer(CONFIG, jax.random.key(0))
     x = jnp.asarray(tokens(), jnp.bfloat16)
-    y = layer(x)
-    exact = layer(x.astype(jnp.float32))
+    run = jax.jit(lambda layer, x: layer(x))
+    y, exact = run(layer, x), run(layer, x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16 and layer.empty_state(1).local[0].now.weights[0].dtype == jnp.float32
     assert float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)) < 0.03
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_it_learns_to_recall(layers):
+  """Four pairs, then their keys in another order: the value behind each. Knowing the values alone gives log 4 = 1.39."""
+  with jax.enable_x64(False):
+    how = dict(heads=2, head_dim=16, expansion=2, layers=layers)
+    config = tnt.MemoryConfig(32, global_chunk=None, local_chunks=(4,), shard=12, **how)
+    keys = jax.random.split(jax.random.key(0), 4)
+    start = (0.5 * jax.random.normal(keys[0], (16, 32)), tnt.MemoryLayer(config, keys[1]), jnp.zeros((32, 8)))
+
+    def loss(parameters, key):
+      embedding, layer, head = parameters
+      pairs, values, order = jax.random.split(key, 3)
+      shuffled = lambda key, n: jax.random.permutation(key, jnp.tile(jnp.arange(n), (32, 1)), axis=1, independent=True)
+      asked = shuffled(pairs, 8)[:, :4]
+      answers, order = jax.random.randint(values, (32, 4), 0, 8), shuffled(order, 4)
+      written = jnp.stack([asked, answers + 8], axis=-1).reshape(32, 8)
+      x = embedding[jnp.concatenate([written, jnp.take_along_axis(asked, order, 1)], axis=1)]
+      logits = (x + layer(x))[:, -4:] @ head
+      targets = jnp.take_along_axis(answers, order, 1)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    optimizer = optax.adam(1e-2)
+
+    def step(carry, key):
+      parameters, state = carry
+      value, gradient = jax.value_and_grad(loss)(parameters, key)
+      updates, state = optimizer.update(gradient, state)
+      return (optax.apply_updates(parameters, updates), state), value
+
+    train = jax.jit(lambda start, keys: jax.lax.scan(step, (start, optimizer.init(start)), keys)[1])
+    curve = train(start, jax.random.split(keys[3], 200))
+    print(curve[::20])
+    assert curve[0] > 1.9 and curve[-10:].mean() < 0.7
 
 
 def test_bad_input():
@@ -394,7 +434,8 @@ def test_bad_input():
     (lambda: dataclasses.replace(CONFIG, local_chunks=(), global_chunk=None), "remembers nothing"),
     (lambda: dataclasses.replace(CONFIG, projection="all"), "memory.projection is 'all'"),
     (lambda: dataclasses.replace(CONFIG, clip=0.0), "memory.clip is 0.0"),
-    (lambda: layer(x[:, :20]), "shard=8 must divide time=20"),
+    (lambda: layer(x[:, :20]), "global_chunk=8 must divide time=20"),
+    (lambda: layer_of(dataclasses.replace(CONFIG, global_chunk=4))(x[:, :20]), "shard=8 must divide time=20"),
     (lambda: layer(x, local_chunks=(1,)), "local_chunks has 1 lengths; the layer has 2"),
     (lambda: layer_of(tnt.ttt(WIDTH, chunk=4, **SMALL))(x, local_chunks=(8,)), "has 4 of them at most"),
   ):
