@@ -11,7 +11,8 @@ local chunks, stage 2 goes on with smaller ones: the same parameters, another `l
   layer = tnt.MemoryLayer(tnt.MemoryConfig(width=512), key)
   y = layer(x)                                            # (batch, time, width), stage 1
   y = layer(x, local_chunks=(2, 4))                       # stage 2; `local_parameters(layer)` is what it trains
-  y, state = layer.step(x[:, 0], layer.empty_state(batch), local_chunks=(1, 1))
+  y, state = layer.prefill(prompt)                        # or layer.empty_state(batch)
+  y, state = layer.step(x[:, 0], state, local_chunks=(1, 1))
 
 Titans and TTT are this layer with one local memory that never returns: `titans` and `ttt` are their configs.
 """
@@ -113,11 +114,11 @@ def project_queries(
   *,
   window: int,
   renormalize: bool = True,
-) -> Float[Array, "batch time heads size"]:
-  """M_t q_t with M_t the sum of k k' from the last multiple of `window` up to and including t, in float32 or better.
+) -> tuple[Float[Array, "batch time heads size"], Float[Array, "batch heads size size"]]:
+  """(M_t q_t, M_T) with M_t the sum of k k' from the last multiple of `window` up to and including t.
 
-  It is a state-space recurrence without decay whose inputs are its keys, so it runs in chunks of its own, whatever those
-  of the memory are.
+  In float32 or better. It is a state-space recurrence without decay whose inputs are its keys, so it runs in chunks of its own,
+  whatever those of the memory are.
 
   Raises:
     InputError: a window below 1 or one that does not divide the time.
@@ -127,9 +128,9 @@ def project_queries(
   cut = lambda a: jnp.moveaxis(a, 2, 1).reshape(-1, window, size)
   queries, keys = cut(q), cut(k)
   ones = jnp.ones((*keys.shape[:2], 1), keys.dtype)
-  out, _ = ssd(keys[:, :, None], ones, jnp.zeros(1, keys.dtype), keys, queries)
+  out, gram = ssd(keys[:, :, None], ones, jnp.zeros(1, keys.dtype), keys, queries)
   out = jnp.moveaxis(out.reshape(batch, heads, time, size), 1, 2)
-  return _unit(out) if renormalize else out
+  return _unit(out) if renormalize else out, gram.reshape(batch, heads, -1, size, size)[:, :, -1]
 
 
 class LearnedMemory(nnx.Module):
@@ -225,31 +226,62 @@ class MemoryLayer(nnx.Module):
       InputError: chunks that do not divide the shard, as many as there are no memories for, a time that is no whole
         number of shards and of global chunks.
     """
-    c = self.config
-    u, gate = jnp.split(self.inputs(x), [3 * c.inner], axis=-1)
-    q, k, v = self.heads(u, jnp.zeros_like(u[:, :1]).repeat(c.taps - 1, axis=1))
-    return self.finish(self.recall(x, q, k, v, self._chunks(local_chunks)), gate, x.dtype)
+    return self._forward(x, local_chunks)[0]
 
-  def recall(self, x, q, k, v, chunks: tuple[int, ...]) -> Float[Array, "batch time heads size"]:
-    """o of all tokens: the sum of what the memories say, in float32 or better; x decides on the gates."""
-    c, (batch, time), total = self.config, x.shape[:2], 0.0
+  def prefill(
+    self, x: Float[Array, "batch time width"], *, local_chunks: tuple[int, ...] | None = None
+  ) -> tuple[Float[Array, "batch time width"], LayerState]:
+    """(`__call__`, the state after it): a prompt in large chunks. `step` goes on from there at any `local_chunks`.
+
+    Raises:
+      InputError: as `__call__`, and where the prompt is no whole number of global chunks.
+    """
+    if self.whole is not None:
+      require_divides("global_chunk", self.config.global_chunk, "time", x.shape[1])
+    return self._forward(x, local_chunks)
+
+  def _forward(self, x, local_chunks):
+    c, chunks = self.config, self._chunks(local_chunks)
+    u, gate = jnp.split(self.inputs(x), [3 * c.inner], axis=-1)
+    before = jnp.zeros_like(u[:, :1]).repeat(c.taps - 1, axis=1)
+    total, whole, local, gram = self.recall(x, *self.heads(u, before), chunks)
+    conv = jnp.concatenate([before, u], axis=1)[:, x.shape[1] :]
+    twice = lambda memory: Running(memory, memory)
+    state = LayerState(
+      jnp.asarray(x.shape[1], jnp.int32), conv, whole and twice(whole), tuple(map(twice, local)), tuple(gram)
+    )
+    return self.finish(total, gate, x.dtype), state
+
+  def recall(self, x, q, k, v, chunks: tuple[int, ...]):
+    """(o, global memory, local memories, M) after all tokens of (batch, time, heads, head_dim); x decides on the gates.
+
+    o is the sum of what the memories say, in float32 or better.
+    """
+    c, (batch, time) = self.config, x.shape[:2]
     span, shard = min(c.global_chunk or time, time), min(c.shard or time, time)
     require_divides("global_chunk", span, "time", time)
     require_divides("shard", shard, "time", time)
+    whole, total, local, grams = None, 0.0, [], []
     if self.whole is not None:
       memorize = _over_heads(deep_memory.scan, self.whole.rule(span, "chunk"))
-      total = memorize(self.whole.memory(), q, k, v, self.whole.gates_of(x))[1]
+      whole, total = memorize(self.whole.memory(), q, k, v, self.whole.gates_of(x))
     # Shards are rows of their own, which devices may share out.
     cut = lambda a: meshes.constrain(a.reshape(-1, shard, *a.shape[2:]), "stack")
+    last = lambda a: a.reshape(batch, -1, *a.shape[1:])[:, -1]
     for own, chunk in zip(self.local, chunks, strict=True):
       chunk = min(chunk, shard)
       queries, keys, values, gates = jax.tree.map(cut, (q, k, v, own.gates_of(x)))
+      gram = None
       if c.projection is not None:
         window = shard if c.projection == "shard" else chunk
-        queries = project_queries(queries, keys, window=window, renormalize=c.renormalize)
-      _, out = _over_heads(deep_memory.scan, own.rule(chunk, "token"))(own.memory(), queries, keys, values, gates)
+        queries, gram = project_queries(queries, keys, window=window, renormalize=c.renormalize)
+        gram = last(gram)
+      memorize = _over_heads(deep_memory.scan, own.rule(chunk, "token"))
+      memory, out = memorize(own.memory(), queries, keys, values, gates)
       total = total + out.reshape(batch, time, c.heads, c.head_dim)
-    return total
+      local.append(jax.tree.map(last, memory))
+      grams.append(gram)
+    return total, whole, local, grams
 
   def empty_state(self, batch: int) -> LayerState:
     """The state before the first token of `batch` rows."""
@@ -273,7 +305,9 @@ class MemoryLayer(nnx.Module):
     again = lambda every, new, old: jax.tree.map(lambda a, b: jnp.where(position % every == 0, a, b), new, old)
     whole, total, local, grams = None, 0.0, [], []
     if self.whole is not None:
-      move = _over_heads(functools.partial(deep_memory.step, position=position), self.whole.rule(c.global_chunk, "chunk"))
+      move = _over_heads(
+        functools.partial(deep_memory.step, position=position), self.whole.rule(c.global_chunk, "chunk")
+      )
       whole, total = move(state.whole, q, k, v, self.whole.gates_of(x))
     for own, running, gram, chunk in zip(self.local, state.local, state.gram, chunks, strict=True):
       if c.shard is not None:

@@ -136,7 +136,8 @@ def test_so_it_is_for_ttt_and_with_every_option(how):
 def test_one_chunk_is_one_step_of_full_batch_descent():
   memory, (q, k, v, gates) = memory_of(), data()
   loss = lambda weights: sum(
-    step * jnp.sum((predict(weights, None, key) - value) ** 2) for key, value, step in zip(k, v, gates.step, strict=True)
+    step * jnp.sum((predict(weights, None, key) - value) ** 2)
+    for key, value, step in zip(k, v, gates.step, strict=True)
   )
   expected = jax.tree.map(lambda w, g: w - g, memory.weights, jax.grad(loss)(memory.weights))
   same(deep_memory.scan(memory, q, k, v, gates, chunk=TIME)[0].weights, expected)
@@ -197,18 +198,20 @@ def test_queries_are_projected_by_the_running_sum_of_their_window():
     lambda window, renormalize: tnt.project_queries(q, k, window=window, renormalize=renormalize), static_argnums=(0, 1)
   )
   for window in (24, 8, 1):
-    out = project(window, False)
+    out, gram = project(window, False)
     for t in (0, 7, 8, 15, 23):
       seen = k[:, t - t % window : t + 1]
       same(out[:, t], jnp.einsum("bthi,bthj,bhj->bhi", seen, seen, q[:, t]), 1e-11)
-    same(project(window, True), out / jnp.sqrt(jnp.square(out).sum(axis=-1, keepdims=True) + 1e-6), 1e-11)
+    same(gram, jnp.einsum("bthi,bthj->bhij", k[:, -window:], k[:, -window:]), 1e-11)
+    same(project(window, True)[0], out / jnp.sqrt(jnp.square(out).sum(axis=-1, keepdims=True) + 1e-6), 1e-11)
 
 
 def test_orthonormal_keys_leave_queries_as_they_are():
   basis = jnp.linalg.qr(heads(SIZE)[0, 0].transpose(1, 0, 2))[0]  # rows of each head are orthonormal
   k = jnp.swapaxes(basis, 0, 1)[None]
   q = heads(SIZE)[1]
-  out = tnt.project_queries(q, k, window=SIZE, renormalize=False)
+  out, gram = tnt.project_queries(q, k, window=SIZE, renormalize=False)
+  same(gram[0], jnp.tile(jnp.eye(SIZE), (2, 1, 1)))
   same(out[:, -1], q[:, -1])
   same(jnp.einsum("hi,hi->h", out[0, 0], k[0, 1]), jnp.zeros(2))  # so far the first key alone
 
@@ -267,7 +270,7 @@ def test_one_local_memory_that_never_returns_is_titans():
     q, k, v = parts_of(layer, x)
     own = layer.local[0]
     memory, gates = own.memory(), own.gates_of(x)
-    out = layer.recall(x, q, k, v, (4,))
+    out = jax.jit(lambda layer, x: layer.recall(x, q, k, v, (4,))[0])(layer, x)
     for head in range(2):
       one = jax.tree.map(lambda a: a[head], memory)
       given = jax.tree.map(lambda a: a[1, :, head], (q, k, v, gates))
@@ -280,7 +283,7 @@ def test_equal_memories_add_up():
   three = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4, 4, 4)))
   for n in range(3):
     three.local[n] = layer.local[0]
-  recall = jax.jit(lambda layer, chunks: layer.recall(x, q, k, v, chunks), static_argnums=1)
+  recall = jax.jit(lambda layer, chunks: layer.recall(x, q, k, v, chunks)[0], static_argnums=1)
   same(recall(three, (4, 4, 4)), 3 * recall(layer, (4,)))
 
 
@@ -309,6 +312,24 @@ def test_decoding_is_the_forward(config):
     results.append(run(layer, x, chunks))
     same(jnp.stack(out, axis=1), results[-1], 1e-11)
   assert differ(*results)
+
+
+@pytest.mark.parametrize("length", [8, 16])
+@pytest.mark.parametrize("projection", ["shard", None])
+def test_a_prompt_is_read_at_once_and_gone_on_from(length, projection):
+  """At chunks of 8 and of the memories, then token by token in chunks of one: as if all had been steps."""
+  config = dataclasses.replace(CONFIG, shard=16, projection=projection, momentum=True, decay=True)
+  layer, x = layer_of(config), tokens()
+  step = jax.jit(lambda layer, x, state, chunks: layer.step(x, state, local_chunks=chunks), static_argnums=3)
+  y, state = jax.jit(lambda layer, x: layer.prefill(x))(layer, x[:, :length])
+  same(y, jax.jit(lambda layer, x: layer(x))(layer, x[:, :length]))
+  expected = layer.empty_state(2)
+  for t in range(length):
+    _, expected = step(layer, x[:, t], expected, None)
+  for t in range(length, 24):
+    out, state = step(layer, x[:, t], state, (1, 1))
+    y, expected = step(layer, x[:, t], expected, (1, 1))
+    same(out, y)
 
 
 def test_every_shard_teaches_the_common_start_and_stage_two_leaves_the_global_memory():
@@ -409,8 +430,7 @@ def test_it_learns_to_recall(layers):
       return (optax.apply_updates(parameters, updates), state), value
 
     train = jax.jit(lambda start, keys: jax.lax.scan(step, (start, optimizer.init(start)), keys)[1])
-    curve = train(start, jax.random.split(keys[3], 200))
-    print(curve[::20])
+    curve = train(start, jax.random.split(keys[3], 120))
     assert curve[0] > 1.9 and curve[-10:].mean() < 0.7
 
 
@@ -426,7 +446,10 @@ def test_bad_input():
     (lambda: run(memory, q, k, v, gates, reads="now"), "reads is 'now'"),
     (lambda: run(memory, q, k, v, gates._replace(momentum=gates.step)), "momentum is in one of memory and gates"),
     (lambda: run(memory, q, k, v, gates, pace=jnp.ones(3)), r"pace has shape \(3,\)"),
-    (lambda: deep_memory.step(Running(memory, memory), q[0], k[0], v[0], Gates(gates.step[0]), 0, chunk=0), "chunk is 0"),
+    (
+      lambda: deep_memory.step(Running(memory, memory), q[0], k[0], v[0], Gates(gates.step[0]), 0, chunk=0),
+      "chunk is 0",
+    ),
     (lambda: tnt.project_queries(q[None, :, None], k[None, :, None], window=5), "window=5 must divide time=12"),
     (lambda: dataclasses.replace(CONFIG, heads=0), "memory.heads is 0"),
     (lambda: dataclasses.replace(CONFIG, shard=0), "memory.shard is 0"),
@@ -436,6 +459,7 @@ def test_bad_input():
     (lambda: dataclasses.replace(CONFIG, clip=0.0), "memory.clip is 0.0"),
     (lambda: layer(x[:, :20]), "global_chunk=8 must divide time=20"),
     (lambda: layer_of(dataclasses.replace(CONFIG, global_chunk=4))(x[:, :20]), "shard=8 must divide time=20"),
+    (lambda: layer.prefill(x[:, :4]), "global_chunk=8 must divide time=4"),
     (lambda: layer(x, local_chunks=(1,)), "local_chunks has 1 lengths; the layer has 2"),
     (lambda: layer_of(tnt.ttt(WIDTH, chunk=4, **SMALL))(x, local_chunks=(8,)), "has 4 of them at most"),
   ):
