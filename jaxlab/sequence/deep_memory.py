@@ -11,7 +11,7 @@ token are gradient descent token by token. With alpha = eta = 0 it is TTT's rule
 A layer's gradient is the product of its input x_i and a cotangent g_i, so all W_t of a chunk are read without being
 made (the dual form): with X the inputs of keys, G the cotangents and Y the inputs of queries, a layer gives
 
-  Z = beta o (Y M) + e o (Y S) - (E o (Y X')) G,     E[t, i] = theta_i sum_{s = i..t} prod_{s<j<=t} (1 - alpha_j) prod_{i<j<=s} eta_j.
+  Z = beta o (Y M) + e o (Y S) - (E o (Y X')) G,     W_t = beta_t M + e_t S - sum_i E[t, i] x_i g_i'.
 
 Functions are for one head and one row; `jax.vmap` makes more of them.
 """
@@ -96,7 +96,9 @@ def scan(
   """
   _check(memory, q, k, v, gates, chunk, reads, pace)
   chunks = len(q) // chunk
-  parts = jax.tree.map(lambda a: wide(a).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
+  dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((memory, q, k, v, gates)))
+  memory = jax.tree.map(lambda a: a.astype(dtype), memory)
+  parts = jax.tree.map(lambda a: a.astype(dtype).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
 
   def one(memory, parts):
     q, k, v, gates = parts
@@ -107,7 +109,7 @@ def scan(
   group = max(n for n in range(1, math.isqrt(chunks) + 1) if chunks % n == 0)
   parts = jax.tree.map(lambda a: a.reshape(group, chunks // group, *a.shape[1:]), parts)
   inner = jax.checkpoint(lambda memory, parts: jax.lax.scan(one, memory, parts), prevent_cse=False)
-  memory, out = jax.lax.scan(inner, jax.tree.map(wide, memory), parts)
+  memory, out = jax.lax.scan(inner, memory, parts)
   return memory, out.reshape(q.shape)
 
 
@@ -220,8 +222,8 @@ def _carried(start, end, pace, clip):
 def _read_coefficients(gates: Gates):
   """(beta (C,), e (C,), E (C, C)): W_t = beta_t M + e_t S - sum_i E[t, i] grad_i.
 
-  The recurrences of W and S themselves, on coordinates (S, tokens) and (M, S, tokens); ratios of products of gates
-  would be 0 / 0 once a gate has closed.
+  E[t, i] = theta_i sum_{s = i..t} prod_{s < j <= t} (1 - alpha_j) prod_{i < j <= s} eta_j. Solved as the recurrences of
+  W and S on coordinates (M, S, tokens): ratios of running products would be 0 / 0 once a gate has closed.
   """
   after = lambda gate, number: number if gate is None else jnp.concatenate([jnp.ones_like(gate[:1]), gate])
   unit = jnp.eye(len(gates.step) + 1, dtype=gates.step.dtype)

@@ -117,8 +117,8 @@ def project_queries(
 ) -> tuple[Float[Array, "batch time heads size"], Float[Array, "batch heads size size"]]:
   """(M_t q_t, M_T) with M_t the sum of k k' from the last multiple of `window` up to and including t.
 
-  In float32 or better. It is a state-space recurrence without decay whose inputs are its keys, so it runs in chunks of its own,
-  whatever those of the memory are.
+  A state-space recurrence without decay whose inputs are its keys, so it runs in chunks of its own, whatever those of
+  the memory are, in float32 or better.
 
   Raises:
     InputError: a window below 1 or one that does not divide the time.
@@ -358,7 +358,7 @@ def local_parameters(layer: MemoryLayer) -> MemoryLayer:
 
 
 def _over_heads(function, rule: dict):
-  """`function` for (batch, ..., heads, size), the first argument by head, and by row too where that has such an axis."""
+  """`function` for rows and heads: a sequence's memory has an axis of heads, a token's has axes of rows and heads."""
 
   def run(memory, q, k, v, gates):
     axis = q.ndim - 3  # heads, once rows are taken apart

@@ -1,4 +1,4 @@
-"""The dual form is gradient descent token by token, written out; TNT's memories begin anew, keep to the past, and decode."""
+"""The dual form is gradient descent token by token; TNT's memories begin anew, keep to the past, and decode."""
 
 import dataclasses
 import itertools
@@ -82,12 +82,16 @@ def tokenwise(memory, q, k, v, gates, *, chunk, reads="token", pace=None, clip=N
   return Memory(now, momentum if memory.momentum else None, memory.norm), jnp.stack(out)
 
 
+def row(tree, *at):
+  return jax.tree.map(lambda a: a[at], tree)
+
+
 def by_steps(memory, q, k, v, gates, **how):
   """`step` over the sequence and the memory that the next chunk would start from."""
   step = jax.jit(lambda running, parts, t: deep_memory.step(running, *parts, t, **how))
   running, out = Running(memory, memory), []
   for t in range(len(q)):
-    running, o = step(running, jax.tree.map(lambda a: a[t], (q, k, v, gates)), t)
+    running, o = step(running, row((q, k, v, gates), t), t)
     out.append(o)
   after, _ = step(running, jax.tree.map(lambda a: 0 * a[0], (q, k, v, gates)), len(q))
   return after.start, jnp.stack(out)
@@ -153,7 +157,7 @@ def test_open_and_closed_gates():
   same((after.weights, out), (expected.weights, plain))
   closing = Gates(gates.step, jnp.ones(TIME).at[5].set(0.0), jnp.full(TIME, 0.9).at[6].set(0.0))
   memory = memory_of(momentum=True)
-  run = lambda gates: deep_memory.scan(memory, q, k, v, gates, chunk=4)
+  run = jax.jit(lambda gates: deep_memory.scan(memory, q, k, v, gates, chunk=4))
   same(run(closing), tokenwise(memory, q, k, v, closing, chunk=4))
   assert all(bool(jnp.isfinite(g).all()) for g in jax.grad(lambda gates: run(gates)[1].sum())(closing))
 
@@ -170,7 +174,7 @@ def test_only_a_gradient_that_reads_the_weights_depends_on_the_chunk():
 
 def test_a_write_takes_its_share_of_the_error():
   """Of a linear memory a chunk leaves (I - 2 theta K K') of the error."""
-  memory, (q, k, v, gates) = memory_of("linear"), data()
+  memory, (q, k, v, _) = memory_of("linear"), data()
   after, _ = deep_memory.scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
   error = lambda memory: deep_memory.read(memory, k) - v
   same(error(after), error(memory) - 0.1 * k @ (k.T @ error(memory)))
@@ -264,17 +268,14 @@ def parts_of(layer, x):
 def test_one_local_memory_that_never_returns_is_titans():
   """Also TNT with its one shard as long as the sequence."""
   x = tokens(8)
+  recall = jax.jit(lambda layer, *given: layer.recall(*given, (4,))[0])
   for shard in (None, 8):
-    config = dataclasses.replace(tnt.titans(WIDTH, chunk=4, **SMALL), shard=shard, clip=None)
-    layer = layer_of(config)
-    q, k, v = parts_of(layer, x)
-    own = layer.local[0]
-    memory, gates = own.memory(), own.gates_of(x)
-    out = jax.jit(lambda layer, x: layer.recall(x, q, k, v, (4,))[0])(layer, x)
+    layer = layer_of(dataclasses.replace(tnt.titans(WIDTH, chunk=4, **SMALL), shard=shard, clip=None))
+    given, own = parts_of(layer, x), layer.local[0]
+    out = recall(layer, x, *given)
     for head in range(2):
-      one = jax.tree.map(lambda a: a[head], memory)
-      given = jax.tree.map(lambda a: a[1, :, head], (q, k, v, gates))
-      same(out[1, :, head], tokenwise(one, *given, chunk=4)[1])
+      one = row((*given, own.gates_of(x)), 1, slice(None), head)
+      same(out[1, :, head], tokenwise(row(own.memory(), head), *one, chunk=4)[1])
 
 
 def test_equal_memories_add_up():
@@ -314,8 +315,7 @@ def test_decoding_is_the_forward(config):
   assert differ(*results)
 
 
-@pytest.mark.parametrize("length", [8, 16])
-@pytest.mark.parametrize("projection", ["shard", None])
+@pytest.mark.parametrize(("length", "projection"), [(8, "shard"), (16, None)])
 def test_a_prompt_is_read_at_once_and_gone_on_from(length, projection):
   """At chunks of 8 and of the memories, then token by token in chunks of one: as if all had been steps."""
   config = dataclasses.replace(CONFIG, shard=16, projection=projection, momentum=True, decay=True)
@@ -383,11 +383,13 @@ def test_time_is_linear_and_shards_shorten_the_chain():
   assert long == 4 * short and (depth, later) == (256 // 4, 1024 // 4)
 
 
-def test_devices_share_shards_out():
+def test_devices_share_shards_and_heads_out():
   layer, x = layer_of(), tokens(32)
-  with meshes.using(meshes.make_mesh({"sequence": 8})):
-    out = jax.jit(lambda layer, x: layer(x))(layer, x)
-  same(out, jax.jit(lambda layer, x: layer(x))(layer, x))
+  run = jax.jit(lambda layer, x: layer(x))
+  expected = run(layer, x)
+  mesh = meshes.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+  with meshes.using(mesh):
+    same(jax.jit(run)(jax.device_put(layer, meshes.shardings(layer, mesh)), x), expected)
 
 
 def test_sixteen_bits_outside_thirty_two_inside():
@@ -402,7 +404,7 @@ def test_sixteen_bits_outside_thirty_two_inside():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_it_learns_to_recall(layers):
-  """Four pairs, then their keys in another order: the value behind each. Knowing the values alone gives log 4 = 1.39."""
+  """Four pairs, then their keys in another order: the value behind each. To know the values alone is log 4 = 1.39."""
   with jax.enable_x64(False):
     how = dict(heads=2, head_dim=16, expansion=2, layers=layers)
     config = tnt.MemoryConfig(32, global_chunk=None, local_chunks=(4,), shard=12, **how)
