@@ -175,7 +175,8 @@ class LearnedMemory(nnx.Module):
     if self.pace is not None:
       longest = self.pace.shape[0]
       require(chunk <= longest, f"chunk is {chunk}; a layer with learned paces has {longest} of them at most")
-      rule["pace"] = jax.nn.relu(1 / jnp.arange(1, chunk + 1) + self.pace[...][:chunk])
+      learned = wide(self.pace[...][:chunk])
+      rule["pace"] = jax.nn.relu(1 / jnp.arange(1, chunk + 1, dtype=learned.dtype) + learned)
     return rule
 
 
