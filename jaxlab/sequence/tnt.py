@@ -232,13 +232,15 @@ class MemoryLayer(nnx.Module):
   def prefill(
     self, x: Float[Array, "batch time width"], *, local_chunks: tuple[int, ...] | None = None
   ) -> tuple[Float[Array, "batch time width"], LayerState]:
-    """(`__call__`, the state after it): a prompt in large chunks. `step` goes on from there at any `local_chunks`.
+    """(`__call__`, the state after it): a prompt in large chunks, after which `step` goes on, in smaller ones if asked.
 
     Raises:
-      InputError: as `__call__`, and where the prompt is no whole number of global chunks.
+      InputError: as `__call__`, and where the prompt ends inside a chunk.
     """
     if self.whole is not None:
       require_divides("global_chunk", self.config.global_chunk, "time", x.shape[1])
+    for chunk in self._chunks(local_chunks):
+      require_divides("local_chunk", chunk, "time", x.shape[1])
     return self._forward(x, local_chunks)
 
   def _forward(self, x, local_chunks):

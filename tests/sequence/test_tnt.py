@@ -462,6 +462,7 @@ def test_bad_input():
     (lambda: layer(x[:, :20]), "global_chunk=8 must divide time=20"),
     (lambda: layer_of(dataclasses.replace(CONFIG, global_chunk=4))(x[:, :20]), "shard=8 must divide time=20"),
     (lambda: layer.prefill(x[:, :4]), "global_chunk=8 must divide time=4"),
+    (lambda: layer_of(tnt.titans(WIDTH, **SMALL)).prefill(x[:, :8]), "local_chunk=16 must divide time=8"),
     (lambda: layer(x, local_chunks=(1,)), "local_chunks has 1 lengths; the layer has 2"),
     (lambda: layer_of(tnt.ttt(WIDTH, chunk=4, **SMALL))(x, local_chunks=(8,)), "has 4 of them at most"),
   ):
