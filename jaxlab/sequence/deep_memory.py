@@ -1,0 +1,273 @@
+r"""Deep memory: a recurrence whose state is the weights of a small network f(W, .), written by gradient descent.
+
+A token's key and value are written by a step on l(W) = ||f(W, k) - v||^2 and its query is read by f(W_t, q). With
+forgetting alpha, momentum eta and step size theta (Titans, arXiv 2501.00663)
+
+  S_t = eta_t S_{t-1} - theta_t grad l(M; k_t, v_t),     W_t = (1 - alpha_t) W_{t-1} + S_t,     o_t = f(W_t, q_t),
+
+where M are the weights at the start of the token's chunk, so that a chunk's gradients are taken at once; chunks of one
+token are gradient descent token by token. With alpha = eta = 0 it is TTT's rule (arXiv 2407.04620).
+
+A layer's gradient is the product of its input x_i and a cotangent g_i, so all W_t of a chunk are read without being
+made (the dual form): with X the inputs of keys, G the cotangents and Y the inputs of queries, a layer gives
+
+  Z = beta o (Y M) + e o (Y S) - (E o (Y X')) G,     W_t = beta_t M + e_t S - sum_i E[t, i] x_i g_i'.
+
+Functions are for one head and one row; `jax.vmap` makes more of them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.core.checks import require, require_choice, require_counts, require_divides
+from jaxlab.core.recurrence import linear_recurrence
+from jaxlab.models.layers import wide
+
+READS = ("token", "chunk")
+
+
+class Memory(NamedTuple):
+  """Fast weights of f: products with gelu between them, one product is the linear memory.
+
+  Attributes:
+    weights: (inputs, outputs) each; one more row than inputs is a bias.
+    momentum: S, like the weights; None: the rule has none.
+    norm: (gain, bias), each (size,), of f(x) = x + LN(products of x) as in TTT; None: f is the products. Not written.
+  """
+
+  weights: tuple[Float[Array, "inputs outputs"], ...]
+  momentum: tuple[Float[Array, "inputs outputs"], ...] | None = None
+  norm: tuple[Float[Array, "size"], Float[Array, "size"]] | None = None
+
+
+class Gates(NamedTuple):
+  """By token: theta, 1 - alpha (None: nothing is forgotten) and eta (None: no momentum)."""
+
+  step: Float[Array, "time"]
+  keep: Float[Array, "time"] | None = None
+  momentum: Float[Array, "time"] | None = None
+
+
+def squared_error(prediction: Float[Array, "time size"], v: Float[Array, "time size"]) -> Float[Array, ""]:
+  """sum_t ||f(k_t) - v_t||^2; with `Memory.norm` the same as LN against v - k."""
+  return jnp.square(prediction - v).sum()
+
+
+Loss = Callable[[Array, Array], Array]  # (predictions, values) -> the sum of the tokens' losses
+
+
+def read(memory: Memory, x: Float[Array, "time size"]) -> Float[Array, "time size"]:
+  """f(W, x), the same weights for every token."""
+  return _network(memory, x, lambda n, y: y @ memory.weights[n])
+
+
+def scan(
+  memory: Memory,
+  q: Float[Array, "time size"],
+  k: Float[Array, "time size"],
+  v: Float[Array, "time size"],
+  gates: Gates,
+  *,
+  chunk: int,
+  reads: str = "token",
+  pace: Float[Array, "chunk"] | None = None,
+  clip: float | None = None,
+  loss: Loss = squared_error,
+) -> tuple[Memory, Float[Array, "time size"]]:
+  """(memory after the last token, o_1 .. o_T), chunk by chunk in the dual form, in float32 or better.
+
+  Work O(T (chunk + size) size) and T / chunk steps one after the other. The backward pass keeps the memory of about
+  2 sqrt(T / chunk) chunks and computes the rest again.
+
+  Args:
+    reads: "token": f(W_t, q_t), with what the chunk wrote up to and including t; "chunk": f(M, q_t), before it wrote.
+    pace: c_t >= 0; o_t is read from M + c_t (W_t - M) and the next chunk starts from the last of these, as in TTT.
+    clip: largest Frobenius norm of a matrix's change from chunk to chunk; what is read inside a chunk stays as it is.
+    loss: l; what it says of a token must not depend on the others.
+
+  Raises:
+    InputError: a chunk below 1 or one that does not divide T, sizes that disagree, an unknown `reads`, momentum in one
+      of memory and gates only.
+  """
+  _check(memory, q, k, v, gates, chunk, reads, pace)
+  chunks = len(q) // chunk
+  dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((memory, q, k, v, gates)))
+  memory = jax.tree.map(lambda a: a.astype(dtype), memory)
+  parts = jax.tree.map(lambda a: a.astype(dtype).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
+
+  def one(memory, parts):
+    q, k, v, gates = parts
+    inputs, cotangents = _gradients(memory, k, v, loss)
+    out = read(memory, q) if reads == "chunk" else _dual(memory, q, inputs, cotangents, gates, pace)
+    return _written(memory, inputs, cotangents, gates, pace, clip), out
+
+  group = max(n for n in range(1, math.isqrt(chunks) + 1) if chunks % n == 0)
+  parts = jax.tree.map(lambda a: a.reshape(group, chunks // group, *a.shape[1:]), parts)
+  inner = jax.checkpoint(lambda memory, parts: jax.lax.scan(one, memory, parts), prevent_cse=False)
+  memory, out = jax.lax.scan(inner, memory, parts)
+  return memory, out.reshape(q.shape)
+
+
+class Running(NamedTuple):
+  """A memory between two tokens: at the start of the chunk, and as its tokens have written it since."""
+
+  start: Memory
+  now: Memory
+
+
+def step(
+  running: Running,
+  q: Float[Array, "size"],
+  k: Float[Array, "size"],
+  v: Float[Array, "size"],
+  gates: Gates,
+  position: Int[Array, ""] | int,
+  *,
+  chunk: int,
+  reads: str = "token",
+  pace: Float[Array, "chunk"] | None = None,
+  clip: float | None = None,
+  loss: Loss = squared_error,
+) -> tuple[Running, Float[Array, "size"]]:
+  """(memory with one more token, o_t): `scan` a token at a time; `gates` are scalars, `position` counts from 0."""
+  require_counts(chunk=chunk)
+  require_choice("reads", reads, READS)
+  q, k, v, gates = jax.tree.map(lambda a: wide(a)[None], (q, k, v, gates))
+  at = position % chunk
+  first = lambda new, old: jax.tree.map(lambda a, b: jnp.where(at == 0, a, b), new, old)
+  ended = tuple(map(lambda a, b: _carried(a, b, pace, clip), running.start.weights, running.now.weights))
+  start = first(running.now._replace(weights=ended), running.start)
+  now = first(start, running.now)
+  inputs, cotangents = _gradients(start, k, v, loss)
+  now = _written(now, inputs, cotangents, gates, None, None)
+  if reads == "chunk":
+    return Running(start, now), read(start, q)[0]
+  share = 1.0 if pace is None else pace[at]
+  weights = jax.tree.map(lambda a, b: a + share * (b - a), start.weights, now.weights)
+  return Running(start, now), read(now._replace(weights=weights), q)[0]
+
+
+def _network(memory: Memory, x, product: Callable):
+  """f(x) with `product(n, y)` in the place of the n-th product."""
+  y = x
+  for n, weight in enumerate(memory.weights):
+    y = jax.nn.gelu(y) if n else y
+    y = jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1) if len(weight) == y.shape[1] + 1 else y
+    y = product(n, y)
+  if memory.norm is None:
+    return y
+  gain, bias = memory.norm
+  y = y - y.mean(axis=-1, keepdims=True)
+  return x + gain * y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6) + bias
+
+
+def _gradients(memory: Memory, k, v, loss: Loss):
+  """(inputs X_n, cotangents G_n) of every product: the gradient of token i is the outer product of their rows i."""
+
+  def shifted(shifts):
+    inputs = []
+
+    def product(n, y):
+      inputs.append(y)
+      return y @ memory.weights[n] + shifts[n]
+
+    return loss(_network(memory, k, product), v), inputs
+
+  zeros = [jnp.zeros((len(k), weight.shape[1]), weight.dtype) for weight in memory.weights]
+  cotangents, inputs = jax.grad(shifted, has_aux=True)(zeros)
+  return inputs, cotangents
+
+
+def _dual(memory: Memory, q, inputs, cotangents, gates: Gates, pace):
+  """f(W_t, q_t) of a chunk's tokens by products alone."""
+  stay, push, source = _read_coefficients(gates)
+  if pace is not None:
+    stay, push, source = 1 + pace * (stay - 1), pace * push, pace[:, None] * source
+
+  def product(n, y):
+    z = stay[:, None] * (y @ memory.weights[n]) - (source * (y @ inputs[n].T)) @ cotangents[n]
+    return z if memory.momentum is None else z + push[:, None] * (y @ memory.momentum[n])
+
+  return _network(memory, q, product)
+
+
+def _written(memory: Memory, inputs, cotangents, gates: Gates, pace, clip) -> Memory:
+  """The memory after these tokens."""
+  stay, push, source, hold, kick = _end_coefficients(gates)
+  weights, momentum = [], []
+  for n, weight in enumerate(memory.weights):
+    end = stay * weight - (source[:, None] * inputs[n]).T @ cotangents[n]
+    if memory.momentum is not None:
+      end = end + push * memory.momentum[n]
+      momentum.append(hold * memory.momentum[n] - (kick[:, None] * inputs[n]).T @ cotangents[n])
+    weights.append(_carried(weight, end, pace, clip))
+  return Memory(tuple(weights), memory.momentum and tuple(momentum), memory.norm)
+
+
+def _carried(start, end, pace, clip):
+  """What the next chunk starts from."""
+  if pace is None and clip is None:
+    return end
+  change = (1.0 if pace is None else pace[-1]) * (end - start)
+  if clip is not None:
+    change = change * jnp.minimum(1.0, clip * jax.lax.rsqrt(jnp.square(change).sum() + 1e-12))
+  return start + change
+
+
+def _read_coefficients(gates: Gates):
+  """(beta (C,), e (C,), E (C, C)): W_t = beta_t M + e_t S - sum_i E[t, i] grad_i.
+
+  E[t, i] = theta_i sum_{s = i..t} prod_{s < j <= t} (1 - alpha_j) prod_{i < j <= s} eta_j. Solved as the recurrences of
+  W and S on coordinates (M, S, tokens): ratios of running products would be 0 / 0 once a gate has closed.
+  """
+  after = lambda gate, number: number if gate is None else jnp.concatenate([jnp.ones_like(gate[:1]), gate])
+  unit = jnp.eye(len(gates.step) + 1, dtype=gates.step.dtype)
+  momentum = linear_recurrence(after(gates.momentum, 0.0), unit)
+  written = jnp.concatenate([unit[:, :1], momentum.at[0].set(0.0)], axis=1)
+  weights = linear_recurrence(after(gates.keep, 1.0), written)[1:]
+  return weights[:, 0], weights[:, 1], weights[:, 2:] * gates.step
+
+
+def _end_coefficients(gates: Gates):
+  """(beta, e, E (C,), Pi, P (C,)) of a chunk's end, in O(C) from its end backwards.
+
+  W = beta M + e S - sum_i E_i grad_i and S' = Pi S - sum_i P_i grad_i.
+  """
+  before = lambda gate, number: number if gate is None else jnp.concatenate([gate, jnp.ones_like(gate[:1])])
+  keep, momentum = before(gates.keep, 1.0), before(gates.momentum, 0.0)
+  last = jnp.zeros(len(gates.step) + 1, gates.step.dtype).at[-1].set(1.0)
+  kept = linear_recurrence(keep, last, reverse=True)
+  pushed = linear_recurrence(momentum, kept.at[0].set(0.0), reverse=True)
+  if gates.momentum is None:
+    return kept[0], pushed[0], gates.step * pushed[1:], 0.0, gates.step
+  held = linear_recurrence(momentum, last, reverse=True)
+  return kept[0], pushed[0], gates.step * pushed[1:], held[0], gates.step * held[1:]
+
+
+def _check(memory: Memory, q, k, v, gates: Gates, chunk, reads, pace):
+  require_counts(chunk=chunk)
+  require_choice("reads", reads, READS)
+  require(
+    q.ndim == 2 and q.shape == k.shape == v.shape and gates.step.shape == q.shape[:1],
+    f"q {q.shape}, k {k.shape}, v {v.shape} and gates {gates.step.shape} disagree; expected (time, size) three times "
+    "and (time,)",
+  )
+  require_divides("chunk", chunk, "time", len(q))
+  rows, columns = memory.weights[0].shape[0], memory.weights[-1].shape[1]
+  size = q.shape[1]
+  require(
+    rows in (size, size + 1) and columns == size,
+    f"a memory of {rows} rows and {columns} columns cannot map vectors of {size}; the first matrix needs {size} rows "
+    f"(one more for a bias), the last {size} columns",
+  )
+  require(
+    (memory.momentum is None) == (gates.momentum is None),
+    "momentum is in one of memory and gates only; give both or neither",
+  )
+  if pace is not None:
+    require(pace.shape == (chunk,), f"pace has shape {pace.shape}; expected one number a token of a chunk, ({chunk},)")
