@@ -1,4 +1,5 @@
-"""ChunkFlow: sequences of any lengths in chunks of one size, with exact gradients (Yuan et al. 2025, arXiv 2503.02356).
+"""ChunkFlow: sequences of any lengths in chunks of one size, with exact gradients ("Efficient Long Context Fine-tuning
+with Chunk Flow", 2025, arXiv 2503.02356).
 
 Short sequences share a chunk, which sees no other; a long one is cut into chunks that depend on each other through
 keys and values. The chunk, not the longest sequence, sets the memory: of a long sequence's N chunks the last K keep
@@ -34,7 +35,7 @@ from jaxlab.sequence import common
 from jaxlab.training import losses
 from jaxlab.training.loop import GradientFn
 
-_IDLE, _PACKED, _FORWARD, _TAIL, _AGAIN = range(5)  # what a line of a program does
+_IDLE, _PACKED, _FORWARD, _KEPT, _AGAIN = range(5)  # what a line of a program does
 
 
 class Piece(NamedTuple):
@@ -228,9 +229,10 @@ def _lines(chunks: int, row: int, chunk: int, keep: int) -> list[tuple[int, ...]
     return [(_PACKED, 0, row)]
   steps = schedule(chunks, keep)
   first = max(0, chunks - keep)
-  tail = (_TAIL, first * chunk, *(row + i for what, i in steps if what == "keep"))
+  kept = (_KEPT, first * chunk, *(row + i for what, i in steps if what == "keep"))
   forward = [(_FORWARD, i * chunk, row + i) for what, i in steps if what == "drop"]
-  return [*forward, tail, *((_AGAIN, i * chunk, row + i) for what, i in steps if what == "again")]
+  again = _KEPT if keep == 1 else _AGAIN
+  return [*forward, kept, *((again, i * chunk, row + i) for what, i in steps if what == "again")]
 
 
 def _round(count: int) -> int:
@@ -283,6 +285,7 @@ def gradient(
 
   Args:
     attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`.
+    remat: as of `transformer.sequential`, within a chunk; "dots" and "full" keep a copy of the cache for every layer.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
@@ -299,8 +302,9 @@ def gradient(
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)
     each = functools.partial(_run, how=(attend, remat), model_of=model_of)
     mesh, axes = jax.sharding.get_abstract_mesh(), meshes.RULES["batch"]
-    if (devices := meshes.split_over("batch", len(batch["cache"]))) > 1:
-      require(devices == mesh.size, "ChunkFlow splits batches alone; make the mesh of data and fsdp")
+    devices = meshes.split_over("batch", len(batch["cache"]))
+    require(mesh.empty or devices == mesh.size, "ChunkFlow splits batches alone; make the mesh of data and fsdp")
+    if devices > 1:
       alone = each
       each = jax.shard_map(
         lambda *args: jax.lax.psum(alone(*args), axes),
@@ -329,42 +333,45 @@ def _run(params, frozen, batch, total, *, how, model_of):
   shared = dict(model_of=model_of, frozen=frozen, total=total)
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
   own_loss = functools.partial(common.transformer_loss, how=(_masked(attend), remat), **shared)
-  where_any = lambda params, cache, part, start: jax.lax.cond(
-    part[2], lambda: own_loss(params, cache, part[:2], start), lambda: (jnp.zeros((), kind), cache)
-  )
   model = jax.eval_shape(model_of, params, *frozen)
   c, wide = model.config, jnp.promote_types(jnp.result_type(float), jnp.float32)
   cache = (jnp.zeros((c.depth, 1, batch["cache"].shape[1], c.kv_heads, c.head_dim), model.dtype),) * 2
-  kind = jax.eval_shape(own_loss, params, cache, part_of(0), 0)[0].dtype
+
+  def chunk_loss(params, cache, i, start):
+    loss, cache = own_loss(params, cache, part_of(i), start)
+    return loss.astype(wide), cache
+
+  def any_loss(params, cache, i, start):
+    return jax.lax.cond(
+      i >= 0, chunk_loss, lambda params, cache, *_: (jnp.zeros((), wide), cache), params, cache, i, start
+    )
 
   def packed(carry, start, ids):
     loss, cache, (gradient, back) = carry
     part = jax.tree.map(lambda a: a[ids[0]], chunks)
     one, more = jax.value_and_grad(functools.partial(_packed_loss, how=how, **shared))(params, part)
-    return loss + one, cache, (common.add(gradient, more), back)
+    return loss + one.astype(wide), cache, (common.add(gradient, more), back)
 
   def forward(carry, start, ids):
     # Its loss is that of the second run; the head is not computed here.
     loss, cache, sums = carry
     return loss, own_loss(params, cache, part_of(ids[0]), start)[1], sums
 
-  def tail(carry, start, ids):
-    loss, cache, (gradient, _) = carry
-    # A group shorter than K leaves places out, at the end. Nothing has come back yet when their turn is.
-    pieces = [((*part_of(i), i >= 0), start + j * chunk) for j, i in enumerate(ids)]
-    sums = gradient, common.zeros(cache)
-    one, cache, sums = common.backward(where_any, params, cache, sums, pieces, chunk=chunk)
+  def kept(carry, start, ids):
+    # A group shorter than K leaves places out, at the end; what is sent through one of these comes back as it was.
+    loss, cache, sums = carry
+    pieces = [(i, start + j * chunk) for j, i in enumerate(ids)]
+    loss_of = chunk_loss if len(ids) == 1 else any_loss
+    one, cache, sums = common.backward(loss_of, params, cache, sums, pieces, chunk=chunk)
     return loss + one, cache, sums
 
   def again(carry, start, ids):
-    loss, cache, sums = carry
-    one, cache, sums = common.backward(own_loss, params, cache, sums, [(part_of(ids[0]), start)], chunk=chunk)
-    return loss + one, cache, sums
+    return kept(carry, start, ids[:1])
 
   def line(carry, at):
     what, start, ids = at
-    new = jax.lax.switch(what, (lambda carry, *_: carry, packed, forward, tail, again), carry, start, ids)
-    return (new[0].astype(wide), *new[1:]), None
+    ways = (lambda carry, *_: carry, packed, forward, kept, *[again] * (ids.size > 1))
+    return jax.lax.switch(what, ways, carry, start, ids), None
 
   carry = jnp.zeros((), wide), cache, (common.zeros(params), common.zeros(cache))
   (loss, _, (gradient, _)), _ = jax.lax.scan(line, carry, (what, start, ids))

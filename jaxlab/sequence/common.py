@@ -65,7 +65,8 @@ def backward(
     direct, relay: cotangents of a chunk's loss, and of its cache as a multiple of what came back to it.
 
   Returns:
-    (the loss of these chunks, cache with their entries, sums with their gradients).
+    (the loss of these chunks, cache with their entries, sums with their gradients; what had come back to these chunks
+    is used up and zero).
   """
   cut = lambda a, start: jax.lax.dynamic_slice_in_dim(a, start, chunk, axis)
   kept, loss = [], 0.0
@@ -82,5 +83,6 @@ def backward(
   for start, pull in reversed(kept):
     sent = jax.tree.map(lambda a, b: (relay * cut(b, start)).astype(a.dtype), cache, back)  # noqa: B023
     more, to_cache = pull((jnp.asarray(direct, loss.dtype), sent))
+    back = jax.tree.map(lambda b: jax.lax.dynamic_update_slice_in_dim(b, zeros(cut(b, start)), start, axis), back)  # noqa: B023
     gradient, back = add(gradient, more), add(back, to_cache)
   return loss, cache, (gradient, back)

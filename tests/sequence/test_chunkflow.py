@@ -92,47 +92,37 @@ def known():
     yield model, rows, exact(model, rows)
 
 
-@pytest.mark.parametrize(("chunk", "keep"), [(C, 1), (C, 2), (C, 6), (16, 1), (16, 2), (64, 1)])
-def test_the_gradient_is_that_of_sequences_fed_one_by_one(double, known, chunk, keep):
-  """Whatever is kept: lengths of 1, C - 1, C, C + 1 and 5 C + 3 among them, and in one chunk each."""
+@pytest.mark.parametrize(("chunk", "keep", "ranks"), [(C, 1, 1), (C, 2, 1), (C, 6, 1), (16, 1, 3), (64, 1, 1)])
+def test_the_gradient_is_that_of_sequences_fed_one_by_one(double, known, chunk, keep, ranks):
+  """Whatever is kept: lengths of 1, C - 1, C, C + 1 and 5 C + 3 among them; in one chunk each; of three ranks on one
+  device, the sum over the tokens of all."""
   model, rows, expected = known
-  close(by_chunks(model, rows, chunk, keep), expected)
+  close(by_chunks(model, rows, chunk, keep, ranks), expected)
 
 
-def test_ranks_share_it_out(double, known):
-  """Three of them on one device: their sum, over the tokens of all."""
-  model, rows, expected = known
-  close(by_chunks(model, rows, C, 2, ranks=3), expected)
-
-
-@pytest.mark.parametrize("name", ["mhc", "nanochat", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mhc", "qwen3_moe"])
 def test_any_transformer_that_does_not_smear(double, name):
   """With short windows, value embeddings, streams and experts too."""
   config = configs()[name]
-  windows = dict(window_pattern="SL") if name == "nanochat" else {}
+  windows = dict(window_pattern="SL") if name == "mhc" else {}
   config = dataclasses.replace(config, depth=2, smear=False, **windows)
   model, rows = random_model(config, dtype="float64"), texts((3, 5, 19))
-  close(by_chunks(model, rows, C, 2, remat="full"), exact(model, rows))
+  close(by_chunks(model, rows, C, 2, remat="full" if config.experts else "none"), exact(model, rows))
 
 
-@pytest.mark.parametrize("broken", ["segments", "positions", "program"])
-def test_without_any_of_its_parts_the_gradient_is_another(double, known, broken):
-  """Segments, or the order in which chunks send back; positions moved by 5 change nothing, as all is relative."""
+def test_without_any_of_its_parts_the_gradient_is_another(double, known):
+  """Segments, or the order in which chunks send back, which one transcription of Algorithm 2 has ascending; positions
+  moved by 5 change nothing, as all is relative."""
   model, rows, (_, expected) = known
-  plan = chunkflow.pack([len(row["inputs"]) for row in rows], C)
-  batch = chunkflow.materialize(plan, rows)
-  if broken == "segments":
-    batch["segments"] = np.zeros_like(batch["segments"])
-  elif broken == "positions":
-    batch["positions"] = batch["positions"] + 5
-  else:  # chunks run again ascending, as one transcription of Algorithm 2 has it
-    lines = batch["program"][0]
-    again = np.flatnonzero((lines[:, 0] == chunkflow._AGAIN) & (lines[:, 2] < 6))
-    lines[again] = lines[again[::-1]]
-  run = chunkflow.gradient(attend=precise)
-  found = flat(jax.jit(lambda model, batch: run(model, batch, 0, None))(model, batch)[1])
-  error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-  assert error < 1e-10 if broken == "positions" else error > 1e-4
+  batch = chunkflow.materialize(chunkflow.pack(LENGTHS, C), rows, keep=2)
+  gradient = chunkflow.gradient(attend=precise)
+  run = jax.jit(lambda model, batch: gradient(model, batch, 0, None)[1])
+  error = lambda **new: np.linalg.norm(flat(run(model, batch | new)) - expected) / np.linalg.norm(expected)
+  ascending = batch["program"].copy()
+  again = np.flatnonzero(ascending[0, :, 0] == chunkflow._AGAIN)
+  ascending[0, again] = ascending[0, again[::-1]]
+  assert len(again) == 4 and error() < 1e-11 and error(positions=batch["positions"] + 5) < 1e-11
+  assert error(program=ascending) > 1e-4 and error(segments=np.zeros_like(batch["segments"])) > 1e-4
 
 
 def test_adapters_alone_are_trained(double, known):
@@ -316,41 +306,36 @@ def test_the_best_sizes_are_chosen():
 
 
 def test_memory_grows_by_the_cache_alone():
-  """Sequences of 4 and of 32 chunks, in float32: keys, values, their gradients, copies of these and scores."""
-  with jax.enable_x64(False):
-    model, chunk = random_model(CONFIG), 64
-    c = model.config
+  """From 4 to 32 chunks, in float32, by six times keys and values within a tenth: these, what comes back to them, and
+  copies; with an attention that has no scores, which are of a chunk times the cache."""
+  model, chunk = random_model(CONFIG), 16
+  c = model.config
 
-    def temporaries(length, way):
-      rows = texts((length,))
-      batch = chunkflow.materialize(chunkflow.pack([length], chunk), rows)
-      return jax.jit(lambda model: way(model, batch, rows)).lower(model).compile().memory_analysis().temp_size_in_bytes
+  def attend(q, k, v, *, mask):
+    state = jnp.einsum("bshd,bshe->bhde", k, v)
+    return jnp.einsum("bthd,bhde->bthe", q, jnp.repeat(state, c.q_heads // c.kv_heads, axis=1))
 
-    chunks = lambda model, batch, rows: chunkflow.gradient()(model, batch, 0, None)
-    whole = lambda model, batch, rows: jax.value_and_grad(loss_of)(model, rows)
-    ours, naive = ([temporaries(n * chunk, way) for n in (4, 32)] for way in (chunks, whole))
-    more = 28 * chunk
-    cache = 2 * c.depth * c.kv_heads * c.head_dim * 4 * more
-    scores = 4 * c.q_heads * chunk * more  # of a chunk, in every layer
-    print(ours, naive, (ours[1] - ours[0]), cache, scores)
-    assert ours[1] - ours[0] < 8 * cache + 8 * c.depth * scores and naive[1] > 8 * ours[1]
+  def temporaries(length):
+    batch = chunkflow.materialize(chunkflow.pack([length], chunk), texts((length,)))
+    run = jax.jit(lambda model, batch: chunkflow.gradient(attend=attend)(model, batch, 0, None))
+    return run.lower(model, jax.tree.map(jnp.asarray, batch)).compile().memory_analysis().temp_size_in_bytes
+
+  cached = 2 * c.depth * c.kv_heads * c.head_dim * 4
+  assert temporaries(32 * chunk) - temporaries(4 * chunk) == pytest.approx(6 * cached * 28 * chunk, rel=0.1)
 
 
-def test_a_run_trains_by_it_on_eight_devices_too(tmp_path):
-  """In three lines; its first loss is that of the sequences, and it goes on from a checkpoint."""
-  rows = texts((3, 30, 5, 1, 17, 8, 9, 2), seed=1)
-
-  def curve(name, devices, steps=2):
-    data = chunkflow.batches(rows, batch=8, chunk=C, keep=2, ranks=devices)
-    mesh = meshes.make_mesh({"data": devices}, jax.devices()[:devices])
-    how = dict(steps=steps, workdir=tmp_path / name, compute_dtype="float32", mesh=mesh)
-    loop.train(random_model(CONFIG), data, None, optax.sgd(0.1), gradient_fn=chunkflow.gradient(), **how)
-    return [line["loss"] for line in read_metrics(tmp_path / name)]
-
-  one = curve("one", 1)
-  assert one[0] == pytest.approx(float(jax.jit(lambda m: loss_of(m, rows))(random_model(CONFIG))), rel=1e-4)
-  assert one[1] < one[0]
-  np.testing.assert_allclose(curve("eight", 8), one, rtol=1e-4)
+def test_a_run_trains_by_it_on_eight_devices(tmp_path):
+  """In three lines; both losses are those of plain steps on the sequences one by one."""
+  rows, model = texts((3, 30, 5, 1, 17, 8, 9, 2), seed=1), random_model(dataclasses.replace(CONFIG, depth=1))
+  data = chunkflow.batches(rows, batch=8, chunk=C, ranks=8)
+  how = dict(steps=2, workdir=tmp_path, compute_dtype="float32", mesh=meshes.make_mesh({"data": 8}))
+  loop.train(model, data, None, optax.sgd(0.1), gradient_fn=chunkflow.gradient(), **how)
+  plain = jax.jit(lambda model: jax.value_and_grad(loss_of)(model, rows))
+  loss, gradient = plain(model)
+  second, _ = plain(jax.tree.map(lambda a, g: a - 0.1 * g, model, gradient))
+  lines = read_metrics(tmp_path)
+  np.testing.assert_allclose([line["loss"] for line in lines], [loss, second], rtol=1e-4)
+  assert lines[0]["tokens"] == sum((row["targets"] >= 0).sum() for row in rows) and second < loss - 0.1
 
 
 def test_batches_go_on_where_they_stopped():
@@ -391,7 +376,7 @@ def test_bad_input():
   ):
     with pytest.raises(InputError, match=message):
       call()
-  mesh = meshes.make_mesh({"data": 4, "tensor": 2})
-  four = chunkflow.materialize(plan, rows, ranks=4)
-  with meshes.using(mesh), pytest.raises(InputError, match="ChunkFlow splits batches alone"):
-    run(model, four, 0, None)
+  for shape, ranks in (({"data": 4, "tensor": 2}, 4), ({"tensor": 8}, 1), ({"data": 4, "sequence": 2}, 4)):
+    shared = chunkflow.materialize(plan, rows, ranks=ranks)
+    with meshes.using(meshes.make_mesh(shape)), pytest.raises(InputError, match="ChunkFlow splits batches alone"):
+      run(model, shared, 0, None)
