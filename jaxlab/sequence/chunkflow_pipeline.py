@@ -106,7 +106,7 @@ def simulate(groups: Sequence[Sequence[float]], *, stages: int, keep: int = 1, b
 
 class Memory(NamedTuple):
   """Bytes of a stage: fixed for weights, gradients and optimizer; of a chunk's token for its activations; of a cached
-  token for keys, values and what comes back to them."""
+  token for keys, values and what comes back to them, which one device's `gradient` holds 5.5 times over in float32."""
 
   fixed: float
   activation: float
@@ -153,7 +153,7 @@ def choose(
   for chunk in chunks:
     plan = pack(lengths, chunk)
     for keep in keeps:
-      size = memory.peak(chunk, keep, max(lengths), stages)
+      size = memory.peak(chunk, keep, int(max(lengths)), stages)
       least = min(least, size)
       if size > limit:
         continue

@@ -306,8 +306,9 @@ def test_the_best_sizes_are_chosen():
 
 
 def test_memory_grows_by_the_cache_alone():
-  """From 4 to 32 chunks, in float32, by six times keys and values within a tenth: these, what comes back to them, and
-  copies; with an attention that has no scores, which are of a chunk times the cache."""
+  """As much a position from 4 to 16 chunks as from 16 to 32, within a tenth, and less than six times its keys and
+  values in float32, which are kept, sent back and copied. The attention has no scores, which are a chunk times the
+  cache."""
   model, chunk = random_model(CONFIG), 16
   c = model.config
 
@@ -321,14 +322,16 @@ def test_memory_grows_by_the_cache_alone():
     return run.lower(model, jax.tree.map(jnp.asarray, batch)).compile().memory_analysis().temp_size_in_bytes
 
   cached = 2 * c.depth * c.kv_heads * c.head_dim * 4
-  assert temporaries(32 * chunk) - temporaries(4 * chunk) == pytest.approx(6 * cached * 28 * chunk, rel=0.1)
+  sizes = [temporaries(n * chunk) / cached for n in (4, 16, 32)]
+  first, second = (sizes[1] - sizes[0]) / (12 * chunk), (sizes[2] - sizes[1]) / (16 * chunk)
+  assert first == pytest.approx(second, rel=0.1) and max(first, second) < 6
 
 
 def test_a_run_trains_by_it_on_eight_devices(tmp_path):
   """In three lines; both losses are those of plain steps on the sequences one by one."""
   rows, model = texts((3, 30, 5, 1, 17, 8, 9, 2), seed=1), random_model(dataclasses.replace(CONFIG, depth=1))
   data = chunkflow.batches(rows, batch=8, chunk=C, ranks=8)
-  how = dict(steps=2, workdir=tmp_path, compute_dtype="float32", mesh=meshes.make_mesh({"data": 8}))
+  how = dict(steps=2, workdir=tmp_path, compute_dtype="float32", mesh=meshes.make_mesh({"data": 4, "fsdp": 2}))
   loop.train(model, data, None, optax.sgd(0.1), gradient_fn=chunkflow.gradient(), **how)
   plain = jax.jit(lambda model: jax.value_and_grad(loss_of)(model, rows))
   loss, gradient = plain(model)
