@@ -22,24 +22,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts
-from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
-from jaxlab.models.transformer import Transformer, sequential
-from jaxlab.training import losses
+from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.sequence import common
 from jaxlab.training.loop import GradientFn
 
 SAMPLING = ("uniform", "bernoulli")
 
-# (params, cache, a chunk's part of the batch, its first position) -> (the chunk's share of the loss, cache with its
-# own entries written); it reads no entry from its first position on.
-ChunkLoss = Callable[..., tuple[Float[Array, ""], object]]
-
 
 def value_and_grad(
-  chunk_loss: ChunkLoss,
+  chunk_loss: common.ChunkLoss,
   params,
   cache,
   parts,
@@ -71,20 +66,11 @@ def value_and_grad(
 
   wide = jnp.promote_types(jnp.result_type(float), jnp.float32)
   (loss, cache), _ = jax.lax.scan(fill, (jnp.zeros((), wide), cache), jnp.arange(count))
-  cut = lambda a, i: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis)
 
   def visit(carry, i):
-    gradient, back = carry
-
-    def own(params, cache):
-      loss, after = chunk_loss(params, cache, part_of(i), i * chunk)
-      return loss, jax.tree.map(lambda a: cut(a, i), after)
-
-    (loss, _), pull = jax.vjp(own, params, cache)
-    sent = jax.tree.map(lambda a, b: (relay * cut(b, i)).astype(a.dtype), cache, back)
-    more, to_cache = pull((jnp.asarray(direct, loss.dtype), sent))
-    add = lambda total, new: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new)
-    return add(gradient, more), add(back, to_cache)
+    pieces = [(part_of(i), i * chunk)]
+    how = dict(chunk=chunk, direct=direct, relay=relay, axis=axis)
+    return common.backward(chunk_loss, params, cache, carry, pieces, **how)[2]
 
   def step(carry, at):
     i, here = at
@@ -94,9 +80,8 @@ def value_and_grad(
 
   order = jnp.arange(count - 1, -1, -1) if order is None else order
   here = jnp.ones(len(order), bool) if active is None else active
-  # Sums over chunks in float32 or better: a bfloat16 sum of a hundred of them loses two digits.
-  zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), tree)
-  (gradient, _), _ = jax.lax.scan(step, (zeros(params), zeros(cache)), (order, here))
+  sums = common.zeros(params), common.zeros(cache)
+  (gradient, _), _ = jax.lax.scan(step, sums, (order, here))
   return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
 
@@ -149,7 +134,9 @@ def gradient(
     pad = lambda a, value: jnp.pad(a, ((0, 0), (0, count * chunk - time)), constant_values=value)
     split = lambda a: jnp.moveaxis(a.reshape(rows, count, chunk), 1, 0)
     parts = split(pad(batch["inputs"], 0)), split(pad(batch["targets"], -1))
-    chunk_loss = functools.partial(_share, model_of=model_of, frozen=frozen, total=total, how=(attention, remat))
+    chunk_loss = functools.partial(
+      common.transformer_loss, model_of=model_of, frozen=frozen, total=total, how=(attention, remat)
+    )
     shape = (c.depth, rows, count * chunk, c.kv_heads, c.head_dim)
     empty = lambda: meshes.constrain(jnp.zeros(shape, model.dtype), None, "batch")
     how = dict(chunk=chunk)
@@ -160,13 +147,3 @@ def gradient(
     return (loss, {}), gradient
 
   return run
-
-
-def _share(params, cache, part, start, *, model_of, frozen, total, how):
-  """A `ChunkLoss` of a transformer: the sum of a chunk's losses over all tokens that count."""
-  attention, remat = how
-  model: Transformer = model_of(params, *frozen)
-  inputs, targets = part
-  x, side, _ = model.embed(inputs, Cache(*cache, jnp.asarray(start, jnp.int32), None))
-  x, backout, _, cache = sequential(model, x, side, attention=attention, cache=cache, remat=remat)
-  return losses.token_losses(model, (x, backout), targets).sum() / total, cache

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
-from jaxlab.sequence import seco
+from jaxlab.sequence import common, seco
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
 from tests.common import configs, random_model
@@ -118,7 +118,7 @@ def pieces(model, batch, k):
   c = model.config
   empty = jnp.zeros((c.depth, len(batch["inputs"]), TIME, c.kv_heads, c.head_dim))
   how = dict(model_of=lambda model: model, frozen=(), total=total, how=(precise, "none"))
-  share = lambda *args: seco._share(*args, **how)
+  share = lambda *args: common.transformer_loss(*args, **how)
 
   @jax.jit
   def run(order, active, direct, relay):
