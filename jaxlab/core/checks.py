@@ -2,8 +2,6 @@
 
 from collections.abc import Collection
 
-import jax
-
 
 class InputError(ValueError):
   """A mistake in what the user gave (config, checkpoint, data). The command line prints it and exits with status 2.
@@ -42,6 +40,8 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
 
 def require_key(key: object) -> None:
   """Raises InputError unless `key` is a random key of the new style, traced or not."""
+  import jax  # late: a mistake on the command line is told before jax has started
+
   is_key = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
   require(is_key, f"key is {key!r:.60}; give jax.random.key(0), or another seed")
 
