@@ -86,13 +86,22 @@ def value_and_grad(
 
 
 def choose(
-  key: jax.Array, chunks: int, visited: int, sampling: str = "uniform"
+  key: jax.Array, chunks: int, visited: int, sampling: str = "uniform", *, last: bool = False
 ) -> tuple[Int[Array, "visits"], Bool[Array, "visits"] | None]:
   """(order, active) for `value_and_grad`: `visited` different chunks, or each with probability visited / chunks
-  ("bernoulli", at a cost that varies, whose estimate is unbiased with s1 = s2 = chunks / visited)."""
-  if sampling == "uniform":
-    return jnp.sort(jax.random.permutation(key, chunks)[:visited], descending=True), None
-  return jnp.arange(chunks - 1, -1, -1), jax.random.bernoulli(key, visited / chunks, (chunks,))
+  ("bernoulli", at a cost that varies, whose estimate is unbiased with s1 = s2 = chunks / visited).
+
+  Args:
+    last: the last chunk is always one of them, the others are drawn from those before it: for answers at the end of a
+      prompt. s1 and s2 then weigh the last chunk too much.
+  """
+  order, active = jnp.arange(chunks - 1, -1, -1), None
+  if sampling == "bernoulli":
+    active = jax.random.bernoulli(key, visited / chunks, (chunks,))
+    return order, active.at[0].set(active[0] | last)
+  drawn = jax.random.permutation(key, chunks - last)[: visited - last]
+  drawn = jnp.append(drawn, chunks - 1) if last else drawn
+  return jnp.sort(drawn, descending=True), active
 
 
 def gradient(
@@ -101,6 +110,7 @@ def gradient(
   visited: int | None = None,
   cap: float | None = 2.0,
   sampling: str = "uniform",
+  last: bool = False,
   attention: AttentionFn = dot_product_attention,
   remat: str = "none",
   model_of: Callable = lambda params, *frozen: params,
@@ -112,7 +122,7 @@ def gradient(
   Args:
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
     cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains.
-    sampling: of `SAMPLING`.
+    sampling: of `SAMPLING`; last: as of `choose`.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
@@ -141,7 +151,7 @@ def gradient(
     empty = lambda: meshes.constrain(jnp.zeros(shape, model.dtype), None, "batch")
     how = dict(chunk=chunk)
     if visited is not None:
-      how["order"], how["active"] = choose(key, count, visited, sampling)
+      how["order"], how["active"] = choose(key, count, visited, sampling, last=last)
       how |= dict(direct=count / visited, relay=min(count / visited, cap or jnp.inf))
     loss, gradient = value_and_grad(chunk_loss, params, (empty(), empty()), parts, **how)
     return (loss, {}), gradient

@@ -204,6 +204,19 @@ def test_chosen_chunks_are_different_and_descend():
   assert len(order) == 1000 and 240 < int(active.sum()) < 360
 
 
+def test_the_last_chunk_is_visited_where_asked():
+  """And the others as often as each other."""
+  orders = np.stack([seco.choose(jax.random.key(seed), 6, 3, last=True)[0] for seed in range(200)])
+  assert (orders[:, 0] == 5).all() and (np.diff(orders, axis=1) < 0).all()
+  assert np.ptp(np.bincount(orders[:, 1:].ravel(), minlength=5)) < 50
+  for seed in range(5):
+    assert seco.choose(jax.random.key(seed), 6, 1, "bernoulli", last=True)[1][0]
+  model, batch = model_of(), text()
+  alone = by_chunks(model, batch, chunk=24, visited=1, last=True)[1]
+  order = pieces(model, batch, 2)
+  close(alone, order([1], direct=2.0), 1e-10)
+
+
 def test_memory_grows_by_the_cache_alone():
   """From 512 to 2048 tokens in chunks of 128, in float32: by keys, values, their gradients and copies of these."""
   with jax.enable_x64(False):
