@@ -1,0 +1,70 @@
+"""Stages that wait for each other, in simulated time at measured costs."""
+
+import time
+
+import jax
+import numpy as np
+
+from experiments.chunkflow import arms, speed
+from jaxlab.sequence.chunkflow import Cost, pack
+from jaxlab.sequence.chunkflow_pipeline import Memory, choose, simulate
+
+# The paper's drawing: four stages, sequences of 1, 1, 2 and 4 units; (groups, K, its bubble).
+EXAMPLE = {
+  "1F1B, equal lengths": ([[2.0]] * 4, 1, 0.4286),
+  "1F1B, unequal lengths": ([[4.0], [1.0], [2.0], [1.0]], 1, 0.5714),
+  "ChunkFlow, K = 1": ([[2.0, 2.0], [2.0], [2.0]], 1, 0.541),
+  "ChunkFlow, K = 2": ([[2.0, 2.0], [2.0], [2.0]], 2, 0.478),
+  "ChunkFlow, chunks too large": ([[4.0], [4.0]], 1, 0.60),
+}
+
+
+def example() -> dict:
+  return {
+    name: {"bubble": simulate(groups, stages=4, keep=keep).bubble, "paper": paper}
+    for name, (groups, keep, paper) in EXAMPLE.items()
+  }
+
+
+def fitted(config, vocabulary: int) -> dict:
+  """Seconds of a chunk's forward and backward as call + token * n + pair * n^2, by least squares over chunks of several
+  sizes: {"cost": [call, token, pair], "error": largest relative}."""
+  model, points = speed.fresh(config, vocabulary), []
+  for size in config.sizes:
+    arm = arms.arm(config, "one", chunk=size)
+    one = {name: np.zeros(size, np.int32) for name in ("inputs", "targets")}
+    steps = [(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare([one])]
+    jax.block_until_ready(arms.run(arm, model, steps, size))
+    times = []
+    for _ in range(config.repetitions):
+      start = time.perf_counter()
+      jax.block_until_ready(arms.run(arm, model, steps, size))
+      times.append(time.perf_counter() - start)
+    points.append((steps[0][1]["inputs"].shape[1], float(np.median(times)) / 3))
+  sizes, seconds = np.array(points).T
+  table = np.stack([np.ones_like(sizes), sizes, sizes**2], axis=1) / seconds[:, None]
+  cost, *_ = np.linalg.lstsq(table, np.ones_like(seconds), rcond=None)
+  cost = np.maximum(cost, 0.0)
+  return {"cost": cost.tolist(), "error": float(np.abs(table @ cost - 1).max()), "points": points}
+
+
+def simulated(config, fit: dict) -> dict:
+  """Seconds of a global batch by stage-wise pipelines at the fitted costs: ChunkFlow's choice, and sequences whole."""
+  p, cost = config.pipeline, Cost(*(value / config.pipeline.stages for value in fit["cost"]))
+  sizes = speed.lengths(config.batch, p.longest, config.seed).tolist()
+  memory = Memory(0.0, 1.0, 0.0)  # in tokens of activations
+  rows = {}
+  for limit in p.limits:
+    options = choose(
+      sizes, chunks=p.chunks, keeps=p.keeps, cost=cost, memory=memory, limit=(p.stages - 1) * max(p.chunks) + limit,
+      stages=p.stages,
+    )  # fmt: skip
+    rows[f"{limit}"] = [choice._asdict() for choice in options]
+  whole = [[cost.call + cost.token * n + cost.pair * n * n] for n in sorted(sizes, reverse=True)]
+  trace = simulate(whole, stages=p.stages)
+  packed = [[cost.forward(p.longest, 0)] for _ in pack(sizes, p.longest).groups]
+  return {
+    "choices": rows,
+    "whole": {"seconds": trace.makespan, "bubble": trace.bubble},
+    "window": {"seconds": simulate(packed, stages=p.stages).makespan},
+  }
