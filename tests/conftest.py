@@ -13,9 +13,13 @@ QUICK_COMPILATION = (
   "--xla_llvm_enable_alias_scope_metadata=false --xla_llvm_enable_invariant_load_metadata=false"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight simulated devices share what cores there are: on a busy machine one may be late, and the process would be ended.
+PATIENCE = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 _CPU = os.environ["JAX_PLATFORMS"] == "cpu"  # else `make test-gpu`: kernels run as they are, by full float32 products
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), *[QUICK_COMPILATION] * _CPU, "--xla_force_host_platform_device_count=8"]
+  [os.environ.get("XLA_FLAGS", ""), *[QUICK_COMPILATION, PATIENCE] * _CPU, "--xla_force_host_platform_device_count=8"]
 )
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "default" if _CPU else "highest")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -33,9 +37,9 @@ jaxtyping.config.update("jaxtyping_disable", True)
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.load_profile("jaxlab")
 
-_MAPPINGS = 45_000
+_MAPPINGS = 40_000
 _GROWTH = 2e9  # bytes
-_released = [0.0]  # resident bytes when caches were last released
+_released, _counted = [0.0], [0.0]  # resident bytes when caches were last released, and mappings last counted
 
 
 def pytest_collection_finish():
@@ -57,19 +61,22 @@ def pytest_runtest_call(item):
   return (yield)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def release_compiled_programs():
   """Compiled programs hold memory mappings, of which Linux gives a process 65,530 (past them compilation crashes), and
   gigabytes of a machine's memory."""
   yield
+  if _resident() < _counted[0] + _GROWTH / 8:  # counting tens of thousands of mappings takes a while
+    return
+  _counted[0] = _resident()
   maps = Path("/proc/self/maps")
-  if maps.exists() and (maps.read_text().count("\n") > _MAPPINGS or _resident() > _released[0] + _GROWTH):
+  if maps.exists() and (maps.read_text().count("\n") > _MAPPINGS or _counted[0] > _released[0] + _GROWTH):
     jax.clear_caches()
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed: three quarters of all
     if trim:
       trim(0)
-    _released[0] = _resident()
+    _released[0] = _counted[0] = _resident()
 
 
 def _resident() -> float:
