@@ -31,7 +31,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       seed=0,
       seeds=pick(cpu=1, gpu=3),
       tasks=pick(
-        test=("coin", "letters"), cpu=("letters", "coin", "dates"), gpu=("letters", "coin", "swaps", "sums", "dates")
+        test=("coin", "letters"), cpu=("letters", "coin"), gpu=("letters", "coin", "swaps", "sums", "dates")
+      ),
+      sizes=dict(  # least and most words, people, swaps, operations of a question
+        letters=pick(cpu=(2, 3), gpu=(4, 6)),
+        coin=pick(cpu=(2, 4), gpu=(3, 6)),
+        swaps=pick(cpu=(2, 3), gpu=(3, 6)),
+        sums=pick(cpu=(2, 3), gpu=(2, 4)),
+        dates=(1, 1),
       ),
       filler=0.6,  # share of sentences that do not reason
       chunks=4,
@@ -40,10 +47,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         second=pick(test=20, cpu=200, gpu=1000),
         test=pick(test=4, cpu=100, gpu=500),
       ),
-      length=pick(cpu=160, gpu=256),
+      length=pick(cpu=112, gpu=256),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       shape=dict(
-        depth=pick(test=1, cpu=3, gpu=6),
+        depth=pick(test=1, cpu=2, gpu=6),
         width=pick(test=32, cpu=64, gpu=256),
         q_heads=pick(cpu=4, gpu=8),
         kv_heads=pick(cpu=4, gpu=8),
@@ -63,7 +70,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       draws=pick(test=1, cpu=2, gpu=4),  # rationales of its own a student may choose the shortest of
       diagnosed=pick(test=4, cpu=128),  # samples
       eval=dict(
-        batch=pick(test=8, cpu=100, gpu=500), tokens=pick(test=16, cpu=140, gpu=230), timed=pick(test=2, cpu=20)
+        batch=pick(test=8, cpu=100, gpu=500), tokens=pick(test=16, cpu=96, gpu=230), timed=pick(test=2, cpu=20)
       ),
     )
   )

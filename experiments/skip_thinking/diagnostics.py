@@ -40,7 +40,7 @@ def measure(config, model, fold: Fold, cuts, tags: st.Tags, *, staged: bool, see
     some = batch | {"targets": np.where(core, batch["targets"], -1)}
     counts = [(b["targets"] >= 0).sum() for b in (some, batch)]
     share.append(counts[0] / max(1, counts[1]))
-    norms = [float(optax.global_norm(gradient(model, b))) for b in (some, batch)]
+    norms = [float(optax.tree.norm(gradient(model, b))) for b in (some, batch)]
     ratio.append(norms[0] / norms[1])
   return {
     "share": float(np.mean(share)),

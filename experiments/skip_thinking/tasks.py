@@ -42,18 +42,18 @@ def digits(number: int) -> str:
   return " ".join(str(number))
 
 
-def letters(rng: random.Random) -> tuple[str, list[str], str, str, str]:
-  """The last letters of 4 to 6 words."""
-  words = rng.sample(_WORDS, rng.randint(4, 6))
+def letters(rng: random.Random, count: int) -> tuple[str, list[str], str, str, str]:
+  """The last letters of words."""
+  words = rng.sample(_WORDS, count)
   steps = [rng.choice((f"{w} ends in {w[-1]} .", f"the last letter of {w} is {w[-1]} .")) for w in words]
   answer = " ".join(w[-1] for w in words)
   restated = f"the words are {' '.join(words)} ."
   return f"last letters of {' '.join(words)} ?", steps, answer, restated, f"together they are {answer} ."
 
 
-def coin(rng: random.Random):
-  """A coin that 3 to 6 people flip or do not."""
-  people, up = rng.sample(_PEOPLE, rng.randint(3, 6)), True
+def coin(rng: random.Random, count: int):
+  """A coin that people flip or do not."""
+  people, up = rng.sample(_PEOPLE, count), True
   told, steps = [], []
   for person in people:
     flips = rng.random() < 0.5
@@ -65,12 +65,12 @@ def coin(rng: random.Random):
   return question, steps, "yes" if up else "no", "the coin shows heads at first .", f"in the end it shows {side} ."
 
 
-def swaps(rng: random.Random):
-  """Three people with three things, 3 to 6 swaps."""
+def swaps(rng: random.Random, count: int):
+  """Three people with three things, who swap."""
   people, things = rng.sample(_PEOPLE, 3), rng.sample(_THINGS, 3)
   owned = lambda: " , ".join(f"{person} has the {thing}" for person, thing in zip(people, things, strict=True))
   start, told, steps = owned(), [], []
-  for _ in range(rng.randint(3, 6)):
+  for _ in range(count):
     a, b = rng.sample(range(3), 2)
     things[a], things[b] = things[b], things[a]
     told.append(f"{people[a]} and {people[b]} swap .")
@@ -81,11 +81,11 @@ def swaps(rng: random.Random):
   return question, steps, things[asked], f"at first {start} .", summary
 
 
-def sums(rng: random.Random):
-  """2 to 4 additions and subtractions below 100."""
+def sums(rng: random.Random, count: int):
+  """Additions and subtractions below 100."""
   person, thing, total = rng.choice(_PEOPLE), rng.choice(_THINGS), rng.randint(5, 40)
   start, told, steps = total, [], []
-  for _ in range(rng.randint(2, 4)):
+  for _ in range(count):
     more = rng.random() < 0.5 or total < 3
     number = rng.randint(1, min(30, 99 - total)) if more and total < 99 else rng.randint(1, total)
     more = more and total < 99
@@ -104,8 +104,8 @@ def sums(rng: random.Random):
   )
 
 
-def dates(rng: random.Random):
-  """A date at most 30 days later, in this month or the next."""
+def dates(rng: random.Random, _: int):
+  """A date at most 27 days later, in this month or the next."""
   month = rng.choice(tuple(_MONTHS))
   day, later, days = rng.randint(1, _MONTHS[month]), rng.randint(2, 27), _MONTHS[month]
   steps = [f"{digits(day)} plus {digits(later)} is {digits(day + later)} .", f"{month} has {digits(days)} days ."]
@@ -118,12 +118,14 @@ def dates(rng: random.Random):
   return question, steps, answer, f"the day is {digits(day)} {month} .", f"so the date is {answer} ."
 
 
+# What is asked, of how many words, people or steps; the question, steps, the answer, what restates and what sums up.
 TASKS: dict[str, Callable] = {"letters": letters, "coin": coin, "swaps": swaps, "sums": sums, "dates": dates}
 
 
-def story(rng: random.Random, task: str, filler: float) -> Story:
-  """A question, and a rationale of whose sentences about `filler` do not reason."""
-  question, steps, answer, restated, summary = TASKS[task](rng)
+def story(rng: random.Random, task: str, filler: float, items: tuple[int, int]) -> Story:
+  """A question of items[0] to items[1] words, people or steps, and a rationale of whose sentences about `filler` do not
+  reason."""
+  question, steps, answer, restated, summary = TASKS[task](rng, rng.randint(*items))
   wanted = round(len(steps) * filler / (1 - filler))
   units = [Unit(FILLER, restated)][:wanted] + [Unit(REASON, step) for step in steps]
   for _ in range(wanted - 2):
@@ -132,12 +134,14 @@ def story(rng: random.Random, task: str, filler: float) -> Story:
   return Story(question, tuple(units), answer)
 
 
-def stories(task: str, count: int, *, filler: float, seed: int, without: set[str] = frozenset()) -> list[Story]:
+def stories(
+  task: str, count: int, *, filler: float, items: tuple[int, int], seed: int, without: set[str] = frozenset()
+) -> list[Story]:
   """Different questions, none of those in `without`."""
   rng = random.Random(f"{task} {seed}")
   made: dict[str, Story] = {}
   while len(made) < count:
-    one = story(rng, task, filler)
+    one = story(rng, task, filler, items)
     if one.question not in without:
       made.setdefault(one.question, one)
   return list(made.values())
@@ -155,7 +159,7 @@ def vocabulary(chunks: int) -> tuple[dict[str, int], Tags]:
 
 def _said(task: str) -> list[str]:
   rng = random.Random(task)
-  made = [story(rng, task, 0.6) for _ in range(400)]
+  made = [story(rng, task, 0.6, (3, 4)) for _ in range(400)]
   return [text for one in made for text in (one.question, one.answer, *(unit.text for unit in one.units))]
 
 

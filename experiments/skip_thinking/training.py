@@ -62,7 +62,9 @@ def folds(config, seed: int) -> tuple[dict[str, Fold], st.Tags, int]:
     stories = [
       (task, one)
       for task in config.tasks
-      for one in tasks.stories(task, count, filler=config.filler, seed=fold_seed(seed, name), without=asked)
+      for one in tasks.stories(
+        task, count, filler=config.filler, items=config.sizes[task], seed=fold_seed(seed, name), without=asked
+      )
     ]
     asked |= {one.question for _, one in stories}
     made[name] = Fold(
