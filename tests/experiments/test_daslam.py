@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import daslam as config_file
 from experiments.daslam import chain, solving
 from tests.common import run_and_continue
 
