@@ -1,0 +1,164 @@
+"""Solvers, which are then frozen, decomposers taught by noisy examples, and what rewards make of them."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.daslam import chain, solving
+from jaxlab.models import Transformer, TransformerConfig
+from jaxlab.models.generate import generate
+from jaxlab.tasks import ppo
+from jaxlab.training import losses
+from jaxlab.training.checkpoints import Checkpoints
+from jaxlab.training.loop import train
+
+CONTEXT = chain.HISTORY + chain.QUESTION + 4 * chain.LONGEST + chain.ASKED + 2
+
+
+class Batches:
+  """Endless batches `make(key) -> {"inputs", "targets"}`, each of a key of its own."""
+
+  def __init__(self, make, seed: int):
+    self._make, self._key, self._next = jax.jit(make), jax.random.key(seed), 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    self._next += 1
+    return jax.device_get(self._make(jax.random.fold_in(self._key, self._next)))
+
+  def get_state(self) -> dict:
+    return {"next": self._next}
+
+  def set_state(self, state: dict) -> None:
+    self._next = state["next"]
+
+
+def fitted(config, t, shape, make, seed: int, workdir: Path, console, title: str) -> Transformer:
+  """A model of `shape` from nothing, trained by t.steps, t.rate on rows from `make`."""
+  sizes = shape.to_dict() | dict(vocab_size=chain.vocabulary(config.modulus), context=CONTEXT)
+  model = Transformer(TransformerConfig(**sizes), jax.random.key(seed))
+  schedule = optax.warmup_cosine_decay_schedule(0, t.rate, max(1, t.steps // 20), t.steps)
+  with console.training(title) as progress:
+    return train(
+      model,
+      Batches(make, seed),
+      lambda model, batch, step, key: losses.language_model_loss(model, batch),
+      optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)),
+      steps=t.steps,
+      workdir=workdir,
+      seed=seed,
+      compute_dtype=config.dtype,
+      checkpoint_every=max(1, t.steps // 2),
+      progress=progress,
+    )
+
+
+def solver(config, name: str, workdir: Path, console) -> Transformer:
+  """In the computing dtype: it is only sampled."""
+  t = config.solving
+  make = lambda key: chain.row(*chain.solver_rows(key, t.batch, config.modulus))
+  made = fitted(
+    config, t, config.solvers[name], make, config.seed, workdir / f"solver_{name}", console, f"solver {name}"
+  )
+  return jax.tree.map(lambda a: a.astype(config.dtype), made)
+
+
+def examples(config, solver: Transformer, condition: str):
+  """Rows of (question, attempt) and noisy sub-questions."""
+
+  def make(key):
+    keys = jax.random.split(key, 2)
+    p = chain.problems(keys[0], config.teaching.batch, config.modulus, *config.depths.trained)
+    attempt = solving.solve(solver, solving.asked(p, solving.nothing(len(p.depth)), solving.wanted(p)[0]))
+    return chain.row(solving.seen(p, attempt, condition), chain.noisy(keys[1], p))
+
+  return make
+
+
+def taught(config, solver: Transformer, condition: str, seed: int, workdir: Path, console) -> Transformer:
+  """A decomposer by supervision alone."""
+  make, folder = examples(config, solver, condition), workdir / f"taught_{condition}_{seed}"
+  title = f"decomposer, {condition}, seed {seed}"
+  return fitted(config, config.teaching, config.decomposer, make, seed, folder, console, title)
+
+
+def both_jobs(config, workdir: Path, console) -> Transformer:
+  """A solver of size M that is taught to ask as well, half of its steps each: it reads its question alone."""
+  t = config.solving
+
+  def make(key):
+    keys = jax.random.split(key, 3)
+    first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, config.modulus))
+    p = chain.problems(keys[1], t.batch // 2, config.modulus, *config.depths.trained)
+    none = chain.Text(jnp.zeros((t.batch // 2, chain.REASONING), jnp.int32), jnp.zeros(t.batch // 2, jnp.int32))
+    second = chain.row(solving.seen(p, none, "none"), chain.noisy(keys[2], p))
+    width = max(a["inputs"].shape[1] for a in (first, second))
+    pad = lambda a, value: jnp.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value)
+    return {
+      name: jnp.concatenate([pad(first[name], value), pad(second[name], value)])
+      for name, value in (("inputs", 0), ("targets", -1))
+    }
+
+  made = fitted(config, t, config.solvers.M, make, config.seed, workdir / "both_jobs", console, "a solver that asks")
+  return jax.tree.map(lambda a: a.astype(config.dtype), made)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "modulus", "depths", "condition", "least", "weights"))
+def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, condition, least, weights):
+  """(rollout, report) of `batch` questions; those the solver got right at once count nowhere."""
+  keys = jax.random.split(key, 2)
+  p = chain.problems(keys[0], batch, modulus, *depths)
+  attempt = solving.solve(solver, solving.asked(p, solving.nothing(batch), solving.wanted(p)[0]))
+  live = ~solving.right(p, attempt)
+  prompt = solving.seen(p, attempt, condition)
+  text = generate(actor.model, prompt.tokens, prompt.length, tokens=chain.ASKED, key=keys[1], temperature=1.0)
+  tokens, mask = ppo.written(prompt.tokens, prompt.length, text, chain.END)
+  logp, values = ppo.scores(actor, tokens)
+  was, _ = ppo.scores(reference, tokens)
+  names, count = chain.parse(text, least)
+  final, (stated, _), _ = solving.follow(solver, p, names, count)
+  terms = solving.rewards(p, names, count, stated, attempt, final, modulus)
+  total = sum(weight * terms[name] for name, weight in weights)
+  mask = mask & live[:, None]
+  advantages, returns = ppo.gae(ppo.token_rewards(logp, was, mask, beta, total), values, mask)
+  share = lambda x: jnp.where(live, x, 0.0).sum() / jnp.maximum(live.sum(), 1)
+  report = {name: share(term) for name, term in terms.items()}
+  report |= {"live": live.mean(), "kl": ppo.kl(logp, was, mask), "asked": share(count)}
+  return ppo.Rollout(tokens, mask, logp, values, ppo.whiten(advantages, mask), returns), report
+
+
+def tuned(config, solver, start, condition: str, weights: tuple, seed: int, workdir: Path, console):
+  """(the decomposer after config.ppo.updates rounds of PPO from `start`, reports by round)."""
+  t = config.ppo
+  actor, reference = ppo.Actor(start), ppo.Actor(start)
+  parts = [optax.clip_by_global_norm(1.0), optax.adam(t.rate)]
+  if t.last_blocks:
+    parts.append(ppo.scaled_by(ppo.last_blocks(actor, t.last_blocks)))
+  optimizer = optax.chain(*parts)
+  state, beta, reports = optimizer.init(actor), jnp.float32(t.beta), []
+  how = dict(
+    batch=t.batch, modulus=config.modulus, depths=tuple(config.depths.trained), condition=condition, least=config.least,
+    weights=weights,
+  )  # fmt: skip
+  with Checkpoints(workdir) as kept, console.training(f"PPO, {condition}, seed {seed}") as progress:
+    if (done := kept.latest()) is not None:
+      (actor, state, beta), position = kept.restore(done, (actor, state, beta))
+      reports = position["reports"]
+    for i in range(done or 0, t.updates):
+      key = jax.random.fold_in(jax.random.key(seed), i)
+      rollout, report = collect(actor, reference, solver, key, beta, **how)
+      actor, state, more = ppo.improve(
+        actor, state, rollout, optimizer, key=key, epochs=t.epochs, minibatches=t.minibatches
+      )
+      beta = ppo.adapted(beta, report["kl"], t.batch, target=t.target)
+      reports.append({name: float(value) for name, value in (report | more).items()})
+      progress({"step": i + 1, "steps": t.updates, "loss": reports[-1]["policy"]})
+      if (i + 1) % t.checkpoint_every == 0 or i + 1 == t.updates:
+        kept.save(i + 1, (actor, state, beta), {"reports": reports})
+        kept.wait(i + 1)
+  return actor.model, reports
