@@ -29,10 +29,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="dataset_decomposition",
       scale=scale,
       seed=0,  # of the documents
-      seeds=pick(cpu=(0, 1)),  # of parameters and order; those after the first for concat and grow_p2 alone
+      seeds=pick(test=(0,), cpu=(0, 1)),  # of parameters and order; those after the first for concat and grow_p2 alone
       model="qwen3",
       shape=dict(
-        depth=pick(test=2, cpu=3, gpu=8, paper=12),
+        depth=pick(test=1, cpu=3, gpu=8, paper=12),
         width=pick(test=32, cpu=64, gpu=512, paper=768),
         q_heads=pick(test=2, cpu=2, gpu=8, paper=12),
         kv_heads=pick(test=2, cpu=2, gpu=8, paper=12),
@@ -49,15 +49,15 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sigma=1.2,
         whole=0.1,  # share of the chapters that are left whole
       ),
-      tokens=pick(test=3000, cpu=400_000, gpu=200_000_000, paper=1_600_000_000),  # of all documents
-      low=pick(test=3, cpu=5, gpu=8),  # sequences have 2^low .. 2^high tokens
+      tokens=pick(test=6000, cpu=400_000, gpu=200_000_000, paper=1_600_000_000),  # of all documents
+      low=pick(test=4, cpu=5, gpu=8),  # sequences have 2^low .. 2^high tokens
       high=pick(test=6, cpu=9, gpu=13),
-      batch_tokens=pick(test=128, cpu=1024, gpu=131_072, paper=524_288),
+      batch_tokens=pick(test=512, cpu=512, gpu=131_072, paper=524_288),
       schedule=dict(cycles=pick(test=2, cpu=8), token_weighted=True),
       arms=("concat", "concat_masked", "best_fit_masked", "uniform", "grow_p2"),
-      shares=pick(test=(0.5, 1.0), cpu=(0.25, 0.5, 1.0)),  # of the documents; rates are chosen on the first
+      shares=pick(test=(1.0,), cpu=(0.25, 0.5, 1.0)),  # of the documents; rates are chosen on the first
       train=dict(
-        rates=pick(test=(3e-3, 6e-3), cpu=(2e-3, 4e-3, 8e-3), gpu=(1e-3, 2e-3, 4e-3)),
+        rates=pick(test=(6e-3,), cpu=(4e-3, 8e-3, 16e-3), gpu=(1e-3, 2e-3, 4e-3)),
         warmup=pick(test=1, cpu=10, gpu=100),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(cpu="none", gpu="dots"),
