@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sigma=1.2,
         whole=0.1,  # share of the chapters that are left whole
       ),
-      tokens=pick(test=6000, cpu=400_000, gpu=200_000_000, paper=1_600_000_000),  # of all documents
+      tokens=pick(test=6000, cpu=256_000, gpu=200_000_000, paper=1_600_000_000),  # of all documents
       low=pick(test=4, cpu=5, gpu=8),  # sequences have 2^low .. 2^high tokens
       high=pick(test=6, cpu=9, gpu=13),
       batch_tokens=pick(test=512, cpu=512, gpu=131_072, paper=524_288),
