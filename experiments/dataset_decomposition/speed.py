@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from experiments import timing
-from experiments.dataset_decomposition.training import CONCAT, MASKED, kind_of, loss_of, optimizer_of
-from experiments.text import model_config
+from experiments.dataset_decomposition.training import CONCAT, MASKED, kind_of, loss_of
+from experiments.text import adam_in_state, model_config
 from jaxlab.core import mesh as meshes
 from jaxlab.models import Transformer
 from jaxlab.training import loop
@@ -21,7 +21,7 @@ def measure(config, vocab_size: int) -> dict:
   """
   shape = model_config(config, vocab_size)
   mesh = meshes.make_mesh(config.mesh.to_dict())
-  optimizer = optimizer_of(config, 1000, 1e-3)
+  optimizer = adam_in_state(1e-3, steps=1000, warmup=config.train.warmup)
   state = loop.initial_state(Transformer(shape, jax.random.key(0)), optimizer, mesh, 0)
   placed = meshes.shardings(state, mesh)
   rng = np.random.default_rng(0)

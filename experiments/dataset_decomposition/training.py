@@ -7,10 +7,9 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.dataset_decomposition import data
-from experiments.text import model_config
+from experiments.text import adam_in_state, model_config
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require_choice
 from jaxlab.data.packing import Batch
@@ -18,7 +17,6 @@ from jaxlab.data.tokens import Tokens
 from jaxlab.models import Transformer
 from jaxlab.sequence import dataset_decomposition as dd
 from jaxlab.training import loop, losses
-from jaxlab.training.optimizers import adam
 
 CONCAT, MASKED, BEST_FIT, UNIFORM, GROW = "concat", "concat_masked", "best_fit_masked", "uniform", "grow_p2"
 ARMS = (CONCAT, MASKED, BEST_FIT, *dd.CURRICULA)
@@ -72,12 +70,6 @@ def same_document(document, q, k, v, *, window, start):
   return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn" if flash else "xla")
 
 
-def optimizer_of(config, steps: int, rate: float) -> optax.GradientTransformation:
-  """Adam; rate and steps are in its state, so that runs of others share compiled programs."""
-  of = optax.inject_hyperparams(adam, static_args="warmup")
-  return of(rate, steps=steps, warmup=config.train.warmup)
-
-
 def trained(
   config, arm: str, tokens: Tokens, *, vocab_size: int, rate: float, seed: int, workdir: Path, console
 ) -> tuple[Transformer, dict[str, int]]:
@@ -90,7 +82,7 @@ def trained(
       Transformer(shape, jax.random.key(seed)),
       rows,
       loss_of(config, arm, tokens.bos),
-      optimizer_of(config, total, rate),
+      adam_in_state(rate, steps=total, warmup=t.warmup),
       steps=total,
       workdir=workdir,
       seed=seed,
