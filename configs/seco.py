@@ -40,7 +40,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       parts=("costs", "gradients", "training"),
       costs=dict(
-        lengths=pick(test=(64, 128), cpu=(1024, 2048, 4096, 8192), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
+        lengths=pick(test=(64,), cpu=(1024, 2048, 4096, 8192), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
         timed=pick(test=(64,), cpu=(1024,), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
         limit=pick(cpu=4e9, gpu=100e9),  # bytes: what takes more is not timed
         chunks=pick(test=(16,), cpu=(128,), gpu=(1024, 512, 2048)),  # SpaCO's are the first
@@ -55,7 +55,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         visited=pick(test=(2,), cpu=(2, 4)),
         draws=pick(test=3, cpu=8, gpu=32),
       ),
-      parameters=("all", "lora"),
+      parameters=pick(test=("all",), cpu=("all", "lora")),
       rates=dict(
         all=pick(test=(1e-3,), cpu=(1e-4, 3e-4, 1e-3), gpu=(2e-5, 6e-5, 2e-4)),
         lora=pick(test=(1e-2,), cpu=(1e-3, 3e-3, 1e-2), gpu=(3e-4, 1e-3, 3e-3)),
@@ -84,7 +84,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         rope="llama3",  # frequencies where length is beyond the checkpoint's context: llama3, linear, none
         dtype=pick(cpu="float32", gpu="bfloat16"),
         checkpoint_every=pick(test=100, cpu=100),
-        judged=pick(test=512, cpu=8192, gpu=262_144),  # tokens of held-out text
+        judged=pick(test=512, cpu=4096, gpu=262_144),  # tokens of held-out text
       ),
       save_dtype="bfloat16",
       mesh=dict(data=-1),

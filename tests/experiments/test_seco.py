@@ -37,14 +37,15 @@ def test_everything_is_measured_once(tiny_checkpoint, text, tmp_path, monkeypatc
   config.subject, config.data.path = f"hf:{tiny_checkpoint}", text
   measures = ("costs.measure", "gradients.measure", "training.run")
   report = run_and_continue("seco", tmp_path, monkeypatch, *measures, config=config)
-  assert set(report.metrics["costs"]["128"]["temporaries"]) == {"naive", "layers recomputed", "SeCO 16", "SpaCO 16, 2"}
-  assert set(report.metrics["costs"]["64"]["milliseconds"]) == set(report.metrics["costs"]["64"]["temporaries"])
-  assert not report.metrics["costs"]["128"]["milliseconds"]
+  cost = report.metrics["costs"]["64"]
+  assert (
+    set(cost["temporaries"]) == set(cost["milliseconds"]) == {"naive", "layers recomputed", "SeCO 16", "SpaCO 16, 2"}
+  )
   claim = {one.name.split(",")[0]: one for one in report.claims}
   assert claim["Difference of SeCO's gradient to the exact one"].holds
   assert claim["Loss after SeCO over that after exact gradients"].ours < 1e-2
   assert claim["Cosine to the exact gradient of SpaCO's mean over draws"].paper is None
-  assert len(report.metrics["training"]) == 8
+  assert len(report.metrics["training"]) == 4
   for parameters in config.parameters:
     loss = losses_of(config, report.metrics, parameters)
     assert loss["spaco 2 2"] != loss["exact"] != loss["truncated"]
