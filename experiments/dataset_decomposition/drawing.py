@@ -29,6 +29,7 @@ def picture(curves: dict, losses: dict, edges: list[int], rates: dict, workdir: 
   axes[2].bar(lengths, [rates[kind] for kind in lengths])
   axes[2].axhline(rates["masked"], color="black", lw=1, ls="--", label=f"{lengths[-1]} with document mask")
   axes[2].set(xlabel="tokens of a sequence", ylabel="thousand tokens/s", title="Speed of a training step")
-  axes[2].legend(fontsize=8, loc="lower right")
+  figures.leave_room(axes[2], 0.15)
+  axes[2].legend(fontsize=8, loc="upper right")
   caption = "Loss against training time, loss by position, speed by length of the sequences"
   return {figures.save(figure, workdir, "training"): caption}
