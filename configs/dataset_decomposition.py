@@ -55,9 +55,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       batch_tokens=pick(test=512, cpu=512, gpu=131_072, paper=524_288),
       schedule=dict(cycles=pick(test=2, cpu=8), token_weighted=True),
       arms=("concat", "concat_masked", "best_fit_masked", "uniform", "grow_p2"),
-      shares=pick(test=(1.0,), cpu=(0.25, 0.5, 1.0)),  # of the documents; rates are chosen on the first
+      shares=pick(test=(1.0,), cpu=(0.5, 1.0), gpu=(0.25, 0.5, 1.0)),  # of the documents; rates are chosen on the first
       train=dict(
-        rates=pick(test=(6e-3,), cpu=(4e-3, 8e-3, 16e-3, 32e-3), gpu=(1e-3, 2e-3, 4e-3)),
+        rates=pick(test=(6e-3,), cpu=(4e-3, 8e-3, 16e-3), gpu=(1e-3, 2e-3, 4e-3)),
         warmup=pick(test=1, cpu=10, gpu=100),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(cpu="none", gpu="dots"),
