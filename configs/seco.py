@@ -40,7 +40,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(name="stdlib_code", path=""),  # a path to local text, or a tfds name
       parts=("costs", "gradients", "training"),
       costs=dict(
-        lengths=pick(test=(64,), cpu=(1024, 2048, 4096, 8192), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
+        lengths=pick(test=(64,), cpu=(1024, 8192, 32_768), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
         timed=pick(test=(64,), cpu=(1024,), gpu=(4096, 8192, 16_384, 32_768, 65_536)),
         limit=pick(cpu=4e9, gpu=100e9),  # bytes: what takes more is not timed
         chunks=pick(test=(16,), cpu=(128,), gpu=(1024, 512, 2048)),  # SpaCO's are the first
@@ -75,9 +75,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         rank=8,
         alpha=16,
         length=pick(test=64, cpu=256, gpu=8192, paper=16_384),
-        chunk=pick(test=16, cpu=16, gpu=512),
+        chunk=pick(test=16, cpu=32, gpu=512),
         batch=pick(test=8, cpu=1, gpu=4),
-        steps=pick(test=2, cpu=20, gpu=300),
+        steps=pick(test=2, cpu=16, gpu=300),
         rate=pick(test=1e-3, cpu=1e-4, gpu=6e-5),  # of config.model
         warmup=pick(test=1, cpu=2, gpu=10),
         remat=pick(cpu="none", gpu="full"),  # of exact gradients
