@@ -76,8 +76,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         alpha=16,
         length=pick(test=64, cpu=256, gpu=8192, paper=16_384),
         chunk=pick(test=16, cpu=32, gpu=512),
-        batch=pick(test=8, cpu=1, gpu=4),
-        steps=pick(test=2, cpu=16, gpu=300),
+        batch=pick(test=8, cpu=1, gpu=2, paper=4),
+        steps=pick(test=2, cpu=16, gpu=200, paper=300),
         rate=pick(test=1e-3, cpu=1e-4, gpu=6e-5),  # of config.model
         warmup=pick(test=1, cpu=2, gpu=10),
         remat=pick(cpu="none", gpu="full"),  # of exact gradients
