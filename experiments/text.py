@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from tokenizers import Tokenizer
 
 from experiments.console import Console
@@ -18,7 +19,7 @@ from jaxlab.data import corpora, packing, recall, tokenizer, tokens
 from jaxlab.models import LanguageModel, TransformerConfig, hub
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from jaxlab.training.loop import LossFn, train
-from jaxlab.training.optimizers import muon_adamw
+from jaxlab.training.optimizers import adam, muon_adamw
 
 PRESETS = {"nanochat": nanochat, "qwen3": qwen3, "transformer": TransformerConfig}
 
@@ -96,6 +97,11 @@ def model_config(config, vocab_size: int, **changes) -> TransformerConfig:
     return PRESETS[config.model](vocab_size=vocab_size, **shape)
   except TypeError as error:
     raise InputError(f"config.shape does not fit model {config.model}: {error}") from None
+
+
+def adam_in_state(rate: float, *, steps: int, warmup: int) -> optax.GradientTransformation:
+  """Adam with rate and steps in its state, so that runs of other ones share their compiled programs."""
+  return optax.inject_hyperparams(adam, static_args="warmup")(rate, steps=steps, warmup=warmup)
 
 
 def train_model(

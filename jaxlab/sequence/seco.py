@@ -121,7 +121,8 @@ def gradient(
 
   Args:
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
-    cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains.
+    cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains. 0 sends
+      nothing back: truncated backpropagation.
     sampling: of `SAMPLING`; last: as of `choose`.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
@@ -131,7 +132,7 @@ def gradient(
   """
   require_counts(chunk=chunk, visited=1 if visited is None else visited)
   require_choice("sampling", sampling, SAMPLING)
-  require(cap is None or cap > 0, f"cap is {cap}; it must be positive, or None for no limit")
+  require(cap is None or cap >= 0, f"cap is {cap}; it must be 0 or more, or None for no limit")
 
   def run(params, batch, step, key, *frozen):
     del step
@@ -152,7 +153,7 @@ def gradient(
     how = dict(chunk=chunk)
     if visited is not None:
       how["order"], how["active"] = choose(key, count, visited, sampling, last=last)
-      how |= dict(direct=count / visited, relay=min(count / visited, cap or jnp.inf))
+      how |= dict(direct=count / visited, relay=min(count / visited, jnp.inf if cap is None else cap))
     loss, gradient = value_and_grad(chunk_loss, params, (empty(), empty()), parts, **how)
     return (loss, {}), gradient
 

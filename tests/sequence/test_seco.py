@@ -109,6 +109,24 @@ def test_all_chunks_visited_is_seco():
     close(by_chunks(model, batch, chunk=8, visited=6, **how)[1], expected, 1e-12)
 
 
+def test_a_cap_of_zero_truncates():
+  """The gradient of chunks whose cache is a constant."""
+  model, batch = model_of(dataclasses.replace(CONFIG, depth=1)), text()
+  total = (batch["targets"] >= 0).sum()
+
+  def loss(model):
+    cache, total_loss = model.empty_cache(2, TIME), 0.0
+    for start in range(0, TIME, 24):
+      part = batch["inputs"][:, start : start + 24], batch["targets"][:, start : start + 24]
+      how = dict(model_of=lambda model: model, frozen=(), total=total, how=(precise, "none"))
+      one, (keys, values) = common.transformer_loss(model, (cache.keys, cache.values), part, start, **how)
+      cache = dataclasses.replace(cache, keys=jax.lax.stop_gradient(keys), values=jax.lax.stop_gradient(values))
+      total_loss = total_loss + one
+    return total_loss
+
+  close(by_chunks(model, batch, chunk=24, visited=2, cap=0.0)[1], flat(jax.jit(jax.grad(loss))(model)), 1e-10)
+
+
 def pieces(model, batch, k):
   """(a function of (order, active, direct, relay) -> gradient, k chunks)."""
   chunk = TIME // k
@@ -274,7 +292,7 @@ def test_bad_input():
     (dict(chunk=8, visited=0), "visited is 0"),
     (dict(chunk=8, visited=7), "visited is 7; the sequence has 6 chunks of 8"),
     (dict(chunk=8, visited=2, sampling="gauss"), "sampling is 'gauss'"),
-    (dict(chunk=8, visited=2, cap=0.0), "cap is 0.0"),
+    (dict(chunk=8, visited=2, cap=-1.0), "cap is -1.0"),
   ):
     with pytest.raises(InputError, match=message):
       by_chunks(model, batch, **how)

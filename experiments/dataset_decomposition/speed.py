@@ -1,0 +1,44 @@
+"""Seconds of a training step on every bucket, and on rows of the longest under a document mask."""
+
+import jax
+import numpy as np
+
+from experiments import timing
+from experiments.dataset_decomposition.training import CONCAT, MASKED, kind_of, loss_of
+from experiments.text import adam_in_state, model_config
+from jaxlab.core import mesh as meshes
+from jaxlab.models import Transformer
+from jaxlab.training import loop
+
+_BOS = 0
+
+
+def measure(config, vocab_size: int) -> dict:
+  """{"milliseconds": {kind: median, p10, p90}, "temporaries": {kind: bytes}, "flops": {kind: of the model, a token}}.
+
+  Whole steps, optimizer included, with as many tokens each, in one process and turn by turn; nothing is compiled, and
+  no row is made, while the clock runs. Concat-and-chunk's step is that of the longest bucket.
+  """
+  shape = model_config(config, vocab_size)
+  mesh = meshes.make_mesh(config.mesh.to_dict())
+  optimizer = adam_in_state(1e-3, steps=1000, warmup=config.train.warmup)
+  state = loop.initial_state(Transformer(shape, jax.random.key(0)), optimizer, mesh, 0)
+  placed = meshes.shardings(state, mesh)
+  rng = np.random.default_rng(0)
+
+  def step(arm: str, length: int):
+    run = loop.make_step(loss_of(config, arm, _BOS), optimizer, placed, compute_dtype=config.train.dtype)
+    ids = rng.integers(1, vocab_size, (config.batch_tokens // length, length + 1)).astype(np.int32)
+    ids[rng.random(ids.shape) < 1 / config.law.mean] = _BOS
+    batch = meshes.place_batch({"inputs": ids[:, :-1], "targets": ids[:, 1:]}, mesh)
+    return timing.Steady(lambda _, batch, state: run(state, batch)[::-1], (), batch, carry=state)
+
+  lengths = {f"{2**i}": 2**i for i in range(config.low, config.high + 1)}
+  contestants = {kind: step(CONCAT, length) for kind, length in lengths.items()}
+  contestants[kind_of(config, MASKED)] = step(MASKED, 2**config.high)
+  times = timing.compare(contestants, repetitions=config.speed.repetitions, warmup=1)
+  return dict(
+    milliseconds=times.summary(),
+    temporaries={kind: contestant.memory()["temporaries"] for kind, contestant in contestants.items()},
+    flops={kind: shape.flops_per_token(length) for kind, length in lengths.items()},
+  )
