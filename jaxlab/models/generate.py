@@ -145,7 +145,7 @@ def stream(
   require(stretch >= 1, f"stretch is {stretch}; it must be at least 1")
   _check(tokens, key, temperature)
   padded, lengths = pad(prompts)
-  require_ids(padded, (model if isinstance(model, Transformer) else model.model).config.vocab_size)
+  require_ids(padded, getattr(model, "model", model).config.vocab_size)
   capacity = padded.shape[1] + power_of_two(tokens + stretch)
   # Flat, as a module takes longer to flatten than its step takes to run.
   leaves, structure = jax.tree.flatten(_network(model, decoder))
