@@ -117,7 +117,7 @@ def generate(
 
 
 def stream(
-  model: Transformer | inference.Network,
+  model: Transformer | inference.Network | Any,
   prompts: Sequence[Sequence[int]],
   *,
   tokens: int,
@@ -153,7 +153,9 @@ def stream(
   return _stretches(begin, advance, leaves, padded, lengths, _key(key), tokens, frozenset(stop))
 
 
-def complete(model: Transformer | inference.Network, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
+def complete(
+  model: Transformer | inference.Network | Any, prompts: Sequence[Sequence[int]], **options
+) -> list[Completion]:
   """All that `stream`, which says what the options are, yields for every prompt."""
   rows = [Completion([], []) for _ in prompts]
   for new in stream(model, prompts, **options):

@@ -197,6 +197,7 @@ class HNet(nnx.Module):
     tokens: Int[Array, "batch time"],
     *,
     capacities: tuple[int, ...] | None = None,
+    lengths: Int[Array, "batch"] | None = None,
     starts: Bool[Array, "batch time"] | None = None,
     boundaries: Bool[Array, "batch time"] | None = None,
     attention: AttentionFn = dot_product_attention,
@@ -207,6 +208,7 @@ class HNet(nnx.Module):
 
     Args:
       capacities: chunks that a row has room for, by stage; None: as many as positions: exact, and nothing is saved.
+      lengths: tokens of every row; what is past them is never cut. None: all.
       starts: tokens that begin a document: what is before them is not read. `attention` is then a masked one.
       boundaries: where the outermost stage is cut, in the place of its router's choice; the first token always is.
       remat: what the backward pass recomputes of the layers: "none", "dots" (all but products with weights) or "full".
@@ -219,7 +221,7 @@ class HNet(nnx.Module):
     require(fits, f"capacities is {capacities}; the model has {outer} stages with chunks")
     require(boundaries is None or outer, "boundaries are given, but the model has no stage with chunks")
     how = How(capacities, attention, remat, self.config.depth if unroll else 1)
-    x, chunks, _ = self.stage(self.embed(tokens), None, starts, boundaries, how)
+    x, chunks, _ = self.stage(self.embed(tokens), lengths, starts, boundaries, how)
     return x, chunks
 
   def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:

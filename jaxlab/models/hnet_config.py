@@ -130,7 +130,7 @@ class HNetConfig:
       reached *= shares[stage] if stage < len(shares) else 1.0
     return total
 
-  def _layer_flops(self, kind: str, stage: int, length: int) -> float:
+  def _layer_flops(self, kind: str, stage: int, length: int) -> int:
     """Of one layer and position."""
     shape = self.transformer(stage)
     mlp, head = 18 * shape.width * shape.mlp_width, 6 * shape.width * shape.vocab_size

@@ -73,7 +73,7 @@ class Mamba2Config:
     block = self.width * (3 * self.inner + 2 * self.state + self.heads)
     return self.depth * block + self.width * self.vocab_size
 
-  def flops_per_token(self, length: int) -> float:
+  def flops_per_token(self, length: int) -> int:
     """Training FLOPs a token (forward and backward): 6 N plus the products of `ssd` at its chunk size."""
     keys = min(length, self.chunk)
     mixing = 2 * keys * (self.state + self.inner) + 4 * self.inner * self.state
