@@ -5,8 +5,7 @@ Paper (arXiv 2507.07955): at 760 M-parameter cost on FineWeb-Edu 0.755 bits a by
 here: all of them at equal FLOPs a byte, bytes a batch and steps, each at its own best of a grid of rates; held-out text
 with its case, letters dropped and repeated; five ablations; words without delimiters; time of a step.
 
-  python -m experiments.run --config=configs/hnet.py:gpu --workdir=runs/hnet \
-      --config.data.name=local_text --config.data.path='books/*.xz'
+  python -m experiments.run --config=configs/hnet.py:gpu --workdir=runs/hnet --config.data.path='books/*.xz'
 """
 
 import ml_collections

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.text import load_documents
-from jaxlab.data import byte_level, packing, tokenizer
+from jaxlab.data import byte_level, corpora, packing, tokenizer
+from jaxlab.data.corpora import Documents
 from jaxlab.data.tokens import Tokens
 
 PERTURBATIONS = ("upper case", "random case", "letters dropped", "letters repeated")
@@ -23,14 +23,18 @@ class Corpus:
   config: object
   cache: Path
 
+  def documents(self, split: str) -> Documents:
+    name = "local_text" if self.config.data.path else self.config.data.name
+    return corpora.documents(name, split=split, cache=self.cache, path=self.config.data.path)
+
   @functools.cached_property
   def texts(self) -> list[str]:
-    documents = load_documents(self.config.data, "train", self.cache)
+    documents = self.documents("train")
     return [documents[i] for i in range(min(len(documents), self.config.data.documents))]
 
   @functools.cached_property
   def bpe(self) -> Tokenizer:
-    key = load_documents(self.config.data, "train", self.cache).key + f" {len(self.texts)}"
+    key = self.documents("train").key + f" {len(self.texts)}"
     size = self.config.shapes.bpe.vocab_size
     return tokenizer.trained(self.texts, key=key, vocab_size=size, cache=self.cache)
 
@@ -62,7 +66,7 @@ class Corpus:
   def held_out(self) -> list[str]:
     """Pieces of the held-out documents, as many of each, that fit a row."""
     e = self.config.eval
-    documents = load_documents(self.config.data, e.split, self.cache)
+    documents = self.documents(e.split)
     size = round(_MARGIN * self.config.train.length)
     each = max(1, e.bytes // size // len(documents))
     pieces = []

@@ -11,7 +11,7 @@ from tests.common import run_and_continue
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
   config = config_file.get_config("test")
-  config.data.name, config.data.path, config.eval.split = "local_text", "docs/**/*.md", "train"
+  config.data.path, config.eval.split = "docs/**/*.md", "train"
   config.ablations = ("none", "no smoothing")
   parts = ("arms.measured", "words.measure", "speed.measure")
   report = run_and_continue("hnet", tmp_path, monkeypatch, *parts, config=config)
