@@ -93,7 +93,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         length=pick(test=48, cpu=256, gpu=2048, paper=8192),  # bytes of a row
         slack=2.0,  # room for chunks, over what is aimed at
         dtype=pick(cpu="float32", gpu="bfloat16"),
-        remat=pick(cpu="none", gpu="dots"),
+        remat=pick(test="dots", cpu="none", gpu="dots"),
         checkpoint_every=pick(cpu=200, gpu=1000),
       ),
       ablated_steps=pick(test=2, cpu=50, gpu=2000, paper=20_000),

@@ -31,7 +31,7 @@ from jaxlab.models.attention import AttentionFn, dot_product_attention, masked_a
 from jaxlab.models.chunking import Chunker, Chunks
 from jaxlab.models.generate import Decoder
 from jaxlab.models.hnet_config import HNetConfig, stage_of
-from jaxlab.models.hnet_layers import SPREAD, Side, Stack, of_rows, roomy, rotations
+from jaxlab.models.hnet_layers import SPREAD, Side, Stack, of_rows, rotations, with_room
 from jaxlab.models.layers import Linear, wide
 
 
@@ -157,13 +157,13 @@ class Stage(nnx.Module):
     last = jnp.zeros((batch, width), dtype)
     return StageState(length, encoder, of(self.decoder), last, wide(last), self.inner.empty(batch, capacity, dtype))
 
-  def roomy(self, state: StageState, capacity: int) -> StageState:
+  def with_room(self, state: StageState, capacity: int) -> StageState:
     """The state after a prompt with room for `capacity` positions."""
-    state = state._replace(encoder=roomy(self.encoder, state.encoder, capacity))
+    state = state._replace(encoder=with_room(self.encoder, state.encoder, capacity))
     if self.inner is None:
       return state
-    inner = self.inner.roomy(state.inner, capacity)
-    return state._replace(decoder=roomy(self.decoder, state.decoder, capacity), inner=inner)
+    inner = self.inner.with_room(state.inner, capacity)
+    return state._replace(decoder=with_room(self.decoder, state.decoder, capacity), inner=inner)
 
 
 class HNet(nnx.Module):
@@ -242,10 +242,15 @@ class HNet(nnx.Module):
 
     Args:
       lengths: tokens of every row, at least 1; the rest of a row is padding of any kind. None: all of them.
+
+    Raises:
+      InputError: prompts longer than the capacity.
     """
-    lengths = jnp.full(len(tokens), tokens.shape[1], jnp.int32) if lengths is None else lengths
+    time = tokens.shape[1]
+    require(time <= capacity, f"the prompt has {time} tokens, the capacity is {capacity}; give it room for both")
+    lengths = jnp.full(len(tokens), time, jnp.int32) if lengths is None else lengths
     x, _, state = self.stage(self.embed(tokens), lengths, None, None, How(keep=True))
-    return self.logits(chunking.take(x, lengths[:, None] - 1)), self.stage.roomy(state, capacity + 1)
+    return self.logits(chunking.take(x, lengths[:, None] - 1)), self.stage.with_room(state, capacity + 1)
 
   def step(
     self, tokens: Int[Array, "batch"], state: StageState, *, boundaries: Bool[Array, "batch"] | None = None

@@ -110,7 +110,7 @@ class Stack(nnx.Module):
     self.runs = nnx.List([stacked(kind, count, k) for (kind, count), k in zip(runs, keys, strict=True)])
     self.norm = RMSNorm(config.widths[stage], config.norm_eps, True)
 
-  def __call__(self, x, side: Side, *, remat: str = "none", unroll: bool | int = 1):
+  def __call__(self, x, side: Side, *, remat: str = "none", unroll: int = 1):
     """(output, memories of every run)."""
     layer = recomputed(lambda x, layer: meshes.gathered(layer)(x, side), remat)
     x, memories = wide(x), []
@@ -128,24 +128,23 @@ class Stack(nnx.Module):
 
   def empty(self, config: HNetConfig, stage: int, batch: int, capacity: int, dtype) -> tuple:
     """The memories before the first position."""
-    side = Side(
-      dtype, *rotations(config, stage, jnp.zeros(1, jnp.int32), dtype), dot_product_attention, None, keep=True
-    )
+    turned = rotations(config, stage, jnp.zeros(1, jnp.int32), dtype)
+    side = Side(dtype, *turned, dot_product_attention, None, keep=True)
     x = jax.ShapeDtypeStruct((batch, 1, config.widths[stage]), dtype)
     memories = jax.eval_shape(lambda stack, x: stack(x, side)[1], self, x)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), roomy(self, memories, capacity))
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), with_room(self, memories, capacity))
 
 
-def roomy(stack: Stack, memories, capacity: int):
+def with_room(stack: Stack, memories, capacity: int):
   """Memories with room for `capacity` positions where they are keys and values; shapes, or arrays padded with zeros."""
 
-  def roomy(a):
+  def grown(a):
     if isinstance(a, jax.ShapeDtypeStruct):
       return a.update(shape=(*a.shape[:2], capacity, *a.shape[3:]))
     return jnp.pad(a, ((0, 0), (0, 0), (0, capacity - a.shape[2]), (0, 0), (0, 0)))
 
   attends = [isinstance(run.mixer, AttentionBlock) for run in stack.runs]
-  return tuple(jax.tree.map(roomy, m) if is_cache else m for is_cache, m in zip(attends, memories, strict=True))
+  return tuple(jax.tree.map(grown, m) if is_cache else m for is_cache, m in zip(attends, memories, strict=True))
 
 
 def of_rows(rows: Bool[Array, "batch"], new, old):

@@ -1,18 +1,33 @@
+import shutil
+
+import jax
 import numpy as np
 import pytest
 
 from configs import hnet as config_file
 from experiments import hnet, results
-from experiments.hnet import data, words
+from experiments.hnet import arms, data, words
 from experiments.hnet.arms import arm_of
 from jaxlab.data import byte_level
+from jaxlab.models import HNet
 from tests.common import run_and_continue
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
+  """One stage is trained; the others are judged as they start, which compiles as much again less."""
   config = config_file.get_config("test")
   config.data.path, config.eval.split = "docs/**/*.md", "train"
-  config.ablations = ("none", "no smoothing")
+  config.arms, config.ablations = ("one", *(arm for arm in config_file.ARMS if arm != "one")), ("none", "equal rates")
+  config.shapes.mamba = config.shapes.transformer
+  train = arms.train
+
+  def train_one(config, corpus, arm, *, workdir, **how):
+    if workdir.name == "one 0.004 2":
+      return train(config, corpus, arm, workdir=workdir, **how)
+    shutil.copytree(tmp_path / "one 0.004 2", workdir, dirs_exist_ok=True)
+    return jax.jit(lambda: HNet(arm.config, jax.random.key(0)))()
+
+  monkeypatch.setattr(arms, "train", train_one)
   parts = ("arms.measured", "words.measure", "speed.measure")
   report = run_and_continue("hnet", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
@@ -58,3 +73,12 @@ def test_claims_follow_from_metrics_without_all_parts():
   made = {"words": dict(nats=[5.0, 1.0], share=0.2, size=5.5, f1=0.6, chance=0.2)}
   (claim,) = hnet.claims(config_file.get_config("test"), made)
   assert claim.holds and "0.4" in hnet.finding(config_file.get_config("test"), made)
+
+
+@pytest.mark.slow
+def test_words_without_delimiters_are_found():
+  """200 steps: nothing is left to learn but which word comes next, a share near 1/N is cut, more than chance at words."""
+  found = words.measure(config_file.get_config("cpu"))
+  assert found["nats"][1] < 1.1 * np.log(50) / found["size"]
+  assert abs(found["share"] * 5.5 - 1) < 0.25
+  assert found["f1"] > found["chance"] + 0.1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import HNet, HNetConfig, Mamba2, Mamba2Config, Transformer, generate, hub
+from jaxlab.models import HNet, HNetConfig, Mamba2, Mamba2Config, generate, hub
 from jaxlab.models.chunking import chunks_of, smooth
 from jaxlab.models.generate import complete
 from jaxlab.models.hnet import DECODER, How
@@ -84,16 +84,17 @@ def test_a_batch_is_its_rows_by_definition(model, whole):
 
 
 def test_room_for_as_many_chunks_as_there_are_changes_nothing(small):
-  """Outputs, and the gradients of all parameters through routing, smoothing and upsampling."""
+  """Outputs, and the gradients of all parameters through routing, smoothing and upsampling; nor does recomputation."""
   _, (chunks,) = forward(small, TOKENS)
   fits = int(chunks.count.max())
   assert fits < TIME
 
-  @functools.partial(jax.jit, static_argnames="capacities")
-  def gradient(model, capacities):
-    return jax.value_and_grad(lambda model: (model(TOKENS, capacities=capacities)[..., :5] ** 2).mean())(model)
+  @functools.partial(jax.jit, static_argnames=("capacities", "remat"))
+  def gradient(model, capacities, remat):
+    loss = lambda model: (model(TOKENS, capacities=capacities, remat=remat)[..., :5] ** 2).mean()
+    return jax.value_and_grad(loss)(model)
 
-  exact, packed = gradient(small, None), gradient(small, (fits,))
+  exact, packed = gradient(small, None, "none"), gradient(small, (fits,), "dots")
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), exact, packed)
   assert all(float(jnp.abs(a).max()) > 1e-5 for a in jax.tree.leaves(exact[1].stage.chunker))
 
@@ -300,4 +301,5 @@ def test_requests_that_do_not_fit_are_named(model):
   flat = HNetConfig("m1", (16,), (0,), (0,), ratios=(), vocab_size=64, head_dim=8)
   with pytest.raises(InputError, match="no stage with chunks"):
     HNet(flat, jax.random.key(0))(TOKENS, boundaries=TOKENS > 3)
-  assert not isinstance(model, Transformer)
+  with pytest.raises(InputError, match="the prompt has 14 tokens, the capacity is 5"):
+    model.prefill(TOKENS, capacity=5)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
@@ -147,57 +146,3 @@ def test_a_users_own_text_trains_in_three_lines(tmp_path):
 def test_bad_requests_are_named(call, message):
   with pytest.raises(InputError, match=message):
     call()
-
-
-LEXICON = 50
-
-
-def word_stream(rows: int, time: int, seed: int = 0):
-  """(ids, where words begin): random words of 3 to 8 letters from a lexicon, none between them."""
-  random = np.random.default_rng(seed)
-  lexicon = [random.integers(97, 123, random.integers(3, 9)) for _ in range(LEXICON)]
-  ids, begins = np.zeros((rows, time), np.int32), np.zeros((rows, time), bool)
-  draw = np.random.default_rng(seed + 1)
-  for row in range(rows):
-    filled = 0
-    while filled < time:
-      word = lexicon[draw.integers(LEXICON)]
-      begins[row, filled] = True
-      ids[row, filled : filled + len(word)] = word[: time - filled]
-      filled += len(word)
-  return ids, begins
-
-
-def f1(found, true):
-  hit = (found & true).sum()
-  return 2 * hit / (found.sum() + true.sum())
-
-
-@pytest.mark.slow
-def test_words_without_spaces_are_found():
-  """200 steps on words from a lexicon of 50, nothing between them: how much is cut, and that it is cut at words."""
-  config = HNetConfig("m2 [T2] m2", (64, 96), (0, 192), (0, 4), ratios=(5.5,), head_dim=16, state=16, chunk=32)
-  steps, rows, time = 200, 16, 128
-  model, made = HNet(config, jax.random.key(0)), hnet.optimizer(config, 2e-3, steps=steps)
-  loss = hnet.loss_of(config, time, slack=None)
-
-  @jax.jit
-  def one(model, state, batch):
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, 0, None)
-    updates, state = made.update(grads, state, model)
-    return optax.apply_updates(model, updates), state, metrics
-
-  state, seen = made.init(model), []
-  ids, _ = word_stream(rows * steps, time + 1)
-  for i in range(steps):
-    part = ids[i * rows : (i + 1) * rows]
-    model, state, metrics = one(model, state, {"inputs": part[:, :-1], "targets": part[:, 1:]})
-    seen.append({name: float(value) for name, value in metrics.items()})
-  held, begins = word_stream(32, time, seed=0)
-  cut = np.asarray(jax.jit(lambda model, ids: model.chunked(ids)[1][0].cut)(model, held))[:, 1:]
-  scores = [f1(np.roll(cut, -offset, axis=1), begins[:, 1:]) for offset in (0, 1)]
-  chance = f1(np.random.default_rng(0).random(cut.shape) < cut.mean(), begins[:, 1:])
-  print(seen[0], seen[-1], scores, chance)
-  assert seen[-1]["nats"] < 0.6 * seen[0]["nats"]
-  assert abs(seen[-1]["share_0"] * 5.5 - 1) < 0.25
-  assert max(scores) > chance + 0.3
