@@ -77,7 +77,7 @@ def test_claims_follow_from_metrics_without_all_parts():
 
 @pytest.mark.slow
 def test_words_without_delimiters_are_found():
-  """200 steps: nothing is left to learn but which word comes next, a share near 1/N is cut, more than chance at words."""
+  """200 steps: only which word comes next is left to learn, a share near 1/N is cut, more than chance at words."""
   found = words.measure(config_file.get_config("cpu"))
   assert found["nats"][1] < 1.1 * np.log(50) / found["size"]
   assert abs(found["share"] * 5.5 - 1) < 0.25
