@@ -88,7 +88,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       train=dict(
         steps=pick(test=2, cpu=250, gpu=4000, paper=200_000),
         trial=pick(test=2, cpu=250, gpu=500, paper=2000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(5e-4, 1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3)),
+        rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(5e-4, 1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3, 2.5e-3)),
         batch=pick(test=8, cpu=4, gpu=64, paper=256),
         length=pick(test=48, cpu=192, gpu=2048, paper=8192),  # bytes of a row
         slack=2.0,  # room for chunks, over what is aimed at
