@@ -18,7 +18,16 @@ import numpy as np
 
 from experiments import results
 from experiments.console import Console
-from jaxlab.models import LanguageModel, LanguageModelConfig, Mamba2, Mamba2Config, Transformer, TransformerConfig
+from jaxlab.models import (
+  HNet,
+  HNetConfig,
+  LanguageModel,
+  LanguageModelConfig,
+  Mamba2,
+  Mamba2Config,
+  Transformer,
+  TransformerConfig,
+)
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from tests.conftest import QUICK_COMPILATION
 
@@ -100,8 +109,8 @@ def _random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
 
 
 def _make_random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
-  kind = Mamba2 if isinstance(config, Mamba2Config) else Transformer
-  model = kind(config, jax.random.key(seed))
+  kinds = {TransformerConfig: Transformer, Mamba2Config: Mamba2, HNetConfig: HNet}
+  model = kinds[type(config)](config, jax.random.key(seed))
   leaves, structure = jax.tree_util.tree_flatten_with_path(model)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
   largest = max(leaf.size for _, leaf in leaves)

@@ -22,7 +22,8 @@ TRACKED = [
 ]
 PAPERS = sorted(f.stem for f in TRACKED if f.parent == Path("configs") and f.stem not in ("__init__", "scales"))
 OPEN = {  # not yet measured on a GPU; README's table says so
-  "compositions", "concat_svd", "dataset_decomposition", "decomposed_prompting", "maker", "nexus", "sarathi", "seco",
+  "compositions", "concat_svd", "dataset_decomposition", "decomposed_prompting", "hnet", "maker", "nexus", "sarathi",
+  "seco",
 }  # fmt: skip
 RUNS = {f"{run['paper']}.{report.name_of(run)}": run for run in report.load()}
 # Larger means less work, or none, for these.

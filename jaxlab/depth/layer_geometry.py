@@ -26,7 +26,7 @@ from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
 from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
 from jaxlab.depth.snlp_suffix import evaluate, plain
-from jaxlab.models import LanguageModel, Mamba2
+from jaxlab.models import LanguageModel, Mamba2, Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
 from jaxlab.models.mamba2 import Recurrence, run_blocks, ssd
@@ -404,7 +404,7 @@ def _widened(model: LanguageModel) -> LanguageModel:
 
 def _check(model, tokens, skip: int) -> None:
   require(
-    isinstance(model, LanguageModel),
+    isinstance(model, Transformer | Mamba2),
     f"layer geometry needs a Transformer or Mamba2 with stacked blocks, not {type(model).__name__}; see hub",
   )
   require(

@@ -1,6 +1,7 @@
 """Attention as a function the model is given, and the key-value cache as an explicit pytree."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -65,6 +66,24 @@ def dot_product_attention(q, k, v, *, window=None, start=0, flash=True):
     mask &= key >= query - window
   mask = mask.reshape(-1, 1, *mask.shape[-2:])
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def masked_attention(attend: Callable, segments: Int[Array, "batch time"] | None = None) -> AttentionFn:
+  """Causal attention, among tokens of one segment where there are `segments`.
+
+  Args:
+    attend: (q, k, v, mask=bool (batch or 1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`.
+  """
+
+  def attention(q, k, v, *, window, start):
+    query, key = (jnp.arange(q.shape[1]) + start)[:, None], jnp.arange(k.shape[1])
+    mask = key <= query
+    if window is not None:
+      mask &= key >= query - window
+    mask = mask[None] if segments is None else mask & (segments[:, :, None] == segments[:, None, :])
+    return attend(q, k, v, mask=mask[:, None])
+
+  return attention
 
 
 def window_kinds(windows) -> dict[int | None, list[int]]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from jaxlab.core.checks import InputError, plain, require, require_choice, require_divides
 from jaxlab.models.config import Experts, RopeScaling, TransformerConfig
 from jaxlab.models.formats import OWN, TABLES
+from jaxlab.models.hnet_config import HNetConfig
+from jaxlab.models.mamba2 import Mamba2Config
 
 # Fields that change no logits: of training, of generation, of the tokenizer, of the file itself.
 _HARMLESS = """
@@ -34,12 +36,18 @@ _MODEL_TYPES = {
   "Qwen3MoeForCausalLM": "qwen3_moe",
   "NanoChatForCausalLM": "nanochat",
 }
+# Architectures of this library: the field of config.json that holds the config.
+_OWN_CONFIGS = {
+  OWN: ("transformer", TransformerConfig),
+  "JaxlabMamba2": ("mamba2", Mamba2Config),
+  "JaxlabHNet": ("hnet", HNetConfig),
+}
 _REQUIRED = object()  # instead of a default
 _TOO_LARGE = 2**31  # no size or count of a model is; XLA's indices end there
 _HUGE = 1e300  # an int past the largest float cannot be made one
 
 
-def read(raw: Mapping, where: str) -> tuple[TransformerConfig, str]:
+def read(raw: Mapping, where: str) -> tuple[TransformerConfig | Mamba2Config | HNetConfig, str]:
   """(config, architecture) of the content of a config.json.
 
   Args:
@@ -50,12 +58,14 @@ def read(raw: Mapping, where: str) -> tuple[TransformerConfig, str]:
   """
   names = raw.get("architectures")
   one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-  require(one, f"{where}: architectures is {names!r:.80}; it must be a list with one of {', '.join((*TABLES, OWN))}")
+  known = (*TABLES, *_OWN_CONFIGS)
+  require(one, f"{where}: architectures is {names!r:.80}; it must be a list with one of {', '.join(known)}")
   arch = names[0]
-  require_choice(f"{where}: the architecture", arch, (*TABLES, OWN))
+  require_choice(f"{where}: the architecture", arch, known)
   try:
-    if arch == OWN:
-      return _dataclass(TransformerConfig, raw.get("transformer"), "transformer"), arch
+    if arch in _OWN_CONFIGS:
+      field, kind = _OWN_CONFIGS[arch]
+      return _dataclass(kind, raw.get(field), field), arch
     return from_hugging_face(raw, arch), arch
   except InputError as error:
     raise InputError(f"{where}: {error}") from None
@@ -237,8 +247,10 @@ def _typed(value, hint, name: str):
   raise InputError(f"{name} is {value!r:.80}; it must be {getattr(hint, '__name__', hint)}")
 
 
-def architecture(c: TransformerConfig) -> str:
-  """The Hugging Face architecture that computes exactly this model, or the own one."""
+def architecture(c: TransformerConfig | Mamba2Config | HNetConfig) -> str:
+  """The Hugging Face architecture that computes exactly this model, or an own one."""
+  if not isinstance(c, TransformerConfig):
+    return next(arch for arch, (_, kind) in _OWN_CONFIGS.items() if isinstance(c, kind))
   own = c.value_embeddings or c.residual_lambdas or c.smear or c.backout or c.hyper or c.parallel_sublayers
   own = own or c.ragged or c.qk_scale != 1.0 or "S" in c.window_pattern or (c.rope_scaling and c.rope_factor != 1.0)
   windows = c.windows  # of one size, and in the architectures that have them
@@ -259,10 +271,10 @@ def architecture(c: TransformerConfig) -> str:
   return OWN
 
 
-def describe(c: TransformerConfig, arch: str) -> dict:
+def describe(c: TransformerConfig | Mamba2Config | HNetConfig, arch: str) -> dict:
   """config.json."""
-  if arch == OWN:
-    return {"architectures": [arch], "model_type": "jaxlab", "transformer": dataclasses.asdict(c)}
+  if arch in _OWN_CONFIGS:
+    return {"architectures": [arch], "model_type": "jaxlab", _OWN_CONFIGS[arch][0]: dataclasses.asdict(c)}
   rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
   if c.rope_factor != 1.0:
     rope |= {"rope_type": "linear", "factor": c.rope_factor}

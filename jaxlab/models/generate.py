@@ -117,7 +117,7 @@ def generate(
 
 
 def stream(
-  model: Transformer | inference.Network,
+  model: Transformer | inference.Network | Any,
   prompts: Sequence[Sequence[int]],
   *,
   tokens: int,
@@ -145,7 +145,7 @@ def stream(
   require(stretch >= 1, f"stretch is {stretch}; it must be at least 1")
   _check(tokens, key, temperature)
   padded, lengths = pad(prompts)
-  require_ids(padded, (model if isinstance(model, Transformer) else model.model).config.vocab_size)
+  require_ids(padded, getattr(model, "model", model).config.vocab_size)
   capacity = padded.shape[1] + power_of_two(tokens + stretch)
   # Flat, as a module takes longer to flatten than its step takes to run.
   leaves, structure = jax.tree.flatten(_network(model, decoder))
@@ -153,7 +153,9 @@ def stream(
   return _stretches(begin, advance, leaves, padded, lengths, _key(key), tokens, frozenset(stop))
 
 
-def complete(model: Transformer | inference.Network, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
+def complete(
+  model: Transformer | inference.Network | Any, prompts: Sequence[Sequence[int]], **options
+) -> list[Completion]:
   """All that `stream`, which says what the options are, yields for every prompt."""
   rows = [Completion([], []) for _ in prompts]
   for new in stream(model, prompts, **options):

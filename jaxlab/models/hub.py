@@ -2,8 +2,9 @@
 
 One table per architecture says which tensor of the file is which parameter; loading and saving both walk it. The
 folder's config.json names the architecture: LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM,
-NanoChatForCausalLM, or JaxlabTransformer for models that have no Hugging Face counterpart (parameters stacked, under
-their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint of karpathy/nanochat.
+NanoChatForCausalLM, or JaxlabTransformer, JaxlabMamba2 and JaxlabHNet for models that have no Hugging Face counterpart
+(parameters stacked, under their own names). A folder with `model_*.pt` and `meta_*.json` is a checkpoint of
+karpathy/nanochat.
 """
 
 import json
@@ -27,16 +28,20 @@ from jaxlab.models import config_json, formats, gguf, maps
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.experts import TiledExperts
 from jaxlab.models.files import INDEX, SINGLE, find, gguf_file, read_json, read_tensor, saved_files, tensor_files
+from jaxlab.models.hnet import HNet
+from jaxlab.models.hnet_config import HNetConfig
 from jaxlab.models.layers import rope_frequencies
+from jaxlab.models.mamba2 import Mamba2, Mamba2Config
 from jaxlab.models.transformer import Transformer
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
 __all__ = ["Vocabulary", "find", "from_tensors", "load", "load_vocabulary", "read_config", "save", "to_tensors"]
 
 _SHARD_BYTES = 16 * 2**20
+_CONFIGS = {Transformer: TransformerConfig, Mamba2: Mamba2Config, HNet: HNetConfig}
 
 
-def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None) -> Transformer:
+def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None, kind: type = Transformer):
   """Loads a checkpoint (`files.find` says which): a Hugging Face folder, a nanochat one, or a GGUF file.
 
   One parameter is in host memory at a time, read tensor by tensor, before it goes to the device.
@@ -44,9 +49,11 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
   Args:
     dtype: of every parameter; None keeps what the files hold (float32 for GGUF).
     mesh: parameters are sharded over it by the rules of `core.mesh`; None puts them on the default device.
+    kind: `Transformer`, `Mamba2` or `HNet`, what is expected there and returned.
 
   Raises:
-    InputError: unknown architecture or option, or a tensor that is missing, superfluous, truncated or of another shape.
+    InputError: another kind of model, unknown architecture or option, or a tensor that is missing, superfluous,
+      truncated or of another shape.
   """
   path = find(path_or_name)
   options = dict(dtype=dtype, mesh=mesh, where=str(path))
@@ -61,13 +68,15 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
     config, tensors = _read_karpathy(path)
     return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors, **options)
   config, table = read_config(path)
+  found = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  require(found is kind, f"{path} holds a {found.__name__}, not a {kind.__name__}; load it by kind={found.__name__}")
   places = tensor_files(path)
   options["compression"] = read_json(path / "config.json").get("compression")
   return from_tensors(config, table, lambda name: read_tensor(places[name], name), places, **options)
 
 
 def from_tensors(
-  config: TransformerConfig,
+  config: TransformerConfig | Mamba2Config | HNetConfig,
   table: Mapping[str, tuple[str, bool]] | None,
   read: Callable[[str], np.ndarray],
   names: Collection[str],
@@ -76,7 +85,7 @@ def from_tensors(
   mesh: Mesh | None = None,
   where: str = "checkpoint",
   compression: Mapping[str, Mapping] | None = None,
-) -> Transformer:
+) -> Transformer | Mamba2 | HNet:
   """Builds a model from named tensors; `table` maps parameters to names (None: the parameters' own names).
 
   Args:
@@ -84,7 +93,11 @@ def from_tensors(
   """
   forms = compression or {}
   require(isinstance(forms, Mapping), f"{where}: compression is {forms!r:.80}; it must be an object of maps")
-  abstract = jax.eval_shape(lambda: maps.shaped(Transformer(config, jax.random.key(0)), forms))
+  make = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  abstract = jax.eval_shape(lambda: make(config, jax.random.key(0)))
+  if forms:
+    require(make is Transformer, f"{where}: compression is of a Transformer's maps; remove it from config.json")
+    abstract = jax.eval_shape(lambda: maps.shaped(Transformer(config, jax.random.key(0)), forms))
   parameters = list(_leaves(abstract))
   parts, used = _parts(abstract), set()
   for parameter, leaf in parameters:
@@ -114,7 +127,7 @@ def from_tensors(
       if value is None:
         kept = keep or stored or dtype is None
         value = _aligned(leaf.shape, np.dtype(tensor.dtype if kept else dtype))
-        if parameter in parts or config.ragged:
+        if parameter in parts or _ragged(config):
           value[...] = 0
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
@@ -151,7 +164,7 @@ def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], whe
   require(not unknown, f"{where} has tensors this architecture does not have: {plain(*unknown)}")
 
 
-def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = None) -> None:
+def save(model: Transformer | Mamba2 | HNet, path: str | os.PathLike, *, layout: str | None = None) -> None:
   """Writes the model as a folder that `load` reads, in its own dtype, in shards of at most 16 MiB.
 
   Every file is written under a temporary name and synced before the first one is renamed, so a folder that held a
@@ -159,15 +172,17 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
 
   Args:
     layout: None picks the Hugging Face architecture that computes the same function, so that transformers loads it
-      too, and JaxlabTransformer where there is none. "nanochat" writes karpathy/nanochat's torch file (needs torch).
+      too, and an own one where there is none. "nanochat" writes karpathy/nanochat's torch file (needs torch).
 
   Raises:
     InputError: the model has no such layout, or the disk is full.
   """
   require_choice("layout", layout, (None, "nanochat"))
   folder, config = Path(path), model.config
-  forms = maps.spec_of(model)
-  require(not (forms and layout), f"a compressed model has no {layout} layout; save it without layout=")
+  forms = maps.spec_of(model) if isinstance(model, Transformer) else {}
+  other = "compressed model" if forms else type(model).__name__
+  plain_one = isinstance(model, Transformer) and not forms
+  require(plain_one or layout is None, f"a {other} has no {layout} layout; save it without layout=")
   arch = formats.OWN if forms else config_json.architecture(config)
   table = formats.KARPATHY if layout else formats.TABLES.get(arch)
   tensors = to_tensors(model, table)
@@ -202,7 +217,9 @@ def save(model: Transformer, path: str | os.PathLike, *, layout: str | None = No
     ) from None
 
 
-def to_tensors(model: Transformer, table: Mapping[str, tuple[str, bool]] | None) -> dict[str, np.ndarray]:
+def to_tensors(
+  model: Transformer | Mamba2 | HNet, table: Mapping[str, tuple[str, bool]] | None
+) -> dict[str, np.ndarray]:
   """The model's parameters under the names of `table`, in the orientation of the files."""
   tensors, parts = {}, _parts(model)
   for parameter, leaf in _leaves(model):
@@ -217,7 +234,7 @@ def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
   return lambda file: file.write(json.dumps(content, indent=2).encode())
 
 
-def read_config(path: Path) -> tuple[TransformerConfig, Mapping | None]:
+def read_config(path: Path) -> tuple[TransformerConfig | Mamba2Config | HNetConfig, Mapping | None]:
   """(config, tensor table) of a Hugging Face folder or a GGUF file."""
   if (file := gguf_file(path)) is not None:
     config, arch = config_json.read(gguf.read_config(file, *gguf.read(file)), str(file))
@@ -236,7 +253,7 @@ def _leaves(model):
 
 def _parts(model) -> dict[str, list[int]]:
   """{parameter: how much of every layer's part files hold}; other parameters are held whole."""
-  experts = model.blocks.mlp
+  experts = model.blocks.mlp if isinstance(model, Transformer) else None
   sizes = experts.stored_sizes if isinstance(experts, TiledExperts) else {}
   return {f"blocks.mlp.{name}": own for name, own in sizes.items()}
 
@@ -271,12 +288,16 @@ def _own_places(config: TransformerConfig, parameter: str):
   name, _, leaf = parameter.removeprefix("blocks.").rpartition(".")
   side = "inputs" if name in ("o", "mlp.down") else "outputs"
   cut = leaf == "weight" or leaf == ("down" if side == "inputs" else "up")
-  if not (config.ragged and name in maps.NAMES and parameter.startswith("blocks.") and cut):
+  if not (_ragged(config) and name in maps.NAMES and parameter.startswith("blocks.") and cut):
     yield (), parameter, False
     return
   for layer in range(config.depth):
     size = slice(maps.sizes_of(config, name, layer)[side])
     yield (layer, size) if side == "inputs" else (layer, slice(None), size), f"{parameter}.{layer}", False
+
+
+def _ragged(config) -> bool:
+  return isinstance(config, TransformerConfig) and config.ragged
 
 
 def _shards(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
@@ -73,7 +73,7 @@ class Mamba2Config:
     block = self.width * (3 * self.inner + 2 * self.state + self.heads)
     return self.depth * block + self.width * self.vocab_size
 
-  def flops_per_token(self, length: int) -> float:
+  def flops_per_token(self, length: int) -> int:
     """Training FLOPs a token (forward and backward): 6 N plus the products of `ssd` at its chunk size."""
     keys = min(length, self.chunk)
     mixing = 2 * keys * (self.state + self.inner) + 4 * self.inner * self.state
@@ -89,6 +89,7 @@ def ssd(
   *,
   chunk: int = 64,
   initial: Float[Array, "batch heads head_dim state"] | None = None,
+  resets: Bool[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, "batch time heads head_dim"], Float[Array, "batch heads head_dim state"]]:
   """(y, S_T) of S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t', y_t = S_t c_t, in float32 or better.
 
@@ -100,6 +101,7 @@ def ssd(
     a: negative, one a head.
     chunk: Q; rows that it does not divide are filled up with tokens of dt = 0, which change nothing.
     initial: S_0; None: zeros.
+    resets: tokens that begin a document: they read no state of the tokens before.
 
   Raises:
     InputError: a chunk below 1, or arguments that disagree in their sizes.
@@ -121,15 +123,22 @@ def ssd(
   since_start = jnp.cumsum(log_decay, axis=-1)
   # Scores of a pair of tokens are shared by the heads, decays are not.
   scores = jnp.einsum("bkin,bkjn->bkij", c, b)[:, :, None] * jnp.exp(segment_sums(log_decay))
-  inside = jnp.einsum("bkhij,bkjhp->bkihp", scores, written)
   to_end = jnp.exp(since_start[..., -1:] - since_start)
-  added = jnp.einsum("bkhj,bkjhp,bkjn->bkhpn", to_end, written, b)
   whole = jnp.exp(since_start[..., -1])  # (batch, chunks, heads)
+  from_start = jnp.exp(since_start)
+  if resets is not None:  # as masks: decays of zero would be infinite logarithms
+    begun = jnp.cumsum(cut(resets), axis=-1)[:, :, None]  # documents begun in the chunk: (batch, chunks, 1, chunk)
+    scores = jnp.where(begun[..., None] == begun[..., None, :], scores, 0.0)
+    to_end = jnp.where(begun == begun[..., -1:], to_end, 0.0)
+    whole = jnp.where(begun[..., -1] == 0, whole, 0.0)
+    from_start = jnp.where(begun == 0, from_start, 0.0)
+  inside = jnp.einsum("bkhij,bkjhp->bkihp", scores, written)
+  added = jnp.einsum("bkhj,bkjhp,bkjn->bkhpn", to_end, written, b)
   first = jnp.zeros_like(added[:, 0]) if initial is None else wide(initial)
   added = added.at[:, 0].add(whole[:, 0, :, None, None] * first)
   ends = linear_recurrence(whole[..., None, None], added, axis=1)
   before = jnp.concatenate([first[:, None], ends[:, :-1]], axis=1)
-  read = jnp.einsum("bkin,bkhpn->bkihp", c, before) * jnp.moveaxis(jnp.exp(since_start), -1, -2)[..., None]
+  read = jnp.einsum("bkin,bkhpn->bkihp", c, before) * jnp.moveaxis(from_start, -1, -2)[..., None]
   return (inside + read).reshape(batch, -1, *x.shape[2:])[:, :time], ends[:, -1]
 
 
@@ -185,12 +194,22 @@ class Recurrence(nnx.Module):
   def a(self) -> Float[Array, "heads"]:
     return -jnp.exp(self.a_log[...])
 
-  def convolve(self, u: Float[Array, "batch time channels"], before=None) -> Float[Array, "batch time channels"]:
-    """sum_k w_k u_{t - taps + 1 + k} + bias, channel by channel; `before`: the taps - 1 inputs before, or zeros."""
+  def convolve(
+    self, u: Float[Array, "batch time channels"], before=None, resets: Bool[Array, "batch time"] | None = None
+  ) -> Float[Array, "batch time channels"]:
+    """sum_k w_k u_{t - taps + 1 + k} + bias, channel by channel; `before`: the taps - 1 inputs before, or zeros.
+
+    Past a token of `resets` nothing before it is read.
+    """
     taps, time = self.config.taps, u.shape[1]
     before = jnp.zeros_like(u[:, :1]).repeat(taps - 1, axis=1) if before is None else before
     padded = wide(jnp.concatenate([before.astype(u.dtype), u], axis=1))
-    return sum(self.conv[...][k] * padded[:, k : k + time] for k in range(taps)) + self.conv_bias[...]
+    read = [padded[:, k : k + time] for k in range(taps)]
+    if resets is not None:
+      begun = jnp.pad(jnp.cumsum(resets, axis=1), ((0, 0), (taps - 1, 0)))
+      same = (begun[:, k : k + time] == begun[:, taps - 1 :] for k in range(taps))
+      read = [jnp.where(mask[..., None], part, 0.0) for mask, part in zip(same, read, strict=True)]
+    return sum(self.conv[...][k] * part for k, part in enumerate(read)) + self.conv_bias[...]
 
   def split(self, u: Float[Array, "*batch channels"], dt: Float[Array, "*batch heads"]):
     """(x in heads, dt, B, C) from what the convolution gives and the raw step sizes."""
@@ -205,8 +224,36 @@ class Recurrence(nnx.Module):
 
   def __call__(self, u: Float[Array, "batch time channels"], dt: Float[Array, "batch time heads"]):
     """Mixes a row's tokens: (batch, time, inner) from the projections before the convolution."""
-    x, dt, b, c = self.split(self.convolve(u), dt)
-    return self.output(ssd(x, dt, self.a, b, c, chunk=self.config.chunk)[0], x)
+    return self.read(u, dt)[0]
+
+  def read(
+    self, u, dt, *, lengths: Int[Array, "batch"] | None = None, resets: Bool[Array, "batch time"] | None = None
+  ) -> tuple[Float[Array, "batch time inner"], tuple[Array, Array]]:
+    """(`__call__`, (S, the convolution's last inputs) after it).
+
+    Args:
+      lengths: tokens of every row; what a row has past them changes no state. None: all.
+      resets: tokens that begin a document, which read nothing before them.
+    """
+    c = self.config
+    x, dt, b, read = self.split(self.convolve(u, resets=resets), dt)
+    if lengths is not None:  # a token of dt = 0 leaves the state as it is
+      dt = jnp.where(jnp.arange(u.shape[1])[:, None] < lengths[:, None, None], dt, 0.0)
+    y, state = ssd(x, dt, self.a, b, read, chunk=c.chunk, resets=resets)
+    end = jnp.full(len(u), u.shape[1]) if lengths is None else lengths
+    padded = jnp.pad(u, ((0, 0), (c.taps - 1, 0), (0, 0)))
+    last = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, c.taps - 1))(padded, end)
+    return self.output(y, x), (state, last)
+
+  def step(
+    self, u: Float[Array, "batch 1 channels"], dt: Float[Array, "batch 1 heads"], state: tuple[Array, Array]
+  ) -> tuple[Float[Array, "batch 1 inner"], tuple[Array, Array]]:
+    """One token of `read`."""
+    ssm, conv = state
+    parts = self.split(self.convolve(u, conv), dt)
+    x, dt, b, c = (a[:, 0] for a in parts)
+    y, ssm = ssd_step(ssm, x, dt, self.a, b, c)
+    return self.output(y, x)[:, None], (ssm, jnp.concatenate([conv, u.astype(conv.dtype)], axis=1)[:, 1:])
 
 
 # mix(recurrence, u, dt) -> (batch, time, inner): how a block's tokens meet. `Recurrence.__call__` is the usual one.
@@ -235,7 +282,7 @@ class Mamba2Block(nnx.Module):
 
   def finish(self, x, mixed, z) -> Float[Array, "*batch width"]:
     """The gate comes before the norm."""
-    return x + self.out(self.gated_norm(mixed * jax.nn.silu(wide(z))).astype(x.dtype))
+    return x + self.out(self.gated_norm(mixed * jax.nn.silu(wide(z))).astype(z.dtype))
 
   def __call__(self, x: Float[Array, "batch time width"], mix: MixFn = Recurrence.__call__):
     z, u, dt = self.project(x)
@@ -299,13 +346,10 @@ class Mamba2(nnx.Module):
     """Logits after one more token of every row, and the state with it."""
 
     def one(x, parts):
-      block, ssm, conv = parts
+      block, *state = parts
       z, u, dt = block.project(x)
-      mixed = block.recurrence.convolve(u, conv)
-      values, dt, b, c = (a[:, 0] for a in block.recurrence.split(mixed, dt))
-      y, ssm = ssd_step(ssm, values, dt, block.recurrence.a, b, c)
-      conv = jnp.concatenate([conv, u.astype(conv.dtype)], axis=1)[:, 1:]
-      return block.finish(x, block.recurrence.output(y, values)[:, None], z), (ssm, conv)
+      mixed, state = block.recurrence.step(u, dt, tuple(state))
+      return block.finish(x, mixed, z), state
 
     x, (ssm, conv) = jax.lax.scan(one, self.embed(tokens[:, None]), (self.blocks, *state))
     return self.logits(x)[:, 0], Mamba2State(ssm, conv)
@@ -326,7 +370,6 @@ def run_blocks(
     rewrite: (layer, its output) -> what is passed on in its place.
     remat: what the backward pass recomputes: "none", "dots" (all but products with weights) or "full".
   """
-  require_choice("remat", remat, ("none", "dots", "full"))
 
   def one(x, parts):
     layer, block = parts
@@ -334,7 +377,14 @@ def run_blocks(
     x = x if rewrite is None else rewrite(layer, x)
     return x, x
 
-  if remat != "none":
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    one = jax.checkpoint(one, policy=policy, prevent_cse=False)
-  return jax.lax.scan(one, x, (jnp.arange(model.depth), model.blocks), unroll=model.depth if unroll else 1)
+  layers = (jnp.arange(model.depth), model.blocks)
+  return jax.lax.scan(recomputed(one, remat), x, layers, unroll=model.depth if unroll else 1)
+
+
+def recomputed(layer: Callable, remat: str) -> Callable:
+  """A scan's layer whose backward pass recomputes nothing ("none"), all but products with weights ("dots") or all."""
+  require_choice("remat", remat, ("none", "dots", "full"))
+  if remat == "none":
+    return layer
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+  return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_counts
 from jaxlab.data.packing import Batch
-from jaxlab.models.attention import AttentionFn
+from jaxlab.models.attention import masked_attention
 from jaxlab.models.layers import rope_table
 from jaxlab.models.transformer import sequential
 from jaxlab.sequence import common
@@ -332,7 +332,7 @@ def _run(params, frozen, batch, total, *, how, model_of):
 
   shared = dict(model_of=model_of, frozen=frozen, total=total)
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
-  own_loss = functools.partial(common.transformer_loss, how=(_masked(attend), remat), **shared)
+  own_loss = functools.partial(common.transformer_loss, how=(masked_attention(attend), remat), **shared)
   model = jax.eval_shape(model_of, params, *frozen)
   c, wide = model.config, jnp.promote_types(jnp.result_type(float), jnp.float32)
   cache = (jnp.zeros((c.depth, 1, batch["cache"].shape[1], c.kv_heads, c.head_dim), model.dtype),) * 2
@@ -385,19 +385,5 @@ def _packed_loss(params, part, *, model_of, frozen, total, how):
   x, side, _ = model.embed(part["inputs"])
   cos, sin = rope_table(model.config, part["positions"], side.cos.dtype)
   side = dataclasses.replace(side, cos=cos, sin=sin)
-  x, backout, *_ = sequential(model, x, side, attention=_masked(attend, part["segments"]), remat=remat)
+  x, backout, *_ = sequential(model, x, side, attention=masked_attention(attend, part["segments"]), remat=remat)
   return losses.token_losses(model, (x, backout), part["targets"]).sum() / total
-
-
-def _masked(attend: Callable, segments=None) -> AttentionFn:
-  """Causal attention, among tokens of one segment where `segments` (rows, time) is given."""
-
-  def attention(q, k, v, *, window, start):
-    query, key = (jnp.arange(q.shape[1]) + start)[:, None], jnp.arange(k.shape[1])
-    mask = key <= query
-    if window is not None:
-      mask &= key >= query - window
-    mask = mask[None] if segments is None else mask & (segments[:, :, None] == segments[:, None, :])
-    return attend(q, k, v, mask=mask[:, None])
-
-  return attention

@@ -190,12 +190,11 @@ def make_step(
 
 
 def cast(model: LanguageModel, dtype) -> LanguageModel:
-  """A copy for computing: matrices and tables in `dtype`; vectors, stream mixing and recurrences stay float32."""
+  """A copy for computing: matrices and tables in `dtype`; vectors, mixing, recurrences and chunking stay float32."""
 
   def one(path, leaf):
-    name = jax.tree_util.keystr(path)
-    wide = leaf.ndim < 2 or "_mixing" in name or "recurrence" in name or not jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf if wide else leaf.astype(dtype)
+    fine = leaf.ndim < 2 or any(part in jax.tree_util.keystr(path) for part in ("_mixing", "recurrence", "chunker"))
+    return leaf if fine or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, model)
 

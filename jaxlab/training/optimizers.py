@@ -1,7 +1,11 @@
-"""nanochat's optimizer: Muon for the matrices of the blocks, AdamW groups for the rest, and its scaling rules."""
+"""nanochat's optimizer: Muon for the matrices of the blocks, AdamW groups for the rest, and its scaling rules.
+
+Beside it AdamW with learning rates by the names of parameters.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +49,8 @@ def label(name: str) -> str:
     return "smear_backout"
   if any(part.endswith("_mixing") for part in parts):
     return "mixing"
+  if "chunker" in parts or "pad" in parts:
+    return "gain"
   for group in ("head", "embedding", "value_embeddings", "residual_lambda", "x0_lambda", "gain", "recurrence"):
     if group in parts:
       return group
@@ -53,8 +59,13 @@ def label(name: str) -> str:
 
 def labels(model: LanguageModel):
   """`label` of every parameter, in the structure of the model."""
+  return by_name(label, model)
+
+
+def by_name(function: Callable[[str], object], tree):
+  """`function` of every parameter's dotted name, in the structure of the tree."""
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-  return jax.tree_util.tree_map_with_path(lambda path, _: label(name(path)), model)
+  return jax.tree_util.tree_map_with_path(lambda path, _: function(name(path)), tree)
 
 
 def muon_adamw(
@@ -121,6 +132,39 @@ def default_weight_decay(config: LanguageModelConfig, batch_tokens: int) -> floa
   width = math.ceil(12 * config.width / config.depth / config.head_dim) * config.head_dim
   reference = blocks * 12 / config.depth * (width / config.width) ** 2 + width * config.vocab_size
   return 0.28 * math.sqrt(batch_tokens / 2**19) * reference / (blocks + head)
+
+
+def adamw(
+  rate: float,
+  *,
+  steps: int,
+  factor: Callable[[str], float] = lambda name: 1.0,
+  decayed: Callable[[str], bool] = lambda name: True,
+  weight_decay: float = 0.1,
+  warmup: float = 0.1,
+  cooldown: float = 0.2,
+) -> optax.GradientTransformation:
+  """AdamW, gradients clipped to norm 1, betas (0.9, 0.95): a parameter's rate is `rate` times the factor of its name.
+
+  Rates rise linearly over the first `warmup` of the steps, stay, and fall as 1 - sqrt(share of the cooldown that is
+  over) during the last `cooldown` of them (Haegele et al. 2024, arXiv 2405.18392). Weights decay by their rate.
+
+  Args:
+    factor, decayed: of a dotted name ("stage.inner.pad"); parameters of the latter decay.
+  """
+  rising, falling = max(1, round(warmup * steps)), max(1, round(cooldown * steps))
+
+  def schedule(count):
+    fall = 1 - jnp.sqrt(jnp.clip((count - steps + falling) / falling, 0.0, 1.0))
+    return -rate * jnp.minimum((count + 1) / rising, fall)
+
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(b1=0.9, b2=0.95),
+    optax.add_decayed_weights(weight_decay, mask=lambda tree: by_name(decayed, tree)),
+    optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, by_name(factor, updates))),
+    optax.scale_by_schedule(schedule),
+  )
 
 
 def adam(rate: float, *, steps: int, warmup: int = 40) -> optax.GradientTransformation:

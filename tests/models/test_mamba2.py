@@ -69,6 +69,40 @@ def test_chunks_scan_and_steps_are_one_recurrence():
     np.testing.assert_allclose(jnp.concatenate([half, rest], axis=1), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("begins", [(0, 5), (3, 4, 8), (12,)], ids=str)
+def test_documents_in_a_row_are_as_if_they_were_alone(begins):
+  """States and convolutions; where documents begin inside chunks, at their ends, and two in one; float64."""
+  with jax.enable_x64(True):
+    *given, initial = map(jnp.asarray, inputs())
+    resets = jnp.zeros((2, TIME), bool).at[:, jnp.array(begins)].set(True)
+    y, state = ssd(*given, chunk=4, initial=initial, resets=resets)
+    r = Mamba2(CONFIG, jax.random.key(0)).blocks.recurrence
+    r = jax.tree.map(lambda a: a[0], r)
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(2, TIME, r.conv.shape[1])))
+    convolved = r.convolve(u, resets=resets)
+    for first, last in zip((0, *begins), (*begins, TIME), strict=True):
+      part = [v if v.ndim == 1 else v[:, first:last] for v in given]
+      start = initial if first == 0 and 0 not in begins else None
+      if first < last:
+        alone, end = ssd(*part, chunk=4, initial=start)
+        np.testing.assert_allclose(y[:, first:last], alone, atol=1e-12)
+        np.testing.assert_allclose(convolved[:, first:last], r.convolve(u[:, first:last]), atol=1e-12)
+    np.testing.assert_allclose(state, end, atol=1e-12)
+
+
+def test_a_row_leaves_the_state_of_its_own_length(model):
+  """What is past a row's end is read by nobody: not by the state, nor by the next token's convolution."""
+  block = jax.tree.map(lambda a: a[0], model.blocks)
+  _, u, dt = block.project(model.embed(TOKENS))
+  lengths = jnp.array([2, 9])
+  y, kept = block.recurrence.read(u, dt, lengths=lengths)
+  for row, length in enumerate(lengths.tolist()):
+    part = slice(row, row + 1), slice(length)
+    alone, state = block.recurrence.read(u[part], dt[part])
+    np.testing.assert_allclose(y[part], alone, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[row], b[0], rtol=1e-5, atol=1e-5), kept, state)  # noqa: B023
+
+
 def test_gradients_are_those_of_finite_differences():
   with jax.enable_x64(True):
     given = tuple(v[:1, :5] if v.ndim > 2 and v.shape[1] == TIME else v[:1] if v.ndim > 1 else v for v in inputs())

@@ -134,3 +134,25 @@ def test_optimizer_states_are_sharded_like_their_parameters():
   placed = jax.jit(make, out_shardings=meshes.shardings(abstract, mesh))(model)
   momentum = placed.inner_states["muon"].inner_state.momentum.blocks.mlp.up.weight.get_value()
   assert momentum.sharding.spec == jax.sharding.PartitionSpec("layer", "fsdp", "tensor")
+
+
+def test_adamw_warms_up_stays_and_cools_down_by_the_root():
+  """Of a constant gradient Adam makes the rate: 10 % up, 1 - sqrt over the last 20 %; factors and decay by name."""
+  params = {"a": {"weight": jnp.full((2,), 2.0)}, "b": {"gain": jnp.full((2,), 3.0)}}
+  made = optimizers.adamw(
+    1e-2,
+    steps=40,
+    factor=lambda name: 0.5 if name == "b.gain" else 1.0,
+    decayed=lambda name: name.endswith("weight"),
+    weight_decay=0.1,
+  )
+  update, state, seen = jax.jit(made.update), made.init(params), []
+  for _ in range(40):
+    moved, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+    seen.append((-moved["a"]["weight"][0], -moved["b"]["gain"][0]))
+  weight, gain = np.array(seen).T
+  share = np.ones(40)
+  share[:4] = np.arange(1, 5) / 4
+  share[32:] = 1 - np.sqrt(np.arange(8) / 8)
+  np.testing.assert_allclose(weight, 1e-2 * share * (1 + 0.1 * 2.0), rtol=1e-4)
+  np.testing.assert_allclose(gain, 1e-2 * share * 0.5, rtol=1e-4)

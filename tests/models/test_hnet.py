@@ -1,0 +1,305 @@
+"""The network in batches of fixed shapes is the one whose rows are cut where they are cut, forwards and in steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import HNet, HNetConfig, Mamba2, Mamba2Config, generate, hub
+from jaxlab.models.chunking import chunks_of, smooth
+from jaxlab.models.generate import complete
+from jaxlab.models.hnet import DECODER, How
+from jaxlab.models.hnet_layers import Side, rotations
+from jaxlab.training import optimizers
+from jaxlab.training.loop import cast
+from tests.common import plain_attention, random_model, random_tokens
+
+SHAPE = dict(vocab_size=64, head_dim=8, state=4, chunk=4)
+CONFIG = HNetConfig("m1 [t1 [T2] M1] m1", (16, 16, 24), (0, 20, 24), (0, 2, 3), (0, 3, None), (3.0, 3.0), **SHAPE)
+SMALL = HNetConfig("m1 [T1] m1", (16, 16), (0, 20), (0, 2), ratios=(3.0,), **SHAPE)
+ROWS, TIME = 3, 14
+TOKENS = random_tokens(ROWS, TIME)
+EXACT = dict(rtol=1e-4, atol=1e-4)
+
+forward = jax.jit(lambda model, tokens, **options: model.chunked(tokens, **options), static_argnames="capacities")
+step = jax.jit(lambda model, tokens, state, given=None: model.step(tokens, state, boundaries=given))
+prefill = jax.jit(lambda model, tokens, lengths: model.prefill(tokens, lengths, capacity=TIME + 4))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def small():
+  return random_model(SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+  """(final states, chunks, logits)."""
+  x, chunks = forward(model, TOKENS)
+  return x, chunks, model.logits(x)
+
+
+def test_the_rows_are_cut_each_elsewhere(whole):
+  """What follows would show nothing if all were cut alike, everywhere or nowhere."""
+  _, (outer, inner), _ = whole
+  assert len({tuple(row) for row in np.asarray(outer.cut).tolist()}) == ROWS
+  assert 0.2 < float(outer.cut.mean()) < 0.9 and float(inner.count.max()) > 2
+  assert (inner.count < outer.count).any() and bool(outer.cut[:, 0].all())
+
+
+def by_definition(stage, x):
+  """A stage for one row in NumPy: ragged, with loops; the layers' stacks are as they are."""
+  c, (time, width) = stage.config, x.shape
+  side = Side(jnp.float32, *rotations(c, stage.index, jnp.arange(time), jnp.float32), plain_attention, None)
+  run = lambda stack, x: np.asarray(jax.jit(lambda stack, x: stack(x, side)[0])(stack, x[None]))[0]
+  pad = [] if stage.pad is None else [np.tile(stage.pad[...], (time, 1))]
+  h = run(stage.encoder, np.concatenate([x, *pad], axis=-1))
+  if stage.inner is None:
+    return h[:, :width]
+  chunker = jax.tree.map(np.asarray, stage.chunker)
+  q, k = h[:-1] @ chunker.q[...], h[1:] @ chunker.k[...]
+  cosine = (q * k).sum(-1) / np.linalg.norm(q, axis=-1) / np.linalg.norm(k, axis=-1)
+  p = np.concatenate([[1.0], (1 - cosine) / 2])
+  cut = np.flatnonzero(p > 0.5).tolist()
+  z, s, out = by_definition(stage.inner, h[cut]), 0.0, []
+  for t in range(time):
+    if t in cut:
+      share = np.clip(p[t], 1e-4, 1 - 1e-4)
+      s = share * z[cut.index(t)] + (1 - share) * s
+    out.append(s + h[t] @ chunker.residual[...] + chunker.bias[...])
+  return run(stage.decoder, np.stack(out).astype(np.float32))[:, :width]
+
+
+def test_a_batch_is_its_rows_by_definition(model, whole):
+  actual = by_definition(model.stage, np.asarray(model.embed(TOKENS[1:2])[0]))
+  np.testing.assert_allclose(whole[0][1], actual, **EXACT)
+
+
+def test_room_for_as_many_chunks_as_there_are_changes_nothing(small):
+  """Outputs, and the gradients of all parameters through routing, smoothing and upsampling; nor does recomputation."""
+  _, (chunks,) = forward(small, TOKENS)
+  fits = int(chunks.count.max())
+  assert fits < TIME
+
+  @functools.partial(jax.jit, static_argnames=("capacities", "remat"))
+  def gradient(model, capacities, remat):
+    loss = lambda model: (model(TOKENS, capacities=capacities, remat=remat)[..., :5] ** 2).mean()
+    return jax.value_and_grad(loss)(model)
+
+  exact, packed = gradient(small, None, "none"), gradient(small, (fits,), "dots")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), exact, packed)
+  assert all(float(jnp.abs(a).max()) > 1e-5 for a in jax.tree.leaves(exact[1].stage.chunker))
+
+
+def test_too_little_room_demotes_the_last_cuts_and_leaves_what_is_before_them(model, whole):
+  x, (outer, inner) = forward(model, TOKENS, capacities=(3, 3))
+  exact = whole[1][0]
+  assert (outer.count == 3).all() and (inner.valid.sum(axis=1) == 3).all()
+  assert (outer.wanted == exact.cut).all() and (outer.cut == chunks_of(exact.probability, exact.valid, 3).cut).all()
+  for row, cuts in enumerate(np.asarray(exact.cut)):
+    fourth = int(np.flatnonzero(cuts)[3])
+    np.testing.assert_allclose(x[row, :fourth], whole[0][row, :fourth], **EXACT)
+    assert float(jnp.abs(x[row, fourth:] - whole[0][row, fourth:]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["learned", "given"])
+def test_no_output_depends_on_a_later_byte(model, given):
+  """Bit for bit, wherever the rows are cut."""
+  boundaries = jax.random.bernoulli(jax.random.key(3), 0.4, TOKENS.shape) if given else None
+  options = dict(boundaries=boundaries) if given else {}
+  x, _ = forward(model, TOKENS, **options)
+  for t in (1, 6, TIME - 1):
+    changed, _ = forward(model, TOKENS.at[:, t].add(1) % 64, **options)
+    np.testing.assert_array_equal(changed[:, :t], x[:, :t])
+    assert float(jnp.abs(changed[:, t:] - x[:, t:]).max()) > 1e-3
+
+
+def test_decoding_byte_by_byte_gives_the_same_logits(model, whole):
+  """Rows step their inner stages at different times."""
+  state = model.empty_state(ROWS, TIME)
+  for t in range(TIME):
+    logits, state = step(model, TOKENS[:, t], state)
+    np.testing.assert_allclose(logits, whole[2][:, t], **EXACT)
+  np.testing.assert_array_equal(state.inner.length, whole[1][0].count)
+  np.testing.assert_array_equal(state.inner.inner.length, whole[1][1].count)
+
+
+def test_a_prompt_is_read_at_once_whatever_stands_behind_it(model, whole):
+  """Rows of different lengths: the state is that of each row's own last token, and goes on from there."""
+  lengths = jnp.array([5, 1, 12])
+  padded = jnp.where(jnp.arange(TIME) < lengths[:, None], TOKENS, 63)
+  logits, state = prefill(model, padded, lengths)
+  np.testing.assert_allclose(logits[:, 0], whole[2][jnp.arange(ROWS), lengths - 1], **EXACT)
+  for more in range(2):
+    logits, state = step(model, TOKENS[jnp.arange(ROWS), lengths + more], state)
+    np.testing.assert_allclose(logits, whole[2][jnp.arange(ROWS), lengths + more], **EXACT)
+
+
+def test_cuts_that_are_given_are_kept_in_steps_too(model):
+  given = jax.random.bernoulli(jax.random.key(4), 0.4, TOKENS.shape)
+  x, (outer, _) = forward(model, TOKENS, boundaries=given)
+  assert (outer.cut == given.at[:, 0].set(True)).all() and set(np.unique(outer.probability)) == {0.0, 1.0}
+  expected, state = model.logits(x), model.empty_state(ROWS, TIME)
+  for t in range(6):
+    logits, state = step(model, TOKENS[:, t], state, given[:, t])
+    np.testing.assert_allclose(logits, expected[:, t], **EXACT)
+
+
+def test_documents_in_a_row_are_as_if_they_were_alone_and_padding_is_never_cut(model, whole):
+  """Convolutions, states, attention, routing and smoothing all begin anew; the second one begins inside a chunk."""
+  starts = jnp.zeros((ROWS, TIME), bool).at[:, jnp.array([0, 5])].set(True)
+  lengths = jnp.array([9, TIME, 4])
+  x, (outer, inner) = forward(model, TOKENS, starts=starts, lengths=lengths)
+  second, _ = forward(model, jnp.roll(TOKENS, -5, axis=1))
+  np.testing.assert_allclose(x[1, :5], whole[0][1, :5], **EXACT)
+  np.testing.assert_allclose(x[1, 5:], second[1, :-5], **EXACT)
+  np.testing.assert_allclose(x[0, 5:9], second[0, :4], **EXACT)
+  assert bool(outer.cut[1, 5]) and not whole[1][0].cut[:, 5].all()
+  assert not outer.cut[0, 9:].any() and (outer.valid.sum(axis=1) == lengths).all()
+  np.testing.assert_array_equal(inner.valid.sum(axis=1), outer.count)
+
+
+def test_generation_is_the_argmax_of_the_whole_forward(small):
+  made = generate(small, TOKENS[:2, :7], jnp.array([7, 4]), tokens=4, decoder=DECODER)
+  row = np.asarray(TOKENS[1, :4]).tolist()
+  for _ in range(4):
+    padded = jnp.tile(jnp.array([row + [0] * (TIME - len(row))]), (ROWS, 1))
+    row.append(int(jnp.argmax(small.logits(forward(small, padded)[0])[0, len(row) - 1])))
+  assert made[1].tolist() == row[4:]
+  assert complete(small, [row[:4]], tokens=4, decoder=DECODER)[0].tokens == row[4:]
+
+
+def test_it_starts_as_the_code_of_the_paper_does():
+  """Branches that end in stage s: 0.02 over the root of the branches up to there; the other maps 0.02."""
+  config = HNetConfig("m2 [T1 m1 [T3] M1] m2", (64, 64, 128), (0, 64, 128), (1, 4, 4), ratios=(3.0, 3.0), head_dim=32)
+  model = jax.jit(lambda: HNet(config, jax.random.key(0)))()
+  spread = lambda linear: float(linear.weight[...].std())
+  outer, middle, main = model.stage, model.stage.inner, model.stage.inner.inner
+  assert abs(float(model.embedding[...].std()) - 1) < 0.05 and abs(spread(model.head) / 0.02 - 1) < 0.05
+  expected = [
+    (outer.encoder.runs[0], 4),
+    (outer.decoder.runs[0], 4),
+    (middle.encoder.runs[1], 9),
+    (main.encoder.runs[0], 15),
+  ]
+  for run, branches in expected:
+    assert abs(spread(run.mixer.out) / (0.02 / branches**0.5) - 1) < 0.05
+    assert abs(spread(run.mixer.inputs) / 0.02 - 1) < 0.05
+  assert abs(spread(main.encoder.runs[0].mlp.down) / (0.02 / 15**0.5) - 1) < 0.05
+  np.testing.assert_array_equal(outer.chunker.q[...], np.eye(64))
+  assert main.pad.shape == (64,) and not main.pad[...].any() and middle.pad is None
+
+
+def test_a_layout_without_brackets_is_an_ordinary_network():
+  config = HNetConfig("m2 T1", (16,), (24,), (2,), (None,), (), **SHAPE)
+  model = random_model(config)
+  logits = model.logits(forward(model, TOKENS)[0])
+  state = model.empty_state(ROWS, TIME)
+  for t in range(3):
+    out, state = step(model, TOKENS[:, t], state)
+    np.testing.assert_allclose(out, logits[:, t], **EXACT)
+  assert len(config.stages) == 1 and state.inner is None
+
+
+def test_half_of_every_head_is_rotated():
+  cos, sin = rotations(dataclasses.replace(CONFIG, heads=(2, 2, 2)), 2, jnp.arange(5), jnp.float32)
+  turned = np.arange(5)[:, None] * 10000.0 ** (-np.arange(3) / 3)
+  np.testing.assert_allclose(cos, np.concatenate([np.cos(turned), np.ones((5, 3))], axis=1), atol=1e-6)
+  np.testing.assert_allclose(sin, np.concatenate([np.sin(turned), np.zeros((5, 3))], axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["smoothing", "straight_through"])
+def test_the_options_of_the_ablations_are_the_formulas(small, option):
+  """Without smoothing s = z; without the straight-through estimate y is multiplied by c. In steps too."""
+  other = jax.tree.map(lambda a: a, small)
+  other.stage.config = dataclasses.replace(SMALL, **{option: False})
+  stage, side = other.stage, Side(jnp.float32, None, None, None, None)
+  (x, (chunks,)), h = forward(other, TOKENS), stage.encoder(other.embed(TOKENS), side)[0]
+  cut = np.flatnonzero(chunks.cut[0])
+  z, *_ = stage.inner(h[:1, cut], None, None, None, How())
+  if option == "straight_through":
+    z = smooth(z, chunks.probability[:1, cut])
+  weight = 1.0 if option == "smoothing" else chunks.confidence[0, :, None]
+  y = weight * z[0, np.cumsum(chunks.cut[0]) - 1] + stage.chunker.around(h[0])
+  np.testing.assert_allclose(x[0], stage.decoder(y[None], side)[0][0], **EXACT)
+  logits, state, expected = None, other.empty_state(ROWS, TIME), other.logits(x)
+  for t in range(4):
+    logits, state = step(other, TOKENS[:, t], state)
+    np.testing.assert_allclose(logits, expected[:, t], **EXACT)
+
+
+def test_flops_are_counted_by_the_positions_that_reach_a_layer():
+  """By hand, for a Mamba-2 layer around a transformer's on a third of the positions."""
+  config = HNetConfig("m1 [T1] m1", (32, 64), (0, 96), (1, 2), ratios=(3.0,), vocab_size=256, head_dim=16, state=8)
+  mamba = 32 * (3 * 64 + 2 * 8 + 4) * 6 + 3 * (2 * 64 * (8 + 64) + 4 * 64 * 8)
+  transformer = 6 * (4 * 64 * 64 + 3 * 64 * 96) + 12 * 64 * (32 + 0)
+  between = 6 * 3 * 32 * 32
+  assert config.flops_per_token(96) == pytest.approx(6 * 32 * 256 + 2 * mamba + between + transformer / 3, rel=1e-9)
+  assert config.flops_per_token(96, (0.5,)) > config.flops_per_token(96)
+  assert config.depth == 3 and config.width == 32
+
+
+@pytest.mark.parametrize("kind", [HNet, Mamba2])
+def test_a_saved_model_comes_back(kind, small, tmp_path):
+  saved = small if kind is HNet else Mamba2(Mamba2Config(64, 2, 16, head_dim=8, state=4), jax.random.key(0))
+  hub.save(saved, tmp_path)
+  loaded = hub.load(tmp_path, kind=kind)
+  assert type(loaded) is kind and loaded.config == saved.config
+  jax.tree.map(np.testing.assert_array_equal, saved, loaded)
+  with pytest.raises(InputError, match=f"holds a {kind.__name__}, not a Transformer; load it by kind={kind.__name__}"):
+    hub.load(tmp_path)
+  assert hub.load(tmp_path, kind=kind, dtype="bfloat16").dtype == jnp.bfloat16
+  with pytest.raises(InputError, match="has no nanochat layout"):
+    hub.save(saved, tmp_path, layout="nanochat")
+
+
+def test_sixteen_bits_leave_routing_alone(model):
+  """Matrices of the layers are cast, what decides on cuts and the residual stream are not."""
+  half = cast(model, "bfloat16")
+  chunker = half.stage.chunker
+  assert {a.dtype for a in jax.tree.leaves(chunker)} == {jnp.dtype("float32")}
+  assert half.stage.encoder.runs[0].mixer.inputs.weight.dtype == jnp.bfloat16
+  x, chunks = jax.eval_shape(lambda half: half.chunked(TOKENS), half)
+  assert x.dtype == jnp.bfloat16 and chunks[0].probability.dtype == jnp.float32
+  labels = optimizers.labels(model)
+  assert set(jax.tree.leaves(labels.stage.chunker)) == {"gain"} and labels.stage.inner.inner.pad.get_value() == "gain"
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(layout="m4 [T2"), r"model.layout is 'm4 \[T2'; write it as"),
+    (dict(layout="x4"), "of m, M, t and T with numbers"),
+    (dict(layout="m0"), "write it as"),
+    (dict(widths=(16, 16)), "has 3 stages: give 3 entries"),
+    (dict(widths=(16, 8, 24)), "at least as wide as the one around it"),
+    (dict(ratios=(3.0,)), "give 2 entries"),
+    (dict(ratios=(3.0, 1.0)), "chunks have more than 1 position"),
+    (dict(heads=(2, 2, 5)), r"model.heads\[2\] x 4=20 must divide"),
+    (dict(mlp_widths=(0, 0, 24)), r"model.mlp_widths\[1\] is 0"),
+    (dict(windows=(3,)), "model.windows is"),
+    (dict(routing="best"), "model.routing is 'best'"),
+    (dict(head_dim=7), "head_dim=7 must divide"),
+  ],
+)
+def test_impossible_shapes_are_named(change, message):
+  with pytest.raises(InputError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+def test_requests_that_do_not_fit_are_named(model):
+  with pytest.raises(InputError, match="the model has 2 stages with chunks"):
+    model(TOKENS, capacities=(4,))
+  flat = HNetConfig("m1", (16,), (0,), (0,), ratios=(), vocab_size=64, head_dim=8)
+  with pytest.raises(InputError, match="no stage with chunks"):
+    HNet(flat, jax.random.key(0))(TOKENS, boundaries=TOKENS > 3)
+  with pytest.raises(InputError, match="the prompt has 14 tokens, the capacity is 5"):
+    model.prefill(TOKENS, capacity=5)

@@ -1,0 +1,148 @@
+"""The loss on how much is cut, rates by stage, capacities and the rules of the baselines are those of the papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
+
+from jaxlab.core.checks import InputError
+from jaxlab.data import byte_level, packing
+from jaxlab.models import HNet, HNetConfig
+from jaxlab.sequence import hnet
+from jaxlab.training import losses, optimizers
+from jaxlab.training.loop import train
+from tests.common import random_model, random_tokens
+
+CONFIG = HNetConfig("m1 [T1] m1", (16, 24), (0, 20), (0, 2), ratios=(3.0,), head_dim=8, state=4, chunk=4)
+TIME = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def batch():
+  return {"inputs": random_tokens(2, TIME, 256), "targets": random_tokens(2, TIME, 256, seed=1)}
+
+
+def test_the_ratio_loss_is_one_at_its_aim_and_its_gradient_is_that_of_g_alone():
+  """d/dG = N/(N-1) (N F - 1); F, a count, has none. Numbers by finite differences in float64."""
+  with jax.enable_x64(True):
+    cut = jnp.arange(12) % 4 == 0
+    aim = hnet.ratio_loss(jnp.full((1, 12), 0.25), cut[None], 4.0)
+    np.testing.assert_allclose(aim, 1, rtol=1e-12)
+    for kept, ratio in ((cut, 6.0), (jnp.ones(12, bool), 3.0), (jnp.arange(12) == 0, 6.0)):
+      p, f = jnp.linspace(0.1, 0.9, 12)[None], float(kept.mean())
+      loss = lambda p: hnet.ratio_loss(p, kept[None], ratio)  # noqa: B023
+      slope = (loss(p + 1e-6) - loss(p - 1e-6)) / 2e-6
+      np.testing.assert_allclose(slope, ratio / (ratio - 1) * (ratio * f - 1), rtol=1e-6)
+      np.testing.assert_allclose(jax.grad(loss)(p), slope / 12, rtol=1e-6)
+
+
+def test_padding_has_no_part_in_it():
+  p, cut = jnp.array([[1.0, 0.2, 0.9, 0.3]]), jnp.array([[True, False, True, False]])
+  valid = jnp.array([[True, True, False, False]])
+  np.testing.assert_allclose(hnet.ratio_loss(p, cut, 3.0, valid), hnet.ratio_loss(p[:, :2], cut[:, :2], 3.0), rtol=1e-6)
+
+
+def test_rates_of_stages_are_those_of_the_papers_table():
+  shape = lambda widths, ratios: HNetConfig(
+    {1: "m4 [T22] m4", 2: "m4 [T1m4 [T27] m4T1] m4"}[len(ratios)],
+    widths,
+    (0, 4096, 5504)[: len(widths)],
+    (16, 16, 16)[: len(widths)],
+    ratios=ratios,
+  )
+  np.testing.assert_allclose(hnet.multipliers(shape((1024, 1536), (6.0,))), (2.63, 0.88), atol=0.005)
+  np.testing.assert_allclose(hnet.multipliers(shape((1024, 1536, 2048), (3.0, 3.0))), (3.03, 1.43, 0.71), atol=0.006)
+
+
+def test_a_step_moves_each_stage_by_its_own_rate_and_only_matrices_decay(model):
+  """Adam's first update is its rate, whatever the gradient; zero gradients leave the decay alone."""
+  factors = (2.0, 0.5)
+  made = hnet.optimizer(CONFIG, 1e-2, steps=10, factors=factors, warmup=0.0, weight_decay=0.1)
+  update = jax.jit(lambda grads: made.update(grads, made.init(model), model)[0])
+  decay = update(jax.tree.map(jnp.zeros_like, model))
+  moved = jax.tree.map(jnp.subtract, update(jax.tree.map(jnp.ones_like, model)), decay)
+  inner, outer = moved.stage.inner, moved.stage
+  for tree, factor in (
+    (inner, 0.5),
+    (outer.encoder, 2.0),
+    (outer.chunker, 2.0),
+    (moved.embedding, 2.0),
+    (moved.head, 2),
+  ):
+    for leaf in jax.tree.leaves(tree):
+      np.testing.assert_allclose(leaf, -1e-2 * factor, rtol=1e-3)
+  same = lambda a, b, factor: np.testing.assert_allclose(a, -1e-3 * factor * b, rtol=1e-4, atol=1e-9)
+  same(decay.stage.chunker.q[...], model.stage.chunker.q[...], 2.0)
+  same(decay.stage.inner.encoder.runs[0].mlp.up.weight[...], model.stage.inner.encoder.runs[0].mlp.up.weight[...], 0.5)
+  kept = optimizers.by_name(lambda name: name, model)
+  still = [name for name, leaf in zip(jax.tree.leaves(kept), jax.tree.leaves(decay), strict=True) if not leaf.any()]
+  assert {name.rpartition(".")[2] for name in still} == {"gain", "bias", "conv_bias", "dt_bias", "a_log", "skip", "pad"}
+
+
+def test_gradients_reach_the_router_through_smoothing_through_confidence_and_through_the_ratio(model, batch):
+  loss = hnet.loss_of(CONFIG, TIME, slack=None)
+  gradient = jax.jit(jax.grad(lambda model: loss(model, batch, 0, None)[1]["nats"]))(model)
+  assert float(jnp.abs(gradient.stage.chunker.q[...]).max()) > 1e-6
+  value, metrics = jax.jit(loss)(model, batch, 0, None)
+  x, (chunks,) = model.chunked(batch["inputs"])
+  nats = losses.mean_loss(losses.token_losses(model, (x, None), batch["targets"]), batch["targets"])
+  ratio = hnet.ratio_loss(chunks.probability, chunks.cut, 3.0)
+  np.testing.assert_allclose(value, nats + 0.03 * ratio, rtol=1e-5)
+  np.testing.assert_allclose(metrics["share_0"], chunks.cut.mean(), rtol=1e-5)
+  assert metrics["overflow_0"] == 0
+
+
+def test_the_loss_demotes_and_says_how_much(model, batch):
+  with pytest.raises(InputError, match="slack is 0"):
+    hnet.capacities(CONFIG, TIME, slack=0)
+  assert hnet.capacities(CONFIG, 2048) == (1024,) and hnet.capacities(CONFIG, TIME) == (TIME,)
+  two = HNetConfig("m1[m1[m1]m1]m1", (8,) * 3, (0,) * 3, (0,) * 3, ratios=(3.0, 3.0), head_dim=8)
+  assert hnet.capacities(two, 2048, slack=2.0, multiple=32) == (1376, 480)
+  tight = hnet.loss_of(CONFIG, TIME, slack=0.5, cutter=hnet.every(2))
+  hnet.capacities(CONFIG, TIME, slack=0.5, multiple=1)
+  _, metrics = jax.eval_shape(tight, model, batch, 0, None)
+  assert {"nats", "share_0", "probability_0", "overflow_0"} <= set(metrics)
+
+
+@given(arrays(np.uint8, (1, 12)))
+def test_spaces_are_those_of_spacebyte(ids):
+  like = lambda b: not (chr(b).isalnum() and b < 128) and not 0x80 <= b < 0xC0
+  expected = [(like(b) and not (t and like(ids[0, t - 1]))) or b == byte_level.BOS for t, b in enumerate(ids[0])]
+  assert hnet.at_spaces(jnp.asarray(ids, jnp.int32))[0].tolist() == expected
+
+
+def test_a_sentence_is_cut_at_its_spaces_and_every_third_byte():
+  ids = jnp.asarray(byte_level.encode("A man, old."), jnp.int32)[None]
+  assert np.flatnonzero(hnet.at_spaces(ids)[0]).tolist() == [1, 5, 10]
+  assert np.flatnonzero(hnet.every(3)(ids)[0]).tolist() == [0, 3, 6, 9]
+
+
+def test_a_users_own_text_trains_in_three_lines(tmp_path):
+  """The share that is cut comes down from where it starts, and the loss falls."""
+  small = HNet(CONFIG, jax.random.key(0))
+  rows = packing.training_rows(byte_level.tokens_of(["the cat sat on the mat. " * 20] * 3), row=32, seed=0)
+  seen = []
+  loss, made = hnet.loss_of(CONFIG, 32, slack=None), hnet.optimizer(CONFIG, 1e-2, steps=30)
+  options = dict(steps=30, workdir=tmp_path, compute_dtype="float32", progress=seen.append)
+  train(small, packing.batches(rows, 8), loss, made, **options)
+  assert seen[-1]["nats"] < seen[0]["nats"] - 1 and seen[-1]["share_0"] < seen[0]["share_0"]
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: hnet.ratio_loss(jnp.ones((1, 2)), jnp.ones((1, 2), bool), 1.0), "ratio is 1.0; chunks have more than 1"),
+    (lambda: hnet.optimizer(CONFIG, 1e-3, steps=2, factors=(1.0,)), "2 stages: give one for each"),
+    (lambda: hnet.every(0), "size is 0"),
+  ],
+)
+def test_bad_requests_are_named(call, message):
+  with pytest.raises(InputError, match=message):
+    call()
