@@ -410,7 +410,7 @@ def chelsea(
     return out, (*memory[: view.layer], mine, *memory[view.layer + 1 :])
 
   def plan(prompt: int):
-    """As `ready` and `attend` do it: all whole chunks of the prompt at once, later every chunk as soon as it is there."""
+    """As `ready` and `attend` do it: all whole chunks of the prompt at once, later every chunk that is full."""
     begin = max(0, prompt - sink - recent) // chunk * chunk
     used, each = kept(begin, keep, chunk, rounds), kept(chunk, keep, chunk, rounds)
     if used < begin:

@@ -1,9 +1,9 @@
 """How a method makes a sequence's cache smaller where it lies in pages: what the serving engine needs to know of it.
 
-Entries of a sequence lie in its pages in the order of time. At certain numbers of computed tokens some of them, the same
-in every layer and head, give way to fewer; those behind them move up, and whole pages become free. Which these are is
-known beforehand, from the length of the prompt alone, so that one table of pages serves all layers and nothing has to be
-read back. An entry may stand for several tokens: its weight in the softmax is multiplied by its size.
+Entries of a sequence lie in its pages in the order of time. At certain numbers of computed tokens some of them, the
+same in every layer and head, give way to fewer; those behind them move up, and whole pages become free. Which these are
+is known beforehand, from the length of the prompt alone, so that one table of pages serves all layers and nothing has
+to be read back. An entry may stand for several tokens: its weight in the softmax is multiplied by its size.
 """
 
 from collections.abc import Callable

@@ -253,8 +253,8 @@ def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape, mesh: 
 
 @functools.lru_cache(maxsize=1024)
 def compiled_compaction(layer, pages_per_row: int, room: int, how: Callable, mesh: Mesh | None = None):
-  """`compact_pages` compiled for a layer's arrays, given by their shapes: (pools, table, target, numbers) -> pools, which
-  are overwritten. One program serves all layers."""
+  """`compact_pages` compiled for a layer's arrays, given by their shapes: (pools, table, target, numbers) -> pools,
+  which are overwritten. One program serves all layers."""
   program = functools.partial(compact_pages, room=room, how=how)
   if mesh:
     whole, placed = PartitionSpec(), tensor_parallel.PLACED

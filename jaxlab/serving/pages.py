@@ -71,7 +71,7 @@ class Pages:
           self._free.append(page)
 
   def exchange(self, pages: Sequence[int], count: int) -> list[int] | None:
-    """So many pages for these, some of which may be among them; None if there are not enough, and nothing is changed."""
+    """So many pages for these, which may be among them; None if there are not enough, and nothing is changed."""
     if count > self.free + sum(self.holders[page] == 1 for page in pages):
       return None
     self.release(pages)
