@@ -41,9 +41,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       dtype=pick(cpu="float32", gpu="bfloat16"),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
       parts=pick(
-        test=("losses", "questions", "mergings", "similarity", "speed"),
-        cpu=("mergings", "questions", "similarity", "losses"),
-        gpu=("speed", "losses", "questions", "mergings", "similarity"),
+        test=("losses", "questions", "mergings", "similarity", "speed", "serving"),
+        cpu=("mergings", "questions", "similarity", "losses", "serving"),
+        gpu=("speed", "losses", "questions", "mergings", "similarity", "serving"),
       ),
       # chunk: tokens merged among themselves; sink, recent: those kept as they are.
       method=dict(chunk=pick(test=16, cpu=64, gpu=128), sink=4, recent=pick(test=16, cpu=32, gpu=128)),
@@ -87,6 +87,20 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           batch=pick(test=2, cpu=8, gpu=32),
         ),
         chunks=pick(cpu=(), gpu=(32, 256)),
+      ),
+      # Questions that all wait; the cache has room for `sequences` of them as they are.
+      serving=dict(
+        task="multi_key",
+        length=pick(test=176, cpu=512, gpu=4096),
+        answer=pick(test=12, cpu=64, gpu=256),
+        requests=pick(test=4, cpu=16, gpu=256),
+        sequences=pick(test=1, cpu=4, gpu=32),
+        rows=pick(test=4, cpu=16, gpu=128),
+        budget=pick(test=36, cpu=128, gpu=1024),
+        chunks=pick(test=2, cpu=4, gpu=8),
+        part=pick(test=16, cpu=32, gpu=64),
+        page=pick(test=8, cpu=16, gpu=32),
+        repetitions=pick(test=2, cpu=3, gpu=5),
       ),
       similarity=dict(tokens=pick(test=64, cpu=512, gpu=4096), documents=pick(test=1, cpu=4, gpu=8)),
       speed=dict(

@@ -5,7 +5,6 @@ are made, and ends with their rate on stderr. Mistakes end in one line and exit 
 """
 
 import argparse
-import ast
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ import jax
 
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.command import Parser, cache_folder
-from jaxlab.evaluation.methods import subject
+from jaxlab.evaluation.methods import named, subject
 from jaxlab.models import hub
 from jaxlab.models.generate import stream
 from jaxlab.models.text import chat_prompt, raw_prompt, require_stops, text_pieces, until
@@ -71,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
   require(
     room >= options.tokens, f"the prompt leaves room for {max(room, 0)} tokens, not {options.tokens}; set --tokens"
   )
-  name, method = _method(options.method)
+  name, method = named(options.method) if options.method is not None else (None, {})
   network, _, decoder = subject(model, name, **method)
   stretches = stream(
     network,
@@ -112,22 +111,6 @@ class _Clock:
       return first
     (start, before), (end, _) = later[1], later[-1]
     return f"{first}, {(made - before) / (end - start):.1f} tokens/s"
-
-
-def _method(text: str | None) -> tuple[str | None, dict]:
-  """("snlp", {"layers": 8}) of "snlp,layers=8"."""
-  if text is None:
-    return None, {}
-  name, *rest = text.split(",")
-  options = {}
-  for part in rest:
-    key, equals, value = part.partition("=")
-    require(bool(key and equals and value), f"--method has {part!r}; its options are NAME=VALUE")
-    try:
-      options[key] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      options[key] = value
-  return name, options
 
 
 if __name__ == "__main__":

@@ -6,15 +6,19 @@ A module here is a part of the run.
 import functools
 from pathlib import Path
 
+import numpy as np
+
 from experiments import results
-from experiments.chelsea import quality, speed
+from experiments.chelsea import quality, serving, speed
 from experiments.chelsea.decoders import DENSE, formula
 from experiments.chelsea.drawing import pictures
 from experiments.chelsea.quality import SEEN
+from experiments.chelsea.serving import CHELSEA
 from experiments.long_context import by_model, subject_names, subjects
 from experiments.results import Claim
 
-LOSSES, QUESTIONS, MERGINGS, SIMILARITY, SPEED = "losses", "questions", "mergings", "similarity", "speed"
+LOSSES, QUESTIONS, MERGINGS, SIMILARITY = "losses", "questions", "mergings", "similarity"
+SPEED, SERVING = "speed", "serving"
 _TITLES = dict(streaming_llm="StreamingLLM", h2o="H2O", snapkv="SnapKV", keydiff="KeyDiff")
 
 
@@ -36,6 +40,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     QUESTIONS: (kept(QUESTIONS, quality.questions_of), asked),
     MERGINGS: (kept(MERGINGS, quality.mergings_of), called[:1]),
     SIMILARITY: (kept(SIMILARITY, quality.similarity_of), called),
+    SERVING: (kept(SERVING, serving.serving_of), asked),
   }
   return by_model(config, workdir, called, measures, {SPEED: lambda: speed.measure(config, console)})
 
@@ -44,7 +49,8 @@ def claims(config, metrics: dict) -> list[Claim]:
   made = loss_claims(config, metrics) if LOSSES in metrics else []
   made += question_claims(config, metrics) if QUESTIONS in metrics else []
   made += merging_claims(metrics[MERGINGS]) if MERGINGS in metrics else []
-  return made + (speed_claims(config, metrics[SPEED]) if SPEED in metrics else [])
+  made += speed_claims(config, metrics[SPEED]) if SPEED in metrics else []
+  return made + (serving_claims(metrics[SERVING]) if SERVING in metrics else [])
 
 
 def added(rows: list[dict]) -> dict[str, float]:
@@ -153,6 +159,25 @@ def speed_claims(config, found: dict) -> list[Claim]:
   ]  # fmt: skip
 
 
+def serving_claims(by_model: dict) -> list[Claim]:
+  gain = {name: np.array(found[CHELSEA]["rates"]) / found[DENSE]["rates"] for name, found in by_model.items()}
+  worst = min(gain, key=lambda name: np.median(gain[name]))
+  whole = by_model[worst][DENSE]
+  says = lambda found: (
+    f"{found['most']} at once ({found['mean']:.3g} on average), {np.median(found['rates']):.3g} tokens/s, "
+    f"{found['preempted']} preempted, {100 * found['right']:.3g} % of answers right"
+  )
+  return [
+    Claim(
+      "How many times as many tokens a second are served from the same bytes of cache, worst model", "x", "higher",
+      ours=float(np.median(gain[worst])), threshold=2.0, paper=4.0,
+      spread=tuple(np.percentile(gain[worst], [10, 90]).tolist()),
+      baseline=f"whole caches, {np.median(whole['rates']):.3g} tokens/s",
+      note="; ".join(f"{worst}, {_TITLES.get(who, who)}: {says(found)}" for who, found in by_model[worst].items()),
+    )
+  ]  # fmt: skip
+
+
 def finding(config, metrics: dict) -> str:
   said = []
   if LOSSES in metrics:
@@ -163,6 +188,9 @@ def finding(config, metrics: dict) -> str:
     said.append(f"{lost.ours:.3g} points of answers are lost at worst, {won.ours:+.3g} against the best rival's")
   if SPEED in metrics:
     said.append(f"a layer decodes {speed_claims(config, metrics[SPEED])[0].ours:.3g}x as fast at a fifth (paper 3.19x)")
+  if SERVING in metrics:
+    (claim,) = serving_claims(metrics[SERVING])
+    said.append(f"from the same bytes {claim.ours:.3g}x as many tokens a second are served (paper up to 4x)")
   return f"Of entries merged to {config.keep:.0%}: {'; '.join(said)}."
 
 

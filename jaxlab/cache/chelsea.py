@@ -15,6 +15,7 @@ The paper's text was not at hand: schedule and weighting are reconstructions.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.core.checks import require, require_choice
 from jaxlab.kernels.paged_attention import combine, gpu, paged_attention
 from jaxlab.models import paged
+from jaxlab.models.compaction import Compaction, Compactor
 from jaxlab.models.inference import Network
 
 PARTITIONS = ("alternating", "halves", "random")
@@ -407,7 +409,25 @@ def chelsea(
     out = jnp.concatenate([*out], axis=1)[:, :time]
     return out, (*memory[: view.layer], mine, *memory[view.layer + 1 :])
 
-  return paged.Method(attend, empty=empty, ready=ready, pooled=not during_prefill)
+  def plan(prompt: int):
+    """As `ready` and `attend` do it: all whole chunks of the prompt at once, later every chunk that is full."""
+    begin = max(0, prompt - sink - recent) // chunk * chunk
+    used, each = kept(begin, keep, chunk, rounds), kept(chunk, keep, chunk, rounds)
+    if used < begin:
+      yield Compaction(prompt, sink, begin, used, begin)
+    if each == chunk:
+      return
+    for end in itertools.count(sink + recent + begin + chunk, chunk):
+      yield Compaction(end, sink + used, chunk, each, chunk)
+      used += each
+
+  def compact(keys, values, size):
+    made = merging(Entries(keys, values, size), keep=keep, chunk=chunk, rounds=rounds)
+    return made if size_bias else made._replace(size=jnp.ones_like(made.size))
+
+  uniform = not (skip_layers or during_prefill or most)
+  in_pages = Compactor(plan, compact) if uniform else None
+  return paged.Method(attend, empty=empty, ready=ready, pooled=not during_prefill, in_pages=in_pages)
 
 
 def _whole_pages(places: int) -> int:

@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.cache.chelsea import Entries, attend_entries
 from jaxlab.core.checks import require
 from jaxlab.models import paged
+from jaxlab.models.compaction import Compaction, Compactor
+from jaxlab.models.generate import power_of_two
 from jaxlab.models.inference import Network
 
 _FAR = 2.0**22  # more than any position; float32 tells the sums of two and a position apart
@@ -247,7 +249,24 @@ def _method(
       mine = dataclasses.replace(mine, score=mine.score + weight)
     return out, (*memory[: view.layer], mine, *memory[view.layer + 1 :])
 
-  return paged.Method(attend, empty, ready)
+  in_pages = _in_pages(score, keep) if look is None and not slide and not callable(keep) else None
+  return paged.Method(attend, empty, ready, in_pages=in_pages)
+
+
+def _in_pages(score: Callable, keep: float) -> Compactor:
+  """What `ready` does, for scores that take nothing but the keys."""
+
+  def plan(prompt: int):
+    left = max(1, math.floor(keep * prompt))
+    if left < prompt:
+      yield Compaction(prompt, 0, prompt, left, power_of_two(prompt))
+
+  def compact(keys, values, size):
+    worth = jnp.where(size > 0, score(keys[None, None], None, (size > 0).sum()[None])[0, 0], -jnp.inf)
+    _, at = jax.lax.top_k(worth, len(worth))
+    return keys[at], values[at], size[at]
+
+  return Compactor(plan, compact)
 
 
 def _require_share(keep: float) -> None:

@@ -7,6 +7,7 @@ One that changes weights is `lambda model, **options: plain(changed(model, **opt
 `plain(model, attention)`.
 """
 
+import ast
 import functools
 import inspect
 from collections.abc import Callable
@@ -122,18 +123,14 @@ def _seer(config: TransformerConfig, *, gate: str = "", tau: float = 5e-4, recen
   return made.selectors(tau=tau, recent=recent)
 
 
+CACHES = {"chelsea": chelsea, **eviction.METHODS}
 PAGED = {
   "dense": lambda: paged.DENSE,
   "compact_attention": compact,
   "quoka": quoka,
   "dhsa": _dhsa,
   "sliding_window": dhsa.sliding_window,
-  "chelsea": chelsea,
-  "streaming_llm": eviction.streaming_llm,
-  "h2o": eviction.h2o,
-  "snapkv": eviction.snapkv,
-  "pyramidkv": eviction.pyramidkv,
-  "keydiff": eviction.keydiff,
+  **CACHES,
 }
 SELECTORS = {
   "flash_prefill": selection.flash_prefill,
@@ -190,6 +187,36 @@ def over_pages(
   chunk = -(-model.config.context // page) * page if method.whole else prefill_chunk
   after = make(decode, "decode") if decode else None
   return Subject(inference.take_apart(model), None, paged.decoder(method, decode=after, chunk=chunk, page=page))
+
+
+def cache_method(name: str, **options) -> paged.Method:
+  """One of `CACHES` with its options, for `serving.Engine`.
+
+  Raises:
+    InputError: no such method, no such option, or one of another kind; and what the method itself raises.
+  """
+  require_choice("method", name, CACHES)
+  known = inspect.signature(CACHES[name]).parameters
+  for option, value in options.items():
+    require_choice(f"an option of method {name}", option, _knobs(CACHES[name]))
+    default = known[option].default
+    kinds = {type(None): (int, str), float: (float, int)}.get(type(default), type(default))
+    require(isinstance(value, kinds), f"method {name} has {option}={value!r:.80}; it must be a value like {default}")
+  return CACHES[name](**options)
+
+
+def named(text: str) -> tuple[str, dict]:
+  """("snlp", {"layers": 8}) of "snlp,layers=8", as commands have it."""
+  name, *rest = text.split(",")
+  options = {}
+  for part in rest:
+    key, equals, value = part.partition("=")
+    require(bool(key and equals and value), f"--method has {part!r}; its options are NAME=VALUE")
+    try:
+      options[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      options[key] = value
+  return name, options
 
 
 def _knobs(function: Callable) -> list[str]:

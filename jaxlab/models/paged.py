@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
+from jaxlab.models.compaction import Compactor
 from jaxlab.models.generate import Decoder
 from jaxlab.models.inference import Network, Pair, before_smear, last_of, run_layers
 
@@ -92,6 +93,7 @@ class Method(NamedTuple):
     ready: (network, state, time) -> state, once prompts of up to `time` tokens are read; it may drop the pools.
     whole: a prompt has to be read as one chunk.
     pooled: False where the method keeps all keys and values in its memory: no pools are made.
+    in_pages: the same method for sequences that share pages, as `serving.Engine` has them; None: there is no such form.
   """
 
   attend: Callable = attend_densely
@@ -99,6 +101,7 @@ class Method(NamedTuple):
   ready: Callable = lambda network, state, time: state
   whole: bool = False
   pooled: bool = True
+  in_pages: Compactor | None = None
 
 
 DENSE = Method()
@@ -325,7 +328,7 @@ def kernel_takes(q, keys, window: int | None) -> bool:
   return jax.default_backend() == "gpu" and window is None and gpu.supports(q, keys[0])
 
 
-def attend_pages(q, keys, values, table, *, start, window: int | None = None, places=None):
+def attend_pages(q, keys, values, table, *, start, window: int | None = None, places=None, sizes=None):
   """Causal attention of new tokens over paged keys: by a kernel on a GPU, else some pages at a time, so that there is
   no score matrix of the whole context. Where the kernel is used there is no derivative.
 
@@ -335,6 +338,7 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
     start: int32[] or int32[batch]; window: as in `AttentionFn`.
     places: int32[batch, pages_per_row], position of the first entry of every page, ascending, for tables that leave
       pages out; these are not read by the kernel. By default pages follow each other.
+    sizes: float32[kv_heads, pages, page], tokens that every entry stands for, numbers everywhere; None: one each.
 
   Returns:
     (attention like q; its log-sum-exp, float32[batch, time, q_heads]). Pages past the last position are not read.
@@ -346,7 +350,7 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
   if places is None and kernel_takes(q, keys, window):
     count = jnp.stack([start // page, (start + time - 1) // page + 1], axis=1)
     by_head = lambda a: jnp.repeat(a[:, None], kv_heads, axis=1)
-    return attend_tables(q, keys, values, by_head(table), by_head(count), start)
+    return attend_tables(q, keys, values, by_head(table), by_head(count), start, sizes=sizes)
   each = min(max(1, _KEYS // page), table.shape[1])
   groups = -(-table.shape[1] // each)
   if places is None:
@@ -374,6 +378,8 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
     score = jnp.where(see, score, _LOWEST)
     top = jnp.maximum(m, score.max(axis=-1))
     weight = jnp.where(see, jnp.exp(score - top[..., None]), 0)
+    if sizes is not None:
+      weight *= jnp.swapaxes(sizes[:, here], 0, 1).reshape(batch, kv_heads, 1, 1, each * page)
     fade = jnp.exp(m - top)
     sums = jnp.einsum("bkgts,kbsd->bkgtd", weight.astype(value.dtype), value, preferred_element_type=wide)
     return fade[..., None] * o + sums, top, fade * l + weight.sum(axis=-1)

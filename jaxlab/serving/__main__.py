@@ -18,7 +18,8 @@ import jax
 from jaxlab.core.checks import InputError, require, require_choice, require_counts
 from jaxlab.core.command import Parser, cache_folder
 from jaxlab.core.mesh import make_mesh
-from jaxlab.models import hub
+from jaxlab.evaluation.methods import cache_method, named
+from jaxlab.models import hub, paged
 from jaxlab.models.vocabulary import load_vocabulary
 from jaxlab.serving.engine import Engine
 from jaxlab.serving.policies import POLICIES
@@ -84,6 +85,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add("--rows", type=int, default=32, help="sequences that run at once (%(default)s)")
   add("--budget", type=int, help="tokens of a step, more than --rows (256, or twice --rows where that is more)")
   add("--length", type=int, help="tokens of a request, prompt and answer (the model's context)")
+  add("--method", metavar="NAME,OPTION=VALUE,...", help="make caches smaller by a method: chelsea,keep=0.25,chunk=64")
   add("--queue", type=int, default=256, help="sequences that may wait (%(default)s)")
   add("--policy", default="sarathi", help=f"{', '.join(POLICIES)} (%(default)s)")
   add("--timeout", type=float, default=600, help="seconds that a request may take (%(default)s)")
@@ -107,18 +109,20 @@ def _serve(options: argparse.Namespace) -> None:
     1 <= options.tensor <= jax.device_count(), f"--tensor is {options.tensor}; there are {jax.device_count()} devices"
   )
   require(options.queue >= 0, f"--queue is {options.queue}; it must be at least 0")
+  method = paged.DENSE if options.method is None else _method(options.method)
   listening = _listen(options.host, options.port)  # before minutes of loading and compiling
   vocabulary = load_vocabulary(options.model)
   dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   model = hub.load(options.model, dtype=dtype)
   engine = Engine(
     model,
-    pages=_pages(model, options),
+    pages=_pages(model, options, sized=method is not paged.DENSE),
     page=options.page,
     length=options.length,
     rows=options.rows,
     budget=budget,
     policy=options.policy,
+    method=method,
     salt=f"{options.model}, {dtype}",
     mesh=make_mesh({"tensor": options.tensor}, jax.devices()[: options.tensor]) if options.tensor > 1 else None,
   )
@@ -150,11 +154,18 @@ def _listen(host: str, port: int) -> socket.socket:
     raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}; take another --port") from None
 
 
-def _pages(model, options: argparse.Namespace) -> int:
-  """How many pages fit into the memory of a device that is given, or that there is."""
+def _method(text: str) -> paged.Method:
+  name, options = named(text)
+  return cache_method(name, **options)
+
+
+def _pages(model, options: argparse.Namespace, *, sized: bool) -> int:
+  """How many pages, of entries that have sizes or not, fit into the memory of a device that is given, or that there
+  is."""
   c = model.config
   heads = -(-c.kv_heads // options.tensor)
-  each = 2 * model.depth * heads * c.head_dim * options.page * jax.numpy.dtype(model.dtype).itemsize
+  entry = 2 * c.head_dim * jax.numpy.dtype(model.dtype).itemsize + 4 * sized
+  each = model.depth * heads * options.page * entry
   size = None if options.cache_gb is None else options.cache_gb * 1e9
   require(size is None or math.isfinite(size), f"--cache-gb is {options.cache_gb}; it must be a number")
   if size is None:

@@ -5,6 +5,7 @@ Shapes are static: a program is compiled for a number of rows of each kind, a ch
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.models import inference, paged, tensor_parallel
+from jaxlab.models.compaction import compact_pages
 from jaxlab.models.generate import COLDEST
 from jaxlab.models.inference import Network
 
@@ -38,6 +40,7 @@ class Rows(NamedTuple):
 
   Attributes:
     tokens: int32[rows, length]; start: int32[rows], their first position; count: int32[rows], how many are real.
+    gone: int32[rows], how many fewer entries than tokens there are before them: the first one's is start - gone.
     table: int32[rows, pages_per_row], page 0 where a row has no page.
     temperature, top_p, min_p: float32[rows]; top_k, seed, number: int32[rows]; top_k and min_p are 0 and top_p is 1 for
       all, number that of the token that is drawn.
@@ -47,6 +50,7 @@ class Rows(NamedTuple):
   tokens: np.ndarray
   start: np.ndarray
   count: np.ndarray
+  gone: np.ndarray
   table: np.ndarray
   temperature: np.ndarray
   top_p: np.ndarray
@@ -65,14 +69,14 @@ def blank(rows: int, length: int, pages_per_row: int) -> tuple[np.ndarray, Rows]
   return packed, made
 
 
-_SINGLE = 8  # numbers of a row that are no list
+_SINGLE = 9  # numbers of a row that are no list
 
 
 def split(packed, length: int) -> Rows:
   """The rows that lie in an array of `blank`, of the host or the device; reals lie there by their bits."""
   tokens, targets, table = packed[:, :length], packed[:, length : 2 * length], packed[:, 2 * length : -_SINGLE]
-  start, count, top_k, seed, number, *reals = packed[:, -_SINGLE:].T
-  return Rows(tokens, start, count, table, *map(_reals, reals), top_k, seed, number, targets)
+  start, count, gone, top_k, seed, number, *reals = packed[:, -_SINGLE:].T
+  return Rows(tokens, start, count, gone, table, *map(_reals, reals), top_k, seed, number, targets)
 
 
 def _reals(a):
@@ -85,14 +89,15 @@ def drawn_of(packed: np.ndarray) -> tuple[np.ndarray, ...]:
   return token, _reals(logprob), best, _reals(of_best)
 
 
-def empty_pools(network: Network, pages: int, size: int, mesh: Mesh | None = None) -> tuple:
-  """Keys and values of every layer, (kv_heads, pages, size, head_dim) each; the heads of a split network's devices side
-  by side."""
+def empty_pools(network: Network, pages: int, size: int, mesh: Mesh | None = None, *, sized: bool = False) -> tuple:
+  """Keys and values of every layer, (kv_heads, pages, size, head_dim) each, and if `sized` the sizes of the entries,
+  float32[kv_heads, pages, size]; the heads of a split network's devices side by side."""
   c, dtype = network.model.config, network.model.dtype
   heads = c.kv_heads * (mesh.shape[tensor_parallel.AXIS] if mesh else 1)
   placed = NamedSharding(mesh, tensor_parallel.PLACED) if mesh else None
   store = lambda: jnp.zeros((heads, pages, size, c.head_dim), dtype, device=placed)
-  return tuple((store(), store()) for _ in network.blocks)
+  sizes = lambda: (jnp.zeros((heads, pages, size), jnp.float32, device=placed),) if sized else ()
+  return tuple((store(), store(), *sizes()) for _ in network.blocks)
 
 
 def sample_rows(logits, rows):
@@ -133,15 +138,15 @@ def _limited(logits, rows):
 
 
 def forward(network: Network, pools, decode, chunks):
-  """(output of the last layer of all tokens (n, 1, width), backout or None, pools with the new keys and values).
+  """(output of the last layer of all tokens (n, 1, width), backout or None, pools with the new entries).
 
   Tokens are those of `decode`'s rows, then those of `chunks`', row after row.
   """
   parts = [part for part in (decode, chunks) if len(part.tokens)]
   size = pools[0][0].shape[2]
   flat = lambda of: jnp.concatenate([of(part).reshape(-1) for part in parts])
-  place = lambda part: part.start[:, None] + jnp.arange(part.tokens.shape[1])
-  at = flat(place)
+  place = lambda part: (part.start - part.gone)[:, None] + jnp.arange(part.tokens.shape[1])
+  at = flat(lambda part: part.start[:, None] + jnp.arange(part.tokens.shape[1]))
 
   def page_of(part):
     wanted = place(part) // size
@@ -149,18 +154,20 @@ def forward(network: Network, pools, decode, chunks):
     real = (jnp.arange(part.tokens.shape[1]) < part.count[:, None]) & (wanted < part.table.shape[1])
     return jnp.where(real, known, 0)  # padding goes to the page that nobody reads
 
-  pages, offset = flat(page_of), at % size
+  pages, offset = flat(page_of), flat(place) % size
   x, side, _ = network.model.embed(flat(lambda part: part.tokens)[:, None], paged.State((), None, at, (), None))
   pools = list(pools)
 
   def attend(layer, block, x, q, k, v, window):
     write = lambda pool, new: pool.at[:, pages, offset].set(jnp.swapaxes(new[:, 0], 0, 1).astype(pool.dtype))
-    pools[layer] = keys, values = tuple(map(write, pools[layer], (k, v)))
+    pools[layer] = tuple(map(write, pools[layer], (k, v, jnp.ones(k.shape[:-1]))))
+    keys, values, sizes = (*pools[layer], None)[:3]
     found, begin = [], 0
     for part in parts:
       rows, length = part.tokens.shape
       mine = q[begin : begin + rows * length].reshape(rows, length, *q.shape[2:])
-      out, _ = paged.attend_pages(mine, keys, values, part.table, start=part.start, window=window)
+      first = part.start - part.gone
+      out, _ = paged.attend_pages(mine, keys, values, part.table, start=first, window=window, sizes=sizes)
       found.append(out.reshape(rows * length, 1, *q.shape[2:]))
       begin += rows * length
     return jnp.concatenate(found)
@@ -217,8 +224,12 @@ def compiled(network: Network, pools, pages_per_row: int, shape: Shape, mesh: Me
   The step `run`, compiled; the pools are overwritten. With a mesh the network is one that `tensor_parallel.split` made.
   """
   leaves, structure = jax.tree.flatten(network)
-  shaped = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
   return _compiled(structure, tuple(map(shaped, leaves)), jax.tree.map(shaped, pools), pages_per_row, shape, mesh)
+
+
+def shaped(a) -> jax.ShapeDtypeStruct:
+  """What a program has to know of an array."""
+  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
 
 
 @functools.lru_cache(maxsize=128)
@@ -238,3 +249,15 @@ def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape, mesh: 
     program = jax.shard_map(program, mesh=mesh, **specs, check_vma=False)  # what is drawn is the same on all
   rows, _ = zip(blank(shape.decode, 1, pages_per_row), blank(shape.chunks, length, pages_per_row), strict=True)
   return jax.jit(program, donate_argnums=1).lower(list(leaves), pools, *rows).compile()
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled_compaction(layer, pages_per_row: int, room: int, how: Callable, mesh: Mesh | None = None):
+  """`compact_pages` compiled for a layer's arrays, given by their shapes: (pools, table, target, numbers) -> pools,
+  which are overwritten. One program serves all layers."""
+  program = functools.partial(compact_pages, room=room, how=how)
+  if mesh:
+    whole, placed = PartitionSpec(), tensor_parallel.PLACED
+    program = jax.shard_map(program, mesh=mesh, in_specs=(placed, *[whole] * 3), out_specs=placed, check_vma=False)
+  row = np.zeros(pages_per_row, np.int32)
+  return jax.jit(program, donate_argnums=0).lower(layer, row, row, np.zeros(3, np.int32)).compile()

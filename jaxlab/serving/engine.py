@@ -11,6 +11,7 @@ the rounding of products of other shapes.
 """
 
 import concurrent.futures
+import itertools
 import math
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlab.core.checks import require, require_choice, require_counts
-from jaxlab.models import inference, tensor_parallel
+from jaxlab.models import inference, paged, tensor_parallel
 from jaxlab.models.generate import power_of_two
 from jaxlab.models.transformer import Transformer
 from jaxlab.serving import batch, policies
@@ -42,13 +43,15 @@ class Engine:
     steps: tokens that are made in one call where nobody reads or waits.
     policy: a name of `policies.POLICIES` or a function of that kind.
     prefix: pages of prompts are shared with later prompts that begin alike.
+    method: one that makes the cache of a sequence smaller once its prompt has been read and while tokens are made: what
+      it is as `decode` of `paged.decoder`. Nobody shares what it made.
     salt: as in `Pages`.
     clock: seconds; a test's may stand still.
     mesh: devices that share the heads and neurons of every layer, along `tensor` (`models.tensor_parallel`).
 
   Raises:
-    InputError: sizes out of range, no room for a single page a row, or a model that cannot be served, or not by these
-      devices.
+    InputError: sizes out of range, no room for a single page a row, a method without a form in pages, or a model that
+      cannot be served, or not by these devices or this method.
   """
 
   def __init__(
@@ -65,6 +68,7 @@ class Engine:
     steps: int = 8,
     policy: str | Callable = "sarathi",
     prefix: bool = True,
+    method: paged.Method = paged.DENSE,
     salt: str = "",
     clock: Callable[[], float] = time.monotonic,
     mesh: Mesh | None = None,
@@ -80,25 +84,34 @@ class Engine:
       self.network = jax.jit(inference.take_apart)(model) if isinstance(model, Transformer) else model
     c = self.network.model.config
     require(not c.smear, "models that smear embeddings cannot be served yet; use jaxlab.generate")
+    self._compactor = method.in_pages
+    require(
+      method == paged.DENSE or self._compactor,
+      "this method, with these options, keeps what pages of one table cannot hold; use jaxlab.generate",
+    )
     self.pages = Pages(pages, page, salt=salt, index=prefix)
     self._watermark = max(1, pages // 100)
     room = (pages - 1 - self._watermark) * page
     self.length = min(c.context if length is None else length, room)
     require(self.length >= 2, f"{pages} pages of {page} tokens have no room for a request; raise pages")
+    require(
+      not self._compactor or all(window is None or window >= self.length for window in c.windows),
+      "layers of this model look back a window, in which entries would have to keep their places; take no method",
+    )
     self.policy = policies.POLICIES[policy] if isinstance(policy, str) else policy
     self.rows, self.budget, self.chunks, self.steps, self.clock = rows, budget, chunks, steps, clock
     self.part = min(part, budget - rows)
     self.waiting: deque[Served] = deque()
     self.running: list[Served] = []
     self.ended: list[Served] = []  # since `take_ended`
-    self.counters = dict(steps=0, tokens=0, padding=0, preempted=0, reused=0, programs=0)
+    self.counters = dict(steps=0, tokens=0, padding=0, preempted=0, reused=0, compacted=0, programs=0)
     self._of_id: dict[str, Served] = {}
     self._added = 0
     self._table = -(-self.length // page)
     self.mesh = mesh
-    self._pools = batch.empty_pools(self.network, pages, page, mesh)
+    self._pools = batch.empty_pools(self.network, pages, page, mesh, sized=self._compactor is not None)
     self._leaves = jax.tree.leaves(self.network)
-    self._programs: dict[Shape, Callable] = {}
+    self._programs: dict[Shape | int, Callable] = {}
     self._memory: dict = {}  # the policy's
 
   @property
@@ -126,7 +139,10 @@ class Engine:
     """
     require(request.id not in self._of_id, f"a request named {request.id!r:.80} is served already")
     self.check(request)
-    served = Served(request, list(request.prompt), order=self._added)
+    last = len(request.prompt) + request.tokens - 1  # tokens that are ever computed
+    plan = self._compactor.plan(len(request.prompt)) if self._compactor else ()
+    compactions = tuple(itertools.takewhile(lambda c: c.at < last, plan))
+    served = Served(request, list(request.prompt), order=self._added, compactions=compactions)
     self._added += 1
     self._of_id[request.id] = served
     self.waiting.append(served)
@@ -150,7 +166,7 @@ class Engine:
 
   def warm_up(self, *, score: bool = False) -> int:
     """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
-    shapes = self._shapes(score)
+    shapes = [*self._shapes(score), *self._rooms()]
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
       list(threads.map(self._compiled, shapes))
     for shape in shapes:
@@ -173,6 +189,7 @@ class Engine:
       now,
       self._memory,
     )
+    self._compact(view)
     waiting = set(self.waiting)
     plan = self.policy(view)
     policies.check(plan, view)
@@ -186,13 +203,37 @@ class Engine:
     return self._run(plan, steps)
 
   def _steps(self, view: policies.View, plan: policies.Plan) -> int:
-    """Several tokens at once where nobody reads or waits, and the pages are there."""
-    if plan.chunks or self.waiting or self.steps == 1:
+    """Several tokens at once where nobody reads or waits, no cache is to become smaller on the way, and the pages are
+    there."""
+    near = min((s.limit - s.computed for s in plan.decode), default=0)
+    if plan.chunks or self.waiting or self.steps == 1 or near < self.steps:
       return 1
     longest = max(s.request.tokens - s.made for s in plan.decode)
     steps = self.steps if longest > 1 else 1
     ahead = lambda s: min(len(s.tokens) + steps - 1, len(s.request.prompt) + s.request.tokens)
     return steps if all([view.hold(s, ahead(s)) for s in plan.decode]) else 1
+
+  def _compact(self, view: policies.View) -> None:
+    """Makes the caches smaller that are due; where pages are missing the sequence that came last gives its own up."""
+    size = self.pages.size
+    for served in list(self.running):
+      while served.computed == served.limit:
+        due = served.compactions[served.compacted]
+        stay = due.first // size  # pages before it, whoever holds them too
+        wanted = -(-served.most(max(served.reserved, served.computed + 1), done=1) // size)
+        fresh = self.pages.exchange(served.pages[stay:], wanted - stay)
+        if fresh is None:
+          view.preempt(self.running[-1])
+          self.counters["preempted"] += 1
+          continue
+        table, target = np.zeros((2, self._table), np.int32)
+        table[: len(served.pages)], target[stay:wanted] = served.pages, fresh
+        program, numbers = self._program(due.room), np.array([due.first, due.count, due.kept], np.int32)
+        self._pools = tuple(program(layer, table, target, numbers) for layer in self._pools)
+        served.pages[stay:] = fresh
+        served.gone += due.count - due.kept
+        served.compacted += 1
+        self.counters["compacted"] += 1
 
   def _run(self, plan: policies.Plan, steps: int) -> list[Event]:
     score = any(s.request.score and not s.made for s, _ in plan.chunks)
@@ -234,7 +275,7 @@ class Engine:
     rows.tokens[i, :count] = served.tokens[first : first + count]
     after = served.tokens[first + 1 : first + count + 1]
     rows.targets[i, : len(after)] = after
-    rows.start[i], rows.count[i] = first, count
+    rows.start[i], rows.count[i], rows.gone[i] = first, count, served.gone
     rows.table[i, : len(served.pages)] = served.pages
     rows.temperature[i] = sampling.temperature
     rows.top_p[i] = 1 if sampling.top_p is None else sampling.top_p
@@ -262,7 +303,7 @@ class Engine:
 
   def _publish(self, served: Served) -> None:
     full = served.computed // self.pages.size
-    if full > served.published:
+    if full > served.published and not served.compacted:
       self.pages.publish(served.tokens[: full * self.pages.size], served.pages, served.published)
       served.published = full
 
@@ -274,13 +315,17 @@ class Engine:
     del self._of_id[served.request.id]
     self.ended.append(served)
 
-  def _program(self, shape: Shape) -> Callable:
+  def _program(self, shape: Shape | int) -> Callable:
     if shape not in self._programs:
       self._programs[shape] = self._compiled(shape)
       self.counters["programs"] += 1
     return self._programs[shape]
 
-  def _compiled(self, shape: Shape) -> Callable:
+  def _compiled(self, shape: Shape | int) -> Callable:
+    """A step of this shape, or a compaction of this room."""
+    if isinstance(shape, int):
+      layer = jax.tree.map(batch.shaped, self._pools[0])
+      return batch.compiled_compaction(layer, self._table, shape, self._compactor.compact, self.mesh)
     return batch.compiled(self.network, self._pools, self._table, shape, self.mesh)
 
   def _fitting(self, decode: int, pieces: int, steps: int, score: bool) -> Shape:
@@ -303,3 +348,8 @@ class Engine:
       for scored in {False, score}
     }
     return decoding | reading
+
+  def _rooms(self) -> set[int]:
+    """What compactions are compiled for."""
+    plans = map(self._compactor.plan, range(1, self.length)) if self._compactor else ()
+    return {c.room for plan in plans for c in itertools.takewhile(lambda c: c.at < self.length - 1, plan)}

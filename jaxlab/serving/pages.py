@@ -70,6 +70,13 @@ class Pages:
         else:
           self._free.append(page)
 
+  def exchange(self, pages: Sequence[int], count: int) -> list[int] | None:
+    """So many pages for these, which may be among them; None if there are not enough, and nothing is changed."""
+    if count > self.free + sum(self.holders[page] == 1 for page in pages):
+      return None
+    self.release(pages)
+    return self.take(count)
+
   def match(self, tokens: Sequence[int]) -> list[int]:
     """The published pages that hold the longest beginning of the tokens, held once more each.
 

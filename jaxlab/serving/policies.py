@@ -63,7 +63,7 @@ class View:
 
   def hold(self, sequence: Served, tokens: int) -> bool:
     """Sees to it that the sequence has pages for its first `tokens` positions; False where there are not enough."""
-    missing = -(-tokens // self.pages.size) - len(sequence.pages)
+    missing = -(-(tokens - sequence.gone) // self.pages.size) - len(sequence.pages)
     if missing <= 0:
       return True
     pages = self.pages.take(missing)
@@ -80,13 +80,13 @@ class View:
       return None
     sequence = self.waiting[0] if sequence is None else sequence
     # Scores are of every prompt token: such a request computes all of it.
-    known = [] if sequence.request.score else self.pages.match(sequence.tokens)
+    known = [] if sequence.request.score else self.pages.match(sequence.tokens[: sequence.limit])
     longest = len(sequence.request.prompt) + sequence.request.tokens if whole else len(sequence.tokens) + 1
-    needed = -(-longest // self.pages.size) - len(known)
+    needed = -(-sequence.most(longest) // self.pages.size) - len(known)
     if self.pages.free - needed < self.watermark:
       self.pages.release(known)
       return None
-    sequence.pages = known + self.pages.take(needed)
+    sequence.pages, sequence.reserved = known + self.pages.take(needed), longest
     sequence.computed, sequence.published = len(known) * self.pages.size, len(known)
     self.waiting.remove(sequence)
     self.running.append(sequence)
@@ -95,8 +95,7 @@ class View:
 
   def preempt(self, sequence: Served) -> None:
     """Takes the pages back; the sequence waits in front, its tokens so far a prompt."""
-    self.pages.release(sequence.pages)
-    sequence.pages, sequence.computed, sequence.published = [], 0, 0
+    self.pages.release(sequence.reset())
     self.running.remove(sequence)
     self.waiting.appendleft(sequence)
 
@@ -118,7 +117,7 @@ def _decodes(view: View, plan: Plan) -> None:
 
 def _chunk(view: View, plan: Plan, sequence: Served) -> bool:
   """Reads as much of a sequence as the budget has left; False where that is nothing."""
-  count = min(sequence.pending, view.room(plan))
+  count = min(sequence.readable, view.room(plan))
   if count < 1 or len(plan.chunks) >= view.chunks:
     return False
   plan.chunks.append((sequence, count))
@@ -181,8 +180,10 @@ def orca(view: View) -> Plan:
   """
   plan = Plan()
   _decodes(view, plan)
+  for sequence in _reading(view, plan):  # what was made before it was preempted
+    _chunk(view, plan, sequence)
   while len(plan.chunks) < view.chunks and view.waiting:
-    length, room = len(view.waiting[0].tokens), view.room(plan)
+    length, room = view.waiting[0].readable, view.room(plan)
     require(length <= room or plan.decode or plan.chunks, f"a prompt of {length} tokens is read whole; raise budget")
     if length > room or (sequence := view.admit(whole=True)) is None:
       break
@@ -312,7 +313,7 @@ def check(plan: Plan, view: View) -> None:
   require(set(members) <= set(view.running), "a policy planned a sequence that is not running; admit it first")
   require(all(s.pending == 1 for s in plan.decode), "a policy decodes a sequence whose prompt is not read")
   require(
-    all(1 <= count <= s.pending for s, count in plan.chunks), "a policy reads more tokens of a sequence than it has"
+    all(1 <= count <= s.readable for s, count in plan.chunks), "a policy reads more tokens of a sequence than it has"
   )
   require(
     len(plan.chunks) <= view.chunks and view.room(plan) >= 0,

@@ -5,6 +5,9 @@ import math
 from collections.abc import Sequence
 
 from jaxlab.core.checks import require
+from jaxlab.models.compaction import Compaction
+
+_NEVER = 2**62  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Served:
   Attributes:
     tokens: prompt and what was made; order: of those that came.
     computed: how many tokens have their keys and values in the pages.
-    pages: in the order of their positions; published: how many were, from the first on.
+    pages: in the order of their entries; published: how many were, from the first on.
+    reserved: tokens that it was given pages for when it was admitted.
+    compactions: of its cache, all there can be; compacted: how many have been; gone: entries that they have taken away.
     finish: how it ended, as in `Event`, or "abort".
     times: when the request was first scheduled, then when each token was read.
   """
@@ -80,6 +85,10 @@ class Served:
   computed: int = 0
   pages: list[int] = dataclasses.field(default_factory=list)
   published: int = 0
+  reserved: int = 0
+  compactions: tuple[Compaction, ...] = ()
+  compacted: int = 0
+  gone: int = 0
   finish: str | None = None
   scheduled: float = math.nan
   times: list[float] = dataclasses.field(default_factory=list)
@@ -94,6 +103,31 @@ class Served:
   def pending(self) -> int:
     """Tokens whose keys and values are still to be worked out: one of a sequence that decodes."""
     return len(self.tokens) - self.computed
+
+  @property
+  def limit(self) -> int:
+    """Tokens that may be computed before the cache has to become smaller."""
+    return self.compactions[self.compacted].at if self.compacted < len(self.compactions) else _NEVER
+
+  @property
+  def readable(self) -> int:
+    """Pending tokens that may be read at once."""
+    return min(len(self.tokens), self.limit) - self.computed
+
+  def most(self, tokens: int, *, done: int = 0) -> int:
+    """Entries that there are at most, from the next `done` compactions on until so many tokens are computed."""
+    most, gone = 0, self.gone
+    for i, c in enumerate(self.compactions[self.compacted :]):
+      if c.at >= tokens:
+        break
+      most, gone = max(most, c.at - gone if i >= done else 0), gone + c.count - c.kept
+    return max(most, tokens - gone)
+
+  def reset(self) -> list[int]:
+    """The pages, which it gives up: all is to be computed again."""
+    pages, self.pages = self.pages, []
+    self.computed = self.published = self.compacted = self.gone = 0
+    return pages
 
 
 @dataclasses.dataclass(frozen=True)

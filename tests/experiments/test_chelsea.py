@@ -16,12 +16,15 @@ def test_everything_is_measured_once(tiny_checkpoint, tmp_path, monkeypatch):
   config.data.split = "train"
   report = run_and_continue("chelsea", tmp_path, monkeypatch, "subjects", "speed.measure", config=config)
   results.write(report, config, tmp_path, 1.0, "command")
-  assert list(report.metrics["losses"]) == [tiny_checkpoint.name] and len(report.claims) == 11
+  assert list(report.metrics["losses"]) == [tiny_checkpoint.name] and len(report.claims) == 12
   rows = {row["decoder"]: row for row in report.metrics["losses"][tiny_checkpoint.name]}
   assert set(rows) == {"dense", "Chelsea 0.25", "snapkv"}
   # Of 96 tokens 4 and 28 as they are, 64 as 16.
   assert rows["Chelsea 0.25"]["entries"] == 48 / 96 and rows["dense"]["difference"] == 0
   kl = {way: row["kl"] for way, row in report.metrics["mergings"][tiny_checkpoint.name].items()}
+  served = report.metrics["serving"][tiny_checkpoint.name]
+  assert served["Chelsea"]["most"] > served["dense"]["most"] and served["Chelsea"]["compacted"] >= 4
+  assert served["dense"]["compacted"] == 0 and served["Chelsea"]["pages"] < served["dense"]["pages"]
   assert min(kl.values()) > 0 and set(kl) == set(config_file.COMPARED)
 
 

@@ -87,6 +87,23 @@ def test_attention_reads_pages_by_the_table_and_nothing_past_the_rows(window, ke
   np.testing.assert_allclose(total, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [4, 512])
+def test_an_entry_counts_for_as_many_tokens_as_its_size_says(keys, monkeypatch):
+  """As if it stood there that often; 0: not at all. Read a page at a time, and all at once."""
+  monkeypatch.setattr(paged, "_KEYS", keys)
+  rng, count = np.random.default_rng(0), np.array([1, 3, 2, 0, 1, 1, 4, 1])
+  make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  pool, q, table = [make(2, 6, 4, 8) for _ in range(2)], make(1, 1, 4, 8), jnp.array([[5, 2]])
+  sizes = np.zeros((2, 6, 4), np.float32)
+  sizes[:, [5, 2]] = count.reshape(2, 4)
+  out, total = paged.attend_pages(q, *pool, table, start=7, sizes=jnp.asarray(sizes))
+  k, v = (np.repeat(paged.rows(a, table), count, axis=2) for a in pool)
+  plain = dot_product_attention(q, *(np.swapaxes(a, 1, 2) for a in (k, v)), start=count.sum() - 1)
+  np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-5)
+  score = np.einsum("kgd,knd->kgn", q.reshape(2, 2, 8), k[0]) / 8**0.5
+  np.testing.assert_allclose(total.reshape(2, 2), jax.nn.logsumexp(score, axis=-1), rtol=1e-5)
+
+
 def test_no_score_matrix_of_the_whole_context_is_kept():
   q, pool, table = problem(time=64, page=64, pages=64)
   lowered = jax.jit(functools.partial(paged.attend_pages, start=4032)).lower(q, *pool, table)

@@ -12,12 +12,13 @@ from jaxlab.serving.pages import Pages
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.booleans())
 def test_pages_are_held_as_a_plain_account_says(seed, index):
-  """Random takes, matches, publications and releases, 400 each: no page belongs to two but by sharing, none is lost."""
+  """400 random takes, exchanges, matches, publications and releases: no page belongs to two but by sharing, none is
+  lost."""
   rng, pages = np.random.default_rng(seed), Pages(12, 2, index=index)
   held: list[tuple[list[int], list[int]]] = []  # (pages, tokens)
   known: dict[tuple, int] = {}  # all tokens up to a page's end -> page, where it may still be known
   for _ in range(400):
-    act = rng.integers(4)
+    act = rng.integers(5)
     if act == 0:
       count, free = int(rng.integers(1, 5)), pages.free
       taken = pages.take(count)
@@ -34,6 +35,18 @@ def test_pages_are_held_as_a_plain_account_says(seed, index):
       pages.publish(tokens, mine)
       for i, page in enumerate(mine if index else ()):
         known.setdefault(tuple(tokens[: 2 * i + 2]), page)
+    elif act == 4 and held:
+      mine, tokens = held[rng.integers(len(held))]
+      count, alone = int(rng.integers(1, len(mine) + 2)), [p for p in mine if pages.holders[p] == 1]
+      state = pages.free, pages.holders.tolist()
+      new = pages.exchange(mine, count)
+      assert (new is None) == (count > state[0] + len(alone))
+      if new is None:
+        assert state == (pages.free, pages.holders.tolist())
+      else:
+        known = {tokens: page for tokens, page in known.items() if page not in new}
+        held.append((new, rng.integers(0, 2, 2 * count).tolist()))
+        held.remove((mine, tokens))
     elif act == 3:
       tokens = rng.integers(0, 2, int(rng.integers(1, 9))).tolist()
       found = pages.match(tokens)
