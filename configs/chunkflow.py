@@ -6,6 +6,11 @@ lengths have the paper's law, the model is small, and rivals are tuned: whole se
 without running layers again.
 
   python -m experiments.run --config=configs/chunkflow.py:cpu --workdir=runs/chunkflow
+
+A checkpoint of one's own, fine-tuned on whole documents at long context and written as a folder:
+
+  python -m experiments.run --config=configs/chunkflow.py:gpu --workdir=runs/mine --config.model=hf:DIR \
+      --config.data.path='texts/*.txt' --config.tuning.length=65536
 """
 
 import ml_collections
@@ -30,6 +35,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="chunkflow",
       scale=scale,
       seed=0,
+      model="",  # a hub name, or hf:DIR: that one alone is fine-tuned by `tuning`
       data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, gpu=8192)),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       attention=pick(cpu="", gpu="cudnn"),  # implementation of jax.nn.dot_product_attention
@@ -70,5 +76,24 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         keeps=pick(test=(1, 2), cpu=(1, 2, 4, 8, 16)),
         limits=pick(test=(256,), cpu=(32_768,)),  # tokens whose activations the last stage may hold, C * K
       ),
+      tuning=dict(  # of config.model
+        parameters="all",  # or "lora"
+        rank=8,
+        alpha=16,
+        length=pick(test=64, cpu=1024, gpu=65_536),  # longer documents are cut
+        chunk=pick(test=16, cpu=256, gpu=4096),
+        keep=1,
+        batch=pick(test=8, cpu=4, gpu=16),  # documents a step
+        steps=pick(test=2, cpu=20, gpu=200),
+        rate=pick(test=1e-3, cpu=1e-4, gpu=5e-5),
+        warmup=pick(test=1, cpu=2, gpu=10),
+        remat=pick(cpu="none", gpu="full"),
+        rope="llama3",  # frequencies where length is beyond the checkpoint's context: llama3, linear, none
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        checkpoint_every=100,
+        judged=pick(test=512, cpu=8192, gpu=262_144),  # tokens of held-out text
+      ),
+      save_dtype="bfloat16",
+      mesh=dict(data=-1),
     )
   )

@@ -30,9 +30,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       seeds=pick(cpu=1, gpu=3),
-      tasks=pick(
-        test=("coin", "letters"), cpu=("letters", "coin"), gpu=("letters", "coin", "swaps", "sums", "dates")
-      ),
+      tasks=pick(test=("coin", "letters"), cpu=("letters", "coin"), gpu=("letters", "coin", "swaps", "sums", "dates")),
       sizes=dict(  # least and most words, people, swaps, operations of a question
         letters=pick(cpu=(2, 3), gpu=(4, 6)),
         coin=pick(cpu=(2, 4), gpu=(3, 6)),

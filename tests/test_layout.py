@@ -25,6 +25,7 @@ OPEN = {  # not yet measured on a GPU; README's table says so
   "compositions", "concat_svd", "dataset_decomposition", "decomposed_prompting", "hnet", "maker", "nexus", "sarathi",
   "seco",
 }  # fmt: skip
+NEW = {"chunkflow", "daslam", "skip_thinking"}  # not yet measured at all
 RUNS = {f"{run['paper']}.{report.name_of(run)}": run for run in report.load()}
 # Larger means less work, or none, for these.
 INVERSE = ("rate", "checkpoint_every", "lengthscale", "share", "ridge", "ratio")
@@ -105,7 +106,7 @@ def test_a_committed_result_is_small_and_what_its_metrics_say(run):
 def test_every_paper_has_results_at_cpu_and_gpu():
   done = {(run["paper"], run["scale"]) for run in RUNS.values()}
   for paper in PAPERS:
-    assert (paper, "cpu") in done and ((paper, "gpu") in done) != (paper in OPEN)
+    assert ((paper, "cpu") in done) != (paper in NEW) and ((paper, "gpu") in done) != (paper in OPEN | NEW)
 
 
 def test_the_tree_stays_small():

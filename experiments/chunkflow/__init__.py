@@ -1,27 +1,37 @@
 """ChunkFlow: one chunk's memory for sequences of any lengths, beside padding, packing and whole sequences.
 
-A module here is a part of the run: `arms` has the ways to a global batch's gradient, `speed` times them and follows
-their losses, `pipeline` lets stages wait for each other in simulated time.
+With config.model one checkpoint is fine-tuned on whole documents, and nothing else. A module here is a part of the run:
+`arms` has the ways to a global batch's gradient, `speed` times them and follows their losses, `pipeline` lets stages
+wait for each other in simulated time.
 """
 
 import functools
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from experiments import figures, results
-from experiments.chunkflow import pipeline, speed
+from experiments import figures, long_finetuning, results
+from experiments.chunkflow import arms, pipeline, speed
 from experiments.chunkflow.arms import ARMS, WHOLE
 from experiments.report import rounded
 from experiments.results import Claim
-from experiments.text import load_text
+from experiments.text import Text, load_text
+from jaxlab.data import packing
+from jaxlab.sequence import chunkflow
 
+TUNED = long_finetuning.TUNED
 EXACT = tuple(name for name in ARMS if name not in ("one", "apart"))
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """Runs all parts; what the workdir holds is not measured again."""
   part = functools.partial(results.part, workdir)
+  if config.model:
+    attend = arms.attention(config)
+    gradient_of = lambda model_of: chunkflow.gradient(attend=attend, remat=config.tuning.remat, model_of=model_of)
+    how = (config, gradient_of, workdir, cache, console, documents)
+    return {TUNED: part(TUNED, lambda: long_finetuning.measure(*how))}
   tokens = load_text(config, cache).split("train")
   ids, vocabulary = tokens.ids, config.data.vocab_size
   found = {"agreement": part("agreement", lambda: speed.agreement(config, ids, vocabulary)), "speed": {}}
@@ -42,6 +52,15 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   return rounded(found)
 
 
+def documents(text: Text, t, seed: int):
+  """Batches of whole documents; those beyond t.length are cut into pieces of it, each behind a BOS."""
+  tokens = text.split("train")
+  pieces = zip(*packing.cut(tokens, t.length), strict=True)
+  row = lambda start, size: np.concatenate([[tokens.bos], tokens.ids[start : start + size]]).astype(np.int32)
+  rows = [packing.split_row(row(start, size)) for start, size in pieces]
+  return chunkflow.batches(rows, batch=t.batch, chunk=t.chunk, keep=t.keep, ranks=jax.device_count(), seed=seed)
+
+
 def contestants(config) -> dict[str, dict]:
   """{"arm remat chunk K": how}: rivals with and without running layers again, ChunkFlow at every (C, K)."""
   made = {f"{name} {remat}": dict(chunk=config.chunk, remat=remat) for name in WHOLE for remat in config.remats}
@@ -57,6 +76,8 @@ def fastest(rows: dict, name: str) -> tuple[str, dict]:
 
 
 def claims(config, metrics: dict) -> list[Claim]:
+  if TUNED in metrics:
+    return long_finetuning.claims(metrics[TUNED])
   longest = f"{max(config.longest)}"
   rows = metrics["speed"][longest]
   label, ours = fastest(rows, "chunkflow")
@@ -136,6 +157,8 @@ def claims(config, metrics: dict) -> list[Claim]:
 
 
 def finding(config, metrics: dict) -> str:
+  if TUNED in metrics:
+    return long_finetuning.finding(metrics[TUNED])
   longest = f"{max(config.longest)}"
   rows = metrics["speed"][longest]
   label, ours = fastest(rows, "chunkflow")
@@ -152,6 +175,8 @@ def finding(config, metrics: dict) -> str:
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  if TUNED in metrics:
+    return {}
   figure, (left, middle, right) = figures.subplots(3)
   for longest, rows in metrics["speed"].items():
     names = [name for name in ARMS if any(label.split()[0] == name for label in rows)]

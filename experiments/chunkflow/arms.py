@@ -35,8 +35,8 @@ class Arm(NamedTuple):
 
 
 def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") -> Arm:
-  """config.attention: the implementation of `jax.nn.dot_product_attention` for all of them."""
-  attend = functools.partial(jax.nn.dot_product_attention, implementation=config.attention or None)
+  """One of `ARMS`; all with the same attention."""
+  attend = attention(config)
   rows = functools.partial(_rows_loss, attend=attend, remat=remat)
   ways = chunkflow.gradient(attend=attend, remat=remat)
   add = {"rows": _adds(jax.value_and_grad(rows)), "chunks": _adds(functools.partial(_chunked, ways))}
@@ -52,6 +52,11 @@ def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") ->
     "apart": lambda sequences: _steps([piece for one in sequences for piece in _pieces(one, chunk)], chunk, 1),
   }
   return Arm(plans[name], add)
+
+
+def attention(config) -> Callable:
+  """`jax.nn.dot_product_attention`, by the implementation that config.attention names."""
+  return functools.partial(jax.nn.dot_product_attention, implementation=config.attention or None)
 
 
 def gradient(arm: Arm, model, sequences: Sequence[Batch]):
@@ -79,10 +84,10 @@ def _adds(value_and_grad):
 
 
 def _rows_loss(model, arrays, total, *, attend, remat):
-  def attention(q, k, v, *, window, start):
+  def causal(q, k, v, *, window, start):
     return attend(q, k, v, is_causal=True)
 
-  hidden = model.hidden(arrays["inputs"], attention=attention, remat=remat)
+  hidden = model.hidden(arrays["inputs"], attention=causal, remat=remat)
   return token_losses(model, hidden, arrays["targets"]).sum() / total
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from configs import chunkflow as config_file
 from experiments.chunkflow import arms, contestants, fastest, pipeline, speed
+from jaxlab.models import hub
 from jaxlab.sequence.chunkflow import Cost
 from tests.common import run_and_continue
 
@@ -73,3 +74,11 @@ def test_rivals_have_the_same_gradient_and_everything_is_measured_once(config, t
   assert max(value for name, value in apart.items() if name != "apart") < 1e-5 < 1e-3 < apart["apart"]
   losses = report.metrics["curves"]
   np.testing.assert_allclose(losses["chunkflow"]["loss"], losses["one"]["loss"], rtol=1e-4)
+
+
+def test_ones_own_checkpoint_is_tuned_on_whole_documents(tiny_checkpoint, tmp_path, monkeypatch):
+  made = config_file.get_config("test")
+  made.model, made.data.path, made.save_dtype = f"hf:{tiny_checkpoint}", "docs/**/*.md", "float32"
+  report = run_and_continue("chunkflow", tmp_path, monkeypatch, "long_finetuning.measure", config=made)
+  found = report.metrics["tuned"]
+  assert found["loss"]["after"] != found["loss"]["before"] and hub.load(tmp_path / "tuned").depth > 0
