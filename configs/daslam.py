@@ -39,7 +39,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       modulus=pick(cpu=5, gpu=31),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       solvers=pick(
-        test=dict(S=shape(1, 16), M=shape(1, 32)),
+        test=dict(S=shape(1, 16), M=shape(1, 16)),
         cpu=dict(S=shape(2, 48), M=shape(2, 64), L=shape(3, 96)),
         gpu=dict(S=shape(4, 128, 32), M=shape(6, 256, 32), L=shape(8, 512, 32)),
       ),

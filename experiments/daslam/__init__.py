@@ -17,7 +17,8 @@ from experiments.results import Claim
 from jaxlab.core.checks import require
 
 REWARDS = ("coverage", "consistency", "order", "proximity", "correct")
-ALL, OUTCOME = tuple((name, 1.0) for name in REWARDS), (("correct", 1.0),)
+ALL = dict.fromkeys(REWARDS, 1.0)
+OUTCOME = dict.fromkeys(REWARDS, 0.0) | {"correct": 1.0}
 TRAINED = "M"  # the solver that decomposers are trained with
 ARMS = {
   "taught": "taught alone",

@@ -69,7 +69,7 @@ def compact(tokens: Int[Array, "batch time"], mask: Bool[Array, "batch time"]) -
   return Text(jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], moved, 0), length)
 
 
-def problems(key: jax.Array, batch: int, modulus: int, least: int, most: int) -> Problem:
+def problems(key: jax.Array, batch: int, modulus: int, least: int | Array, most: int | Array) -> Problem:
   """Chains of `least` .. `most` steps, 0 .. 3 statements beside them, in any order."""
   keys = jax.random.split(key, 9)
   integers = lambda k, shape, low, high: jax.random.randint(k, shape, low, high)

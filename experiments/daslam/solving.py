@@ -103,7 +103,7 @@ def rewards(p: Problem, names, count, stated, attempt: Text, final: Text, modulu
   }
 
 
-@functools.partial(jax.jit, static_argnames=("count", "modulus", "depth", "condition", "least", "append_history"))
+@functools.partial(jax.jit, static_argnames=("count", "modulus", "condition", "least", "append_history"))
 def evaluated(
   solver,
   decomposer,
@@ -135,19 +135,21 @@ def evaluated(
   }
 
 
-@functools.partial(jax.jit, static_argnames=("count", "modulus", "depth", "samples"))
+@functools.partial(jax.jit, static_argnames=("count", "modulus"))
 def voted(solver, key, *, count: int, modulus: int, depth: int, samples: int) -> dict:
   """Self-consistency: the answer most of `samples` attempts at temperature 0.9 give."""
   keys = jax.random.split(key, 2)
   p = chain.problems(keys[0], count, modulus, depth, depth)
   prompt = asked(p, nothing(count), wanted(p)[0])
 
-  def one(votes, key):
-    text = solve(solver, prompt, key, 0.9)
+  def one(i, carry):
+    votes, lengths = carry
+    text = solve(solver, prompt, jax.random.fold_in(keys[1], i), 0.9)
     name, value = chain.stated(jnp.where(text.length[:, None] > 0, text.tokens, 0))
     counts = (name == wanted(p)[0]) & (value >= 0)
-    return votes + jax.nn.one_hot(jnp.where(counts, value, -1), modulus), text.length
+    return votes + jax.nn.one_hot(jnp.where(counts, value, -1), modulus), lengths + text.length
 
-  votes, lengths = jax.lax.scan(one, jnp.zeros((count, modulus)), jax.random.split(keys[1], samples))
+  none = jnp.zeros((count, modulus)), jnp.zeros(count, jnp.int32)
+  votes, lengths = jax.lax.fori_loop(0, samples, one, none)
   best = jnp.where(votes.max(axis=1) > 0, votes.argmax(axis=1), -1)
-  return {"right": (best == wanted(p)[1]).mean(), "tokens": lengths.sum(axis=0).mean()}
+  return {"right": (best == wanted(p)[1]).mean(), "tokens": lengths.mean()}

@@ -108,7 +108,7 @@ def both_jobs(config, workdir: Path, console) -> Transformer:
   return jax.tree.map(lambda a: a.astype(config.dtype), made)
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "modulus", "depths", "condition", "least", "weights"))
+@functools.partial(jax.jit, static_argnames=("batch", "modulus", "depths", "condition", "least"))
 def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, condition, least, weights):
   """(rollout, report) of `batch` questions; those the solver got right at once count nowhere."""
   keys = jax.random.split(key, 2)
@@ -123,7 +123,7 @@ def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, cond
   names, count = chain.parse(text, least)
   final, (stated, _), _ = solving.follow(solver, p, names, count)
   terms = solving.rewards(p, names, count, stated, attempt, final, modulus)
-  total = sum(weight * terms[name] for name, weight in weights)
+  total = sum(weights[name] * term for name, term in terms.items())
   mask = mask & live[:, None]
   advantages, returns = ppo.gae(ppo.token_rewards(logp, was, mask, beta, total), values, mask)
   share = lambda x: jnp.where(live, x, 0.0).sum() / jnp.maximum(live.sum(), 1)
@@ -132,8 +132,8 @@ def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, cond
   return ppo.Rollout(tokens, mask, logp, values, ppo.whiten(advantages, mask), returns), report
 
 
-def tuned(config, solver, start, condition: str, weights: tuple, seed: int, workdir: Path, console):
-  """(the decomposer after config.ppo.updates rounds of PPO from `start`, reports by round)."""
+def tuned(config, solver, start, condition: str, weights: dict, seed: int, workdir: Path, console):
+  """(the decomposer after config.ppo.updates rounds of PPO from `start`, reports by round); weights: of each reward."""
   t = config.ppo
   actor, reference = ppo.Actor(start), ppo.Actor(start)
   parts = [optax.clip_by_global_norm(1.0), optax.adam(t.rate)]

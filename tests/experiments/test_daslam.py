@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.daslam import chain, solving
+from experiments.daslam import chain, solving, training
+from jaxlab.models import Transformer, TransformerConfig
 from tests.common import run_and_continue
 
 MODULUS = 7
@@ -132,6 +133,15 @@ def _python_scan(step, carry, xs):
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
+  """By networks as they begin: that they can be taught is the training loop's to show."""
+
+  def fitted(config, t, shape, make, seed, workdir, console, title):
+    batch = next(training.Batches(make, seed))
+    assert batch["inputs"].shape == batch["targets"].shape and (batch["targets"] >= 0).any(axis=1).all()
+    sizes = shape.to_dict() | dict(vocab_size=chain.vocabulary(config.modulus), context=training.CONTEXT)
+    return Transformer(TransformerConfig(**sizes), jax.random.key(seed))
+
+  monkeypatch.setattr(training, "fitted", fitted)
   report = run_and_continue("daslam", tmp_path, monkeypatch, "judged", "votes", "thinned")
   assert len(report.claims) == 10 and set(report.metrics["rewards"]["ppo"]) >= {"coverage", "correct", "kl", "asked"}
   assert report.metrics["rewards"]["ppo"]["kl"][0] == pytest.approx(0, abs=1e-4)
