@@ -94,7 +94,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         length=pick(test=176, cpu=512, gpu=4096),
         answer=pick(test=12, cpu=64, gpu=256),
         requests=pick(test=4, cpu=16, gpu=256),
-        sequences=pick(test=1, cpu=4, gpu=32),
+        sequences=pick(test=2, cpu=4, gpu=32),
         rows=pick(test=4, cpu=16, gpu=128),
         budget=pick(test=36, cpu=128, gpu=1024),
         chunks=pick(test=2, cpu=4, gpu=8),

@@ -45,7 +45,9 @@ def compact_pages(pools, table, target, numbers, *, room: int, how: Callable) ->
   """The keys, values and sizes of one layer with a sequence's entries made fewer, in the pages of `target`.
 
   Args:
-    table, target: int32[pages_per_row], the sequence's pages before and after; page 0 where none is to be written.
+    pools: (kv_heads, pages, page, ...) each.
+    table, target: int32[width], pages of the sequence before and after, page 0 where there is none: either all, or
+      those from the same one on, to whose beginning `numbers` then counts.
     numbers: int32[3], (first, count, kept) of a `Compaction`; room and how: its room, and what its `Compactor` does.
   """
   first, count, kept = numbers

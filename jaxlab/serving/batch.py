@@ -252,12 +252,12 @@ def _compiled(structure, leaves, pools, pages_per_row: int, shape: Shape, mesh: 
 
 
 @functools.lru_cache(maxsize=1024)
-def compiled_compaction(layer, pages_per_row: int, room: int, how: Callable, mesh: Mesh | None = None):
-  """`compact_pages` compiled for a layer's arrays, given by their shapes: (pools, table, target, numbers) -> pools,
-  which are overwritten. One program serves all layers."""
+def compiled_compaction(layer, width: int, room: int, how: Callable, mesh: Mesh | None = None):
+  """`compact_pages` compiled for tables of `width` pages and a layer's arrays, given by their shapes: (pools, table,
+  target, numbers) -> pools, which are overwritten. One program serves all layers."""
   program = functools.partial(compact_pages, room=room, how=how)
   if mesh:
     whole, placed = PartitionSpec(), tensor_parallel.PLACED
     program = jax.shard_map(program, mesh=mesh, in_specs=(placed, *[whole] * 3), out_specs=placed, check_vma=False)
-  row = np.zeros(pages_per_row, np.int32)
+  row = np.zeros(width, np.int32)
   return jax.jit(program, donate_argnums=0).lower(layer, row, row, np.zeros(3, np.int32)).compile()

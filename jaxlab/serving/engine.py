@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import inference, paged, tensor_parallel
+from jaxlab.models.compaction import Compaction
 from jaxlab.models.generate import power_of_two
 from jaxlab.models.transformer import Transformer
 from jaxlab.serving import batch, policies
@@ -111,7 +112,7 @@ class Engine:
     self.mesh = mesh
     self._pools = batch.empty_pools(self.network, pages, page, mesh, sized=self._compactor is not None)
     self._leaves = jax.tree.leaves(self.network)
-    self._programs: dict[Shape | int, Callable] = {}
+    self._programs: dict[Shape | tuple[int, int], Callable] = {}
     self._memory: dict = {}  # the policy's
 
   @property
@@ -166,7 +167,7 @@ class Engine:
 
   def warm_up(self, *, score: bool = False) -> int:
     """Compiles the programs that can be needed, and returns how many there are: later steps compile nothing."""
-    shapes = [*self._shapes(score), *self._rooms()]
+    shapes = [*self._shapes(score), *self._compactions()]
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
       list(threads.map(self._compiled, shapes))
     for shape in shapes:
@@ -226,9 +227,12 @@ class Engine:
           view.preempt(self.running[-1])
           self.counters["preempted"] += 1
           continue
-        table, target = np.zeros((2, self._table), np.int32)
-        table[: len(served.pages)], target[stay:wanted] = served.pages, fresh
-        program, numbers = self._program(due.room), np.array([due.first, due.count, due.kept], np.int32)
+        width = self._width(due, served.computed - served.gone)
+        table, target = np.zeros((2, width), np.int32)
+        old, new = served.pages[stay:][:width], fresh[:width]
+        table[: len(old)], target[: len(new)] = old, new
+        numbers = np.array([due.first - stay * size, due.count, due.kept], np.int32)
+        program = self._program((due.room, width))
         self._pools = tuple(program(layer, table, target, numbers) for layer in self._pools)
         served.pages[stay:] = fresh
         served.gone += due.count - due.kept
@@ -315,17 +319,21 @@ class Engine:
     del self._of_id[served.request.id]
     self.ended.append(served)
 
-  def _program(self, shape: Shape | int) -> Callable:
+  def _width(self, due: Compaction, entries: int) -> int:
+    """Pages that a compaction of a sequence of so many entries reads, those before it left out; few different ones."""
+    return power_of_two(-(-entries // self.pages.size) - due.first // self.pages.size, 1)
+
+  def _program(self, shape: Shape | tuple[int, int]) -> Callable:
     if shape not in self._programs:
       self._programs[shape] = self._compiled(shape)
       self.counters["programs"] += 1
     return self._programs[shape]
 
-  def _compiled(self, shape: Shape | int) -> Callable:
-    """A step of this shape, or a compaction of this room."""
-    if isinstance(shape, int):
-      layer = jax.tree.map(batch.shaped, self._pools[0])
-      return batch.compiled_compaction(layer, self._table, shape, self._compactor.compact, self.mesh)
+  def _compiled(self, shape: Shape | tuple[int, int]) -> Callable:
+    """A step of this shape, or a compaction of this room in so many pages."""
+    if not isinstance(shape, Shape):
+      (room, width), layer = shape, jax.tree.map(batch.shaped, self._pools[0])
+      return batch.compiled_compaction(layer, width, room, self._compactor.compact, self.mesh)
     return batch.compiled(self.network, self._pools, self._table, shape, self.mesh)
 
   def _fitting(self, decode: int, pieces: int, steps: int, score: bool) -> Shape:
@@ -349,7 +357,12 @@ class Engine:
     }
     return decoding | reading
 
-  def _rooms(self) -> set[int]:
-    """What compactions are compiled for."""
-    plans = map(self._compactor.plan, range(1, self.length)) if self._compactor else ()
-    return {c.room for plan in plans for c in itertools.takewhile(lambda c: c.at < self.length - 1, plan)}
+  def _compactions(self) -> set[tuple[int, int]]:
+    """The rooms and widths that there can be."""
+    found = set()
+    for prompt in range(1, self.length if self._compactor else 1):
+      gone = 0
+      for due in itertools.takewhile(lambda c: c.at < self.length - 1, self._compactor.plan(prompt)):
+        found.add((due.room, self._width(due, due.at - gone)))
+        gone += due.count - due.kept
+    return found
