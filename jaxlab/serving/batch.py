@@ -151,8 +151,9 @@ def forward(network: Network, pools, decode, chunks):
   def page_of(part):
     wanted = place(part) // size
     known = jnp.take_along_axis(part.table, jnp.minimum(wanted, part.table.shape[1] - 1), axis=1)
-    real = (jnp.arange(part.tokens.shape[1]) < part.count[:, None]) & (wanted < part.table.shape[1])
-    return jnp.where(real, known, 0)  # padding goes to the page that nobody reads
+    # Padding fills the row's own places to come, where it has them: what a page held before, which may be no number,
+    # would else be read, with a weight of zero, by the tokens before. The rest goes to the page that nobody reads.
+    return jnp.where(wanted < part.table.shape[1], known, 0)
 
   pages, offset = flat(page_of), flat(place) % size
   x, side, _ = network.model.embed(flat(lambda part: part.tokens)[:, None], paged.State((), None, at, (), None))

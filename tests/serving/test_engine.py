@@ -98,10 +98,11 @@ def test_any_order_of_arrivals_and_ends(seed):
     assert made[r.id] == (expected()[r.id][: len(made[r.id])] if r.id in gone else expected()[r.id])
 
 
-def test_nobody_reads_the_page_of_padding_and_the_cache_is_not_copied():
+def test_nobody_reads_what_others_left_in_a_page_and_the_cache_is_not_copied():
+  """Not even what is no number, with a weight of zero."""
   engine = Engine(network(), **SMALL)
   engine.warm_up()
-  engine._pools = jax.tree.map(lambda a: a.at[:, 0].set(jnp.nan), engine._pools)
+  engine._pools = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), engine._pools)
   programs, address = len(engine._programs), engine._pools[0][0].unsafe_buffer_pointer()
   assert serve(engine, requests()) == expected()
   assert len(engine._programs) == programs, "a step compiled a program that warm_up had not"
