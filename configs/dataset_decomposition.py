@@ -21,7 +21,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (eight times the tokens, longer batches)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU), paper (more tokens, longer batches)."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
@@ -29,7 +29,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="dataset_decomposition",
       scale=scale,
       seed=0,  # of the documents
-      seeds=pick(test=(0,), cpu=(0, 1)),  # of parameters and order; those after the first for concat and grow_p2 alone
+      seeds=pick(test=(0,), cpu=(0, 1)),  # of parameters and order
       model="qwen3",
       shape=dict(
         depth=pick(test=1, cpu=3, gpu=8, paper=12),
@@ -49,10 +49,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sigma=1.2,
         whole=0.1,  # share of the chapters that are left whole
       ),
-      tokens=pick(test=6000, cpu=256_000, gpu=200_000_000, paper=1_600_000_000),  # of all documents
+      tokens=pick(test=6000, cpu=256_000, gpu=110_000_000, paper=1_600_000_000),  # of all documents
       low=pick(test=4, cpu=5, gpu=8),  # sequences have 2^low .. 2^high tokens
       high=pick(test=6, cpu=9, gpu=13),
-      batch_tokens=pick(test=512, cpu=512, gpu=131_072, paper=524_288),
+      batch_tokens=pick(test=512, cpu=512, gpu=65_536, paper=524_288),
       schedule=dict(cycles=pick(test=2, cpu=8), token_weighted=True),
       arms=("concat", "concat_masked", "best_fit_masked", "uniform", "grow_p2"),
       shares=pick(test=(1.0,), cpu=(0.5, 1.0), gpu=(0.25, 0.5, 1.0)),  # of the documents; rates are chosen on the first
