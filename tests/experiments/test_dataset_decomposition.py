@@ -179,7 +179,9 @@ def test_a_loss_that_falls_with_the_logarithm_of_time_is_reached_when_it_says(fa
 def test_the_rate_is_the_best_on_the_validation_split():
   config = config_file.get_config("cpu")
   loss = dict(zip(config.train.rates, (3.0, 2.5, 2.7), strict=True))
-  runs = {run_name("concat", 0.25, rate, 0): {"validation": {"mean": value}} for rate, value in loss.items()}
+  runs = {
+    run_name("concat", config.shares[0], rate, 0): {"validation": {"mean": value}} for rate, value in loss.items()
+  }
   assert best_rate(config, {"runs": runs}, "concat") == config.train.rates[1]
 
 
