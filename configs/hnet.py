@@ -71,13 +71,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         transformer=pick(
           test=shape("T1", (32,), (48,), (2,)),
-          cpu=shape("T3", (64,), (192,), (4,)),
+          cpu=shape("T3", (64,), (240,), (4,)),
           gpu=shape("T4", (320,), (832,), (5,), windows=(1023,)),
           paper=shape("T12", (1024,), (2816,), (16,), windows=(1023,)),
         ),
         bpe=pick(
           test=shape("T1", (32,), (64,), (2,), vocab_size=vocabulary),
-          cpu=shape("T3", (128,), (416,), (4,), vocab_size=vocabulary),
+          cpu=shape("T3", (128,), (288,), (4,), vocab_size=vocabulary),
           gpu=shape("T8", (512,), (1408,), (8,), vocab_size=vocabulary),
           paper=shape("T23", (1536,), (4096,), (16,), vocab_size=vocabulary),
         ),
