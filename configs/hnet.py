@@ -71,13 +71,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         transformer=pick(
           test=shape("T1", (32,), (48,), (2,)),
-          cpu=shape("T3", (64,), (192,), (4,)),
+          cpu=shape("T3", (64,), (240,), (4,)),
           gpu=shape("T4", (320,), (832,), (5,), windows=(1023,)),
           paper=shape("T12", (1024,), (2816,), (16,), windows=(1023,)),
         ),
         bpe=pick(
           test=shape("T1", (32,), (64,), (2,), vocab_size=vocabulary),
-          cpu=shape("T3", (128,), (416,), (4,), vocab_size=vocabulary),
+          cpu=shape("T3", (128,), (288,), (4,), vocab_size=vocabulary),
           gpu=shape("T8", (512,), (1408,), (8,), vocab_size=vocabulary),
           paper=shape("T23", (1536,), (4096,), (16,), vocab_size=vocabulary),
         ),
@@ -91,7 +91,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(5e-4, 1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3, 2.5e-3)),
         batch=pick(test=8, cpu=4, gpu=64, paper=256),
         length=pick(test=48, cpu=192, gpu=2048, paper=8192),  # bytes of a row
-        slack=2.0,  # room for chunks, over what is aimed at
+        slack=pick(cpu=2.0, gpu=1.5),  # room for chunks, over what is aimed at
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(test="dots", cpu="none", gpu="dots"),
         checkpoint_every=pick(cpu=250, gpu=1000),
