@@ -15,7 +15,7 @@ A checkpoint of one's own, fine-tuned at long context and written as a folder:
 Scale cpu (37 minutes on two busy cores) printed (2026-11-29):
 
   MB at 32,768 tokens     backpropagation 18,170   layers again 2,433   SeCO 1,646
-  loss of 16 steps        exact 3.182   SeCO 3.182   SpaCO, a chunk in 4: 3.449   truncated 3.278   (LoRA 3.423 .. 3.625)
+  loss after 16 steps     exact 3.182   SeCO 3.182   SpaCO, a chunk in 4: 3.449   truncated 3.278
 
 16 steps of 256 tokens favour whatever has less noise. What else was seen is in docs/log.md.
 """
