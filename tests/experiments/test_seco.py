@@ -51,13 +51,13 @@ def test_everything_is_measured_once(tiny_checkpoint, text, tmp_path, monkeypatc
     assert loss["spaco 2 2"] != loss["exact"] != loss["truncated"]
 
 
-def test_a_users_checkpoint_is_tuned_beyond_its_context_and_written(two_layers, text, tmp_path, monkeypatch):
+def test_a_users_checkpoint_is_tuned_beyond_its_context_and_written(tiny_checkpoint, text, tmp_path, monkeypatch):
   """What transformers reads in WORKDIR/tuned has the logits of what hub.load reads there, also past the old context."""
   import torch
   import transformers
 
   config = config_file.get_config("test")
-  config.model, config.data.path, config.save_dtype = f"hf:{two_layers}", text, "float32"
+  config.model, config.data.path, config.save_dtype = f"hf:{tiny_checkpoint}", text, "float32"
   config.tuning.update(dict(length=576, chunk=192, parameters="lora", steps=3, rate=3e-3))
   report = run_and_continue("seco", tmp_path, monkeypatch, "long_finetuning.measure", config=config)
   assert report.claims[0].holds and report.metrics["tuned"]["context"] == 512
