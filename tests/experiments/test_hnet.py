@@ -40,7 +40,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 def test_networks_that_are_compared_cost_the_same(scale):
-  """FLOPs a byte of training, within 5 %, at the length of chunks that is aimed at; BPE at 2.6 (books, a vocabulary of 1024), 4.4 or 4.6 bytes a token."""
+  """FLOPs a byte of training, within 5 %, at the length of chunks aimed at and the bytes a token has in books."""
   config = config_file.get_config(scale)
   flops = {}
   for name in config_file.ARMS:
