@@ -28,19 +28,17 @@ def _curves(metrics: dict, titles: dict[str, str], workdir: Path) -> str:
   left.set(xlabel="step", ylabel="training loss, nats a byte")
   left.legend(fontsize=8)
   bits = {titles[name]: row["bits"]["clean"] for name, row in found.items()}
-  bits |= {
-    f"one stage, {name}": row["bits"]["clean"] for name, row in metrics.get("ablations", {}).items() if name != "none"
-  }
+  bits |= {f"one stage, {name}": row["bits"]["clean"] for name, row in metrics.get("ablations", {}).items()}
   colours = ["C0"] * len(found) + ["C4"] * (len(bits) - len(found))
   middle.barh(list(bits)[::-1], list(bits.values())[::-1], color=colours[::-1])
   low, high = min(bits.values()), max(bits.values())
-  middle.set(xlabel="bits a byte of held-out text (ablations: fewer steps)", xlim=(low - (high - low) / 4, None))
+  middle.set(xlabel="bits a byte of held-out text (orange: fewer steps)", xlim=(low - (high - low) / 4, None))
   for offset, name in enumerate(("mamba", "one", "bpe")):
     row = found[name]["bits"]
     lost = [100 * (row[how] / row["unchanged"] - 1) for how in PERTURBATIONS]
     right.bar(np.arange(len(lost)) + 0.27 * (offset - 1), lost, 0.25, label=titles[name])
   right.set_xticks(range(len(PERTURBATIONS)), [how.replace(" ", "\n") for how in PERTURBATIONS])
-  right.set(ylabel="bits a byte over those of the text unchanged, %")
+  right.set(ylabel="bits a byte added by mistakes, %")
   right.legend(fontsize=8)
   return figures.save(figure, workdir, "bits")
 
