@@ -42,7 +42,9 @@ def on_page_markdown(markdown, page, config, files):
   if page.file.src_uri == "index.md":
     return markdown.replace("<!-- gallery -->", gallery(list(runs.values())))
   if page.file.src_uri.startswith("methods/"):
-    return markdown.replace("<!-- result -->", result(runs[Path(page.file.src_uri).stem]))
+    paper = Path(page.file.src_uri).stem
+    found = result(runs[paper]) if paper in runs else unmeasured(paper)
+    return markdown.replace("<!-- result -->", found)
   return markdown
 
 
@@ -62,6 +64,13 @@ def result(run: dict) -> str:
     f"    Verdict: **{report.verdict(run)}**; {held} at scale {run['scale']}:\n\n"
     f"    ```\n    {run['command']}\n    ```\n"
   )
+
+
+def unmeasured(paper: str) -> str:
+  """What a method does whose experiment was not run yet."""
+  a = importlib.import_module(f"configs.{paper}").ABOUT
+  command = f"python -m experiments.run --config=configs/{paper}.py --workdir=runs/{paper}"
+  return f"The method [{a.method}]({a.link}) {a.does}. It was not measured yet:\n\n```\n{command}\n```\n"
 
 
 def gallery(runs: list[dict]) -> str:
