@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.cache import eviction
-from jaxlab.cache.chelsea import Entries, chelsea, compress, kept, schedule
+from jaxlab.cache.chelsea import chelsea
+from jaxlab.cache.chelsea_merging import compress, kept, schedule
+from jaxlab.cache.entries import Entries
 from jaxlab.models import paged
 from jaxlab.models.generate import Decoder
 

@@ -16,7 +16,9 @@ from experiments.decode_layer import (
   weight_bytes,
 )
 from experiments.overlap import overlapped
-from jaxlab.cache.chelsea import PAGE, Entries, Layer, chelsea, compress, kept
+from jaxlab.cache.chelsea import Layer, chelsea
+from jaxlab.cache.chelsea_merging import compress, kept
+from jaxlab.cache.entries import PAGE, Entries
 from jaxlab.models import paged
 from jaxlab.models.attention import dot_product_attention
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.cache.chelsea import Entries, attend_entries
+from jaxlab.cache.entries import Entries, attend_entries
 from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.compaction import Compaction, Compactor

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jaxlab.cache.chelsea as module
 from jaxlab.attention.compact_attention import compact
-from jaxlab.cache.chelsea import Entries, chelsea, error_bound, kept, schedule
+from jaxlab.cache.chelsea import chelsea
+from jaxlab.cache.chelsea_merging import compress, error_bound, kept, merge, schedule, soft_match
+from jaxlab.cache.entries import PAGE, Entries, attend_entries
 from jaxlab.core.checks import InputError
 from jaxlab.evaluation.long_context import cache_bytes
 from jaxlab.models import generate, inference, paged
@@ -19,9 +20,7 @@ from tests.common import configs, random_model, random_tokens, whole
 
 D = 8
 SMALL = dict(chunk=4, sink=2, recent=3)
-attend_entries, compress, merge, soft_match = map(
-  whole, (module.attend_entries, module.compress, module.merge, module.soft_match)
-)
+attend_entries, compress, merge, soft_match = map(whole, (attend_entries, compress, merge, soft_match))
 
 
 def entries(seed, n, lead=()):
@@ -131,9 +130,9 @@ def test_no_problem_of_a_thousand_is_over_its_bound():
     keys = jax.random.split(key, 3)
     k, v, q = (jax.random.normal(key, shape) for key, shape in zip(keys, ((16, D), (16, D), (D,)), strict=True))
     e = Entries(k, v, jnp.ones(16))
-    row = module.soft_match(e.keys, e.size, 6)
-    out = module.merge(e, row, 10)
-    one = lambda e: module.attend_entries(q[None, None, None], jax.tree.map(lambda a: a[None, None], e))[0, 0, 0]
+    row = soft_match(e.keys, e.size, 6)
+    out = merge(e, row, 10)
+    one = lambda e: attend_entries(q[None, None, None], jax.tree.map(lambda a: a[None, None], e))[0, 0, 0]
     return jnp.linalg.norm(one(out) - one(e)) - error_bound(q[None], e, out, row)[0]
 
   found = jax.jit(jax.vmap(excess))(jax.random.split(jax.random.key(0), 1000))
@@ -283,7 +282,7 @@ def test_a_bounded_cache_halves_itself_and_loses_no_token(how):
       step(network(), token, a) for step, a in zip(steps, (state, other, same), strict=True)
     )
     np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
-  assert halved and state.memory[0].body.size.shape[2] == module.PAGE
+  assert halved and state.memory[0].body.size.shape[2] == PAGE
 
 
 @pytest.mark.parametrize("options", [dict(keep=0.5), dict(keep=0.5, size_bias=False)])
@@ -385,7 +384,7 @@ def test_what_it_cannot_do_is_named():
       chelsea(**options)
   for option in ("partition", "likeness"):
     with pytest.raises(InputError, match=f"{option} is 'odd'"):
-      module.compress(entries(0, 4), keep=0.5, chunk=4, **{option: "odd"})
+      compress(entries(0, 4), keep=0.5, chunk=4, **{option: "odd"})
   _, state = jax.jit(functools.partial(decoder().prefill, lengths=None, capacity=12))(network(), random_tokens(1, 8))
   with pytest.raises(InputError, match="2 tokens at once"):
     decoder().step(network(), random_tokens(1, 2), state)

@@ -5,7 +5,8 @@ import pytest
 from configs import chelsea as config_file
 from experiments import results
 from experiments.chelsea import decoders
-from jaxlab.cache.chelsea import Entries, kept
+from jaxlab.cache.chelsea_merging import kept
+from jaxlab.cache.entries import Entries
 from tests.common import run_and_continue
 
 

@@ -1,0 +1,153 @@
+"""How Chelsea merges a head's entries: pairs of similar keys within chunks, a round at a time (arXiv 2506.11418)."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.cache.entries import Entries
+from jaxlab.core.checks import require, require_choice
+
+PARTITIONS = ("alternating", "halves", "random")
+LIKENESS = ("cosine", "neighbours", "chance")
+
+
+def schedule(entries: int, keep: float, chunk: int, rounds: int | None = None) -> list[tuple[int, int]]:
+  """(entries of a chunk, how many of them go) of every round that leaves the share `keep` of `entries`.
+
+  A round removes at most half: ceil(log2(1 / keep)) rounds of the same ratio, each on chunks of what is left.
+
+  Args:
+    rounds: more than these; with few of them every entry that proposes is merged, however unlike its partner is.
+
+  Raises:
+    InputError: keep outside 0 < keep <= 1, a chunk under 2, or fewer rounds than it takes.
+  """
+  require(0 < keep <= 1, f"keep is {keep}; it must lie in 0 < keep <= 1")
+  require(chunk >= 2, f"chunk is {chunk}; entries are paired, so it must be at least 2")
+  least = math.ceil(math.log2(1 / keep) - 1e-9)
+  rounds = least if rounds is None else rounds
+  require(
+    rounds >= least, f"rounds is {rounds}; to keep {keep} it takes at least {least}, as each removes half at most"
+  )
+  ratio, made = keep ** (1 / max(rounds, 1)), []
+  for _ in range(rounds):
+    size = min(chunk, entries) // 2 * 2
+    if size == 0:
+      break
+    removed = min(round((1 - ratio) * size), size // 2)
+    made.append((size, removed))
+    entries -= entries // size * removed
+  return made
+
+
+def kept(entries: int, keep: float, chunk: int, rounds: int | None = None) -> int:
+  """Entries that `compress` leaves."""
+  for size, removed in schedule(entries, keep, chunk, rounds):
+    entries -= entries // size * removed
+  return entries
+
+
+def soft_match(
+  keys: Float[Array, "c head_dim"],
+  size: Float[Array, "c"],
+  removed: int,
+  *,
+  partition: str = "alternating",
+  likeness: str = "cosine",
+) -> Int[Array, "c"]:
+  """Where every entry of a chunk goes: rows 0 .. c - removed - 1, in the order of time.
+
+  Each entry at an even offset proposes to the one at an odd offset whose key has the largest cosine with its own; the
+  `removed` best proposals are accepted. Of equal ones the first. Empty places pair among themselves, before all others.
+
+  Args:
+    partition: "alternating", or for comparison "halves": the first half proposes to the second, "random": one half
+      drawn by chance to the other.
+    likeness: "cosine", or for comparison "neighbours": of the entries that lie as near as any, "chance": any.
+  """
+  c = len(keys)
+  order = jax.random.permutation(jax.random.key(c), c) if partition == "random" else jnp.arange(c)
+  a, b = (order[0::2], order[1::2]) if partition == "alternating" else (order[: c // 2], order[c // 2 :])
+  unit = keys.astype(jnp.float32)
+  unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+  alike = jnp.matmul(unit[a], unit[b].T, precision=jax.lax.Precision.HIGHEST)
+  if likeness == "neighbours":
+    away = jnp.abs(a[:, None] - b)
+    alike = jnp.where(away == away.min(axis=1, keepdims=True), alike, -1.5)
+  elif likeness == "chance":
+    alike = jax.random.uniform(jax.random.key(0), alike.shape)
+  full = size > 0
+  alike = jnp.where(full[a][:, None] == full[b], jnp.where(full[a][:, None], alike, 2.0), -jnp.inf)
+  best = jnp.argmax(alike, axis=1)
+  _, chosen = jax.lax.top_k(jnp.max(alike, axis=1), removed)
+  gone = jnp.zeros(c, bool).at[a[chosen]].set(True)
+  row = jnp.cumsum(~gone) - 1
+  return jnp.where(gone, row[jnp.zeros(c, jnp.int32).at[a].set(b[best])], row)
+
+
+def merge(entries: Entries, row: Int[Array, "c"], count: int, *, rescale: bool = False) -> Entries:
+  """The means of the entries that go to the same of `count` rows, weighted by their sizes; sizes add up.
+
+  Args:
+    rescale: keys get the mean length of those they stand for; a mean is shorter. Values stay means.
+  """
+  weight = jnp.where(row == jnp.arange(count)[:, None], entries.size, 0.0)
+  total = weight.sum(axis=1)
+  share = weight / jnp.maximum(total, 1e-30)[:, None]
+  # An empty place may hold what is not a number.
+  full = (entries.size > 0)[:, None]
+  mean = lambda a: jnp.matmul(share, jnp.where(full, a, 0).astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  keys = mean(entries.keys)
+  if rescale:
+    length = lambda a: jnp.linalg.norm(a.astype(jnp.float32), axis=1, keepdims=True)
+    keys = keys * mean(length(entries.keys)) / jnp.maximum(length(keys), 1e-12)
+  return Entries(keys.astype(entries.keys.dtype), mean(entries.values).astype(entries.values.dtype), total)
+
+
+def error_bound(q: Float[Array, "queries head_dim"], before: Entries, after: Entries, row: Int[Array, "n"]):
+  """The most that merging moves the attention of every query, float32[queries].
+
+    |o' - o| <= (exp(2 eps) - 1) max_i |v_i|,   eps = max_i |q . (k_i - k'_row(i))| / sqrt(d),
+
+  as every entry's weight changes by a factor between exp(-2 eps) and exp(2 eps). It holds for one head, attention by
+  `attend_entries`, and centroids that are means: of entries before that stand for one token each.
+
+  Args:
+    row: where in `after` every entry of `before` went, as `soft_match` says.
+  """
+  moved = jnp.einsum("qd,nd->qn", q, before.keys - after.keys[row], precision=jax.lax.Precision.HIGHEST)
+  eps = jnp.abs(moved).max(axis=1) / math.sqrt(q.shape[1])
+  return jnp.expm1(2 * eps) * jnp.linalg.norm(before.values, axis=1).max()
+
+
+def compress(
+  entries: Entries,
+  *,
+  keep: float,
+  chunk: int,
+  rounds: int | None = None,
+  partition: str = "alternating",
+  likeness: str = "cosine",
+  rescale: bool = False,
+) -> Entries:
+  """`kept(n, keep, chunk, rounds)` entries in the place of n, for one head: every round merges within chunks.
+
+  Entries that fill no chunk pass through a round. The options are those of `soft_match` and of `merge`.
+
+  Raises:
+    InputError: an unknown option.
+  """
+  require_choice("partition", partition, PARTITIONS)
+  require_choice("likeness", likeness, LIKENESS)
+  for size, removed in schedule(len(entries.size), keep, chunk, rounds):
+    whole = len(entries.size) // size * size
+    parts = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), entries)  # noqa: B023 (used at once)
+    match = functools.partial(soft_match, removed=removed, partition=partition, likeness=likeness)
+    rows = jax.vmap(match)(parts.keys, parts.size)
+    merged = jax.vmap(functools.partial(merge, count=size - removed, rescale=rescale))(parts, rows)
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), merged)
+    entries = jax.tree.map(lambda a, b: jnp.concatenate([a, b[whole:]]), flat, entries)  # noqa: B023
+  return entries
