@@ -16,7 +16,11 @@ from jaxlab.training import losses, loop, optimizers
 VOCABULARY, WIDTH, ROWS, TIME = 20, 12, 2, 24
 SMALL = dict(heads=2, head_dim=4, expansion=2)
 TNT = tnt.MemoryConfig(WIDTH, global_chunk=8, local_chunks=(2, 4), shard=8, **SMALL)
-MEMORIES = {"tnt": TNT, "titans": tnt.titans(WIDTH, chunk=4, **SMALL), "ttt": tnt.ttt(WIDTH, chunk=4, layers=2, **SMALL)}
+MEMORIES = {
+  "tnt": TNT,
+  "titans": tnt.titans(WIDTH, chunk=4, **SMALL),
+  "ttt": tnt.ttt(WIDTH, chunk=4, layers=2, **SMALL),
+}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, TIME)), jnp.int32)
 
 
@@ -37,9 +41,7 @@ def model(request):
 def programs():
   forward = jax.jit(lambda model, tokens, chunks: model(tokens, local_chunks=chunks), static_argnums=2)
   prefill = jax.jit(lambda model, tokens: model.prefill(tokens))
-  step = jax.jit(
-    lambda model, token, state, chunks: model.step(token, state, local_chunks=chunks), static_argnums=3
-  )
+  step = jax.jit(lambda model, token, state, chunks: model.step(token, state, local_chunks=chunks), static_argnums=3)
   return forward, prefill, step
 
 
