@@ -51,9 +51,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         window=pick(test=8, cpu=64, gpu=512, paper=2048),  # tokens that sliding attention sees
       ),
       train=dict(
-        steps=pick(test=2, cpu=150, gpu=120, paper=10_000),
-        trial=pick(test=2, cpu=50, gpu=40, paper=1000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(4e-3, 1e-2), gpu=(1e-3, 4e-3), paper=(5e-4, 1e-3, 2e-3)),
+        steps=pick(test=2, cpu=100, gpu=120, paper=10_000),
+        trial=pick(test=2, cpu=30, gpu=40, paper=1000),  # steps to choose a rate by
+        rates=pick(test=(4e-3,), cpu=(3e-3, 1e-2, 2e-2), gpu=(1e-3, 4e-3), paper=(5e-4, 1e-3, 2e-3)),
         batch=pick(test=8, cpu=8, gpu=16, paper=64),
         length=pick(test=32, cpu=256, gpu=2048, paper=16_384),
         dtype=pick(cpu="float32", gpu="bfloat16"),
@@ -68,7 +68,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       speed=dict(
         lengths=pick(
           test=(32, 64),
-          cpu=(256, 512, 1024, 2048),
+          cpu=(512, 1024, 2048),
           gpu=(2048, 4096, 8192, 16_384, 32_768),
         ),
         tokens=pick(test=512, cpu=2048, gpu=32_768, paper=524_288),  # a step
@@ -78,11 +78,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(test=2, cpu=3, gpu=5),
       ),
       recall=dict(
-        pairs=pick(test=4, cpu=24),  # more than a head has channels
+        pairs=pick(test=4, cpu=16, gpu=24),  # more than a head has channels
         width=pick(test=16, cpu=32),
-        head_dim=pick(test=8, cpu=16),
+        head_dim=pick(test=4, cpu=8, gpu=16),
         chunk=pick(test=4, cpu=4),
-        steps=pick(test=4, cpu=300, gpu=1000),
+        steps=pick(test=4, cpu=400, gpu=1000),
         rows=pick(test=8, cpu=32),
         held=pick(test=8, cpu=128, gpu=512),
         rates=pick(test=(5e-3,), cpu=(3e-3, 1e-2), gpu=(2e-3, 5e-3, 1e-2)),

@@ -71,8 +71,8 @@ def speed_claims(config, found: dict) -> list[Claim]:
     Claim(
       "Speed of a training step of TNT over Titans in the same chunks, at the longest rows", "x", "higher", ours=ratio,
       threshold=3.0, paper=5.1, spread=tuple(spread), baseline=f"Titans {ms[TITANS][longest]['median']:.4g} ms",
-      note=f"rows of {longest} tokens, {config.speed.tokens} tokens a step, chunks of {config.chunks.titans}, shards of "
-      f"{config.speed.shard}, a global memory in chunks of {config.speed.whole}; ms a step at rows of "
+      note=f"rows of {longest} tokens, {config.speed.tokens} tokens a step, chunks of {config.chunks.titans}, shards "
+      f"of {config.speed.shard}, a global memory in chunks of {config.speed.whole}; ms a step at rows of "
       f"{', '.join(map(str, config.speed.lengths))}: {listed}",
     ),
     Claim(
@@ -152,9 +152,9 @@ def stage_claims(config, found: dict, row: dict) -> list[Claim]:
     Claim(
       "Loss that stage 2 saves at small chunks over the better of its controls", "nats", "higher",
       ours=control - tuned, threshold=0.0, baseline=control,
-      note=f"{row['steps']} steps at {chunks(c.small)}, rate {row[TUNED]['rate']:g}: {tuned:.4f}, and {row[TUNED]['old']:.4f}"
-      f" at {chunks(c.local)}; as it was {row['untuned']:.4f} at {chunks(c.small)}, {row['old']:.4f} at {chunks(c.local)}; "
-      f"as long at {chunks(c.local)} {row[CONTROL]['loss']:.4f} and {row[CONTROL]['old']:.4f}",
+      note=f"at {chunks(c.small)} and at {chunks(c.local)}: {row['steps']} steps at {chunks(c.small)}, rate "
+      f"{row[TUNED]['rate']:g}, {tuned:.4f} and {row[TUNED]['old']:.4f}; as stage 1 left it {row['untuned']:.4f} and "
+      f"{row['old']:.4f}; as many steps at {chunks(c.local)} {row[CONTROL]['loss']:.4f} and {row[CONTROL]['old']:.4f}",
     ),
     Claim(
       "Loss of stage 1 then 2 over training at small chunks from the start", "nats", "lower", ours=tuned - small,

@@ -1,4 +1,4 @@
-"""What is trained: deep memories and networks without, all with as many parameters, each at a learning rate of its own."""
+"""What is trained: deep memories and networks without, of as many parameters, each at a learning rate of its own."""
 
 import dataclasses
 import functools

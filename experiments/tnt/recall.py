@@ -13,21 +13,21 @@ from jaxlab.sequence.tnt_model import MemoryModelConfig
 from jaxlab.training import losses, optimizers
 
 LINEAR, DEEP = "linear", "MLP of 2 layers"
-FORMS = {LINEAR: 1, DEEP: 2, "MLP of 3 layers": 3}
+FORMS = {LINEAR: 1, DEEP: 2}
 PROJECTED = ", queries projected"
 TITANS, MAMBA, TRANSFORMER = "Titans", "Mamba-2", "Transformer"
 NAMES = (*FORMS, *(name + PROJECTED for name in FORMS), TITANS, MAMBA, TRANSFORMER)
 
 
 def shape_of(config, name: str) -> Shape:
-  """Two layers, of 16 channels a head: a memory has 16 dimensions to hold its pairs in."""
+  """One layer; two of attention, which finds what is behind a key by a layer that looks back by one."""
   r = config.recall
   vocabulary, sizes = 4 * r.pairs, dict(heads=r.width // r.head_dim, head_dim=r.head_dim)
-  model = functools.partial(MemoryModelConfig, vocabulary, 2, 2 * r.width)
+  model = functools.partial(MemoryModelConfig, vocabulary, 1, 2 * r.width)
   if name in (MAMBA, TRANSFORMER):
-    kind = "M" if name == MAMBA else "T"
+    layout = "M1" if name == MAMBA else "T2"
     how = dict(windows=(None,), ratios=(), vocab_size=vocabulary, head_dim=r.head_dim, state=r.head_dim)
-    return HNetConfig(f"{kind}2", (r.width,), (2 * r.width,), (sizes["heads"],), **how)
+    return HNetConfig(layout, (r.width,), (2 * r.width,), (sizes["heads"],), **how)
   if name == TITANS:
     return model(titans(r.width, chunk=r.chunk, expansion=2, **sizes))
   projection = "shard" if name.endswith(PROJECTED) else None

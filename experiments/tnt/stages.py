@@ -28,7 +28,7 @@ def measure(lab: Lab, rates: dict[str, float], seed: int) -> dict:
     for rate in s.rates:
       folder = f"{name} {rate:g} {steps} {seed}"
       runs[rate] = lab.train(first, folder, rate=rate, steps=steps, seed=seed + 1, chunks=chunks, factor=local)
-    best = min(s.rates, key=lambda rate: lab.loss(runs[rate], "validation", small))  # noqa: B023 (used at once)
+    best = min(s.rates, key=lambda rate: lab.loss(runs[rate], "validation", small))
     models[name] = runs[best]
     found[name] = {"rate": best, "loss": lab.loss(runs[best], "test", small), "old": lab.loss(runs[best], "test", old)}
     if name == TUNED and steps > 1:

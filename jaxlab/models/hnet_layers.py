@@ -39,7 +39,10 @@ class Side(NamedTuple):
 
 
 class AttentionBlock(nnx.Module):
-  """x + W_o attention(norm x): half of every head's channels are rotated. Gated: W_o (attention o sigmoid(W_g norm x))."""
+  """x + W_o attention(norm x): half of every head's channels are rotated.
+
+  Gated: x + W_o (attention(norm x) o sigmoid(W_g norm x)).
+  """
 
   def __init__(self, shape: TransformerConfig, key: jax.Array, *, gated: bool = False):
     d, keys = shape.width, jax.random.split(key, 3 if gated else 2)

@@ -13,6 +13,7 @@ It trains with `training.loop.train` as the other networks do.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -74,7 +75,7 @@ class MemoryModelConfig:
     m = self.memory
     inside = m.expansion * m.head_dim
     sizes = [m.head_dim, *[inside] * (m.layers - 1), m.head_dim]
-    weights = sum(a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    weights = sum(a * b for a, b in itertools.pairwise(sizes))
     local = sum(8 * weights + 2 * min(chunk, length) * (sum(sizes[:-1]) + sum(sizes[1:])) for chunk in m.local_chunks)
     whole = 0 if m.global_chunk is None else 8 * weights
     projections = 0 if m.projection is None else 4 * m.head_dim**2 * len(m.local_chunks)

@@ -11,7 +11,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.models import generate
 from jaxlab.sequence import tnt, tnt_model
 from jaxlab.sequence.tnt_model import MemoryModel, MemoryModelConfig, decoder
-from jaxlab.training import losses, loop, optimizers
+from jaxlab.training import loop, losses, optimizers
 
 VOCABULARY, WIDTH, ROWS, TIME = 20, 12, 2, 24
 SMALL = dict(heads=2, head_dim=4, expansion=2)
