@@ -53,7 +53,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       train=dict(
         steps=pick(test=2, cpu=100, gpu=120, paper=10_000),
         trial=pick(test=2, cpu=30, gpu=40, paper=1000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(3e-3, 1e-2, 2e-2), gpu=(1e-3, 4e-3), paper=(5e-4, 1e-3, 2e-3)),
+        rates=pick(test=(4e-3,), cpu=(6e-3, 1.2e-2, 2.4e-2), gpu=(1e-3, 4e-3), paper=(5e-4, 1e-3, 2e-3)),
         batch=pick(test=8, cpu=8, gpu=16, paper=64),
         length=pick(test=32, cpu=256, gpu=2048, paper=16_384),
         dtype=pick(cpu="float32", gpu="bfloat16"),

@@ -31,12 +31,8 @@ def shape_of(config, name: str) -> Shape:
   if name == TITANS:
     return model(titans(r.width, chunk=r.chunk, expansion=2, **sizes))
   projection = "shard" if name.endswith(PROJECTED) else None
-  how = dict(global_chunk=None, local_chunks=(r.chunk,), shard=None if projection is None else 3 * r.pairs)
-  return model(
-    MemoryConfig(
-      r.width, expansion=2, layers=FORMS[name.removesuffix(PROJECTED)], projection=projection, **how, **sizes
-    )
-  )
+  how = dict(global_chunk=None, local_chunks=(r.chunk,), shard=None, expansion=2, projection=projection)
+  return model(MemoryConfig(r.width, layers=FORMS[name.removesuffix(PROJECTED)], **how, **sizes))
 
 
 def batch(pairs: int, rows: int, key: jax.Array) -> dict:

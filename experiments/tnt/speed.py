@@ -12,7 +12,7 @@ NAMES = (TITANS, TNT, LARGE, TRANSFORMER)
 
 
 def measure(config, vocabulary: int) -> dict:
-  """{"milliseconds": {arm: {length: median, p10, p90}}, "over": {arm: [over Titans' speed, [p10, p90]]}, at the longest}.
+  """{"milliseconds": {arm: {length: median, p10, p90}}, "over": {arm: [over Titans, [p10, p90]]}, at the longest}.
 
   Whole steps, optimizer included, in one process and turn by turn. TNT has one local memory, whose chunks are Titans'.
   """
