@@ -33,7 +33,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       data=dict(name="stdlib_code", path="", vocab_size=pick(test=300, cpu=1024, gpu=8192, paper=32768)),
       parts=("arms", "ablations", "stages", "speed", "recall"),
       model=dict(
-        depth=pick(test=1, cpu=2, gpu=3, paper=12),
+        depth=pick(test=1, cpu=2, paper=12),
         width=pick(test=16, cpu=64, gpu=256, paper=768),
         heads=pick(test=2, cpu=2, gpu=4, paper=12),  # of memories; head_dim is that of attention and Mamba-2 too
         head_dim=pick(test=8, cpu=32, gpu=64),
@@ -44,16 +44,16 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       chunks=dict(
         whole=pick(test=16, cpu=64, gpu=512, paper=2048),  # of the global memory
         shard=pick(test=16, cpu=64, gpu=512, paper=4096),
-        local=pick(test=(4, 8), cpu=(8, 16), gpu=(16, 32), paper=(8, 16)),
-        small=pick(test=(1, 2), cpu=(2, 4), gpu=(4, 8), paper=(2, 4)),  # of stage 2
+        local=pick(test=(4, 8), cpu=(8, 16)),
+        small=pick(test=(1, 2), cpu=(2, 4)),  # of stage 2
         titans=pick(test=8, cpu=16),  # also TTT's
         coarse=pick(test=8, cpu=64, gpu=128, paper=256),
         window=pick(test=8, cpu=64, gpu=512, paper=2048),  # tokens that sliding attention sees
       ),
       train=dict(
-        steps=pick(test=2, cpu=100, gpu=120, paper=10_000),
-        trial=pick(test=2, cpu=30, gpu=40, paper=1000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(6e-3, 1.2e-2, 2.4e-2), gpu=(1e-3, 4e-3), paper=(5e-4, 1e-3, 2e-3)),
+        steps=pick(test=2, cpu=100, paper=10_000),
+        trial=pick(test=2, cpu=100, gpu=25, paper=1000),  # steps to choose a rate by
+        rates=pick(test=(4e-3,), cpu=(6e-3, 1.2e-2, 2.4e-2), gpu=(2e-3, 5e-3), paper=(5e-4, 1e-3, 2e-3, 5e-3)),
         batch=pick(test=8, cpu=8, gpu=16, paper=64),
         length=pick(test=32, cpu=256, gpu=2048, paper=16_384),
         dtype=pick(cpu="float32", gpu="bfloat16"),
@@ -61,7 +61,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       second=dict(share=pick(test=0.5, cpu=0.05), rates=pick(test=(1e-3,), cpu=(1e-4, 1e-3))),
       eval=dict(
-        tokens=pick(test=400, cpu=20_000, gpu=1_000_000, paper=4_000_000),
+        tokens=pick(test=400, cpu=20_000, gpu=250_000, paper=4_000_000),
         batch=pick(test=8, cpu=8, gpu=32),
         chunks=pick(test=(1, 8), cpu=(1, 2, 4, 8, 16, 32), gpu=(1, 2, 4, 8, 16, 32, 64, 128)),
       ),
@@ -82,7 +82,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         width=pick(test=16, cpu=32),
         head_dim=pick(test=4, cpu=8, gpu=16),
         chunk=pick(test=4, cpu=4),
-        steps=pick(test=4, cpu=400, gpu=1000),
+        steps=pick(test=4, cpu=400, gpu=500),
         rows=pick(test=8, cpu=32),
         held=pick(test=8, cpu=128, gpu=512),
         rates=pick(test=(5e-3,), cpu=(3e-3, 1e-2), gpu=(2e-3, 5e-3, 1e-2)),

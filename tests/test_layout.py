@@ -23,7 +23,7 @@ TRACKED = [
 PAPERS = sorted(f.stem for f in TRACKED if f.parent == Path("configs") and f.stem not in ("__init__", "scales"))
 OPEN = {  # not yet measured on a GPU; README's table says so
   "chunkflow", "compositions", "concat_svd", "dataset_decomposition", "decomposed_prompting", "hnet", "maker", "nexus",
-  "sarathi", "seco",
+  "sarathi", "seco", "tnt",
 }  # fmt: skip
 NEW = {"daslam", "skip_thinking"}  # not yet measured at all
 RUNS = {f"{run['paper']}.{report.name_of(run)}": run for run in report.load()}
