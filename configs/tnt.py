@@ -53,7 +53,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       train=dict(
         steps=pick(test=2, cpu=100, paper=10_000),
         trial=pick(test=2, cpu=100, gpu=25, paper=1000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(6e-3, 1.2e-2, 2.4e-2), gpu=(2e-3, 5e-3), paper=(5e-4, 1e-3, 2e-3, 5e-3)),
+        rates=pick(test=(4e-3,), cpu=(1.2e-2, 2.4e-2), gpu=(2e-3, 5e-3), paper=(5e-4, 1e-3, 2e-3, 5e-3)),
         batch=pick(test=8, cpu=8, gpu=16, paper=64),
         length=pick(test=32, cpu=256, gpu=2048, paper=16_384),
         dtype=pick(cpu="float32", gpu="bfloat16"),
@@ -78,14 +78,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(test=2, cpu=3, gpu=5),
       ),
       recall=dict(
-        pairs=pick(test=4, cpu=16, gpu=24),  # more than a head has channels
+        pairs=pick(test=4, cpu=12, gpu=16),
         width=pick(test=16, cpu=32),
-        head_dim=pick(test=4, cpu=8, gpu=16),
+        head_dim=pick(test=4, cpu=16),
         chunk=pick(test=4, cpu=4),
-        steps=pick(test=4, cpu=400, gpu=500),
+        steps=pick(test=4, cpu=500, gpu=2000),
         rows=pick(test=8, cpu=32),
         held=pick(test=8, cpu=128, gpu=512),
-        rates=pick(test=(5e-3,), cpu=(3e-3, 1e-2), gpu=(2e-3, 5e-3, 1e-2)),
+        rates=pick(test=(5e-3,), cpu=(1e-2, 2e-2), gpu=(5e-3, 1e-2, 2e-2)),
         seeds=pick(test=1, cpu=2, gpu=4),
       ),
       mesh=dict(data=-1),
