@@ -52,7 +52,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   if "ablations" in metrics:
     made += ablation_claims(metrics["arms"], metrics["ablations"])
   if "stages" in metrics:
-    made += stage_claims(config, metrics["arms"], metrics["stages"])
+    made += stage_claims(config, metrics["arms"], metrics["stages"], metrics.get("speed"))
   if "recall" in metrics:
     made.append(recall_claim(config, metrics["recall"]))
   return made
@@ -94,7 +94,6 @@ def arm_claims(config, found: dict) -> list[Claim]:
   listed = ", ".join(f"{name} {value:.4f}" for name, value in loss.items())
   rates = ", ".join(f"{name} {row['rate']:g}" for name, row in found.items())
   sizes = [row["parameters"] for row in found.values()]
-  seconds = ", ".join(f"{name} {1e3 * row['seconds']:.3g}" for name, row in found.items())
   attention, others = min(ATTENTION, key=loss.get), min((COARSE, *TTT, MAMBA), key=loss.get)
   return [
     Claim(
@@ -102,7 +101,7 @@ def arm_claims(config, found: dict) -> list[Claim]:
       threshold=0.0, paper=-0.052, baseline=loss[TITANS],
       note=f"{t.steps} steps of {t.batch} x {t.length} tokens, {min(sizes) / 1e6:.3g} to {max(sizes) / 1e6:.3g} M "
       f"parameters, local chunks of {', '.join(map(str, c.local))}, {len(config.seeds)} seeds; {listed}; rates chosen: "
-      f"{rates}; ms a step in training: {seconds}",
+      f"{rates}",
     ),
     Claim(
       "Loss of TNT over the best Transformer", "nats", "lower", ours=loss[TNT] - loss[attention], threshold=0.061,
@@ -134,12 +133,11 @@ def ablation_claims(found: dict, ablations: dict) -> list[Claim]:
   ]  # fmt: skip
 
 
-def stage_claims(config, found: dict, row: dict) -> list[Claim]:
+def stage_claims(config, found: dict, row: dict, timed: dict | None) -> list[Claim]:
   c, t = config.chunks, config.train
   tuned, control = row[TUNED]["loss"], min(row["untuned"], row[CONTROL]["loss"])
   small = found[SMALL]["losses"][0]
-  first, second = found[TNT]["seconds"], row.get("seconds", found[SMALL]["seconds"])
-  share = (t.steps * first + row["steps"] * second) / (t.steps * found[SMALL]["seconds"])
+  share = (1 / timed["small"][0] + row["steps"] / t.steps) if timed else None
   own = {TITANS: c.titans, COARSE: c.coarse, "stage 1": c.local[0], TUNED: c.small[0]}
   best = {name: min(curve, key=curve.get) for name, curve in row["curves"].items()}
   # What a model loses at the chunks it was trained with, over the best of all: 0 where the curve is lowest there.
@@ -158,7 +156,7 @@ def stage_claims(config, found: dict, row: dict) -> list[Claim]:
     ),
     Claim(
       "Loss of stage 1 then 2 over training at small chunks from the start", "nats", "lower", ours=tuned - small,
-      threshold=0.0, baseline=small, note=f"in {share:.3g} of its time",
+      threshold=0.0, baseline=small, note=f"in {share:.3g} of its time" if timed else "",
     ),
     Claim(
       "Loss at the chunks a model was trained with over that at the best, worst model", "nats", "lower",

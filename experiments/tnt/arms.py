@@ -18,7 +18,6 @@ from jaxlab.sequence.hnet import decays
 from jaxlab.sequence.tnt import MemoryConfig, titans, ttt
 from jaxlab.sequence.tnt_model import MemoryModel, MemoryModelConfig
 from jaxlab.training import loop, losses, optimizers
-from jaxlab.training.metrics import read_metrics
 
 TNT, SMALL = "TNT", "TNT, small chunks from the start"
 WITHOUT = {"global memory": dict(global_chunk=None), "projection": dict(projection=None), "resets": dict(shard=None)}
@@ -165,7 +164,7 @@ class Lab:
     """An arm at the best of the rates, chosen by short runs and validation text, told of test text.
 
     Returns:
-      {rate, trials (validation loss by rate), losses (one a seed), loss (their mean), parameters, seconds (a step)}.
+      {rate, trials (validation loss by rate), losses (one a seed), loss (their mean), parameters}.
     """
     t = self.config.train
     run = functools.partial(self.arm, name)
@@ -179,13 +178,7 @@ class Lab:
       "losses": found,
       "loss": float(np.mean(found)),
       "parameters": parameters(shape),
-      "seconds": self.seconds(f"{name} {rate:g} {t.steps} {seeds[0]}"),
     }
-
-  def seconds(self, folder: str) -> float:
-    """Of a training step, the median of a run's later half."""
-    rates = [row["tokens_per_second"] for row in read_metrics(self.workdir / "runs" / folder)[1:]]
-    return self.config.train.batch * self.config.train.length / float(np.median(rates[len(rates) // 2 :]))
 
 
 @functools.cache

@@ -14,8 +14,8 @@ def measure(lab: Lab, rates: dict[str, float], seed: int) -> dict:
 
   Returns:
     {stage 2's or the control's name: {rate, loss (of test text at small chunks), old (at those of stage 1)}, "untuned":
-    loss of stage 1's model at small chunks, "old": at its own, "steps", "seconds": a step of stage 2, "curves": {model:
-    {chunk of the first local memory: loss}}}.
+    loss of stage 1's model at small chunks, "old": at its own, "steps", "curves": {model: {chunk of the first local
+    memory: loss}}}.
   """
   config = lab.config
   c, t, s = config.chunks, config.train, config.second
@@ -31,8 +31,6 @@ def measure(lab: Lab, rates: dict[str, float], seed: int) -> dict:
     best = min(s.rates, key=lambda rate: lab.loss(runs[rate], "validation", small))
     models[name] = runs[best]
     found[name] = {"rate": best, "loss": lab.loss(runs[best], "test", small), "old": lab.loss(runs[best], "test", old)}
-    if name == TUNED and steps > 1:
-      found["seconds"] = lab.seconds(f"{name} {best:g} {steps} {seed}")
   found |= {"untuned": lab.loss(first, "test", small), "old": lab.loss(first, "test", old), "steps": steps}
   models |= {name: lab.arm(name, rate=rates[name], steps=t.steps, seed=seed) for name in (TITANS, COARSE)}
   found["curves"] = {
