@@ -48,6 +48,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         small=pick(test=(1, 2), cpu=(2, 4)),  # of stage 2
         titans=pick(test=8, cpu=16),  # also TTT's
         coarse=pick(test=8, cpu=64, gpu=128, paper=256),
+        inner=dict(tnt=0.1, titans=0.03),  # largest steps of the memories at the start, by validation text at scale cpu
         window=pick(test=8, cpu=64, gpu=512, paper=2048),  # tokens that sliding attention sees
       ),
       train=dict(
@@ -63,7 +64,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       eval=dict(
         tokens=pick(test=400, cpu=20_000, gpu=250_000, paper=4_000_000),
         batch=pick(test=8, cpu=8, gpu=32),
-        chunks=pick(test=(1, 8), cpu=(1, 2, 4, 8, 16, 32), gpu=(1, 2, 4, 8, 16, 32, 64, 128)),
+        chunks=pick(test=(1, 8), cpu=(1, 2, 4, 8, 16, 32, 64), gpu=(1, 2, 4, 8, 16, 32, 64, 128)),
       ),
       speed=dict(
         lengths=pick(

@@ -41,16 +41,17 @@ def memory_of(config, name: str) -> MemoryConfig | None:
   sizes = dict(heads=m.heads, head_dim=m.head_dim, expansion=m.expansion)
   local = tuple(c.local)
   ours = lambda **fields: MemoryConfig(
-    m.width, **(sizes | dict(global_chunk=c.whole, shard=c.shard, local_chunks=local) | fields)
+    m.width,
+    **(sizes | dict(global_chunk=c.whole, shard=c.shard, local_chunks=local, local_step=c.inner.tnt) | fields),
   )
   more = {1: local[:1], 3: (local[0] // 2, *local), 4: (local[0] // 2, *local, 2 * local[-1])}
   # Gradients of a chunk add up: past as many tokens as a head has channels the largest step is divided by them.
-  coarse = dict(chunk=c.coarse, local_step=0.1 * min(1.0, m.head_dim / c.coarse))
+  coarse = min(1.0, m.head_dim / c.coarse)
   made = {
     TNT: ours,
     SMALL: lambda: ours(local_chunks=tuple(c.small)),
-    TITANS: lambda: titans(m.width, chunk=c.titans, **sizes),
-    COARSE: lambda: titans(m.width, **coarse, **sizes),
+    TITANS: lambda: titans(m.width, chunk=c.titans, local_step=c.inner.titans, **sizes),
+    COARSE: lambda: titans(m.width, chunk=c.coarse, local_step=coarse * c.inner.titans, **sizes),
     **{f"without {part}": functools.partial(ours, **fields) for part, fields in WITHOUT.items()},
     **{name: functools.partial(ours, local_chunks=more[count]) for name, count in COUNTS.items()},
     **{name: functools.partial(ttt, m.width, chunk=c.titans, layers=n + 1, **sizes) for n, name in enumerate(TTT)},

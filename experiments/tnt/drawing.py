@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib import ticker
 
 from experiments import figures
 from experiments.tnt.arms import TNT
@@ -48,6 +49,9 @@ def _curves(config, metrics: dict, workdir: Path) -> str:
     lengths = list(config.speed.lengths)
     left.set_xticks(lengths, [f"{n}" for n in lengths])
     left.set_xticks([], minor=True)
+    left.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
+    left.tick_params(axis="y", which="minor", labelsize=8)
     left.set(xlabel="tokens of a row", ylabel=f"ms a step of {config.speed.tokens} tokens")
     left.legend(fontsize=8)
   if "stages" in metrics:

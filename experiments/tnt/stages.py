@@ -33,8 +33,9 @@ def measure(lab: Lab, rates: dict[str, float], seed: int) -> dict:
     found[name] = {"rate": best, "loss": lab.loss(runs[best], "test", small), "old": lab.loss(runs[best], "test", old)}
   found |= {"untuned": lab.loss(first, "test", small), "old": lab.loss(first, "test", old), "steps": steps}
   models |= {name: lab.arm(name, rate=rates[name], steps=t.steps, seed=seed) for name in (TITANS, COARSE)}
+  fits = lambda name, chunk: max(_scaled(old, chunk, name)) <= c.shard
   found["curves"] = {
-    name: {f"{chunk}": lab.loss(model, "test", _scaled(old, chunk, name)) for chunk in config.eval.chunks}
+    name: {f"{n}": lab.loss(model, "test", _scaled(old, n, name)) for n in config.eval.chunks if fits(name, n)}
     for name, model in models.items()
     if name != CONTROL
   }

@@ -63,7 +63,9 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
   assert of("without global memory").global_chunk is None and of(arms.SMALL).local_chunks == tuple(c.small)
   assert of("1 local memory").local_chunks == ours.local_chunks[:1]
   assert of("4 local memories").local_chunks == (4, 8, 16, 32) and of("3 local memories").local_chunks == (4, 8, 16)
-  assert of(arms.COARSE).local_step == pytest.approx(0.05) and of(arms.TITANS).local_step == 0.1
+  assert (
+    of(arms.COARSE).local_step == pytest.approx(c.inner.titans / 2) and of(arms.TITANS).local_step == c.inner.titans
+  )
   assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
   assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
   with pytest.raises(ValueError, match="no arm is called 'RWKV'"):
