@@ -6,6 +6,14 @@ equal parameters and tokens, each network at its own learning rate: TNT, Titans,
 TNT without its parts; stage 2 and its controls; losses by chunk; time of a step by length; recall of pairs.
 
   python -m experiments.run --config=configs/tnt.py:gpu --workdir=runs/tnt --config.data.path='books/*.xz'
+
+Scale cpu (0.32 M parameters, 100 steps of 2048 tokens of code; 41 minutes on two busy cores) printed (2026-11-29):
+
+  held-out loss: TNT 3.860   Titans 3.907   best Transformer 3.885   TTT-Linear 3.816   Mamba-2 3.764
+  TNT at small chunks from the start 3.829, stage 1 then 2 3.855 in 0.74 of the time
+  speed over Titans in the same chunks 0.99 (rows of 2048: a core is busy with a chunk, and shards save nothing)
+
+It shows that everything runs; one seed, and differences of a few hundredths are noise. docs/log.md has the rest.
 """
 
 import ml_collections

@@ -101,8 +101,8 @@ def arm_claims(config, found: dict) -> list[Claim]:
       "Loss of TNT over Titans at equal parameters and tokens", "nats", "lower", ours=loss[TNT] - loss[TITANS],
       threshold=0.0, paper=-0.052, baseline=loss[TITANS],
       note=f"{t.steps} steps of {t.batch} x {t.length} tokens, {min(sizes) / 1e6:.3g} to {max(sizes) / 1e6:.3g} M "
-      f"parameters, local chunks of {', '.join(map(str, c.local))}, seeds: {len(config.seeds)}; {listed}; rates chosen: "
-      f"{rates}",
+      f"parameters, local chunks of {', '.join(map(str, c.local))}, seeds: {len(config.seeds)}; {listed}; rates "
+      f"chosen: {rates}",
     ),
     Claim(
       "Loss of TNT over the best Transformer", "nats", "lower", ours=loss[TNT] - loss[attention], threshold=0.061,
