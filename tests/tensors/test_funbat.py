@@ -346,6 +346,17 @@ def test_the_defaults_do_not_collapse_and_the_authors_settings_do():
   assert max(float(jnp.abs(mode.mean).max()) for mode in state.modes) < 1e-4
 
 
+def test_the_evidence_bound_is_never_above_the_likelihood():
+  """A fit that has lost its digits, whose means are not those of its messages, must not win among several starts."""
+  data, settings = random_problem(1), Settings(rank=2, model="cp", damping=(0.0, 0.0, 0.0))
+  state = fit(data, settings, jax.random.key(0), epochs=5)[0]
+  modes = tuple(dataclasses.replace(mode, mean=30 * mode.mean) for mode in state.modes)
+  broken = dataclasses.replace(state, modes=modes)
+  bound = jax.jit(lambda s: funbat.elbo(s, data, settings))
+  tau, error = float(broken.shape / broken.rate), float(compiled.half_residual(broken, data, settings))
+  assert float(bound(broken)) < 0.5 * len(data.y) * np.log(tau) - tau * error < float(bound(state))
+
+
 def smooth_and_rough(size=300):
   """y = u(a) v(b): u smooth, v without any relation between its 40 values; noise 0.1."""
   rng = np.random.default_rng(0)
