@@ -22,7 +22,7 @@ TRACKED = [
 ]
 PAPERS = sorted(f.stem for f in TRACKED if f.parent == Path("configs") and f.stem not in ("__init__", "scales"))
 OPEN = {  # not yet measured on a GPU; README's table says so
-  "chunkflow", "compositions", "concat_svd", "dataset_decomposition", "hnet", "maker", "nexus", "sarathi", "seco",
+  "chunkflow", "dataset_decomposition", "hnet", "maker", "nexus", "sarathi", "seco",
   "skip_thinking",
 }  # fmt: skip
 NEW = {"daslam"}  # not yet measured at all
