@@ -73,6 +73,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         test=("exact", "seco", "spaco 2 2", "truncated"),
         cpu=("exact", "seco", "spaco 4 1", "spaco 4 2", "truncated"),
         gpu=("exact", "seco", "spaco 8 1", "spaco 8 2", "spaco 8 none", "truncated"),
+        paper=(
+          *("exact", "seco", "spaco 8 1", "spaco 8 2", "spaco 8 none", "truncated"),
+          *("spaco 4 2", "spaco 16 2"),
+        ),
       ),
       tuning=dict(
         parameters="all",  # of config.model: all, or lora

@@ -21,7 +21,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, two seeds)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, two seeds), paper."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
