@@ -35,10 +35,36 @@ from jaxlab.models.mamba2 import Mamba2, Mamba2Config
 from jaxlab.models.transformer import Transformer
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
-__all__ = ["Vocabulary", "find", "from_tensors", "load", "load_vocabulary", "read_config", "save", "to_tensors"]
+__all__ = [
+  "Vocabulary",
+  "find",
+  "from_tensors",
+  "kind_of",
+  "load",
+  "load_vocabulary",
+  "read_config",
+  "save",
+  "to_tensors",
+]
 
 _SHARD_BYTES = 16 * 2**20
 _CONFIGS = {Transformer: TransformerConfig, Mamba2: Mamba2Config, HNet: HNetConfig}
+
+
+def kind_of(path_or_name: str | os.PathLike) -> type:
+  """What `load` expects as `kind` for a checkpoint: `Transformer`, `Mamba2` or `HNet`.
+
+  Raises:
+    InputError: there is no such checkpoint, or its config.json is missing, damaged or of an unknown architecture.
+  """
+  path = find(path_or_name)
+  if gguf_file(path) is not None or any(path.glob("model_*.pt")):
+    return Transformer
+  return _kind(read_config(path)[0])
+
+
+def _kind(config) -> type:
+  return next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
 
 
 def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None, kind: type = Transformer):
@@ -68,7 +94,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
     config, tensors = _read_karpathy(path)
     return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors, **options)
   config, table = read_config(path)
-  found = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  found = _kind(config)
   require(found is kind, f"{path} holds a {found.__name__}, not a {kind.__name__}; load it by kind={found.__name__}")
   places = tensor_files(path)
   options["compression"] = read_json(path / "config.json").get("compression")
@@ -93,7 +119,7 @@ def from_tensors(
   """
   forms = compression or {}
   require(isinstance(forms, Mapping), f"{where}: compression is {forms!r:.80}; it must be an object of maps")
-  make = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  make = _kind(config)
   abstract = jax.eval_shape(lambda: make(config, jax.random.key(0)))
   if forms:
     require(make is Transformer, f"{where}: compression is of a Transformer's maps; remove it from config.json")
