@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 _SHARD_BYTES = 16 * 2**20
+_Config = TransformerConfig | Mamba2Config | HNetConfig
 _CONFIGS = {Transformer: TransformerConfig, Mamba2: Mamba2Config, HNet: HNetConfig}
 
 
@@ -63,7 +64,7 @@ def kind_of(path_or_name: str | os.PathLike) -> type:
   return _kind(read_config(path)[0])
 
 
-def _kind(config) -> type:
+def _kind(config: _Config) -> type:
   return next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
 
 
@@ -102,7 +103,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
 
 
 def from_tensors(
-  config: TransformerConfig | Mamba2Config | HNetConfig,
+  config: _Config,
   table: Mapping[str, tuple[str, bool]] | None,
   read: Callable[[str], np.ndarray],
   names: Collection[str],
@@ -173,7 +174,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return buffer[first : first + size].view(dtype).reshape(shape)
 
 
-def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], where: str) -> None:
+def _refuse_surplus(config: _Config, read, names: Collection[str], where: str) -> None:
   """A tensor that no parameter is made of may only repeat what the model has: a tied head, the rotary frequencies."""
   unknown = []
   for name in sorted(names):
@@ -260,7 +261,7 @@ def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
   return lambda file: file.write(json.dumps(content, indent=2).encode())
 
 
-def read_config(path: Path) -> tuple[TransformerConfig | Mamba2Config | HNetConfig, Mapping | None]:
+def read_config(path: Path) -> tuple[_Config, Mapping | None]:
   """(config, tensor table) of a Hugging Face folder or a GGUF file."""
   if (file := gguf_file(path)) is not None:
     config, arch = config_json.read(gguf.read_config(file, *gguf.read(file)), str(file))
@@ -284,7 +285,7 @@ def _parts(model) -> dict[str, list[int]]:
   return {f"blocks.mlp.{name}": own for name, own in sizes.items()}
 
 
-def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapping[str, list[int]]):
+def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[int]]):
   """(index into the parameter, tensor name, transposed) of each tensor that holds a part of it."""
   if parameter in parts:
     yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
@@ -309,7 +310,7 @@ def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapp
       yield index, template.format(layer=layer, value_layer=layer, expert=expert), transpose
 
 
-def _own_places(config: TransformerConfig, parameter: str):
+def _own_places(config: _Config, parameter: str):
   """A parameter under its own name; a map's matrix layer by layer where layers differ, without the zeros."""
   name, _, leaf = parameter.removeprefix("blocks.").rpartition(".")
   side = "inputs" if name in ("o", "mlp.down") else "outputs"

@@ -19,7 +19,7 @@ from experiments.results import Claim
 from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry, layer_geometry_classes, snlp
-from jaxlab.models import Mamba2, Mamba2Config
+from jaxlab.models import HNetConfig, Mamba2, Mamba2Config, hub
 from jaxlab.models.transformer import sequential
 from tests.common import Whole, configs, random_model, random_tokens
 
@@ -524,3 +524,21 @@ def test_the_experiment_runs_at_test_scale_and_measures_no_part_twice(tmp_path, 
     with pytest.raises(InputError, match=message):
       config.intervene[field] = value
       run()
+
+
+def test_the_experiment_measures_the_stacks_of_a_saved_h_net(tmp_path):
+  """Of the sizes of the transformer above, whose programs it shares."""
+  shape = HNetConfig("m2 [T1] m1", (32, 32), (0, 20), (0, 2), ratios=(3.0,), head_dim=16, state=4, chunk=8)
+  hub.save(random_model(shape), tmp_path)
+  config = config_file.get_config("test")
+  config.model = str(tmp_path)
+  config.data.update(name="local_text", path=str(ROOT / "jaxlab"), split="train")
+  found = subjects.load(config, tmp_path, tmp_path / "cache", Console(quiet=True))
+  assert list(found) == [f"{tmp_path.name}, {stack}" for stack in ("encoder 0", "main 1", "decoder 0")]
+  name, load = next(iter(found.items()))
+  measured = experiment.measure_split(config, *load(), name, 0, Console(quiet=True))
+  assert set(measured["classes"]) == set(experiment.CLASSES) and len(measured["nulls"]["gap"]) == 2
+  assert max(measured["doses"]["0"]["single_token"]) < 1e-5 < min(measured["doses"]["1"]["single_token"])
+  hub.save(random_model(dataclasses.replace(shape, vocab_size=64)), tmp_path)
+  with pytest.raises(InputError, match="a vocabulary of 64, not the 256 bytes"):
+    subjects.load(config, tmp_path, tmp_path, Console(quiet=True))
