@@ -28,7 +28,7 @@ _neighbours = jax.jit(classes.neighbours, static_argnames="k")
 def collect(model, rows: dict) -> tuple[dict, dict]:
   """({part: (x, y) of every layer}, {part: token ids at the same positions})."""
   traces = {part: _collect(model, jnp.asarray(tokens)) for part, (tokens, _) in rows.items()}
-  read = model.ids if isinstance(model, StackNetwork) else lambda tokens: tokens
+  read = jax.jit(model.ids) if isinstance(model, StackNetwork) else lambda tokens: tokens
   ids = {part: read(jnp.asarray(tokens))[:, geometry.SKIP :] for part, (tokens, _) in rows.items()}
   few, many = ids["evaluation"].size, ids["reference"].size
   require(few <= many, f"{few} evaluation tokens, {many} for reference; there must be at least as many of these")
@@ -47,7 +47,8 @@ def fit_mlps(reference, key, *, steps: int, batch: int) -> dict:
   return {"ours": jax.tree.map(lambda a: a[: len(x)], fitted), "shuffled": jax.tree.map(lambda a: a[len(x) :], fitted)}
 
 
-def of_layer(tree, layer: int):
+@jax.jit
+def of_layer(tree, layer):
   return jax.tree.map(lambda a: a[layer], tree)
 
 

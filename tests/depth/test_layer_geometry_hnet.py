@@ -11,8 +11,9 @@ from jaxlab.core.checks import InputError
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth.layer_geometry_hnet import stacks
 from jaxlab.models import HNetConfig, Mamba2, Mamba2Config
+from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.chunking import places, take
-from jaxlab.models.hnet_layers import Stack
+from jaxlab.models.hnet_layers import Side, Stack, rotations
 from tests.common import random_model, random_tokens
 
 CONFIG = HNetConfig(
@@ -27,6 +28,7 @@ CONFIG = HNetConfig(
   state=4,
   chunk=4,
 )
+MAMBA = Mamba2Config(64, 1, 16, head_dim=8)
 SKIP = 1
 TOKENS = random_tokens(3, 14)
 NAMES = ["encoder 0", "encoder 1", "main 2", "decoder 1", "decoder 0"]
@@ -100,7 +102,9 @@ def test_single_position_interventions_in_one_pass_are_one_forward_each(name, la
   bytes_at = places(chunked[1][0], 14)
   inner = places(chunked[1][1], 14)
   at = [jnp.tile(jnp.arange(14), (3, 1)), bytes_at, jnp.take_along_axis(bytes_at, inner, axis=1)][network.index]
-  np.testing.assert_array_equal(network.ids(TOKENS), jnp.take_along_axis(TOKENS, at, axis=1)[:, : network.length])
+  np.testing.assert_array_equal(
+    jax.jit(network.ids)(TOKENS), jnp.take_along_axis(TOKENS, at, axis=1)[:, : network.length]
+  )
 
   @jax.jit
   def brute(network, mask):
@@ -128,8 +132,10 @@ def test_frozen_updates_are_the_blocks_on_the_stacks_own_input(networks, pairs):
   u, v = jax.jit(lambda n: geometry.frozen_updates(n, TOKENS, layers=2, skip=0))(network)
   np.testing.assert_allclose(u, y - x, atol=1e-5)
   np.testing.assert_allclose(v[0], u[0], atol=1e-5)
-  _, side, second = *network.trace(TOKENS)[1:], jax.tree.map(lambda a: a[1], network.stack.runs[0])
-  np.testing.assert_allclose(v[1], second(x[0], side)[0] - x[0], atol=1e-5)
+  cos, sin = rotations(CONFIG, 2, jnp.arange(network.length), jnp.float32)
+  side = Side(jnp.float32, cos, sin, dot_product_attention, None)
+  second = jax.jit(lambda run, x: jax.tree.map(lambda a: a[1], run)(x, side)[0])
+  np.testing.assert_allclose(v[1], second(network.stack.runs[0], x[0]) - x[0], atol=1e-5)
 
 
 def test_the_lens_of_a_stack_reads_what_its_last_block_writes(networks, pairs):
@@ -146,7 +152,7 @@ def test_the_lens_of_a_stack_reads_what_its_last_block_writes(networks, pairs):
   "call, message",
   [
     (lambda model: geometry.collect(model, TOKENS), "several widths; measure its `layer_geometry_hnet.stacks`"),
-    (lambda model: stacks(Mamba2(Mamba2Config(64, 1, 16, head_dim=8), jax.random.key(0)), TOKENS), "not of a Mamba2"),
+    (lambda model: stacks(jax.eval_shape(lambda: Mamba2(MAMBA, jax.random.key(0))), TOKENS), "not of a Mamba2"),
     (lambda model: stacks(model), "there are no rows"),
     (lambda model: geometry.collect(stacks(model, TOKENS[:, :5])["main 2"], TOKENS), "positions in stage 2 of which 4"),
   ],
