@@ -28,6 +28,7 @@ factor_at = jax.jit(funbat.factor_at, static_argnames=("settings", "k", "rule"))
 interpolate = jax.jit(matern.interpolate, static_argnames=("rule", "kernel", "lengthscale", "variance", "rank"))
 smooth = jax.jit(kalman.smooth, static_argnames="scan")
 steps = jax.jit(matern.steps, static_argnames=("kernel", "rank"))
+chain_of = jax.jit(matern.chain, static_argnames=("kernel", "lengthscale", "variance", "rank"))
 initial_state = jax.jit(funbat.initial_state, static_argnames="settings")
 compiled, baselines = Whole(funbat), Whole(funbat_baselines)
 
@@ -69,7 +70,7 @@ def test_one_mode_of_rank_one_is_gaussian_process_regression(kernel, scan):
   t, y, tau, ls, s2 = np.sort(rng.uniform(0, 1, 25)), rng.normal(size=25), 3.0, 0.2, 1.3
   new = np.concatenate([[-0.5, -0.01], rng.uniform(0, 1, 12), t[[0, 7, 24]], [1.02, 2.0]])
   options = dict(kernel=kernel, lengthscale=ls, variance=s2, rank=1)
-  chain = matern.chain(jnp.asarray(t), **options)
+  chain = chain_of(jnp.asarray(t), **options)
   width = matern.order(kernel)
   precision = jnp.zeros((25, width, width)).at[:, 0, 0].set(tau)
   linear = jnp.zeros((25, width)).at[:, 0].set(tau * y)
@@ -91,7 +92,7 @@ def test_joining_the_neighbours_as_if_independent_is_not_the_process():
   """The `merge` ablation: exact on the grid, wrong and over-confident between."""
   t = jnp.linspace(0, 1, 9)
   options = dict(kernel="matern12", lengthscale=0.5, variance=1.0, rank=1)
-  posterior = smooth(matern.chain(t, **options), jnp.ones((9, 1, 1)), jnp.sin(6 * t)[:, None])
+  posterior = smooth(chain_of(t, **options), jnp.ones((9, 1, 1)), jnp.sin(6 * t)[:, None])
   exact, merged = (interpolate(t, posterior, t + 0.06, rule=rule, **options) for rule in matern.RULES)
   assert float((merged[1] / exact[1])[:-1].max()) < 0.9
   np.testing.assert_allclose(*(interpolate(t, posterior, t, rule=r, **options)[0] for r in matern.RULES))
