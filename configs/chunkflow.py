@@ -26,7 +26,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, 120 M parameters, 64 K tokens)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, 120 M parameters, 64 K tokens), paper."""
   pick = scales.picker(scale)
   chunk = pick(test=128, cpu=256, gpu=4096)
   return ml_collections.ConfigDict(
@@ -47,20 +47,21 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         head_dim=pick(test=16, cpu=32, gpu=64),
         mlp_width=pick(test=64, cpu=384, gpu=2048),
       ),
-      longest=pick(test=(256,), cpu=(1024, 2048), gpu=(32_768, 65_536)),
+      longest=pick(test=(256,), cpu=(1024, 2048), gpu=(65_536,), paper=(32_768, 65_536)),
       batch=pick(test=4, cpu=32, gpu=64),  # sequences of a global batch
-      batches=pick(test=1, cpu=2, gpu=20),
+      batches=pick(test=1, cpu=2, gpu=6, paper=20),
       chunk=chunk,
       settings=pick(  # (chunk, K) of ChunkFlow
         test=((128, 1),),
         cpu=((256, 1), (512, 1), (128, 2)),
-        gpu=((2048, 1), (4096, 1), (8192, 1), (16_384, 1), (4096, 4)),
+        gpu=((4096, 1), (8192, 1), (4096, 4)),
+        paper=((2048, 1), (4096, 1), (8192, 1), (16_384, 1), (4096, 4)),
       ),
       remats=pick(test=("none",), cpu=("none", "full")),  # of rivals that run sequences whole
       windows=pick(test=(), cpu=("none",), gpu=()),  # all packed to the longest: as many products as its square
       times=pick(test=(2, 4), cpu=(4, 8, 16, 32), gpu=(4, 8, 16)),  # chunks of the sequences whose memory is compared
       curve=dict(
-        steps=pick(test=2, cpu=60, gpu=300),
+        steps=pick(test=2, cpu=60, gpu=120, paper=300),
         batch=pick(test=2, cpu=8, gpu=32),
         longest=pick(test=256, cpu=1024, gpu=8192),
         chunk=pick(test=128, cpu=128, gpu=1024),

@@ -21,7 +21,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, three seeds)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, three seeds), paper (larger and longer)."""
   pick = scales.picker(scale)
 
   def shape(depth: int, width: int, head_dim: int = 16) -> dict:
@@ -36,14 +36,15 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       seeds=pick(cpu=1, gpu=3),
-      modulus=pick(cpu=5, gpu=31),
+      modulus=pick(cpu=5, gpu=11, paper=31),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       solvers=pick(
         test=dict(S=shape(1, 16), M=shape(1, 16)),
         cpu=dict(S=shape(2, 48), M=shape(2, 64), L=shape(3, 96)),
-        gpu=dict(S=shape(4, 128, 32), M=shape(6, 256, 32), L=shape(8, 512, 32)),
+        gpu=dict(S=shape(2, 96, 32), M=shape(4, 128, 32), L=shape(6, 256, 32)),
+        paper=dict(S=shape(4, 128, 32), M=shape(6, 256, 32), L=shape(8, 512, 32)),
       ),
-      decomposer=pick(test=shape(1, 16), cpu=shape(2, 48), gpu=shape(4, 192, 32)),
+      decomposer=pick(test=shape(1, 16), cpu=shape(2, 48), gpu=shape(3, 96, 32), paper=shape(4, 192, 32)),
       depths=dict(
         trained=pick(cpu=(2, 6), gpu=(2, 8)),
         judged=pick(test=(4, 5), cpu=(3, 4, 5, 6), gpu=(3, 4, 5, 6, 7, 8)),
@@ -52,14 +53,18 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       least=3,  # sub-questions, or there are none
       count=pick(test=8, cpu=200, gpu=2000),  # questions a depth
       solving=dict(
-        steps=pick(test=2, cpu=1200, gpu=20_000), batch=pick(test=8, cpu=64, gpu=1024), rate=pick(cpu=3e-3, gpu=1e-3)
+        steps=pick(test=2, cpu=1200, gpu=4000, paper=20_000),
+        batch=pick(test=8, cpu=64, gpu=256, paper=1024),
+        rate=pick(cpu=3e-3, gpu=1e-3),
       ),
       teaching=dict(
-        steps=pick(test=2, cpu=400, gpu=4000), batch=pick(test=8, cpu=64, gpu=512), rate=pick(cpu=3e-3, gpu=1e-3)
+        steps=pick(test=2, cpu=400, gpu=1000, paper=4000),
+        batch=pick(test=8, cpu=64, gpu=256, paper=512),
+        rate=pick(cpu=3e-3, gpu=1e-3),
       ),
       ppo=dict(
-        updates=pick(test=2, cpu=60, gpu=600),
-        batch=pick(test=8, cpu=64, gpu=512),
+        updates=pick(test=2, cpu=60, gpu=200, paper=600),
+        batch=pick(test=8, cpu=64, gpu=256, paper=512),
         epochs=4,
         minibatches=pick(test=1, cpu=2, gpu=4),
         rate=pick(cpu=3e-4, gpu=1e-4),

@@ -25,7 +25,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, three seeds)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, three seeds), paper (larger and longer)."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
@@ -47,7 +47,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         qk_norm="before_rope",
       ),
       train=dict(
-        steps=pick(test=2, cpu=700, gpu=2000),
+        steps=pick(test=2, cpu=700, gpu=800, paper=2000),
         batch=pick(test=2, cpu=12, gpu=128),
         length=pick(test=48, cpu=128, gpu=512),
         seeds=pick(cpu=1, gpu=3),

@@ -6,10 +6,10 @@ less memory than dense attention that is materialised, on Gemma-2-2b.
   python -m experiments.run --config=configs/dhsa.py:cpu --workdir=runs/dhsa --config.data.path='books/*.jsonl.xz'
 
 The predictor is trained beside the frozen model, on a split that no number is of. Your model: --config.model=hf:DIR.
-With --config.accuracy.count=64, base alone, scale cpu printed (2026-11-28), prompts of 512 tokens:
+Scale cpu printed (2026-11-29), base, prompts of 512 tokens:
 
-  questions answered: dense, DHSA at 1/4, DHSA at 1/16      100, 89, 38 %
-  static blocks, even chunks at 1/16                        52, 52 %
+  questions answered: dense, DHSA at 1/4, DHSA at 1/16      99.5, 88.5, 40.5 %
+  static blocks, even chunks at 1/16                        50.0, 46.5 %
   nats lost behind a prompt at 1/4: DHSA, static blocks     0.000, 0.005
 """
 

@@ -54,7 +54,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ranks=pick(test=(2,), cpu=(3,), gpu=(3, 5), paper=(2, 3, 5, 7)),
         epochs=pick(test=6, cpu=60, paper=100),
         rounds=pick(test=2, cpu=5),
-        starts=pick(test=1, cpu=2, gpu=8),
+        starts=pick(test=1, cpu=2, gpu=4, paper=8),
         kernel="matern12",
         lengthscale=0.01,  # of the variant with one for all modes: the share of their range that the authors take
         variances=pick(test=(5.0,), cpu=(1.0, 5.0)),

@@ -32,5 +32,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       tiny=pick(cpu=True, gpu=False),
       repetitions=pick(test=2, cpu=10, gpu=30),
+      suite=pick(cpu="", gpu="cuda,cpu"),  # JAX_PLATFORMS of the kernels' own tests; "": they are not run
     )
   )

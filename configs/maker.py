@@ -23,7 +23,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, 63 steps), gpu (one GPU, 1,048,575 steps)."""
+  """Scales: test (seconds), cpu (2 cores, 63 steps), gpu (one GPU, 1,048,575 steps), paper (more runs)."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
@@ -62,12 +62,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         draws=pick(test=2, cpu=32, gpu=16),
         batch=pick(test=16, cpu=512, gpu=16_384),
       ),
-      seeds=pick(test=2, cpu=100, gpu=10),
-      less_seeds=pick(test=1, cpu=100, gpu=4),  # at one vote less
+      seeds=pick(test=2, cpu=100, gpu=5, paper=10),
+      less_seeds=pick(test=1, cpu=100, gpu=3, paper=4),  # at one vote less
       few_seeds=pick(test=1, cpu=50, gpu=1),  # of the rest of the curve, of rivals, other schemes and stages
-      curve=dict(beyond=1, below=pick(test=0, cpu=20, gpu=2), most=200),
+      curve=dict(beyond=1, below=pick(test=0, cpu=20, gpu=1, paper=2), most=200),
       agent_steps=pick(test=(1, 2), cpu=(1, 2, 4), gpu=(1, 2, 4)),
-      lengths=pick(test=(3, 4), cpu=(3, 4, 5, 6), gpu=(8, 10, 12, 14, 16, 18, 20)),
+      lengths=pick(test=(3, 4), cpu=(3, 4, 5, 6), gpu=(8, 12, 16, 20), paper=(8, 10, 12, 14, 16, 18, 20)),
       width=pick(test=16, cpu=256, gpu=65_536),
       most_samples=pick(test=4, cpu=500, gpu=200),
       flags=dict(

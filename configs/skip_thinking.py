@@ -21,7 +21,7 @@ ABOUT = About(
 
 
 def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, three seeds)."""
+  """Scales: test (seconds), cpu (2 cores, minutes), gpu (one GPU, two seeds), paper."""
   pick = scales.picker(scale)
   return ml_collections.ConfigDict(
     dict(
@@ -29,7 +29,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="skip_thinking",
       scale=scale,
       seed=0,
-      seeds=pick(cpu=1, gpu=3),
+      seeds=pick(cpu=1, gpu=2, paper=3),
       tasks=pick(test=("coin", "letters"), cpu=("letters", "coin"), gpu=("letters", "coin", "swaps", "sums", "dates")),
       sizes=dict(  # least and most words, people, swaps, operations of a question
         letters=pick(cpu=(2, 3), gpu=(4, 6)),
@@ -56,11 +56,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         mlp_width=pick(test=64, cpu=256, gpu=1024),
       ),
       train=dict(
-        steps=pick(test=4, cpu=600, gpu=6000),
-        more=pick(test=4, cpu=150, gpu=1500),
+        steps=pick(test=4, cpu=600, gpu=1200, paper=6000),
+        more=pick(test=4, cpu=150, gpu=400, paper=1500),
         slower=0.3,  # rate of what is trained on, over the rate before
         batch=pick(test=40, cpu=32, gpu=64),
-        rates=pick(test=(1e-3,), cpu=(1e-3, 3e-3), gpu=(3e-4, 1e-3, 3e-3)),
+        rates=pick(test=(1e-3,), cpu=(1e-3, 3e-3), paper=(3e-4, 1e-3, 3e-3)),
       ),
       search=dict(rounds=pick(test=1, cpu=3, gpu=5), threshold=0.02, score="mean_of_means"),
       probe="rollout",

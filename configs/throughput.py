@@ -85,5 +85,38 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=6 if big else 2,
         transformers=big,
       ),
+      serving=dict(
+        model="smollm2" if big else "base",
+        dtype="bfloat16" if big else "float32",
+        batches=(1, 32, 256) if big else (1, 2),
+        goals=(3.0, 5.0, 10.0) if big else (3.0, 5.0),  # times transformers' tokens a second
+        prompt=128 if big else 16,
+        tokens=128 if big else 6,
+        budget=4096 if big else 32,  # of prompts' tokens a step
+        part=128 if big else 16,
+        page=32 if big else 16,
+        steps=16 if big else 4,
+        repetitions=3 if big else 1,
+        transformers=big,
+        large=dict(  # random weights, of a 7B model's shape
+          shape=dict(
+            depth=32 if big else 1,
+            width=4096 if big else 32,
+            q_heads=32 if big else 2,
+            kv_heads=8 if big else 1,
+            head_dim=128 if big else 16,
+            mlp_width=11_008 if big else 64,
+            vocab_size=32_000 if big else 64,
+            context=4096 if big else 64,
+          ),
+          rows=64 if big else 2,
+          context=2048 if big else 16,
+          read=2048 if big else 32,  # tokens of a prompt
+          part=512 if big else 16,
+          page=64 if big else 16,
+          repetitions=5 if big else 2,
+          in_a_row=10 if big else 2,
+        ),
+      ),
     )
   )

@@ -18,7 +18,7 @@ def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str]) ->
     dense = at(mine, "dense")
     for i, method in enumerate(methods):
       points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in mine if row["method"] == method)
-      fill = None if i < 6 else "none"  # there are six colours
+      fill = None if i < 8 else "none"  # there are eight colours
       look = dict(marker=marks[i % len(marks)], ms=5, lw=1, mfc=fill, label=titles.get(method, method))
       axis.plot(*zip(*points, strict=True), **look)
     axis.axhline(dense["perplexity"], color="0.4", lw=0.8, ls="--", label=f"dense, {dense['bytes'] / 1e6:.3g} MB")
@@ -28,7 +28,8 @@ def draw_frontier(rows: list[dict], workdir: Path, titles: Mapping[str, str]) ->
     axis.yaxis.set_major_formatter("{x:.4g}")
     axis.yaxis.set_minor_formatter("{x:.4g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.legend(fontsize=7)
+    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(methods) > 8 else {}
+    axis.legend(fontsize=7, **beside)
   return figures.save(figure, workdir, "frontier")
 
 

@@ -1,18 +1,27 @@
-"""Every Pallas kernel against the strongest public one for the same function: the `bench.py` beside each."""
+"""Every Pallas kernel against the strongest public one for the same function: the `bench.py` beside each; and the tests
+of all kernels as they are, where they need no interpreter."""
 
 import functools
 import importlib
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
 
 from experiments import figures, results, timing
 from experiments.results import Claim
+from jaxlab.core.checks import require
+
+_ROOT = Path(__file__).parents[1]
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
-  """{"bandwidth": bytes a second, kernel: {case: {"milliseconds": {rival: ...}, "floor_ms"}}}."""
+  """{"bandwidth": bytes a second, kernel: {case: {"milliseconds": {rival: ...}, "floor_ms"}}, "suite": of `suite`}."""
   part = functools.partial(results.part, workdir)
   bandwidth = part("bandwidth", timing.copy_bandwidth)
   benches = {
@@ -23,7 +32,26 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     for case, bench in console.track(name, list(cases.items())):
       measured = part(f"{name}.{case}", lambda bench=bench: measure_case(bench, config.repetitions, bandwidth))
       kernels.setdefault(name, {})[case] = measured
-  return {"bandwidth": bandwidth, "kernels": kernels}
+  tested = {"suite": part("suite", lambda: suite(config.suite))} if config.suite else {}
+  return {"bandwidth": bandwidth, "kernels": kernels} | tested
+
+
+def suite(platforms: str) -> dict[str, int]:
+  """{"passed", "failed", "skipped"} of tests/kernels in a process of its own on JAX_PLATFORMS=`platforms`: on "cpu"
+  interpreted.
+
+  Raises:
+    InputError: tests that do not run at all.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "suite.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/kernels", f"--junitxml={file}"]
+    env = os.environ | {"JAX_PLATFORMS": platforms, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ran = subprocess.run(command, cwd=_ROOT, env=env, capture_output=True, text=True, check=False)
+    require(file.exists(), f"the kernels' tests do not run; pip install 'jaxlab[test]' ({ran.stderr.strip()[-200:]})")
+    found = ElementTree.parse(file).getroot().find("testsuite").attrib
+  failed, skipped = int(found["failures"]) + int(found["errors"]), int(found["skipped"])
+  return {"passed": int(found["tests"]) - failed - skipped, "failed": failed, "skipped": skipped}
 
 
 def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
@@ -74,7 +102,18 @@ def claims(config, metrics: dict) -> list[Claim]:
     "", "lower", ours=max(apart.values()), threshold=2**-6, baseline="the reference; a bfloat16 has 8 bits",
     note=f"worst: {max(apart, key=apart.get)}",
   )  # fmt: skip
-  return [*made, exact]
+  if "suite" not in metrics:
+    return [*made, exact]
+  counts = metrics["suite"]
+  tested = Claim(
+    "Tests of all kernels that fail on the device, not interpreted",
+    "",
+    "lower",
+    ours=counts["failed"],
+    threshold=0,
+    note=f"{counts['passed']} pass, {counts['skipped']} are of another device or need the interpreter",
+  )
+  return [*made, exact, tested]
 
 
 def finding(config, metrics: dict) -> str:

@@ -1,23 +1,37 @@
 """Text from a checkpoint: python -m jaxlab.generate --model=smollm2 "Why is the sky blue?"
 
-The text is a message the model answers, by the checkpoint's chat template; with --raw it is continued. Prints as tokens
-are made, and ends with their rate on stderr. Mistakes end in one line and exit status 2.
+The text is a message the model answers, by the checkpoint's chat template; with --raw it is continued. An H-Net, which
+has no template, continues it byte by byte, and its bytes are printed as they are. Prints as tokens are made, and ends
+with their rate on stderr. Mistakes end in one line and exit status 2.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.command import Parser, cache_folder
+from jaxlab.data import byte_level
 from jaxlab.evaluation.methods import named, subject
-from jaxlab.models import hub
-from jaxlab.models.generate import stream
-from jaxlab.models.text import chat_prompt, raw_prompt, require_stops, text_pieces, until
+from jaxlab.models import HNet, hnet, hub
+from jaxlab.models.generate import Decoder, stream
+from jaxlab.models.layers import cast
+from jaxlab.models.text import (
+  BYTES,
+  byte_pieces,
+  byte_prompt,
+  chat_prompt,
+  raw_prompt,
+  require_stops,
+  text_pieces,
+  until,
+)
 from jaxlab.models.vocabulary import load_vocabulary
 
 
@@ -42,7 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add("text", help="the message, or the text to continue")
   add("--model", default="base", help='"smollm2", "base", a folder, a .gguf file, or owner/name (%(default)s)')
-  add("--raw", action="store_true", help="continue the text; no chat template")
+  add("--raw", action="store_true", help="continue the text; no chat template (an H-Net always does)")
   add("--tokens", type=int, default=256, help="at most (%(default)s)")
   add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
   add("--top-k", type=int, help="sample from so many of the likeliest tokens")
@@ -62,9 +76,43 @@ def _run(options: argparse.Namespace) -> None:
     options.temperature != 0 or options.top_k is options.top_p is options.min_p is None,
     "--top-k, --top-p and --min-p are of sampling; give a --temperature too",
   )
+  dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  setup = (_bytes if hub.kind_of(options.model) is HNet else _tokens)(options, dtype)
+  stretches = stream(
+    setup.network,
+    [setup.prompt],
+    tokens=options.tokens,
+    stop=setup.stop,
+    key=jax.random.key(options.seed),
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+    min_p=options.min_p,
+    decoder=setup.decoder,
+  )
+  sys.stdout.reconfigure(**setup.printing)
+  clock = _Clock()
+  for piece in until(setup.pieces(clock.tokens(stretches)), options.stop):
+    print(piece, end="", flush=True)
+  print(flush=True)
+  print(clock.summary(), file=sys.stderr)
+
+
+class _Setup(NamedTuple):
+  """What generation needs of a checkpoint; `pieces` makes text of tokens, `printing` are options of stdout."""
+
+  network: object
+  decoder: Decoder
+  prompt: list[int]
+  stop: tuple[int, ...]
+  pieces: Callable[[Iterable[int]], Iterator[str]]
+  printing: dict[str, str]
+
+
+def _tokens(options: argparse.Namespace, dtype: str) -> _Setup:
+  """A transformer, perhaps under a method, with its tokenizer."""
   vocabulary = load_vocabulary(options.model)
   prompt = (raw_prompt if options.raw else chat_prompt)(vocabulary, options.text)
-  dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   model = hub.load(options.model, dtype=dtype)
   room = model.config.context - len(prompt)
   require(
@@ -72,24 +120,19 @@ def _run(options: argparse.Namespace) -> None:
   )
   name, method = named(options.method) if options.method is not None else (None, {})
   network, _, decoder = subject(model, name, **method)
-  stretches = stream(
-    network,
-    [prompt],
-    tokens=options.tokens,
-    stop=vocabulary.eos,
-    key=jax.random.key(options.seed),
-    temperature=options.temperature,
-    top_k=options.top_k,
-    top_p=options.top_p,
-    min_p=options.min_p,
-    decoder=decoder,
-  )
-  sys.stdout.reconfigure(errors="replace")
-  clock = _Clock()
-  for piece in until(text_pieces(vocabulary.tokenizer, clock.tokens(stretches)), options.stop):
-    print(piece, end="", flush=True)
-  print(flush=True)
-  print(clock.summary(), file=sys.stderr)
+  pieces = functools.partial(text_pieces, vocabulary.tokenizer)
+  return _Setup(network, decoder, prompt, vocabulary.eos, pieces, dict(errors="replace"))
+
+
+def _bytes(options: argparse.Namespace, dtype: str) -> _Setup:
+  """An H-Net, which has neither a tokenizer nor an end of its context."""
+  require(options.method is None, f"--method is of transformers; {options.model} is an H-Net: leave it out")
+  model = hub.load(options.model, dtype="float32", kind=HNet)
+  size, expected = model.config.vocab_size, byte_level.VOCABULARY
+  require(size == expected, f"{options.model} has a vocabulary of {size}, not the {expected} bytes; generate in Python")
+  stop = (byte_level.BOS, byte_level.EOS)
+  printing = dict(encoding="utf-8", errors=BYTES)
+  return _Setup(cast(model, dtype), hnet.DECODER, byte_prompt(options.text), stop, byte_pieces, printing)
 
 
 class _Clock:

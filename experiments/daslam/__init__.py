@@ -207,13 +207,15 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   line(left, metrics["arms"]["ppo"], "the solver alone", "first", marker=".", color="black")
   line(left, {"": metrics["votes"]}, "a vote, as many tokens", marker=".", color="gray")
   line(left, {"": metrics["oracle"][TRAINED]}, "every step in order", ls=":", color="black")
-  left.set(xlabel="steps", ylabel="right answers, %")
-  left.legend(fontsize=7)
+  left.set(xlabel="steps", ylabel="right answers, %", xticks=[int(d) for d in depths])
+  figures.leave_room(left, 0.4)
+  left.legend(fontsize=7, ncols=2, loc="upper center")
   for name in REWARDS:
     values = metrics["rewards"]["ppo"][name]
     right.plot(np.linspace(0, config.ppo.updates, len(values)), values, lw=1.2, label=name)
   right.set(xlabel="round of PPO", ylabel="reward")
-  right.legend(fontsize=7)
+  figures.leave_room(right, 0.2)
+  right.legend(fontsize=7, ncols=3, loc="upper center")
   caption = (
     "Left: right answers by the number of steps, of one solver. Right: the five rewards while the decomposer is "
     "trained, means over questions that the solver does not answer at once"

@@ -18,6 +18,11 @@ from jaxlab.tensors.funbat import Settings
 MANY_STEPS = 1000  # beyond them a parallel scan is to beat the loop where one is chosen, on an accelerator
 
 
+_chain = jax.jit(
+  functools.partial(matern.chain, kernel="matern12", lengthscale=1.0, variance=1.0), static_argnames="rank"
+)
+
+
 def measure(config, workdir: Path) -> dict:
   return {
     "scan_gap": results.part(workdir, "scan_gap", lambda: scan_gap(config.bench.steps[0])),
@@ -31,8 +36,11 @@ def random_chain(steps: int, rank: int, dtype=np.float32):
   rng = np.random.default_rng(steps)
   times = np.cumsum(rng.uniform(0.01, 0.1, steps)).astype(dtype)
   root = rng.normal(size=(steps, rank, rank)).astype(dtype)
-  chain = matern.chain(jnp.asarray(times), kernel="matern12", lengthscale=1.0, variance=1.0, rank=rank)
-  return chain, jnp.asarray(root @ root.swapaxes(1, 2)), jnp.asarray(rng.normal(size=(steps, rank)).astype(dtype))
+  return (
+    _chain(jnp.asarray(times), rank=rank),
+    jnp.asarray(root @ root.swapaxes(1, 2)),
+    jnp.asarray(rng.normal(size=(steps, rank)).astype(dtype)),
+  )
 
 
 def numpy_smoother(chain: kalman.Chain, precision, linear):

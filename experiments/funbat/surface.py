@@ -51,8 +51,9 @@ def measure(config) -> dict:
       "coverage_95": float(np.mean(np.abs(error) < 1.96 * np.sqrt(np.asarray(variance)))),
     }
   fine, result["curves"] = jnp.linspace(0, 1, 80), []
+  factor_at = jax.jit(functools.partial(funbat.factor_at, settings=settings), static_argnames="k")
   for k in range(2):
-    mean, cov = funbat.factor_at(state, data, fine, settings, k)
+    mean, cov = factor_at(state, data, fine, k=k)
     truth = factor(k, np.asarray(fine))
     # A factor is known up to a scale, which the other one undoes.
     scale = float(truth @ mean[:, 0] / (mean[:, 0] @ mean[:, 0]))

@@ -1,7 +1,8 @@
 """Layer geometry: every layer's update in a tokenwise part and the rest, nulls, interventions, and what they cost.
 
-With config.model = "hf:DIR" or a name that the hub knows nothing is trained: only that checkpoint is measured. A module
-here is a part of the run; every model and every split of the documents is kept once it is measured.
+With config.model = "hf:DIR" or a name that the hub knows nothing is trained: only that checkpoint is measured, an H-Net
+stack by stack. A module here is a part of the run; every model and every split of the documents is kept once it is
+measured.
 """
 
 import functools
@@ -16,6 +17,8 @@ from experiments.layer_geometry import decomposition, dependence, interventions,
 from experiments.layer_geometry.decomposition import CLASSES, MAIN
 from experiments.results import Claim
 from jaxlab.core.checks import require, require_choice
+from jaxlab.depth.layer_geometry_hnet import StackNetwork, stacks
+from jaxlab.models import HNet
 
 # The relative errors of a map that learned nothing are all 1, and have no rank correlation.
 UNDEFINED = ("models.*.across_layers.*", "models.*.spearman_relative.*")
@@ -46,6 +49,8 @@ def measure_split(config, model, text, name: str, seed: int, console) -> dict:
   """Everything about one model on one split of the documents, a list over layers each."""
   f, title = config.fit, f"{name}, split {seed}"
   rows = subjects.split_rows(text.split(config.data.split), config, seed)
+  if isinstance(model, HNet):  # the name ends with the stack's
+    model = stacks(model, *(jnp.asarray(tokens) for tokens, _ in rows.values()))[name.rpartition(", ")[2]]
   traces, ids = decomposition.collect(model, rows)
   tokens, documents = jnp.asarray(rows["evaluation"][0]), np.repeat(rows["evaluation"][1], ids["evaluation"].shape[1])
   console.say(
@@ -63,13 +68,13 @@ def measure_split(config, model, text, name: str, seed: int, console) -> dict:
     outputs = decomposition.predict(query, reference, decomposition.of_layer(mlps["ours"], layer), **options)
     key = jax.random.fold_in(jax.random.key(config.seed), layer)
     described, noise = decomposition.describe(query, reference, outputs, mlps, layer, key, documents, f, config.seed)
-    lens = decomposition.lens(model, traces["reference"], traces["evaluation"], layer, f.ridge)
+    lens = decomposition.lens(model, tokens, traces["reference"], traces["evaluation"], layer, f.ridge)
     described["prior"]["affine_lens_kl"] = float(lens.mean())
     intervene = functools.partial(interventions.intervene, model, tokens, layer=layer)
     layers.append(described | interventions.describe(config, intervene, query, outputs, noise, documents))
   stacked = jax.tree.map(lambda *values: list(values), *layers)
   return stacked | {
-    "parameters": sum(a.size for a in jax.tree.leaves(model)),
+    "parameters": sum(a.size for a in jax.tree.leaves(model.stack if isinstance(model, StackNetwork) else model)),
     "across_layers": {name: interventions.across(row) for name, row in stacked["interventions"].items()},
     "suffix": dependence.measure(model, tokens),
   }

@@ -13,6 +13,7 @@ from experiments.results import Claim
 from jaxlab.core.checks import require
 from jaxlab.depth import layer_geometry as geometry
 from jaxlab.depth import layer_geometry_classes as classes
+from jaxlab.depth.layer_geometry_hnet import StackNetwork
 
 LOCAL = ("diagonal", "low_rank", "orthogonal")
 CLASSES = ("identity", "token_lookup", "global_affine", *LOCAL, "mlp", "context")
@@ -27,7 +28,8 @@ _neighbours = jax.jit(classes.neighbours, static_argnames="k")
 def collect(model, rows: dict) -> tuple[dict, dict]:
   """({part: (x, y) of every layer}, {part: token ids at the same positions})."""
   traces = {part: _collect(model, jnp.asarray(tokens)) for part, (tokens, _) in rows.items()}
-  ids = {part: jnp.asarray(tokens[:, geometry.SKIP :]) for part, (tokens, _) in rows.items()}
+  read = jax.jit(model.ids) if isinstance(model, StackNetwork) else lambda tokens: tokens
+  ids = {part: read(jnp.asarray(tokens))[:, geometry.SKIP :] for part, (tokens, _) in rows.items()}
   few, many = ids["evaluation"].size, ids["reference"].size
   require(few <= many, f"{few} evaluation tokens, {many} for reference; there must be at least as many of these")
   return traces, ids
@@ -45,7 +47,8 @@ def fit_mlps(reference, key, *, steps: int, batch: int) -> dict:
   return {"ours": jax.tree.map(lambda a: a[: len(x)], fitted), "shuffled": jax.tree.map(lambda a: a[len(x) :], fitted)}
 
 
-def of_layer(tree, layer: int):
+@jax.jit
+def of_layer(tree, layer):
   return jax.tree.map(lambda a: a[layer], tree)
 
 
@@ -64,11 +67,16 @@ def gather(traces, ids, layer) -> tuple[dict, dict]:
 def predict(query, reference, mlp, *, k: int, **options) -> dict[str, jax.Array]:
   """T(x) of every class for the evaluation tokens, fitted on the reference tokens of one layer."""
   near = _neighbours(reference["x"], query["x"], k=k)
-  return {name: _predict(name, query, reference, near, mlp, **options) for name in CLASSES}
+  return {name: _predict(name, query, reference, near, mlp, **_read_by(name, options)) for name in CLASSES}
+
+
+def _read_by(name: str, options: dict) -> dict:
+  """Networks of one width share the programs of all classes but the lookup, whatever their vocabularies."""
+  return options if name == "token_lookup" else options | {"vocab": None}
 
 
 @functools.partial(jax.jit, static_argnames=("name", "rank", "ridge", "vocab"))
-def _predict(name: str, query, reference, near, mlp, *, rank: int, ridge: float, vocab: int):
+def _predict(name: str, query, reference, near, mlp, *, rank: int, ridge: float, vocab: int | None):
   x, y, u, q = reference["x"], reference["y"], reference["y"] - reference["x"], query["x"]
   if name in LOCAL:
     options = {"rank": rank} if name == "low_rank" else {}
@@ -89,13 +97,13 @@ def compile_side_by_side(query, reference, mlps, options, *others) -> None:
   near = _neighbours(reference["x"], query["x"], k=options["k"])
   fixed = {name: value for name, value in options.items() if name != "k"}
   mlp = of_layer(mlps["ours"], 0)
-  jobs = [functools.partial(_predict, name, query, reference, near, mlp, **fixed) for name in CLASSES]
+  jobs = [functools.partial(_predict, name, query, reference, near, mlp, **_read_by(name, fixed)) for name in CLASSES]
   jax.block_until_ready(list(overlapped(lambda job: job(), [*jobs, *others])))
 
 
 @jax.jit
-def lens(model, reference, evaluation, layer, ridge):
-  return geometry.affine_lens(model, reference, evaluation, layer=layer, ridge=ridge)
+def lens(model, tokens, reference, evaluation, layer, ridge):
+  return geometry.affine_lens(model, reference, evaluation, layer=layer, ridge=ridge, tokens=tokens)
 
 
 def describe(query, reference, outputs, mlps, layer: int, key, documents, fit, seed: int) -> tuple[dict, jax.Array]:

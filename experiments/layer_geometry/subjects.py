@@ -1,5 +1,6 @@
 """Which networks are measured, and on which rows of text."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,26 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.snlp.training import training_loss
-from experiments.text import Text, checkpoint_folder, load_text, model_config, train_model
+from experiments.text import Text, checkpoint_folder, load_documents, load_text, model_config, train_model
 from jaxlab.core.checks import require
+from jaxlab.data import byte_level
 from jaxlab.data.tokens import Tokens
-from jaxlab.models import LanguageModel, Mamba2, Mamba2Config, Transformer, hub
+from jaxlab.depth import layer_geometry_hnet
+from jaxlab.models import HNet, LanguageModel, Mamba2, Mamba2Config, Transformer, hub
 
 UNTRAINED = "untrained"
 IDN = ", IDN"
 MAMBA = "Mamba-2"
 
-Loader = Callable[[], tuple[LanguageModel, Text]]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByteText:
+  """A corpus by bytes."""
+
+  data: dict
+  cache: Path
+
+  @functools.cache  # noqa: B019 (one instance a run)
+  def split(self, name: str) -> Tokens:
+    return byte_level.tokens_of(load_documents(self.data, name, self.cache))
+
+
+Loader = Callable[[], tuple[LanguageModel, Text | ByteText]]
 
 
 def load(config, workdir: Path, cache: Path, console) -> dict[str, Loader]:
   """{name: a function that gives (model, text in its tokens)}, which trains where there is something to train.
 
-  One checkpoint, or: transformers of config.sizes, a Mamba-2, the size number config.standard once more with SNLP's
-  regulariser and not trained at all, and checkpoints that ship.
+  One checkpoint (an H-Net: each of its stacks), or: transformers of config.sizes, a Mamba-2, the size number
+  config.standard once more with SNLP's regulariser and not trained at all, and checkpoints that ship.
   """
   folder = checkpoint_folder(config)
   given = lambda folder: (hub.load(folder, dtype="float32"), load_text(config, cache, given=folder))
+  if folder and hub.kind_of(folder) is HNet:
+    shape, bytewise = hub.read_config(folder)[0], byte_level.VOCABULARY
+    require(
+      shape.vocab_size == bytewise, f"{folder} has a vocabulary of {shape.vocab_size}, not the {bytewise} bytes of text"
+    )
+    loader = functools.cache(lambda: (hub.load(folder, dtype="float32", kind=HNet), ByteText(config.data, cache)))
+    return {f"{folder.name}, {stack}": loader for stack, *_ in layer_geometry_hnet.names(shape.stages)}
   if folder:
     return {folder.name: functools.cache(lambda: given(folder))}
 

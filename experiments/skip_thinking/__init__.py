@@ -248,7 +248,7 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   for i, (arm, label) in enumerate(BASE.items()):
     heights = [100 * over(metrics, arm, "right", [task]) for task in tasks]
     axes[0].bar(np.arange(len(tasks)) + (i - len(BASE) / 2 + 0.5) * width, heights, width, label=label)
-  axes[0].set(xticks=range(len(tasks)), xticklabels=tasks, ylabel="right answers, %")
+  axes[0].set(xticks=range(len(tasks)), xticklabels=tasks, yticks=range(0, 101, 20), ylabel="right answers, %")
   figures.leave_room(axes[0], 0.45)
   axes[0].legend(fontsize=7, ncols=2, loc="upper right")
   for arm, label in AFTER.items():

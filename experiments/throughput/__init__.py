@@ -13,6 +13,7 @@ from experiments import figures, results, timing
 from experiments.results import Claim
 from experiments.snlp.speed import random_model
 from experiments.throughput import decoding as generation
+from experiments.throughput import serving
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require_choice
 from jaxlab.depth import snlp_inference, snlp_suffix
@@ -45,7 +46,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   generated = part("decoding", lambda: generation.measure(config.decoding))
   console.say(f"decoding, tokens/s: {generated['rates']}")
   timed = {"training": training, "forward": forward["jax"], "decode": decode, "torch": forward["torch"]}
-  return timed | {"decoding": generated}
+  return timed | {"decoding": generated, "serving": part("serving", lambda: serving.measure(config.serving, console))}
 
 
 def claims(config, metrics: dict) -> list[Claim]:
@@ -80,6 +81,8 @@ def claims(config, metrics: dict) -> list[Claim]:
     )  # fmt: skip
   if "decoding" in metrics:
     made += generation.claims(metrics["decoding"], config.decoding)
+  if "serving" in metrics:
+    made += serving.claims(metrics["serving"], config.serving)
   return made
 
 

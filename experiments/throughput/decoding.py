@@ -29,9 +29,9 @@ def measure(spec) -> dict:
   prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, spec.prompt)).astype(np.int32)
   contestants, versions = _ours(model, prompt, spec.tokens), {}
   if spec.transformers:
-    contestants |= _transformers(model, prompt, spec.tokens)
+    contestants |= of_transformers(model, prompt, spec.tokens)
     versions = {name: version(name) for name in ("torch", "transformers")}
-  outputs = {name: np.asarray(run()) for name, run in contestants.items()}
+  outputs = {name: np.ravel(run()) for name, run in contestants.items()}
   times = timing.compare(contestants, repetitions=spec.repetitions, warmup=2)
   equal = {name: int(np.cumprod(tokens == outputs[OURS]).sum()) for name, tokens in outputs.items()}
   rates = {name: spec.tokens / times.median(name) for name in contestants}
@@ -68,8 +68,9 @@ def _ours(model: Transformer, prompt: np.ndarray, tokens: int) -> dict:
   return {OURS: lambda: generate(network, prompt, tokens=tokens)[0], STREAM: as_stream}
 
 
-def _transformers(model: Transformer, prompt: np.ndarray, tokens: int) -> dict:
-  """Its generate with either cache; the static one is compiled as its guide has it (mode "reduce-overhead")."""
+def of_transformers(model: Transformer, prompts: np.ndarray, tokens: int) -> dict:
+  """Its generate with either cache, a row a prompt; the static one is compiled as its guide has it (mode
+  "reduce-overhead")."""
   import torch
   from transformers import AutoModelForCausalLM, CompileConfig
 
@@ -80,12 +81,12 @@ def _transformers(model: Transformer, prompt: np.ndarray, tokens: int) -> dict:
   opponent.generation_config.eos_token_id = None  # all the tokens, as ours
   compiled = CompileConfig()
   compiled._compile_all_devices = True  # by itself it compiles on accelerators alone
-  ids = torch.from_numpy(prompt).long().to(device)
+  ids = torch.from_numpy(prompts).long().to(device)
   how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
   caches = {DYNAMIC: {}, STATIC: dict(cache_implementation="static", compile_config=compiled)}
 
   def run(options: dict):
     with torch.inference_mode():
-      return opponent.generate(ids, **how, **options)[0, ids.shape[1] :].cpu().numpy()  # waits for the card
+      return opponent.generate(ids, **how, **options)[:, ids.shape[1] :].cpu().numpy()  # waits for the card
 
   return {name: functools.partial(run, options) for name, options in caches.items()}

@@ -25,11 +25,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxlab.core.checks import require
 from jaxlab.core.precision import exactly
 from jaxlab.depth.layer_geometry_classes import apply_affine, fit_affine
+from jaxlab.depth.layer_geometry_hnet import StackNetwork
+from jaxlab.depth.layer_geometry_streams import streams_of_attention, streams_of_states
 from jaxlab.depth.snlp_suffix import evaluate, plain
-from jaxlab.models import LanguageModel, Mamba2, Transformer
+from jaxlab.models import HNet, Mamba2, Transformer
 from jaxlab.models.attention import AttentionFn, dot_product_attention
 from jaxlab.models.layers import wide
-from jaxlab.models.mamba2 import Recurrence, run_blocks, ssd
+from jaxlab.models.mamba2 import run_blocks
 from jaxlab.models.transformer import sequential
 
 SKIP = 4  # first positions of a row left out: attention sinks, whose norms dwarf all others
@@ -37,11 +39,12 @@ MODES = ("single_token", "all_tokens")
 
 Vectors = Float[Array, "tokens width"]
 Values = Float[Array, "tokens"]
+Network = Transformer | Mamba2 | StackNetwork  # of an H-Net, one of its `layer_geometry_hnet.stacks`
 
 
 @exactly
 def collect(
-  model: LanguageModel,
+  model: Network,
   tokens: Int[Array, "batch time"],
   *,
   skip: int = SKIP,
@@ -53,7 +56,7 @@ def collect(
   contain the rescaling. Hyper-connection streams are flattened into one vector a token.
 
   Raises:
-    InputError: no stacked Transformer or Mamba2, or rows of at most `skip` tokens.
+    InputError: neither a stacked Transformer nor a Mamba2 nor a stack of an H-Net, or rows of at most `skip` tokens.
   """
   _check(model, tokens, skip)
   h0, trace, side = _trace(model := _widened(model), tokens, attention)
@@ -103,7 +106,7 @@ def explained(u: Vectors, t: Vectors) -> Float[Array, ""]:
 
 @exactly
 def frozen_updates(
-  model: LanguageModel,
+  model: Network,
   tokens: Int[Array, "batch time"],
   *,
   layers: int,
@@ -125,7 +128,9 @@ def frozen_updates(
   require(1 <= layers <= model.depth, f"layers is {layers}; it must lie in 1..{model.depth}, the model's depth")
   h0, trace, side = _trace(model, tokens, attention)
   states = jnp.concatenate([h0[None], trace])[model.depth - layers :]
-  if isinstance(model, Mamba2):
+  if isinstance(model, StackNetwork):
+    frozen = model.frozen(states[0], side, layers=layers)
+  elif isinstance(model, Mamba2):
     blocks = jax.tree.map(lambda a: a[model.depth - layers :], model.blocks)
     frozen = jax.vmap(lambda block: block(states[0]))(blocks)
   else:
@@ -155,7 +160,7 @@ def effective_dimensions(t: Vectors, *, share: float = 0.95) -> Int[Array, ""]:
 
 @exactly
 def intervene(
-  model: LanguageModel,
+  model: Network,
   tokens: Int[Array, "batch time"],
   outputs: Float[Array, "batch kept width"],
   *,
@@ -186,7 +191,7 @@ def intervene(
   if isinstance(layer, int):
     require(0 <= layer < model.depth, f"layer is {layer}; it must lie in 0..{model.depth - 1}, the model's blocks")
   model = _widened(model)
-  kept, width = tokens.shape[1] - skip, _state_size(model)
+  kept, width = _positions(model, tokens) - skip, _state_size(model)
   require(
     outputs.shape == (tokens.shape[0], kept, width),
     f"outputs have shape {outputs.shape}; layer {layer} writes {(tokens.shape[0], kept, width)}",
@@ -272,17 +277,25 @@ def block_influence(x: Vectors, y: Vectors) -> Float[Array, ""]:
 
 @exactly
 def affine_lens(
-  model: LanguageModel,
-  reference: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
+  model: Network,
+  reference: tuple[Float[Array, "layers many time width"], Float[Array, "layers many time width"]],
   evaluation: tuple[Float[Array, "layers rows time width"], Float[Array, "layers rows time width"]],
   *,
   layer: int | Int[Array, ""],
   ridge: float | Float[Array, ""] = 1e-2,
+  tokens: Int[Array, "rows length"] | None = None,
 ) -> Float[Array, "rows time"]:
   """KL(p || p_lens) of an affine map from the inputs of a block to what the head reads, fitted on the reference.
 
   A tuned lens whose map is the ridge solution rather than trained on the KL. `reference` and `evaluation` are pairs
-  (x, y) from `collect`.
+  (x, y) from `collect`. What reads a stack of an H-Net is the rest of the network: there the map gives the last block's
+  output, one position at a time.
+
+  Args:
+    tokens: those of the evaluation, for a stack of an H-Net.
+
+  Raises:
+    InputError: a stack without tokens.
   """
   model = _widened(model)
   layers = (-1, model.depth // 2) if getattr(model.config, "backout", False) else (-1,)
@@ -290,81 +303,30 @@ def affine_lens(
   (x, y), (x_eval, y_eval) = reference, evaluation
   targets = jnp.concatenate([flat(y[i]) for i in layers], axis=1)
   predicted = apply_affine(fit_affine(flat(x[layer]), targets, ridge=ridge), x_eval[layer])
+  if isinstance(model, StackNetwork):
+    require(tokens is not None, "the lens of a stack needs the evaluation's tokens; pass tokens=")
+    skip = model.length - predicted.shape[1]
+    return intervene(model, tokens, predicted, layer=model.depth - 1, skip=skip)["single_token"]["kl"]
   shape = y_eval.shape[1:3] + ((-1, model.config.width) if _state_size(model) > model.config.width else (-1,))
   logits = lambda states: model.logits(*(a.reshape(shape) for a in states))
   clean, lens = logits([y_eval[i] for i in layers]), logits(jnp.split(predicted, len(layers), axis=-1))
   return _compare(clean, lens)["kl"]
 
 
-def _run_streams(model: LanguageModel, tokens, rewrite, attention: AttentionFn):
+def _run_streams(model: Network, tokens, rewrite, attention: AttentionFn):
   """Logits of three copies of the rows, of which the second keeps the first one's past at every position."""
+  if isinstance(model, StackNetwork):
+    return model.logits_of_streams(tokens, rewrite, attention)
   three = lambda a, axis=0: None if a is None else jnp.concatenate([a] * 3, axis=axis)
   if isinstance(model, Mamba2):
-    return model.logits(run_blocks(model, three(model.embed(tokens)), mix=_streams_of_states, rewrite=rewrite)[0])
+    return model.logits(run_blocks(model, three(model.embed(tokens)), mix=streams_of_states, rewrite=rewrite)[0])
   x, side, _ = model.embed(tokens)
   side = dataclasses.replace(side, x0=three(side.x0), values=three(side.values, axis=1))
-  x, backout, _, _ = sequential(model, three(x), side, attention=_streams(attention), rewrite=rewrite)
+  x, backout, _, _ = sequential(model, three(x), side, attention=streams_of_attention(attention), rewrite=rewrite)
   return model.logits(x, backout)
 
 
-def _streams(attention: AttentionFn) -> AttentionFn:
-  """Attention of three stacked batches: clean, one token changed at a time, all tokens changed."""
-
-  def call(q, k, v, *, window, start):
-    (q0, q1, q2), (k0, k1, k2), (v0, v1, v2) = (jnp.split(a, 3) for a in (q, k, v))
-    join = lambda a, b: jnp.concatenate([a, b])
-    plain = attention(join(q0, q2), join(k0, k2), join(v0, v2), window=window, start=start)
-    clean, changed = jnp.split(plain, 2)
-    return jnp.concatenate([clean, _one_changed(q1, k0, v0, k1, v1, window), changed])
-
-  return call
-
-
-def _one_changed(q, k, v, own_k, own_v, window):
-  """Position i sees clean keys and values of j < i and its own changed ones."""
-  group = q.shape[2] // k.shape[2]
-  k, v, own_k, own_v = (jnp.repeat(a, group, axis=2) for a in (k, v, own_k, own_v))
-  time = jnp.arange(q.shape[1])
-  ago = time[:, None] - time[None, :]
-  seen = (ago > 0) if window is None else (ago > 0) & (ago <= window)
-  score = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-  own = jnp.einsum("bqhd,bqhd->bhq", q, own_k)
-  score = jnp.where(ago == 0, own[..., None], jnp.where(seen, score, -jnp.inf)) / q.shape[-1] ** 0.5
-  weight = jax.nn.softmax(wide(score), axis=-1).astype(q.dtype)
-  self_weight = jnp.einsum("bhqq->bqh", weight)[..., None]
-  others = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(ago == 0, 0.0, weight), v)
-  return others + self_weight * own_v
-
-
-def _streams_of_states(recurrence: Recurrence, u, dt):
-  """A Mamba-2 block's mixing of three stacked batches: clean, one token changed at a time, all tokens changed.
-
-  With own (primed) and clean values, position i of the middle one has
-
-    conv'_i = conv_i + w_last (u'_i - u_i),     y'_i = exp(dt'_i A) S_{i-1} C'_i + dt'_i x'_i (B'_i . C'_i) + D x'_i.
-
-  The clean S_{i-1} read by C'_i is what `ssd` gives for position i - 1 if its C is the one of position i.
-  """
-  clean_u, own_u, _ = jnp.split(u, 3)
-  clean, middle, changed = jnp.split(recurrence.convolve(u), 3)
-  middle = clean + recurrence.conv[...][-1] * (own_u - clean_u)
-  x, dt, b, c = recurrence.split(jnp.concatenate([clean, middle, changed]), dt)
-  x_1, dt_1, b_1, c_1 = (jnp.split(a, 3)[1] for a in (x, dt, b, c))
-  # Four runs in one: the three, of which the middle one's is not used, and the clean tokens read by the next C'.
-  clean_of = lambda a: a[: len(clean)]
-  reads = jnp.concatenate([c_1[:, 1:], jnp.zeros_like(c_1[:, :1])], axis=1)
-  runs = [
-    jnp.concatenate([a, more]) for a, more in ((x, clean_of(x)), (dt, clean_of(dt)), (b, clean_of(b)), (c, reads))
-  ]
-  y, _ = ssd(*runs[:2], recurrence.a, *runs[2:], chunk=recurrence.config.chunk)
-  y_0, _, y_2, before = jnp.split(y, 4)
-  before = jnp.concatenate([jnp.zeros_like(before[:, :1]), before[:, :-1]], axis=1)
-  own = jnp.sum(b_1 * c_1, axis=-1)[..., None, None] * dt_1[..., None] * x_1
-  y_1 = jnp.exp(dt_1 * recurrence.a)[..., None] * before + own
-  return recurrence.output(jnp.concatenate([y_0, y_1, y_2]), x)
-
-
-def _state_size(model: LanguageModel) -> int:
+def _state_size(model: Network) -> int:
   """Numbers a token has between two blocks: all its hyper-connection streams."""
   hyper = getattr(model.config, "hyper", None)
   return model.config.width * (hyper.streams if hyper else 1)
@@ -393,20 +355,26 @@ def _norm(v):
   return jnp.linalg.norm(v, axis=-1)
 
 
-def _trace(model: LanguageModel, tokens, attention: AttentionFn):
+def _trace(model: Network, tokens, attention: AttentionFn):
   return model.trace(tokens) if isinstance(model, Mamba2) else model.trace(tokens, attention=attention)
 
 
-def _widened(model: LanguageModel) -> LanguageModel:
+def _widened(model: Network) -> Network:
   """In float32: the increments of a bfloat16 trace are mostly rounding where ||u|| << ||h||."""
   return jax.tree.map(wide, model)
 
 
+def _positions(model: Network, tokens) -> int:
+  """Of every row, those that are left out included."""
+  return model.length if isinstance(model, StackNetwork) else tokens.shape[1]
+
+
 def _check(model, tokens, skip: int) -> None:
+  require(not isinstance(model, HNet), "an HNet has blocks of several widths; measure its `layer_geometry_hnet.stacks`")
   require(
-    isinstance(model, Transformer | Mamba2),
+    isinstance(model, Transformer | Mamba2 | StackNetwork),
     f"layer geometry needs a Transformer or Mamba2 with stacked blocks, not {type(model).__name__}; see hub",
   )
-  require(
-    0 <= skip < tokens.shape[1], f"rows have {tokens.shape[1]} tokens of which {skip} are skipped; use longer rows"
-  )
+  kind = f"positions in stage {model.index}" if isinstance(model, StackNetwork) else "tokens"
+  count = _positions(model, tokens)
+  require(0 <= skip < count, f"rows have {count} {kind} of which {skip} are skipped; use longer rows")

@@ -90,7 +90,7 @@ class Stage(nnx.Module):
       attention = masked_attention(attend, jnp.cumsum(starts, axis=1))
     side = Side(dtype, *rotations(c, self.index, jnp.arange(time), dtype), attention, lengths, starts, keep=how.keep)
     run = dict(remat=how.remat, unroll=how.unroll)
-    h, encoder = self.encoder(self._enter(x), side, **run)
+    h, encoder = self.encoder(self.enter(x), side, **run)
     length = jnp.full(batch, time, jnp.int32) if lengths is None else lengths
     if self.inner is None:
       return h[..., : x.shape[-1]], (), StageState(length, encoder, (), None, None, None) if how.keep else None
@@ -125,7 +125,7 @@ class Stage(nnx.Module):
     turned = rotations(c, self.index, state.length[:, None], dtype)
     side = Side(dtype, *turned, dot_product_attention, state.length, active=active)
     length = state.length + active
-    h, encoder = self.encoder.step(self._enter(x), state.encoder, side)
+    h, encoder = self.encoder.step(self.enter(x), state.encoder, side)
     if self.inner is None:
       return h[..., : x.shape[-1]], state._replace(length=length, encoder=encoder)
     now = h[:, 0]
@@ -141,7 +141,8 @@ class Stage(nnx.Module):
     last = of_rows(active, now, state.last)
     return out[..., : x.shape[-1]], StageState(length, encoder, decoder, last, smoothed, inner)
 
-  def _enter(self, x):
+  def enter(self, x):
+    """x in this stage's width: behind the vector of the stage around stands `pad`, at all positions alike."""
     if self.pad is None:
       return x
     pad = self.pad[...].astype(x.dtype)

@@ -89,7 +89,7 @@ class Layer(nnx.Module):
     else:
       q, *memory = self.mixer.project(x, side)
       x = self.mixer.finish(x, self.mixer.attend(side, q, *memory, 0))
-    return self._feed(x, side), tuple(memory) if side.keep else None
+    return self.feed(x, side), tuple(memory) if side.keep else None
 
   def step(self, x: Float[Array, "batch 1 width"], memory, side: Side):
     """One position of `__call__` behind those of `memory`; rows that are not active keep theirs."""
@@ -103,9 +103,10 @@ class Layer(nnx.Module):
       write = lambda store, a: write_tokens(store[None], a[None], 0, side.lengths)[0]
       memory = tuple(map(write, memory, new))
       x = self.mixer.finish(x, self.mixer.attend(side, q, *memory, side.lengths))
-    return self._feed(x, side), memory
+    return self.feed(x, side), memory
 
-  def _feed(self, x, side: Side):
+  def feed(self, x, side: Side):
+    """The SwiGLU's branch, if there is one."""
     return x if self.mlp is None else x + self.mlp(self.mlp_norm(x.astype(side.dtype)))
 
 

@@ -35,10 +35,37 @@ from jaxlab.models.mamba2 import Mamba2, Mamba2Config
 from jaxlab.models.transformer import Transformer
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
-__all__ = ["Vocabulary", "find", "from_tensors", "load", "load_vocabulary", "read_config", "save", "to_tensors"]
+__all__ = [
+  "Vocabulary",
+  "find",
+  "from_tensors",
+  "kind_of",
+  "load",
+  "load_vocabulary",
+  "read_config",
+  "save",
+  "to_tensors",
+]
 
 _SHARD_BYTES = 16 * 2**20
+_Config = TransformerConfig | Mamba2Config | HNetConfig
 _CONFIGS = {Transformer: TransformerConfig, Mamba2: Mamba2Config, HNet: HNetConfig}
+
+
+def kind_of(path_or_name: str | os.PathLike) -> type:
+  """What `load` expects as `kind` for a checkpoint: `Transformer`, `Mamba2` or `HNet`.
+
+  Raises:
+    InputError: there is no such checkpoint, or its config.json is missing, damaged or of an unknown architecture.
+  """
+  path = find(path_or_name)
+  if gguf_file(path) is not None or any(path.glob("model_*.pt")):
+    return Transformer
+  return _kind(read_config(path)[0])
+
+
+def _kind(config: _Config) -> type:
+  return next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
 
 
 def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None, kind: type = Transformer):
@@ -68,7 +95,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
     config, tensors = _read_karpathy(path)
     return from_tensors(config, formats.KARPATHY, tensors.__getitem__, tensors, **options)
   config, table = read_config(path)
-  found = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  found = _kind(config)
   require(found is kind, f"{path} holds a {found.__name__}, not a {kind.__name__}; load it by kind={found.__name__}")
   places = tensor_files(path)
   options["compression"] = read_json(path / "config.json").get("compression")
@@ -76,7 +103,7 @@ def load(path_or_name: str | os.PathLike, *, dtype=None, mesh: Mesh | None = Non
 
 
 def from_tensors(
-  config: TransformerConfig | Mamba2Config | HNetConfig,
+  config: _Config,
   table: Mapping[str, tuple[str, bool]] | None,
   read: Callable[[str], np.ndarray],
   names: Collection[str],
@@ -93,7 +120,7 @@ def from_tensors(
   """
   forms = compression or {}
   require(isinstance(forms, Mapping), f"{where}: compression is {forms!r:.80}; it must be an object of maps")
-  make = next(model for model, shape in _CONFIGS.items() if isinstance(config, shape))
+  make = _kind(config)
   abstract = jax.eval_shape(lambda: make(config, jax.random.key(0)))
   if forms:
     require(make is Transformer, f"{where}: compression is of a Transformer's maps; remove it from config.json")
@@ -147,7 +174,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return buffer[first : first + size].view(dtype).reshape(shape)
 
 
-def _refuse_surplus(config: TransformerConfig, read, names: Collection[str], where: str) -> None:
+def _refuse_surplus(config: _Config, read, names: Collection[str], where: str) -> None:
   """A tensor that no parameter is made of may only repeat what the model has: a tied head, the rotary frequencies."""
   unknown = []
   for name in sorted(names):
@@ -234,7 +261,7 @@ def _json(content: Mapping) -> Callable[[IO[bytes]], object]:
   return lambda file: file.write(json.dumps(content, indent=2).encode())
 
 
-def read_config(path: Path) -> tuple[TransformerConfig | Mamba2Config | HNetConfig, Mapping | None]:
+def read_config(path: Path) -> tuple[_Config, Mapping | None]:
   """(config, tensor table) of a Hugging Face folder or a GGUF file."""
   if (file := gguf_file(path)) is not None:
     config, arch = config_json.read(gguf.read_config(file, *gguf.read(file)), str(file))
@@ -258,7 +285,7 @@ def _parts(model) -> dict[str, list[int]]:
   return {f"blocks.mlp.{name}": own for name, own in sizes.items()}
 
 
-def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapping[str, list[int]]):
+def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[int]]):
   """(index into the parameter, tensor name, transposed) of each tensor that holds a part of it."""
   if parameter in parts:
     yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
@@ -283,7 +310,7 @@ def _places(config: TransformerConfig, table, parameter: str, shape, parts: Mapp
       yield index, template.format(layer=layer, value_layer=layer, expert=expert), transpose
 
 
-def _own_places(config: TransformerConfig, parameter: str):
+def _own_places(config: _Config, parameter: str):
   """A parameter under its own name; a map's matrix layer by layer where layers differ, without the zeros."""
   name, _, leaf = parameter.removeprefix("blocks.").rpartition(".")
   side = "inputs" if name in ("o", "mlp.down") else "outputs"

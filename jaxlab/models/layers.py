@@ -59,6 +59,16 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def cast(model, dtype):
+  """A copy for computing: matrices and tables in `dtype`; vectors, mixing, recurrences and chunking as they are."""
+
+  def one(path, leaf):
+    fine = leaf.ndim < 2 or any(part in jax.tree_util.keystr(path) for part in ("_mixing", "recurrence", "chunker"))
+    return leaf if fine or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(one, model)
+
+
 def rope_table(config: TransformerConfig, positions: Int[Array, "*batch time"], dtype) -> tuple[Array, Array]:
   """cos and sin of the rotary angles, (*batch, time, head_dim / 2) each; in float32, in float64 for float64."""
   frequency = rope_frequencies(config, jnp.promote_types(dtype, jnp.float32))

@@ -1,5 +1,6 @@
 """Text into prompts and tokens back into text while they are made."""
 
+import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jinja2
@@ -8,9 +9,11 @@ from tokenizers import Tokenizer
 
 from jaxlab.core.checks import InputError, require
 from jaxlab.core.foreign import foreign
+from jaxlab.data import byte_level
 from jaxlab.data.tokenizer import BOS
 from jaxlab.models.vocabulary import Vocabulary
 
+BYTES = "surrogateescape"  # how text stands for bytes that are no UTF-8, as in the arguments of a command
 _UNFINISHED = "\ufffd"  # what a decoder puts in the place of bytes that are no character yet
 
 
@@ -60,6 +63,11 @@ def raw_prompt(vocabulary: Vocabulary, text: str) -> list[int]:
   return ids
 
 
+def byte_prompt(text: str) -> list[int]:
+  """The byte that begins a document and those of the text; bytes of a command line that are no UTF-8 come through."""
+  return [byte_level.BOS, *text.encode(errors=BYTES)]
+
+
 class Pieces:
   """The text of tokens as they come, in pieces of whole characters; special tokens have none."""
 
@@ -93,6 +101,19 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     if (piece := pieces.push(token)) is not None:
       yield piece
   if piece := pieces.end():
+    yield piece
+
+
+def byte_pieces(tokens: Iterable[int]) -> Iterator[str]:
+  """Bytes as text in pieces of whole characters, without those that begin and end documents.
+
+  What is no UTF-8 stays as it is: the pieces, encoded with errors=BYTES, are the bytes again.
+  """
+  decoder = codecs.getincrementaldecoder("utf-8")(BYTES)
+  for token in tokens:
+    if token < byte_level.BOS and (piece := decoder.decode(bytes([token]))):
+      yield piece
+  if piece := decoder.decode(b"", final=True):
     yield piece
 
 

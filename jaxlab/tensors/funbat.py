@@ -385,7 +385,8 @@ def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
   (a, b), (a0, b0) = (state.shape, state.rate), settings.noise
   size = data.y.shape[0]
   log_tau = digamma(a) - jnp.log(b)
-  bound = 0.5 * size * (log_tau - math.log(2 * math.pi)) - a / b * half_residual(state, data, settings)
+  likelihood = 0.5 * size * (log_tau - math.log(2 * math.pi)) - a / b * half_residual(state, data, settings)
+  bound = likelihood
   bound -= (a - a0) * digamma(a) - lgamma(a) + math.lgamma(a0) + a0 * (jnp.log(b) - math.log(b0)) + a * (b0 - b) / b
   for k, mode in enumerate(state.modes):
     prior, precision, linear = prior_chain(data.grids, settings, k), *_in_state_space(mode, settings)
@@ -396,7 +397,8 @@ def elbo(state: State, data: Data, settings: Settings) -> Float[Array, ""]:
     v, width = settings.core_variance, state.core_mean.shape[0]
     square = jnp.trace(state.core_cov) + state.core_mean @ state.core_mean
     bound -= 0.5 * (square / v - width + width * math.log(v) - jnp.linalg.slogdet(state.core_cov)[1])
-  return bound
+  # No KL is below 0; of messages far sharper than the prior float32 keeps so little that theirs can come out so.
+  return jnp.minimum(bound, likelihood)
 
 
 def kron(vectors, size: int) -> Float[Array, "N M"]:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError, require, require_divides
 from jaxlab.models import LanguageModel
+from jaxlab.models.layers import cast
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.metrics import MetricsWriter, peak_flops
 
@@ -187,16 +188,6 @@ def make_step(
       return TrainState(model, optimizer_state, state.step + 1, jax.random.key_data(key)), metrics
 
   return step_fn
-
-
-def cast(model: LanguageModel, dtype) -> LanguageModel:
-  """A copy for computing: matrices and tables in `dtype`; vectors, mixing, recurrences and chunking stay float32."""
-
-  def one(path, leaf):
-    fine = leaf.ndim < 2 or any(part in jax.tree_util.keystr(path) for part in ("_mixing", "recurrence", "chunker"))
-    return leaf if fine or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(one, model)
 
 
 def _record(metrics: dict, guard, writer, progress) -> None:

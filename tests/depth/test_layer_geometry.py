@@ -19,7 +19,7 @@ from experiments.results import Claim
 from jaxlab.core.checks import InputError
 from jaxlab.data.tokens import Tokens
 from jaxlab.depth import layer_geometry, layer_geometry_classes, snlp
-from jaxlab.models import Mamba2, Mamba2Config
+from jaxlab.models import HNet, HNetConfig, Mamba2, Mamba2Config, hub
 from jaxlab.models.transformer import sequential
 from tests.common import Whole, configs, random_model, random_tokens
 
@@ -74,7 +74,8 @@ def test_without_a_strong_fit_every_local_class_is_the_identity():
   index, weight = classes.neighbours(x_reference, x, k=4)
   for name in ("diagonal", "low_rank", "orthogonal"):
     near = (x[0], x_reference[index[0]], y[index[0]], weight[0])
-    np.testing.assert_allclose(classes.LOCAL[name](*near, ridge=1e9), x[0], atol=1e-4)
+    fit = jax.jit(functools.partial(classes.LOCAL[name], ridge=1e9))
+    np.testing.assert_allclose(fit(*near), x[0], atol=1e-4)
 
 
 def test_orthogonal_maps_keep_norms_and_leave_the_complement_alone():
@@ -208,7 +209,8 @@ def test_frozen_updates_of_a_state_space_network_are_its_blocks_on_the_suffixs_i
   x, y = geometry.collect(model, TOKENS, skip=0)
   np.testing.assert_allclose(u, (y - x)[1:], atol=1e-5)
   np.testing.assert_allclose(v[0], u[0], atol=1e-5)
-  np.testing.assert_allclose(v[1], jax.tree.map(lambda a: a[2], model.blocks)(x[1]) - x[1], atol=1e-5)
+  last = jax.jit(lambda blocks, x: jax.tree.map(lambda a: a[2], blocks)(x))
+  np.testing.assert_allclose(v[1], last(model.blocks, x[1]) - x[1], atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnames="layer")
@@ -524,3 +526,22 @@ def test_the_experiment_runs_at_test_scale_and_measures_no_part_twice(tmp_path, 
     with pytest.raises(InputError, match=message):
       config.intervene[field] = value
       run()
+
+
+def test_the_experiment_measures_the_stacks_of_a_saved_h_net(tmp_path):
+  """Of the sizes of the transformer above, whose programs it shares."""
+  shape = HNetConfig("m2 [T1] m1", (32, 32), (0, 20), (0, 2), ratios=(3.0,), head_dim=16, state=4, chunk=8)
+  hub.save(random_model(shape), tmp_path)
+  config = config_file.get_config("test")
+  config.model = str(tmp_path)
+  config.data.update(name="local_text", path=str(ROOT / "jaxlab"), split="train")
+  found = subjects.load(config, tmp_path, tmp_path / "cache", Console(quiet=True))
+  assert list(found) == [f"{tmp_path.name}, {stack}" for stack in ("encoder 0", "main 1", "decoder 0")]
+  name, load = next(iter(found.items()))
+  measured = experiment.measure_split(config, *load(), name, 0, Console(quiet=True))
+  assert set(measured["classes"]) == set(experiment.CLASSES) and len(measured["nulls"]["gap"]) == 2
+  assert max(measured["doses"]["0"]["single_token"]) < 1e-5 < min(measured["doses"]["1"]["single_token"])
+  other = jax.eval_shape(lambda: HNet(dataclasses.replace(shape, vocab_size=64), jax.random.key(0)))
+  hub.save(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), other), tmp_path)
+  with pytest.raises(InputError, match="a vocabulary of 64, not the 256 bytes"):
+    subjects.load(config, tmp_path, tmp_path, Console(quiet=True))

@@ -1,5 +1,7 @@
 """The kernels' benches run, and a wrong or a slow kernel fails its claim."""
 
+import pytest
+
 from configs import kernels as config_file
 from experiments import kernels as experiment
 from tests.common import run_and_continue
@@ -23,3 +25,12 @@ def test_a_wrong_or_slow_kernel_fails():
   assert held(good, good) == [True, True]
   assert held(good, case(0.2, triton=1.0, reference=2.0)) == [True, False]
   assert held(good, case(0.0, triton=1.0, reference=2.0, cudnn=0.9)) == [False, True]
+  tested = lambda failed: metrics(good, good) | {"suite": {"passed": 9, "failed": failed, "skipped": 1}}
+  held = lambda found: experiment.claims(config_file.get_config("gpu"), found)[-1].holds
+  assert held(tested(0)) and not held(tested(1))
+
+
+@pytest.mark.slow
+def test_the_suite_of_the_kernels_is_counted():
+  counts = experiment.suite("cpu")
+  assert counts["passed"] > 50 and counts["failed"] == 0

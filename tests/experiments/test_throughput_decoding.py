@@ -6,7 +6,9 @@ import ml_collections
 import numpy as np
 import pytest
 
+from experiments.console import Console
 from experiments.throughput import decoding as experiment
+from experiments.throughput import serving
 from experiments.throughput.decoding import DYNAMIC, OURS, STATIC, STREAM
 
 torch = pytest.importorskip("torch")
@@ -32,3 +34,32 @@ def test_every_contestant_makes_the_same_tokens_and_the_claim_is_their_ratio():
   (claim,) = experiment.claims(result, spec)
   np.testing.assert_allclose(claim.ours, times[STATIC] / times[OURS])
   assert f"{result['rates'][OURS]:.0f} tokens/s" in claim.note and claim.threshold == 4.5
+
+
+def test_the_engine_is_held_against_as_many_rows_of_the_static_cache():
+  spec = ml_collections.ConfigDict(
+    dict(
+      model=str(Path(__file__).parents[1] / "fixtures" / "llama"),
+      dtype="float32",
+      batches=(2,),
+      goals=(2.0,),
+      prompt=9,
+      tokens=8,
+      budget=32,
+      part=8,
+      page=8,
+      steps=4,
+      repetitions=2,
+      transformers=True,
+      large=dict(rows=2, context=16, read=32),
+    )
+  )
+  row = serving.served(spec, 2, Console(quiet=True))
+  times = {name: row["times"][name]["median"] for name in (serving.ENGINE, STATIC)}
+  np.testing.assert_allclose(row["rates"][STATIC], 2 * 8 / (1e-3 * times[STATIC]))
+  step = {"seconds": 1e-3, "share": 0.5}
+  first, *_, host = serving.claims(
+    {"served": {"2": row}, "large": dict.fromkeys(("decode", "read", "host"), step)}, spec
+  )
+  np.testing.assert_allclose(first.ours, times[STATIC] / times[serving.ENGINE] / 2.0)
+  assert not host.holds

@@ -239,15 +239,22 @@ def test_the_options_of_the_ablations_are_the_formulas(small, option):
   """Without smoothing s = z; without the straight-through estimate y is multiplied by c. In steps too."""
   other = jax.tree.map(lambda a: a, small)
   other.stage.config = dataclasses.replace(SMALL, **{option: False})
-  stage, side = other.stage, Side(jnp.float32, None, None, None, None)
-  (x, (chunks,)), h = forward(other, TOKENS), stage.encoder(other.embed(TOKENS), side)[0]
+  side = Side(jnp.float32, None, None, None, None)
+  x, (chunks,) = forward(other, TOKENS)
   cut = np.flatnonzero(chunks.cut[0])
-  z, *_ = stage.inner(h[:1, cut], None, None, None, How())
-  if option == "straight_through":
-    z = smooth(z, chunks.probability[:1, cut])
-  weight = 1.0 if option == "smoothing" else chunks.confidence[0, :, None]
-  y = weight * z[0, np.cumsum(chunks.cut[0]) - 1] + stage.chunker.around(h[0])
-  np.testing.assert_allclose(x[0], stage.decoder(y[None], side)[0][0], **EXACT)
+
+  @jax.jit
+  def formulas(model):
+    stage = model.stage
+    h = stage.encoder(model.embed(TOKENS[:1]), side)[0]
+    z, *_ = stage.inner(h[:, cut], None, None, None, How())
+    if option == "straight_through":
+      z = smooth(z, chunks.probability[:1, cut])
+    weight = 1.0 if option == "smoothing" else chunks.confidence[0, :, None]
+    y = weight * z[0, np.cumsum(chunks.cut[0]) - 1] + stage.chunker.around(h[0])
+    return stage.decoder(y[None], side)[0][0]
+
+  np.testing.assert_allclose(x[0], formulas(other), **EXACT)
   logits, state, expected = None, other.empty_state(ROWS, TIME), other.logits(x)
   for t in range(4):
     logits, state = step(other, TOKENS[:, t], state)
@@ -267,7 +274,7 @@ def test_flops_are_counted_by_the_positions_that_reach_a_layer():
 
 @pytest.mark.parametrize("kind", [HNet, Mamba2])
 def test_a_saved_model_comes_back(kind, small, tmp_path):
-  saved = small if kind is HNet else Mamba2(Mamba2Config(64, 2, 16, head_dim=8, state=4), jax.random.key(0))
+  saved = small if kind is HNet else random_model(Mamba2Config(64, 2, 16, head_dim=8, state=4))
   hub.save(saved, tmp_path)
   loaded = hub.load(tmp_path, kind=kind)
   assert type(loaded) is kind and loaded.config == saved.config
@@ -318,6 +325,6 @@ def test_requests_that_do_not_fit_are_named(model):
     model(TOKENS, capacities=(4,))
   flat = HNetConfig("m1", (16,), (0,), (0,), ratios=(), vocab_size=64, head_dim=8)
   with pytest.raises(InputError, match="no stage with chunks"):
-    HNet(flat, jax.random.key(0))(TOKENS, boundaries=TOKENS > 3)
+    jax.eval_shape(lambda: HNet(flat, jax.random.key(0)))(TOKENS, boundaries=TOKENS > 3)
   with pytest.raises(InputError, match="the prompt has 14 tokens, the capacity is 5"):
     model.prefill(TOKENS, capacity=5)

@@ -1,6 +1,7 @@
 """ChunkFlow: every token in one chunk, Algorithm 2's order, and the gradient of sequences fed one by one."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -65,11 +66,17 @@ def exact(model, rows):
   return float(loss), flat(gradient)
 
 
+@functools.cache
+def compiled(**how):
+  """The gradient under these options as one function, whose programs serve all batches of a shape."""
+  run = chunkflow.gradient(attend=precise, **how)
+  return jax.jit(lambda model, batch: run(model, batch, 0, None))
+
+
 def by_chunks(model, rows, chunk, keep, ranks=1, **how):
   plan = chunkflow.pack([len(row["inputs"]) for row in rows], chunk)
   batch = chunkflow.materialize(plan, rows, keep=keep, ranks=ranks)
-  run = chunkflow.gradient(attend=precise, **how)
-  (loss, extra), gradient = jax.jit(lambda model: run(model, batch, 0, None))(model)
+  (loss, extra), gradient = compiled(**how)(model, batch)
   assert extra["tokens"] == sum((row["targets"] >= 0).sum() for row in rows)
   return float(loss), flat(gradient)
 
@@ -115,9 +122,8 @@ def test_without_any_of_its_parts_the_gradient_is_another(double, known):
   moved by 5 change nothing, as all is relative."""
   model, rows, (_, expected) = known
   batch = chunkflow.materialize(chunkflow.pack(LENGTHS, C), rows, keep=2)
-  gradient = chunkflow.gradient(attend=precise)
-  run = jax.jit(lambda model, batch: gradient(model, batch, 0, None)[1])
-  error = lambda **new: np.linalg.norm(flat(run(model, batch | new)) - expected) / np.linalg.norm(expected)
+  run = compiled()
+  error = lambda **new: np.linalg.norm(flat(run(model, batch | new)[1]) - expected) / np.linalg.norm(expected)
   ascending = batch["program"].copy()
   again = np.flatnonzero(ascending[0, :, 0] == chunkflow._AGAIN)
   ascending[0, again] = ascending[0, again[::-1]]

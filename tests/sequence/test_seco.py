@@ -57,8 +57,11 @@ def loss_of(model, batch):
   return losses.mean_loss(per_token, batch["targets"])
 
 
+value_and_grad = jax.jit(jax.value_and_grad(loss_of))
+
+
 def exact(model, batch):
-  value, gradient = jax.jit(jax.value_and_grad(loss_of))(model, batch)
+  value, gradient = value_and_grad(model, batch)
   return float(value), flat(gradient)
 
 
@@ -96,8 +99,9 @@ def test_adapters_alone_are_trained():
   adapters = lora.init(model, jax.random.key(1), rank=2, where=lambda name: name in ("blocks.q", "blocks.v"))
   adapters = dataclasses.replace(adapters, b=jax.tree.map(lambda b: b + 0.1, adapters.b))
   merged = lambda adapters, model: lora.merge(model, adapters)
-  expected = jax.grad(lambda a: loss_of(merged(a, model), batch))(adapters)
-  _, ours = seco.gradient(chunk=16, attention=precise, model_of=merged)(adapters, batch, 0, jax.random.key(0), model)
+  expected = jax.jit(jax.grad(lambda adapters, model: loss_of(merged(adapters, model), batch)))(adapters, model)
+  run = seco.gradient(chunk=16, attention=precise, model_of=merged)
+  _, ours = jax.jit(lambda adapters, model: run(adapters, batch, 0, jax.random.key(0), model))(adapters, model)
   assert jax.tree.structure(ours) == jax.tree.structure(adapters)
   close(flat(ours), flat(expected), 1e-6)
 
@@ -224,7 +228,8 @@ def test_chosen_chunks_are_different_and_descend():
 
 def test_the_last_chunk_is_visited_where_asked():
   """And the others as often as each other."""
-  orders = np.stack([seco.choose(jax.random.key(seed), 6, 3, last=True)[0] for seed in range(200)])
+  keys = jax.vmap(jax.random.key)(jnp.arange(200))
+  orders = np.asarray(jax.jit(jax.vmap(lambda key: seco.choose(key, 6, 3, last=True)[0]))(keys))
   assert (orders[:, 0] == 5).all() and (np.diff(orders, axis=1) < 0).all()
   assert np.ptp(np.bincount(orders[:, 1:].ravel(), minlength=5)) < 50
   for seed in range(5):

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -16,12 +17,13 @@ from experiments.linkage import graphs as graph_part
 from jaxlab.core.checks import InputError
 from jaxlab.tensors import fields, linkage
 from jaxlab.tensors import linkage_graphs as graphs
-from tests.common import run_and_continue
+from tests.common import Whole, run_and_continue
 
 N = 3
 FIRST = jnp.arange(2 * N) < N
 link = jax.jit(linkage.link, static_argnums=(2, 3, 4, 5), static_argnames="skewed")
 minimise = jax.jit(linkage.minimise_overlap, static_argnums=(2, 3, 4, 5))
+compiled, compiled_graphs = Whole(linkage), Whole(graphs)
 
 
 def batched(f):
@@ -231,10 +233,9 @@ def test_ranks_of_nearly_dependent_rows_differ_between_floats_and_exact_fields()
       real_rank,
     ) in ((4, 2), (12, 1)):
       rows = [[10**k, 10**k], [10**k, 10**k + 1]]
-      assert int(linkage.rank(fields.space(rows, fields.LARGE), fields.LARGE)) == 2
-      real = fields.space(rows, 0)
-      assert int(linkage.rank(real, 0)) == real_rank
-      nonzero, zero = map(float, fields.gap(real))
+      assert int(compiled.rank(fields.space(rows, fields.LARGE), fields.LARGE)) == 2
+      found, (nonzero, zero), *_ = real_figures(fields.space(rows, 0))
+      assert int(found) == real_rank
       assert (nonzero < 1e-3 and zero == 0) if k == 4 else (nonzero == 1 and 1e-14 < zero < fields.TOLERANCE)
 
 
@@ -263,20 +264,22 @@ def test_the_reals_agree_with_a_large_prime():
   def projector(m):
     return np.linalg.pinv(m, rcond=1e-9) @ m  # of the row space
 
+  @batched
+  def over_the_reals(a, b):
+    small_a, small_b, _, size = linkage.minimise_overlap(a, b, N, N, N, 0)
+    found = numbers(a, b, 0)
+    return *found, size, fields.projector(found[2]), *again_and_dual(small_a, small_b, a, b), *fields.gap(a)
+
   with jax.enable_x64(True):
     a, b = spaces(3, 60, seed=3)
-    floats = a.astype(float), b.astype(float)
-    rank, lam, whole = batched(lambda a, b: numbers(a, b, 0))(*floats)
+    rank, lam, whole, size, onto, again, dual, nonzero, zero = over_the_reals(a.astype(float), b.astype(float))
     exact_rank, exact_lam, _ = batched(lambda a, b: numbers(a, b, 32749))(a, b)
-    small_a, small_b, _, size = batched(lambda a, b: linkage.minimise_overlap(a, b, N, N, N, 0))(*floats)
     np.testing.assert_array_equal(rank, exact_rank)
     np.testing.assert_array_equal(lam, exact_lam)
     np.testing.assert_array_equal(size, exact_lam)
-    np.testing.assert_allclose(jax.vmap(fields.projector)(whole), projector(whole), atol=1e-8)
-    again, dual = batched(again_and_dual)(small_a, small_b, *floats)
+    np.testing.assert_allclose(onto, projector(whole), atol=1e-8)
     np.testing.assert_allclose(projector(again), projector(whole), atol=1e-8)
     np.testing.assert_allclose(projector(dual), np.eye(2 * N) - projector(whole), atol=1e-8)
-    nonzero, zero = jax.vmap(fields.gap)(a.astype(float))
     assert float(jnp.min(nonzero)) > 1e-3 and float(jnp.max(zero)) < 1e-12
 
 
@@ -441,7 +444,7 @@ def test_the_rank_of_a_matroid_link_by_augmentation():
   """r(X u P) - r(P) by augmenting paths and by the table of all subsets."""
   rng = np.random.default_rng(1)
   a, b = (jnp.asarray(rng.integers(0, 2, (2, 4)), jnp.int32) for _ in range(2))
-  table = graphs.link_rank_table(a, b, 2, 2, 2, 3)
+  table = compiled_graphs.link_rank_table(a, b, 2, 2, 2, 3)
   wide = np.pad(a, ((0, 0), (0, 2))), np.pad(b, ((0, 0), (2, 0)))
   oracles = [graphs.independent_columns(m, 3) for m in wide]
   for bits in (0b0011, 0b1100, 0b1111):
@@ -452,23 +455,37 @@ def test_the_rank_of_a_matroid_link_by_augmentation():
 def test_blocks_and_spaces_may_be_empty():
   """No rows, no S, no P, no Q: links, least overlaps and decompositions, as many columns as there are."""
   rng = np.random.default_rng(0)
+
+  @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+  def figures(a, b, s, q, t, p):
+    whole = linkage.link(a, b, s, q, t, p)
+    small_a, small_b, kept, size = linkage.minimise_overlap(a, b, s, q, t, p)
+    again = linkage.link(small_a, small_b, s, q, t, p)
+    rank = lambda *m: linkage.rank(jnp.concatenate(m), p)
+    assert kept.shape == (q,)
+    sizes = size, linkage.decompose(whole, s, p)[2], linkage.decompose_minor(whole, s, p)[2].sum()
+    overlaps = *sizes, linkage.connectivity(whole, jnp.arange(s + t) < s, p)
+    return (rank(whole), rank(again), rank(whole, again)), overlaps, rank(linkage.perp(whole, p))
+
   with jax.enable_x64(True):
     for p, rows_a, rows_b, s, q, t in ((3, 0, 2, 0, 1, 1), (0, 2, 2, 1, 0, 1), (0, 0, 1, 0, 0, 0)):
       a, b = (fields.space(rng.integers(0, 2, (m, n)), p) for m, n in ((rows_a, s + q), (rows_b, q + t)))
-      whole = linkage.link(a, b, s, q, t, p)
-      small_a, small_b, kept, size = linkage.minimise_overlap(a, b, s, q, t, p)
-      again = linkage.link(small_a, small_b, s, q, t, p)
-      rank = lambda *m, p=p: int(linkage.rank(jnp.concatenate(m), p))
-      assert rank(whole) == rank(again) == rank(whole, again) and kept.shape == (q,)
-      assert int(size) == int(linkage.connectivity(whole, jnp.arange(s + t) < s, p))
-      assert int(linkage.decompose(whole, s, p)[2]) == int(size) == int(linkage.decompose_minor(whole, s, p)[2].sum())
-      assert rank(linkage.perp(whole, p)) == s + t - rank(whole)
+      ranks, overlaps, others = figures(a, b, s, q, t, p)
+      assert len(set(map(int, ranks))) == len(set(map(int, overlaps))) == 1
+      assert int(others) == s + t - int(ranks[0])
 
 
 def test_packed_spaces_may_be_empty():
   assert fields.pack_bits(np.zeros((2, 0))).shape == (2, 0)
   assert fields.unpack_bits(np.zeros((2, 0), np.uint32)).shape == (2, 0)
   assert int(linkage.rank(fields.space(np.zeros((0, 4)), 2, pack=True), 2)) == 0
+
+
+@jax.jit
+def real_figures(space):
+  """(rank, gap, orthogonal space, its rank, projector) over the reals."""
+  orthogonal = linkage.perp(space, 0)
+  return linkage.rank(space, 0), fields.gap(space), orthogonal, linkage.rank(orthogonal, 0), fields.projector(space)
 
 
 @pytest.mark.parametrize("units", [(1, 1e9, 1, 1e9, 1, 1e9), (1e-9, 1, 1e9, 1e18, 1, 1), (1e9,) * 6])
@@ -479,23 +496,20 @@ def test_units_of_columns_and_rows_do_not_change_a_rank(units):
     full, short = rng.normal(size=(3, 6)), rng.normal(size=(6, 2)) @ rng.normal(size=(2, 6))
     rows = 10.0 ** np.arange(6)[:, None]
     for m, rank in ((full, 3), (full * units, 3), (short * units, 2), (rows * short * units, 2)):
-      space = fields.space(m, 0)
-      nonzero, zero = map(float, fields.gap(space))
-      assert int(linkage.rank(space, 0)) == rank and nonzero > 1e-3 and zero < 1e-13
-      orthogonal = linkage.perp(space, 0)
-      assert int(linkage.rank(orthogonal, 0)) == 6 - rank
+      found, (nonzero, zero), orthogonal, others, both = real_figures(fields.space(m, 0))
+      assert int(found) == rank and float(nonzero) > 1e-3 and float(zero) < 1e-13
+      assert int(others) == 6 - rank
       terms = np.asarray(orthogonal)[:, None] * m
       assert np.all(np.abs(terms.sum(-1)) <= 1e-12 * np.abs(terms).sum(-1))
-      both = fields.projector(space)
       np.testing.assert_allclose(both @ both, both, atol=1e-12)
 
 
 def test_a_gap_that_is_none_is_shown():
   """Rows that float64 cannot tell from dependent ones: the largest singular value taken as zero is near the limit."""
   with jax.enable_x64(True):
-    _, zero = fields.gap(fields.space([[1, 1], [1, 1 + 1e-11]], 0))
+    _, (_, zero), *_ = real_figures(fields.space([[1, 1], [1, 1 + 1e-11]], 0))
     assert 1e-12 < float(zero) < fields.TOLERANCE
-    _, dust = fields.gap(fields.space([[1, 2], [1e-17, 3e-17]], 0))
+    _, (_, dust), *_ = real_figures(fields.space([[1, 2], [1e-17, 3e-17]], 0))
     assert float(dust) > 0  # a row shorter than rounding is taken as zero, and said so
 
 
@@ -509,11 +523,17 @@ def test_rows_that_are_rounding_in_some_columns_have_no_rank_there():
     turned = np.array([[1, 1e-8], [-1e-8, 1]]) @ rows
     space = fields.space(turned + 1e-16 * np.random.default_rng(0).normal(size=(2, 5)), 0)
     on_s = jnp.arange(5) < 3
-    assert int(linkage.connectivity(space, on_s, 0)) == 0
-    assert int(linkage.rank(linkage.restrict(space, on_s, 0), 0)) == 1
-    nonzero, zero = map(float, fields.gap(space, on_s))
-    assert nonzero == 1 and zero < 1e-14
-    plain = np.asarray(linkage.canonical(space, 0))  # unit vectors in the pivot columns, nothing in between
+    apart, inside, (nonzero, zero), plain = jax.jit(
+      lambda space: (
+        linkage.connectivity(space, on_s, 0),
+        linkage.rank(linkage.restrict(space, on_s, 0), 0),
+        fields.gap(space, on_s),
+        linkage.canonical(space, 0),
+      )
+    )(space)
+    assert int(apart) == 0 and int(inside) == 1
+    assert float(nonzero) == 1 and float(zero) < 1e-14
+    plain = np.asarray(plain)  # unit vectors in the pivot columns, nothing in between
     assert np.abs(plain[plain != 0]).min() > 0.1
 
 
@@ -534,7 +554,7 @@ def test_integers_beyond_the_field_are_brought_into_it():
   """An incidence matrix has entries -1; packed words, `space` and the bare array are one space."""
   bare = jnp.asarray(graphs.incidence([[0, 1], [1, 2], [0, 2]], 3))
   for p in (2, 3, 101):
-    np.testing.assert_array_equal(linkage.canonical(bare, p), linkage.canonical(fields.space(bare, p), p))
+    np.testing.assert_array_equal(compiled.canonical(bare, p), compiled.canonical(fields.space(bare, p), p))
 
 
 SPACE = jnp.zeros((1, 4), jnp.int32)
