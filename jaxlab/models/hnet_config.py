@@ -23,6 +23,7 @@ class HNetConfig:
     heads: of a stage's attention.
     windows: keys before its own that an attention layer sees, None all; left out, 1023 but in the innermost stage.
     ratios: N, positions a chunk is meant to have, for every stage but the innermost.
+    gated: attention's output is multiplied by a sigmoid gate (Qiu et al. 2025, arXiv 2505.06708).
     head_dim, state, taps, expansion, chunk: of the Mamba-2 layers.
     routing: "cosine", or "linear" for p = sigmoid(w h + bias).
     smoothing, straight_through: False leaves s = z, or multiplies by c itself.
@@ -35,6 +36,7 @@ class HNetConfig:
   windows: tuple[int | None, ...] | None = None
   ratios: tuple[float, ...] = (6.0,)
   vocab_size: int = 256
+  gated: bool = False
   head_dim: int = 64
   state: int = 128
   taps: int = 4
@@ -137,7 +139,7 @@ class HNetConfig:
     if kind in "mM":
       mixing = self.mamba(stage).flops_per_token(length) - head
     else:
-      mixing = shape.flops_per_token(length) - head - mlp
+      mixing = shape.flops_per_token(length) - head - mlp + 6 * self.gated * shape.width**2
     return mixing + (mlp if kind.isupper() else 0)
 
 

@@ -39,15 +39,19 @@ class Side(NamedTuple):
 
 
 class AttentionBlock(nnx.Module):
-  """x + W_o attention(norm x): half of every head's channels are rotated."""
+  """x + W_o attention(norm x): half of every head's channels are rotated.
 
-  def __init__(self, shape: TransformerConfig, key: jax.Array):
-    d, keys = shape.width, jax.random.split(key)
+  Gated: x + W_o (attention(norm x) o sigmoid(W_g norm x)).
+  """
+
+  def __init__(self, shape: TransformerConfig, key: jax.Array, *, gated: bool = False):
+    d, keys = shape.width, jax.random.split(key, 3 if gated else 2)
     heads = ("heads", shape.head_dim)
     self.config = shape
     self.norm = RMSNorm(d, shape.norm_eps, True)
     self.inputs = Linear(SPREAD * jax.random.normal(keys[0], (d, 3 * d)), ("embed", heads))
     self.out = Linear(SPREAD * jax.random.normal(keys[1], (d, d)), (heads, "embed"))
+    self.gate = Linear(SPREAD * jax.random.normal(keys[2], (d, d)), ("embed", heads)) if gated else None
 
   def project(self, x, side: Side):
     """(q, k, v), each (batch, time, heads, head_dim)."""
@@ -59,7 +63,10 @@ class AttentionBlock(nnx.Module):
     return side.attention(q, k, v, window=self.config.windows[0], start=start)
 
   def finish(self, x, attended):
-    return x + self.out(attended.reshape(*attended.shape[:-2], -1))
+    attended = attended.reshape(*attended.shape[:-2], -1)
+    if self.gate is not None:
+      attended = attended * jax.nn.sigmoid(self.gate(self.norm(x.astype(attended.dtype))))
+    return x + self.out(attended)
 
 
 class Layer(nnx.Module):
@@ -68,7 +75,8 @@ class Layer(nnx.Module):
   def __init__(self, config: HNetConfig, stage: int, kind: str, key: jax.Array):
     mixing, feeding = jax.random.split(key)
     shape, feeds = config.transformer(stage), kind.isupper()
-    self.mixer = Mamba2Block(config.mamba(stage), mixing) if kind in "mM" else AttentionBlock(shape, mixing)
+    attends = lambda: AttentionBlock(shape, mixing, gated=config.gated)
+    self.mixer = Mamba2Block(config.mamba(stage), mixing) if kind in "mM" else attends()
     self.mlp_norm = RMSNorm(shape.width, shape.norm_eps, True) if feeds else None
     self.mlp = MLP(shape, feeding) if feeds else None
 

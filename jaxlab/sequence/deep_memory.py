@@ -98,16 +98,19 @@ def scan(
   chunks = len(q) // chunk
   dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((memory, q, k, v, gates)))
   memory = jax.tree.map(lambda a: a.astype(dtype), memory)
-  parts = jax.tree.map(lambda a: a.astype(dtype).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
+  *parts, gates = jax.tree.map(lambda a: a.astype(dtype).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
+  # What gates alone decide is worked out for all chunks at once: a chunk waits for the one before, and does little.
+  ends = jax.vmap(_end_coefficients)(gates)
+  inside = None if reads == "chunk" else jax.vmap(_read_coefficients)(gates)
 
   def one(memory, parts):
-    q, k, v, gates = parts
+    q, k, v, inside, end = parts
     inputs, cotangents = _gradients(memory, k, v, loss)
-    out = read(memory, q) if reads == "chunk" else _dual(memory, q, inputs, cotangents, gates, pace)
-    return _written(memory, inputs, cotangents, gates, pace, clip), out
+    out = read(memory, q) if inside is None else _dual(memory, q, inputs, cotangents, inside, pace)
+    return _written(memory, inputs, cotangents, end, pace, clip), out
 
   group = max(n for n in range(1, math.isqrt(chunks) + 1) if chunks % n == 0)
-  parts = jax.tree.map(lambda a: a.reshape(group, chunks // group, *a.shape[1:]), parts)
+  parts = jax.tree.map(lambda a: a.reshape(group, chunks // group, *a.shape[1:]), (*parts, inside, ends))
   inner = jax.checkpoint(lambda memory, parts: jax.lax.scan(one, memory, parts), prevent_cse=False)
   memory, out = jax.lax.scan(inner, memory, parts)
   return memory, out.reshape(q.shape)
@@ -144,7 +147,7 @@ def step(
   start = first(running.now._replace(weights=ended), running.start)
   now = first(start, running.now)
   inputs, cotangents = _gradients(start, k, v, loss)
-  now = _written(now, inputs, cotangents, gates, None, None)
+  now = _written(now, inputs, cotangents, _end_coefficients(gates), None, None)
   if reads == "chunk":
     return Running(start, now), read(start, q)[0]
   share = 1.0 if pace is None else pace[at]
@@ -183,9 +186,9 @@ def _gradients(memory: Memory, k, v, loss: Loss):
   return inputs, cotangents
 
 
-def _dual(memory: Memory, q, inputs, cotangents, gates: Gates, pace):
-  """f(W_t, q_t) of a chunk's tokens by products alone."""
-  stay, push, source = _read_coefficients(gates)
+def _dual(memory: Memory, q, inputs, cotangents, coefficients, pace):
+  """f(W_t, q_t) of a chunk's tokens by products alone; the coefficients are `_read_coefficients`."""
+  stay, push, source = coefficients
   if pace is not None:
     stay, push, source = 1 + pace * (stay - 1), pace * push, pace[:, None] * source
 
@@ -196,9 +199,9 @@ def _dual(memory: Memory, q, inputs, cotangents, gates: Gates, pace):
   return _network(memory, q, product)
 
 
-def _written(memory: Memory, inputs, cotangents, gates: Gates, pace, clip) -> Memory:
-  """The memory after these tokens."""
-  stay, push, source, hold, kick = _end_coefficients(gates)
+def _written(memory: Memory, inputs, cotangents, coefficients, pace, clip) -> Memory:
+  """The memory after these tokens; the coefficients are `_end_coefficients`."""
+  stay, push, source, hold, kick = coefficients
   weights, momentum = [], []
   for n, weight in enumerate(memory.weights):
     end = stay * weight - (source[:, None] * inputs[n]).T @ cotangents[n]

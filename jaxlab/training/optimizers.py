@@ -152,7 +152,7 @@ def adamw(
   Args:
     factor, decayed: of a dotted name ("stage.inner.pad"); parameters of the latter decay.
   """
-  rising, falling = max(1, round(warmup * steps)), max(1, round(cooldown * steps))
+  rising, falling = (jnp.maximum(1, jnp.round(share * steps)) for share in (warmup, cooldown))
 
   def schedule(count):
     fall = 1 - jnp.sqrt(jnp.clip((count - steps + falling) / falling, 0.0, 1.0))

@@ -209,6 +209,24 @@ def test_a_layout_without_brackets_is_an_ordinary_network():
   assert len(config.stages) == 1 and state.inner is None
 
 
+def test_a_gate_of_zeros_halves_what_attention_says():
+  """sigmoid(0) = 1/2; with other weights it decides by the token, in steps as in rows."""
+  config = HNetConfig("t1", (16,), (0,), (2,), (None,), (), gated=True, **SHAPE)
+  model, plain = random_model(config), random_model(dataclasses.replace(config, gated=False))
+  logits, state = model.logits(forward(model, TOKENS)[0]), model.empty_state(ROWS, TIME)
+  for t in range(3):
+    one, state = step(model, TOKENS[:, t], state)
+    np.testing.assert_allclose(one, logits[:, t], **EXACT)
+  closed, mixer = jax.tree.map(lambda a: a, model), plain.stage.encoder.runs[0].mixer
+  for name in ("inputs", "norm"):
+    setattr(mixer, name, getattr(closed.stage.encoder.runs[0].mixer, name))
+  closed.stage.encoder.runs[0].mixer.gate.weight[...] *= 0
+  mixer.out.weight[...] = closed.stage.encoder.runs[0].mixer.out.weight[...] / 2
+  plain.embedding, plain.stage.encoder.norm = closed.embedding, closed.stage.encoder.norm
+  np.testing.assert_allclose(forward(plain, TOKENS)[0], forward(closed, TOKENS)[0], **EXACT)
+  assert float(jnp.abs(forward(closed, TOKENS)[0] - forward(model, TOKENS)[0]).max()) > 1e-3
+
+
 def test_half_of_every_head_is_rotated():
   cos, sin = rotations(dataclasses.replace(CONFIG, heads=(2, 2, 2)), 2, jnp.arange(5), jnp.float32)
   turned = np.arange(5)[:, None] * 10000.0 ** (-np.arange(3) / 3)

@@ -1,0 +1,59 @@
+"""Seconds of a training step against the length of its rows, as many tokens in all of them."""
+
+import numpy as np
+
+from experiments import timing
+from experiments.tnt.arms import SMALL, TITANS, TNT, fresh, loss_of, optimizer, shape_of
+from jaxlab.core import mesh as meshes
+from jaxlab.training import loop
+
+LARGE, TRANSFORMER = "TNT, larger chunks", "Transformer"
+NAMES = (TITANS, TNT, LARGE, TRANSFORMER)
+
+
+def measure(config, vocabulary: int) -> dict:
+  """Whole steps, optimizer included, in one process and turn by turn.
+
+  Returns:
+    {"milliseconds": {arm: {length: median, p10, p90}}, "over": {arm: [speed over Titans', [p10, p90]]} at the longest,
+    "small": [time of a step at small chunks over TNT's, [p10, p90]], both as they are trained}. For the first two TNT
+    has one local memory, whose chunks are Titans'.
+  """
+  s, t, found = config.speed, config.train, {name: {} for name in NAMES}
+  for length in s.lengths:
+    steps = {name: _one_memory(config, name, vocabulary, length) for name in NAMES}
+    times = timing.compare(steps, repetitions=s.repetitions, warmup=1)
+    for name, row in times.summary().items():
+      found[name][f"{length}"] = row
+  over = {name: times.speedup(name, over=TITANS) for name in NAMES}
+  trained = {name: step(config, name, vocabulary, t.batch, t.length) for name in (TNT, SMALL)}
+  small = timing.compare(trained, repetitions=s.repetitions, warmup=1).speedup(TNT, over=SMALL)
+  as_lists = lambda ratio, spread: [ratio, list(spread)]
+  return {
+    "milliseconds": found,
+    "over": {name: as_lists(*faster) for name, faster in over.items()},
+    "small": as_lists(*small),
+  }
+
+
+def step(config, name: str, vocabulary: int, rows: int, length: int) -> timing.Steady:
+  """An arm's training step on random tokens."""
+  mesh, made = meshes.make_mesh(config.mesh.to_dict()), optimizer(1e-3, steps=1000)
+  state = loop.initial_state(fresh(shape_of(config, name, vocabulary), 0), made, mesh, 0)
+  run = loop.make_step(loss_of(config), made, meshes.shardings(state, mesh), compute_dtype=config.train.dtype)
+  ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
+  batch = meshes.place_batch({"inputs": ids[:, :-1], "targets": ids[:, 1:]}, mesh)
+  return timing.Steady(lambda _, batch, state: run(state, batch)[::-1], (), batch, carry=state)
+
+
+def _one_memory(config, name: str, vocabulary: int, length: int) -> timing.Steady:
+  """The step that is timed against the length."""
+  s, large, changed = config.speed, name == LARGE, config.copy_and_resolve_references()
+  changed.chunks.local = (s.large if large else config.chunks.titans,)
+  changed.chunks.shard, changed.chunks.whole = s.shard, s.whole
+  return step(changed, TNT if large else name, vocabulary, s.tokens // length, length)
+
+
+def exponent(rows: dict[str, dict]) -> float:
+  """The log-log slope of a row's seconds over its length: a step has as many tokens, so fewer rows, at every length."""
+  return timing.slope([(int(length), row["median"] * int(length)) for length, row in rows.items()])

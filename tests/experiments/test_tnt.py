@@ -1,0 +1,98 @@
+"""TNT's experiment: rivals of equal size, recall tasks, and a run of which every part is measured once."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tnt as config_file
+from experiments import results, tnt
+from experiments.tnt import arms, recall, speed
+from tests.common import run_and_continue
+
+TRAINED = (arms.TNT, "Transformer")
+
+
+def test_everything_is_measured_once(tmp_path, monkeypatch):
+  """Two arms are measured, the others are said to be like the first: each would be compiled for itself."""
+  config = config_file.get_config("test")
+  config.data.path, config.data.name = "docs/**/*.md", "local_text"
+  real, train = arms.Lab.measured, arms.Lab.train
+
+  def measured(lab, name, seeds):
+    return real(lab, name if name in TRAINED else arms.TNT, seeds)
+
+  def train_some(lab, model, folder, **how):
+    return train(lab, model, folder, **how) if folder.startswith((*TRAINED, "stage 2")) else model
+
+  monkeypatch.setattr(arms.Lab, "measured", measured)
+  monkeypatch.setattr(arms.Lab, "train", train_some)
+  one = functools.cache(lambda name: recalled(config, name))
+  recalled, each = recall.measure, (recall.DEEP + recall.PROJECTED, recall.TRANSFORMER)
+  monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
+  parts = ("arms.Lab.measured", "stages.measure", "speed.measure", "recall.measure")
+  report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
+  results.write(report, config, tmp_path, 1.0, "command")
+  assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
+  row = report.metrics["stages"]
+  assert row["untuned"] != row["old"] and row[tnt.TUNED]["loss"] != row["untuned"]
+  assert row["curves"]["stage 1"]["1"] == row["untuned"]  # local chunks of 1 and 2 are those of stage 2
+  found = report.metrics["speed"]["milliseconds"]
+  assert set(found) == set(speed.NAMES) and set(found[arms.TNT]) == {"32", "64"}
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_networks_that_are_compared_have_as_many_parameters(scale):
+  """Within the SwiGLUs' steps of 8 neurons, and none has so few that it is another network."""
+  config = config_file.get_config(scale)
+  vocabulary = config.data.vocab_size
+  shapes = {name: arms.shape_of(config, name, vocabulary) for name in (*arms.ARMS, *arms.ABLATIONS)}
+  sizes = {name: arms.parameters(shape) for name, shape in shapes.items()}
+  assert max(sizes.values()) < 1.01 * sizes[arms.TNT] and min(sizes.values()) > 0.99 * sizes[arms.TNT]
+  assert all(arms.parameters(arms.shape_of(config, name, vocabulary)) == size for name, size in sizes.items())
+  narrow = lambda shape: getattr(shape, "mlp_width", None) or shape.mlp_widths[0]
+  assert min(map(narrow, shapes.values())) > 0.3 * config.model.mlp_width
+
+
+def test_arms_differ_from_the_method_in_what_they_are_called_after():
+  config = config_file.get_config("cpu")
+  ours, c = arms.memory_of(config, arms.TNT), config.chunks
+  of = lambda name: arms.memory_of(config, name)
+  assert of("without resets").shard is None and of("without projection").projection is None
+  assert of("without global memory").global_chunk is None and of(arms.SMALL).local_chunks == tuple(c.small)
+  assert of("1 local memory").local_chunks == ours.local_chunks[:1]
+  assert of("4 local memories").local_chunks == (4, 8, 16, 32) and of("3 local memories").local_chunks == (4, 8, 16)
+  assert (
+    of(arms.COARSE).local_step == pytest.approx(c.inner.titans / 2) and of(arms.TITANS).local_step == c.inner.titans
+  )
+  assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
+  assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
+  with pytest.raises(ValueError, match="no arm is called 'RWKV'"):
+    of("RWKV")
+
+
+def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
+  made = recall.batch(5, 3, jax.random.key(0))
+  inputs, targets = (np.asarray(made[name]) for name in ("inputs", "targets"))
+  for row, answers in zip(inputs, targets, strict=True):
+    pairs = dict(zip(row[:10:2].tolist(), row[1:10:2].tolist(), strict=True))
+    assert len(pairs) == 5 and max(pairs) < 10 <= min(pairs.values())
+    assert [pairs[key] for key in row[10:].tolist()] == answers[10:].tolist() and (answers[:10] == -1).all()
+
+  class Knows:
+    config = type("config", (), {"vocab_size": 20})
+
+    def hidden(self, tokens):
+      return targets, None
+
+    def logits(self, hidden, _=None):
+      return 50.0 * jax.nn.one_hot(hidden, 20)
+
+  loss, right = recall.judged(Knows(), made)
+  assert right == 1 and loss < 1e-3
+
+
+def test_a_rows_time_has_the_exponent_of_its_length():
+  rows = {f"{n}": {"median": 3.0 * n**0.5} for n in (256, 512, 1024)}  # steps of as many tokens
+  assert speed.exponent(rows) == pytest.approx(1.5)

@@ -1,0 +1,146 @@
+"""A language model of deep memories: prompts, steps and training are one function of its tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.core.checks import InputError
+from jaxlab.models import generate
+from jaxlab.sequence import tnt, tnt_model
+from jaxlab.sequence.tnt_model import MemoryModel, MemoryModelConfig, decoder
+from jaxlab.training import loop, losses, optimizers
+
+VOCABULARY, WIDTH, ROWS, TIME = 20, 12, 2, 24
+SMALL = dict(heads=2, head_dim=4, expansion=2)
+TNT = tnt.MemoryConfig(WIDTH, global_chunk=8, local_chunks=(2, 4), shard=8, **SMALL)
+MEMORIES = {
+  "tnt": TNT,
+  "titans": tnt.titans(WIDTH, chunk=4, **SMALL),
+  "ttt": tnt.ttt(WIDTH, chunk=4, layers=2, **SMALL),
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, TIME)), jnp.int32)
+
+
+def shape_of(memory):
+  return MemoryModelConfig(VOCABULARY, depth=2, mlp_width=16, memory=memory)
+
+
+@pytest.fixture(scope="module", params=MEMORIES)
+def model(request):
+  """Every parameter far from where a zero would hide it."""
+  made = jax.jit(lambda: MemoryModel(shape_of(MEMORIES[request.param]), jax.random.key(0)))()
+  leaves, structure = jax.tree.flatten(made)
+  random = np.random.default_rng(1)
+  return jax.tree.unflatten(structure, [a + 0.2 * random.normal(size=a.shape).astype(a.dtype) for a in leaves])
+
+
+@pytest.fixture(scope="module")
+def programs():
+  forward = jax.jit(lambda model, tokens, chunks: model(tokens, local_chunks=chunks), static_argnums=2)
+  prefill = jax.jit(lambda model, tokens: model.prefill(tokens))
+  step = jax.jit(lambda model, token, state, chunks: model.step(token, state, local_chunks=chunks), static_argnums=3)
+  return forward, prefill, step
+
+
+def test_a_prompt_of_any_length_and_steps_are_the_forward(model, programs):
+  """A prompt of whole shards, one that ends within a chunk, and one shorter than any."""
+  forward, prefill, step = programs
+  logits = forward(model, TOKENS, None)
+  for length in (8, 19, 1):
+    out, state = prefill(model, TOKENS[:, :length])
+    np.testing.assert_allclose(out[:, 0], logits[:, length - 1], rtol=1e-4, atol=1e-4)
+    for t in range(length, length + 3):
+      out, state = step(model, TOKENS[:, t], state, None)
+      np.testing.assert_allclose(out, logits[:, t], rtol=1e-4, atol=1e-4)
+  assert float(logits.std()) > 0.1
+
+
+def test_decoding_in_chunks_of_one_is_the_forward_in_chunks_of_one(model, programs):
+  forward, _, step = programs
+  ones = (1,) * len(model.config.memory.local_chunks)
+  logits, state = forward(model, TOKENS, ones), model.empty_state(ROWS)
+  for t in range(TIME // 2):
+    out, state = step(model, TOKENS[:, t], state, ones)
+    np.testing.assert_allclose(out, logits[:, t], rtol=1e-4, atol=1e-4)
+  assert float(jnp.abs(logits - forward(model, TOKENS, None)).max()) > 1e-3
+
+
+def test_it_generates_what_its_steps_say(model, programs):
+  _, prefill, step = programs
+  ones = (1,) * len(model.config.memory.local_chunks)
+  out = generate(model, TOKENS[:, :11], tokens=3, decoder=decoder(ones))
+  logits, state = prefill(model, TOKENS[:, :11])
+  for t in range(3):
+    token = jnp.argmax(logits.reshape(ROWS, -1), axis=-1)
+    np.testing.assert_array_equal(out[:, t], token)
+    logits, state = step(model, token, state, ones)
+
+
+def test_it_trains_and_stage_two_moves_local_memories_alone(tmp_path):
+  """By the one training loop, resumed half way; in stage 2 at other chunks, all but the local memories stands still."""
+  shape = shape_of(TNT)
+  row = np.random.default_rng(0).integers(0, VOCABULARY, TIME + 1)
+  batch = {"inputs": np.tile(row[:-1], (8, 1)).astype(np.int32), "targets": np.tile(row[1:], (8, 1)).astype(np.int32)}
+
+  class Data:
+    """The same batch again and again."""
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      return batch
+
+    def get_state(self):
+      return {}
+
+    def set_state(self, state):
+      pass
+
+  seen = []
+
+  def run(model, folder, steps, optimizer, loss=lambda *args: losses.language_model_loss(*args[:2], remat="dots")):
+    how = dict(steps=steps, workdir=tmp_path / folder, compute_dtype="float32", checkpoint_every=20)
+    return loop.train(model, Data(), loss, optimizer, progress=lambda m: seen.append(m["loss"]), **how)
+
+  fresh = MemoryModel(shape, jax.random.key(0))
+  one = run(fresh, "one", 40, optimizers.adam(2e-2, steps=40, warmup=4))
+  assert seen[0] > 2.5 and seen[-1] < 0.5 * seen[0]
+
+  def second(model, batch, step, key):
+    found = losses.token_losses(model, model.hidden(batch["inputs"], local_chunks=(1, 2)), batch["targets"])
+    return losses.mean_loss(found, batch["targets"]), {}
+
+  local = lambda name: float(tnt_model.of_local_memories(name))
+  two = run(one, "two", 3, optimizers.adamw(1e-2, steps=3, factor=local), second)
+  moved = optimizers.by_name(lambda name: name, two)
+  for name, before, after in zip(*map(jax.tree.leaves, (moved, one, two)), strict=True):
+    assert bool(jnp.any(before != after)) == tnt_model.of_local_memories(name), name
+
+
+def test_the_shape_is_counted():
+  """Matrices by hand, and FLOPs that grow with chunks and memories alone."""
+  shape = shape_of(TNT)
+  model = jax.eval_shape(lambda: MemoryModel(shape, jax.random.key(0)))
+  named = optimizers.by_name(lambda name: name, model)
+  sizes = {name: a.size for name, a in zip(*map(jax.tree.leaves, (named, model)), strict=True)}
+  matrices = ("inputs.weight", "out.weight", "gate.weight", "up.weight", "down.weight", "head.weight")
+  assert shape.matmul_parameters == sum(n for name, n in sizes.items() if name.endswith(matrices))
+  flops = lambda **fields: dataclasses.replace(shape, memory=dataclasses.replace(TNT, **fields)).flops_per_token(64)
+  assert flops(global_chunk=None) < flops() < flops(local_chunks=(2, 8)) < flops(local_chunks=(2, 4, 4))
+  assert flops(projection=None) < flops() and shape.flops_per_token(64) == shape.flops_per_token(4096)
+
+
+def test_bad_input():
+  model = MemoryModel(shape_of(TNT), jax.random.key(0))
+  for call, message in (
+    (lambda: dataclasses.replace(shape_of(TNT), depth=0), "model.depth is 0"),
+    (lambda: model(TOKENS[:, :20]), "global_chunk=8 must divide time=20"),
+    (lambda: model(TOKENS, local_chunks=(1,)), "local_chunks has 1 lengths"),
+    (lambda: generate(model, TOKENS, jnp.array([3, 4]), tokens=1, decoder=decoder()), "prompts of one length"),
+  ):
+    with pytest.raises(InputError, match=message):
+      call()
