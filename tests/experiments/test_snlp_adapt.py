@@ -16,6 +16,7 @@ from experiments.console import Console
 from experiments.snlp.settings import parse
 from experiments.snlp_adapt import GIVEN, UNTOUCHED, adapting, choices, draw, fitted, measure, named_texts
 from experiments.text import load_text
+from jaxlab import evaluation
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig, hub
@@ -152,8 +153,11 @@ def test_of_four_continuations_the_first_is_the_texts_own(checkpoint, tmp_path, 
 
 
 def test_without_the_harness_nothing_is_trained(checkpoint, tmp_path, cache, monkeypatch):
+  # Another test may have imported it.
+  for name in [n for n in sys.modules if n.startswith("lm_eval.") or n == "jaxlab.evaluation.lm_eval"]:
+    monkeypatch.delitem(sys.modules, name)
+  monkeypatch.delattr(evaluation, "lm_eval", raising=False)
   monkeypatch.setitem(sys.modules, "lm_eval", None)
-  monkeypatch.delitem(sys.modules, "jaxlab.evaluation.lm_eval", raising=False)
   with pytest.raises(InputError, match=r"harness is not installed; pip install 'jaxlab\[eval\]'") as caught:
     measure(config_of(checkpoint, parts=("choices",)), tmp_path, cache, Console(quiet=True))
   assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
