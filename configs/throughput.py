@@ -107,11 +107,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
             head_dim=128 if big else 16,
             mlp_width=11_008 if big else 64,
             vocab_size=32_000 if big else 64,
-            context=4096 if big else 64,
+            context=4096 if big else 128,
           ),
-          rows=64 if big else 2,
-          context=2048 if big else 16,
-          read=2048 if big else 32,  # tokens of a prompt
+          rows=64 if big else 4,
+          context=2048 if big else 40,
+          read=2048 if big else 16,  # tokens of a prompt
           part=512 if big else 16,
           page=64 if big else 16,
           repetitions=5 if big else 2,

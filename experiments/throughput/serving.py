@@ -9,6 +9,7 @@ import numpy as np
 from experiments import timing
 from experiments.results import Claim
 from experiments.throughput.decoding import STATIC, of_transformers
+from jaxlab.core.checks import require
 from jaxlab.models import Transformer, hub, inference
 from jaxlab.models.config import qwen3
 from jaxlab.models.inference import Network
@@ -116,14 +117,16 @@ def step_seconds(network: Network, shape: Shape, start: int, spec) -> float:
 def engine_seconds(network: Network, spec) -> float:
   """Median of the engine's steps in which all rows decode one token."""
   steps = spec.repetitions * spec.in_a_row
-  longest = spec.context + steps + 2
+  # Who is read first makes a token in every step in which others are read, and must not have ended when all are.
+  tokens = steps + 4 + spec.rows * -(-spec.context // spec.read)
+  longest = spec.context + tokens
   server = Engine(
     network, rows=spec.rows, chunks=spec.rows, budget=spec.rows + spec.read, part=spec.part, steps=1, page=spec.page,
     pages=2 + int(1.02 * spec.rows * -(-longest // spec.page)), length=longest, prefix=False,
   )  # fmt: skip
   rng = np.random.default_rng(0)
   for i in range(spec.rows):
-    server.add(Request(f"{i}", rng.integers(0, network.model.config.vocab_size, spec.context).tolist(), steps + 2))
+    server.add(Request(f"{i}", rng.integers(0, network.model.config.vocab_size, spec.context).tolist(), tokens))
   while server.waiting or any(s.pending > 1 for s in server.running):
     server.step()
   server.step()  # compiles what follows
@@ -132,6 +135,7 @@ def engine_seconds(network: Network, spec) -> float:
     begun = time.perf_counter()
     server.step()
     seconds.append(time.perf_counter() - begun)
+  require(len(seconds) == steps, f"{len(seconds)} steps of {steps} were made by all rows; a request ended too soon")
   return float(np.median(seconds))
 
 

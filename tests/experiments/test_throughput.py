@@ -29,5 +29,6 @@ def test_every_figure_is_measured_and_claims_follow_from_them(tmp_path):
   served, large = m["serving"]["served"], m["serving"]["large"]
   assert set(served) == {"1", "2"} and all(row["rates"]["engine"] > 0 for row in served.values())
   np.testing.assert_allclose(large["host"]["share"], 1 - large["decode"]["seconds"] / large["host"]["seconds"])
+  assert all(row["seconds"] > 0 for row in large.values())  # no NaN of a step that was never made
   assert large["decode"]["share"] > 0 and large["read"]["share"] is None  # a CPU has no known peak
   assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
