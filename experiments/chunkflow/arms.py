@@ -55,8 +55,13 @@ def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") ->
 
 
 def attention(config) -> Callable:
-  """`jax.nn.dot_product_attention`, by the implementation that config.attention names."""
-  return functools.partial(jax.nn.dot_product_attention, implementation=config.attention or None)
+  """`jax.nn.dot_product_attention`, by the implementation that config.attention names; cuDNN has none in 32 bits."""
+
+  def attend(q, k, v, **how):
+    named = config.attention if q.dtype.itemsize == 2 or config.attention != "cudnn" else ""
+    return jax.nn.dot_product_attention(q, k, v, implementation=named or None, **how)
+
+  return attend
 
 
 def gradient(arm: Arm, model, sequences: Sequence[Batch]):

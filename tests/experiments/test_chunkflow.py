@@ -1,5 +1,6 @@
 """ChunkFlow's experiment: rivals with the same gradient, lengths by the paper's law, and a run."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +24,13 @@ def test_lengths_have_the_papers_law():
   below = lambda limit: (sizes < limit).mean()
   assert below(2048) == pytest.approx(0.90, abs=0.01) and below(8192) == pytest.approx(0.98, abs=0.005)
   assert below(63_488) == pytest.approx(0.9999, abs=3e-4)
+
+
+def test_attention_in_32_bits_is_not_cudnns(config):
+  q, k, v = np.random.default_rng(0).normal(size=(3, 1, 8, 2, 16)).astype(np.float32)
+  config.attention = "cudnn"
+  ours = arms.attention(config)(q, k, v, is_causal=True)
+  np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), rtol=1e-6)
 
 
 def test_sequences_are_a_text_from_where_the_last_ended():
