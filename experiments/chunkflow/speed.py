@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from experiments.chunkflow import arms
+from jaxlab.core.precision import exactly
 from jaxlab.data.packing import Batch, split_row
 from jaxlab.models import Transformer, TransformerConfig
 
@@ -100,6 +101,7 @@ def curve(config, ids, vocabulary: int, name: str, console) -> dict:
   return {"loss": found, "held_out": held}
 
 
+@exactly
 def agreement(config, ids, vocabulary: int) -> dict:
   """{arm: relative difference of its gradient from that of a sequence a step}, in float32."""
   c = config.curve

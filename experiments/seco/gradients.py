@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.long_finetuning import backpropagation, over_cache
 from jaxlab.core.checks import require_choice
+from jaxlab.core.precision import exactly
 from jaxlab.models import Transformer
 from jaxlab.sequence import seco
 
@@ -18,6 +19,7 @@ def limited(text: str) -> float | None:
   return LIMITS[text]
 
 
+@exactly
 def measure(config, model: Transformer, batch: dict) -> dict:
   """{"seco": error, cosine; "t of k, cap": {cosine: mean over the draws, of_mean: of their mean, length: of it}}.
 
@@ -25,7 +27,7 @@ def measure(config, model: Transformer, batch: dict) -> dict:
   """
   g, identity = config.gradients, lambda model: model
   run = lambda gradient_fn: jax.jit(lambda model, key: flat(gradient_fn(model, batch, 0, key)[1]))
-  exact = run(backpropagation(identity, remat="none"))(model, jax.random.key(0))
+  exact = run(backpropagation(identity, remat="full"))(model, jax.random.key(0))
   size, norm = g.chunk, jnp.linalg.norm
   count = -(-batch["inputs"].shape[1] // size)
   cosine = lambda a: float(a @ exact / jnp.maximum(norm(a) * norm(exact), 1e-30))
