@@ -132,14 +132,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         repetitions=pick(cpu=1, gpu=3),
       ),
       chunked=dict(
-        # 120 M parameters at gpu. Heads of 128 channels: attention over long caches takes most of the time.
+        # 120 M parameters at gpu; few layers and heads of 128 channels, as attention over long caches takes most time.
         shape=dict(
-          depth=pick(cpu=2, gpu=12),
-          width=pick(cpu=32, gpu=768),
-          q_heads=pick(cpu=2, gpu=6),
+          depth=pick(cpu=2, gpu=6),
+          width=pick(cpu=32, gpu=1024),
+          q_heads=pick(cpu=2, gpu=8),
           kv_heads=pick(cpu=1, gpu=2),
           head_dim=pick(cpu=16, gpu=128),
-          mlp_width=pick(cpu=64, gpu=3072),
+          mlp_width=pick(cpu=64, gpu=5120),
           vocab_size=pick(cpu=64, gpu=8192),
         ),
         dtype=pick(cpu="float32", gpu="bfloat16"),
