@@ -2,7 +2,8 @@ r"""Several GPUs of one host: is the training step as fast on each as on one, an
 
 Training sharded by data, fsdp and tensor, the same batch on 1, 2, 4 devices; then one token and a prompt with the last
 24 of 32 layers solved over a `layer` axis, beside one device and tensor parallelism; prompts of up to 128 K tokens
-shared out along a `sequence` axis; and requests that the engine serves over a `tensor` axis.
+shared out along a `sequence` axis; requests that the engine serves over a `tensor` axis; and gradients of a batch by
+ChunkFlow (up to 64 K tokens a sequence) and SeCO (32 K), chunk by chunk on each device.
 
   python -m experiments.run --config=configs/many_gpus.py:gpu --workdir=runs/many_gpus
 
@@ -130,6 +131,37 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         part=pick(cpu=4, gpu=128),
         repetitions=pick(cpu=1, gpu=3),
       ),
-      tolerance=dict(loss=pick(cpu=1e-3, gpu=5e-3), logits=pick(cpu=1e-3, gpu=5e-2)),
+      chunked=dict(
+        # 120 M parameters at gpu; few layers and heads of 128 channels, as attention over long caches takes most time.
+        shape=dict(
+          depth=pick(cpu=2, gpu=6),
+          width=pick(cpu=32, gpu=1024),
+          q_heads=pick(cpu=2, gpu=8),
+          kv_heads=pick(cpu=1, gpu=2),
+          head_dim=pick(cpu=16, gpu=128),
+          mlp_width=pick(cpu=64, gpu=5120),
+          vocab_size=pick(cpu=64, gpu=8192),
+        ),
+        dtype=pick(cpu="float32", gpu="bfloat16"),
+        attention=pick(cpu="", gpu="cudnn"),  # implementation of jax.nn.dot_product_attention
+        # The longest sequence stays on one device: a batch must be four times its work for four to share it evenly.
+        chunkflow=dict(
+          batch=pick(test=16, cpu=256, gpu=256),
+          longest=pick(test=64, cpu=512, gpu=65_536),
+          seed=5,  # of the lengths
+          chunk=pick(test=16, cpu=64, gpu=4096),
+          keep=1,
+        ),
+        seco=dict(
+          rows=pick(test=2, cpu=4, gpu=8),
+          length=pick(test=48, cpu=256, gpu=32_768),
+          chunk=pick(test=16, cpu=64, gpu=2048),
+        ),
+        repetitions=pick(test=1, cpu=3, gpu=2),
+      ),
+      # Gradients in float32 differ by up to 9e-7, in a parameter; bfloat16 rounds 2^16 times as coarsely.
+      tolerance=dict(
+        loss=pick(cpu=1e-3, gpu=5e-3), logits=pick(cpu=1e-3, gpu=5e-2), gradients=pick(cpu=1e-5, gpu=6e-2)
+      ),
     )
   )

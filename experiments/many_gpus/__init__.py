@@ -1,22 +1,24 @@
 """What several devices of one host buy: training by data, fsdp and tensor, SNLP's suffix over a `layer` axis, prompts
-over a `sequence` axis, requests served over a `tensor` axis.
+over a `sequence` axis, requests served over a `tensor` axis, gradients of long sequences chunk by chunk over `data`.
 
 One run measures 1, 2, 4 .. devices of its machine. On CPUs the devices are simulated: what is sent and that results
 agree can be seen there, not what it costs.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import jax
 
 from experiments import figures, results
-from experiments.many_gpus import prompts, serving, suffix, training
+from experiments.many_gpus import chunked, prompts, serving, suffix, training
 from experiments.results import Claim
 from jaxlab.core.checks import require
 
 _FLOORS = {"data": 0.90, "fsdp": 0.85, "tensor": 0.70}
 _PROMPT_FLOOR = 0.7
+_CHUNKED_FLOOR = 0.85
 _MOST_SENT = 4.0  # weights gathered for both passes, gradients summed, Muon's exchange
 
 
@@ -36,6 +38,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   metrics["suffix"] = part("suffix", lambda: suffix.measure(config.suffix, devices, console))
   metrics["prompts"] = part("prompts", lambda: prompts.measure(config.prompts, devices, console))
   metrics["serving"] = part("serving", lambda: serving.measure(config.serving, devices, console))
+  metrics["chunked"] = part("chunked", lambda: chunked.measure(config.chunked, devices, console))
   metrics["fit"] = suffix.fit(metrics["suffix"]["decode"], config.suffix)
   return metrics
 
@@ -70,6 +73,8 @@ def claims(config, metrics: dict) -> list[Claim]:
     made.append(_prompt_claim(config, metrics))
   if "serving" in metrics:
     made.append(_serving_claim(config, metrics))
+  if "chunked" in metrics:
+    made += _chunked_claims(config, metrics)
   error = max(
     *(kind["error"] for kind in metrics["suffix"].values()),
     *(row["error"] for rows in metrics.get("prompts", {}).values() for row in rows.values()),
@@ -83,6 +88,31 @@ def claims(config, metrics: dict) -> list[Claim]:
     )
   )  # fmt: skip
   return made
+
+
+def _chunked_claims(config, metrics: dict):
+  """Speed where that means something, and gradients."""
+  found, most = metrics["chunked"], f"{metrics['devices']}"
+  for name, rows in found.items() if config.timed else ():
+    levels = rows[most].get("balance")
+    yield Claim(
+      f"Speed of a global batch by {chunked.METHODS[name]} over {most} devices, over as many times one device's", "",
+      "higher", ours=chunked.efficiency(rows, most), threshold=_CHUNKED_FLOOR,
+      baseline=f"{rows['1']['tokens_per_second']:.4g} tokens/s on one device",
+      note=", ".join(
+        f"{n} devices {row['tokens_per_second']:.4g} tokens/s and {row['bytes'] / 1e9:.3g} GB on each"
+        for n, row in rows.items()
+      )
+      + (f"; the rank that costs most has {levels:.3g} of the mean" if levels else ""),
+    )  # fmt: skip
+  yield Claim(
+    "Largest difference of a parameter's gradient by ChunkFlow or SeCO from one device's, over its norm", "", "lower",
+    ours=chunked.difference(found), threshold=config.tolerance.gradients,
+    note=", ".join(
+      f"{chunked.METHODS[name]} {chunked.difference({name: rows}):.2g}" for name, rows in found.items()
+    )
+    + f", of the parameter where it is largest, in {config.chunked.dtype}",
+  )  # fmt: skip
 
 
 def _serving_claim(config, metrics: dict) -> Claim:
@@ -150,6 +180,24 @@ def _speeds(metrics: dict):
         for name, runs in shapes.items()
       ),
     )  # fmt: skip
+  made = [*_suffix_claims(metrics)]
+  if "chunked" in metrics:  # twelve claims are the most
+    *gains, model = made
+    one, without = (_lesser(*pair) for pair in zip(gains[:2], gains[2:], strict=True))
+    off = f"; the cost model of decoding is off by at most {model.ours:.1%}, {model.note}"
+    made = [dataclasses.replace(one, note=one.note + off), without]
+  yield from made
+
+
+def _lesser(decode: Claim, prefill: Claim) -> Claim:
+  """One claim of two, of what gains less."""
+  claim, other = sorted((decode, prefill), key=lambda claim: claim.ours)
+  return dataclasses.replace(claim, note="; ".join(filter(None, (claim.note, f"{other.name}: {other.ours:.3g}"))))
+
+
+def _suffix_claims(metrics: dict):
+  """Of one token and of a prompt, SNLP's suffix beside one device and beside no SNLP; and of the cost model."""
+  most = metrics["devices"]
   for kind, what in (("decode", "one token is decoded"), ("prefill", "a prompt is read")):
     times = {name: row["median"] for name, row in metrics["suffix"][kind]["milliseconds"].items()}
     many, one = times[suffix.layered(most, 1)], times[suffix.layered(1, 1)]

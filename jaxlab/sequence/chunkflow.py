@@ -53,6 +53,11 @@ class Plan(NamedTuple):
   chunk: int
   groups: tuple[tuple[tuple[Piece, ...], ...], ...]
 
+  @property
+  def capacity(self) -> int:
+    """Chunks that the cache has room for: those of the longest group, rounded up to a power of two."""
+    return 1 << (max(map(len, self.groups)) - 1).bit_length()
+
 
 def pack(lengths: Sequence[int], chunk: int) -> Plan:
   """Algorithm 1: sequences longer than a chunk are cut, the others share as few chunks as are found.
@@ -132,7 +137,8 @@ def schedule(chunks: int, keep: int) -> list[tuple[str, int]]:
 class Cost(NamedTuple):
   """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it sees).
 
-  Chunks are padded, so all cost a whole one; so are keys: a query meets those of its own chunk and those before it.
+  Chunks are padded, so all cost a whole one; so are keys: a query meets those of its own chunk and those before it, or
+  the whole cache where attention hides the rest of it by a mask, as `gradient`'s does.
   """
 
   call: float = 0.0
@@ -143,10 +149,19 @@ class Cost(NamedTuple):
     """Of the chunk with `place` chunks of its group before it."""
     return self.call + self.token * chunk + self.pair * chunk * chunk * (place + 1)
 
-  def group(self, chunk: int, chunks: int, keep: int) -> float:
-    """Forwards, backwards at twice their cost, and what is run again, of a group."""
-    times = [self.forward(chunk, place) for place in range(chunks)]
+  def group(self, chunk: int, chunks: int, keep: int, capacity: int | None = None) -> float:
+    """Forwards, backwards at twice their cost, and what is run again, of a group.
+
+    Args:
+      capacity: chunks of a cache that the queries of a cut sequence meet whole.
+    """
+    last = None if capacity is None or chunks == 1 else capacity - 1
+    times = [self.forward(chunk, place if last is None else last) for place in range(chunks)]
     return 3 * sum(times) + sum(times[: max(0, chunks - keep)])
+
+  def groups(self, plan: Plan, keep: int) -> list[float]:
+    """Of every group of a plan, as `gradient` runs it."""
+    return [self.group(plan.chunk, len(group), keep, plan.capacity) for group in plan.groups]
 
 
 def balance(plan: Plan, ranks: int, *, keep: int = 1, cost: Cost = Cost()) -> list[list[int]]:
@@ -156,7 +171,7 @@ def balance(plan: Plan, ranks: int, *, keep: int = 1, cost: Cost = Cost()) -> li
     InputError: counts below 1.
   """
   require_counts(ranks=ranks, keep=keep)
-  return share_out([cost.group(plan.chunk, len(group), keep) for group in plan.groups], ranks)[0]
+  return share_out(cost.groups(plan, keep), ranks)[0]
 
 
 def materialize(
@@ -206,8 +221,7 @@ def materialize(
   for lines, own in zip(programs, program, strict=True):
     for line, place in zip(lines, own, strict=False):
       place[: len(line)] = line
-  longest = max(len(group) for group in plan.groups)
-  cache = np.zeros((ranks, plan.chunk << (longest - 1).bit_length()), np.int8)
+  cache = np.zeros((ranks, plan.chunk * plan.capacity), np.int8)
   flat = {name: arrays.pop(name).reshape(ranks, -1) for name in ("inputs", "targets")}
   return flat | arrays | {"program": program, "cache": cache}
 

@@ -1,16 +1,23 @@
 """What the training step sends between devices, and the experiment that measures it, at scale test."""
 
+import json
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import many_gpus as config_file
 from experiments import many_gpus as experiment
+from experiments import results
+from experiments.chunkflow import speed
 from experiments.console import Console
-from experiments.many_gpus import collectives, suffix, training
+from experiments.many_gpus import chunked, collectives, suffix, training
 from jaxlab.core.checks import InputError
 from jaxlab.models import Transformer
-from jaxlab.models.config import nanochat
+from jaxlab.models.config import nanochat, qwen3
+from jaxlab.sequence import chunkflow
 from tests.common import run_and_continue
 
 HLO = """HloModule step
@@ -91,7 +98,7 @@ def test_tensor_exchanges_rows_around_split_products_only(head_dim, exchanges):
 
 
 def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypatch):
-  parts = [f"{part}.measure" for part in ("training", "suffix", "prompts", "serving")]
+  parts = [f"{part}.measure" for part in ("training", "suffix", "prompts", "serving", "chunked")]
   report = run_and_continue("many_gpus", tmp_path, monkeypatch, *parts)
   runs = report.metrics["training"]["tiny"]
   assert list(runs) == ["one device", "data 2", "fsdp 2", "tensor 2"]
@@ -101,17 +108,65 @@ def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypa
     *("sequential", "tensor 1", "tensor 2"),
     *("layer 1 K1", "layer 2 K1"),
   }
-  assert all(claim.holds for claim in report.claims) and len(report.claims) == 5
+  assert all(claim.holds for claim in report.claims) and len(report.claims) == 6
   config = config_file.get_config("gpu")
   made = experiment.claims(config, report.metrics)  # as where speeds count
   speed = next(claim for claim in made if "fsdp 2 devices" in claim.name)
   rate = lambda name: runs[name]["tokens_per_second"]
   np.testing.assert_allclose(speed.ours, rate("fsdp 2") / rate("one device") / 2)
   assert len(made) == 12 and "the engine serves over 2 devices as on one" in "".join(claim.name for claim in made)
+  efficiencies = {claim.name.split()[6]: claim.ours for claim in made if "a global batch by" in claim.name}
+  for name, rows in report.metrics["chunked"].items():
+    rate = lambda n, rows=rows: rows[n]["tokens_per_second"]
+    np.testing.assert_allclose(efficiencies[chunked.METHODS[name]], rate("2") / rate("1") / 2)
+  assert 0 < chunked.difference(report.metrics["chunked"]) < 1e-5
   assert "124 tokens shared out over 2 devices" in "".join(claim.name for claim in made)
   assert "2 GPUs train tiny" in experiment.finding(config, report.metrics)
   pictures = {"sent.png", "prompts.png", "training.png", "latency.png"}
   assert set(experiment.draw(config, report.metrics, tmp_path)) == pictures
+
+
+def test_of_one_token_and_a_prompt_the_lesser_gain_is_claimed_where_claims_are_many():
+  """And nothing else is lost: the other gain and the cost model are in notes."""
+  published = json.loads((Path(__file__).parents[2] / "results/many_gpus/x4.json").read_text())
+  config, metrics = config_file.get_config("gpu"), results.restored(published["metrics"])
+  before = {claim.name: claim for claim in experiment.claims(config, metrics)}
+  row = {"tokens_per_second": 1.0, "bytes": 1e9, "difference": 0.0, "balance": 1.0}
+  found = {"1": row, "4": row | {"tokens_per_second": 3.6, "difference": 1e-3}}
+  after = experiment.claims(config, metrics | {"chunked": dict.fromkeys(chunked.METHODS, found)})
+  gone = set(before) - {claim.name for claim in after}
+  assert gone == {
+    "How many times as fast a prompt is read with SNLP's suffix over 4 devices as on one",
+    "How many times as fast a prompt is read with SNLP's suffix over 4 devices as without SNLP",
+    "Largest relative error of the cost model of decoding",
+  }
+  notes = " ".join(claim.note for claim in after)
+  assert all(name in notes for name in gone if "prompt" in name) and "off by at most 23.1%" in notes
+  assert [claim.ours for claim in after if "ChunkFlow" in claim.name or "SeCO" in claim.name] == [0.9, 0.9, 1e-3]
+
+
+def test_a_wrong_gradient_is_seen_on_whichever_device():
+  """One parameter off by a tenth on two devices, though it is a small part of the whole gradient."""
+  model = {"large": jnp.full(1000, 10.0), "small": jnp.ones(10)}
+
+  def gradient(model, batch, step, key):
+    wrong = 1 + 0.1 * (jax.sharding.get_abstract_mesh().size > 1)
+    return (0.0, {}), model | {"small": model["small"] * wrong + 0 * batch["targets"].sum()}
+
+  batch = {"targets": np.ones((4, 8), np.int32)}
+  rows = chunked.compared(gradient, model, {1: batch, 2: batch}, 1)
+  assert rows["1"]["difference"] == 0
+  np.testing.assert_allclose(rows["2"]["difference"], 0.1, rtol=1e-5)
+
+
+def test_every_scale_has_batches_that_its_devices_can_share_evenly():
+  for scale in ("test", "cpu", "gpu"):
+    config = config_file.get_config(scale)
+    c = config.chunked
+    plan = chunkflow.pack(speed.lengths(c.chunkflow.batch, c.chunkflow.longest, c.chunkflow.seed), c.chunkflow.chunk)
+    cost = chunked.operations(qwen3(**c.shape.to_dict(), context=c.chunkflow.longest))
+    for devices in (n for n in config.devices if n <= 4):
+      assert 1 <= chunked.balance(plan, devices, c.chunkflow.keep, cost) < 1.05
 
 
 def test_the_cost_model_finds_the_times_it_was_made_from():

@@ -225,7 +225,7 @@ def test_ranks_are_balanced(lengths, ranks):
   plan = chunkflow.pack(lengths, 10)
   shares = chunkflow.balance(plan, ranks, keep=2)
   assert sorted(g for share in shares for g in share) == list(range(len(plan.groups)))
-  work = [chunkflow.Cost().group(10, len(group), 2) for group in plan.groups]
+  work = chunkflow.Cost().groups(plan, 2)
   assert max(sum(work[g] for g in share) for share in shares) <= sum(work) / ranks + max(work)
 
 
@@ -237,6 +237,8 @@ def test_costs_count_what_the_schedule_does():
   for chunks, keep in itertools.product((1, 3, 5), (1, 2, 7)):
     expected = sum(price[what] * cost.forward(3, i) for what, i in chunkflow.schedule(chunks, keep))
     assert cost.group(3, chunks, keep) == expected
+    whole = sum(price[what] for what, _ in chunkflow.schedule(chunks, keep)) * cost.forward(3, 7 if chunks > 1 else 0)
+    assert cost.group(3, chunks, keep, capacity=8) == whole  # each of its chunks meets the whole cache
     assert chunkflow.Cost().group(3, chunks, keep) <= 4 / 3 * chunkflow.Cost().group(3, chunks, chunks)
 
 
