@@ -84,7 +84,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         others=pick(
           test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.7),
           cpu=every(("struprune", "oracle", "wanda_sp", "flap", "magnitude"), 0.8),
-          gpu=(*every(("struprune", *RIVALS), *budgets[:4]), *every(("uniform", "threshold", "oracle+rebuilt"), 0.8, 0.6)),
+          gpu=(
+            *every(("struprune", *RIVALS), *budgets[:4]),
+            *every(("uniform", "threshold", "oracle+rebuilt"), 0.8, 0.6),
+          ),
         ),
       ),
       solver=dict(  # of ADMM, and rounds over activations

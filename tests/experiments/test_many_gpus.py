@@ -115,10 +115,9 @@ def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypa
   rate = lambda name: runs[name]["tokens_per_second"]
   np.testing.assert_allclose(speed.ours, rate("fsdp 2") / rate("one device") / 2)
   assert len(made) == 12 and "the engine serves over 2 devices as on one" in "".join(claim.name for claim in made)
-  efficiencies = {claim.name.split()[6]: claim.ours for claim in made if "a global batch by" in claim.name}
-  for name, rows in report.metrics["chunked"].items():
-    rate = lambda n, rows=rows: rows[n]["tokens_per_second"]
-    np.testing.assert_allclose(efficiencies[chunked.METHODS[name]], rate("2") / rate("1") / 2)
+  [slower] = [claim.ours for claim in made if "a global batch by" in claim.name]
+  of = lambda rows: rows["2"]["tokens_per_second"] / rows["1"]["tokens_per_second"] / 2
+  np.testing.assert_allclose(slower, min(map(of, report.metrics["chunked"].values())))
   assert 0 < chunked.difference(report.metrics["chunked"]) < 1e-5
   assert "124 tokens shared out over 2 devices" in "".join(claim.name for claim in made)
   assert "2 GPUs train tiny" in experiment.finding(config, report.metrics)
@@ -127,22 +126,23 @@ def test_every_number_is_measured_and_claims_follow_from_them(tmp_path, monkeypa
 
 
 def test_of_one_token_and_a_prompt_the_lesser_gain_is_claimed_where_claims_are_many():
-  """And nothing else is lost: the other gain and the cost model are in notes."""
+  """The other gain is in the note; nothing else is lost."""
   published = json.loads((Path(__file__).parents[2] / "results/many_gpus/x4.json").read_text())
   config, metrics = config_file.get_config("gpu"), results.restored(published["metrics"])
+  metrics.pop("chunked", None)
   before = {claim.name: claim for claim in experiment.claims(config, metrics)}
   row = {"tokens_per_second": 1.0, "bytes": 1e9, "difference": 0.0, "balance": 1.0}
   found = {"1": row, "4": row | {"tokens_per_second": 3.6, "difference": 1e-3}}
   after = experiment.claims(config, metrics | {"chunked": dict.fromkeys(chunked.METHODS, found)})
-  gone = set(before) - {claim.name for claim in after}
+  gone = (
+    set(before) - {claim.name for claim in after} - {claim.name for claim in before.values() if "Bytes" in claim.name}
+  )
   assert gone == {
     "How many times as fast a prompt is read with SNLP's suffix over 4 devices as on one",
     "How many times as fast a prompt is read with SNLP's suffix over 4 devices as without SNLP",
-    "Largest relative error of the cost model of decoding",
   }
-  notes = " ".join(claim.note for claim in after)
-  assert all(name in notes for name in gone if "prompt" in name) and "off by at most 23.1%" in notes
-  assert [claim.ours for claim in after if "ChunkFlow" in claim.name or "SeCO" in claim.name] == [0.9, 0.9, 1e-3]
+  assert all(name in " ".join(claim.note for claim in after) for name in gone)
+  assert [claim.ours for claim in after if "ChunkFlow" in claim.name] == [0.9, 1e-3]
 
 
 def test_a_wrong_gradient_is_seen_on_whichever_device():
