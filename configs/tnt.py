@@ -84,6 +84,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         shard=pick(test=16, cpu=128, gpu=2048),
         whole=pick(test=16, cpu=128, gpu=2048),
         large=pick(test=8, cpu=64, gpu=64, paper=128),
+        more=dict(titans=pick(cpu=(), gpu=(8, 64, 256)), tnt=pick(cpu=(), gpu=(8,), paper=(8, 64))),  # chunks, too
         repetitions=pick(test=2, cpu=3, gpu=5),
       ),
       recall=dict(

@@ -67,13 +67,14 @@ def speed_claims(config, found: dict) -> list[Claim]:
   slopes = {name: speed.exponent(rows) for name, rows in ms.items()}
   attention = ms[speed.TRANSFORMER][longest]["median"]
   large = ms[speed.LARGE][longest]["median"]
+  same = ", ".join(f"{chunk}: {faster:.2f}" for chunk, (faster, _) in found.get("same", {}).items())
   return [
     Claim(
       "Speed of a training step of TNT over Titans in the same chunks, at the longest rows", "x", "higher", ours=ratio,
       threshold=3.0, paper=5.1, spread=tuple(spread), baseline=f"Titans {ms[TITANS][longest]['median']:.4g} ms",
       note=f"rows of {longest} tokens, {config.speed.tokens} tokens a step, chunks of {config.chunks.titans}, shards "
       f"of {config.speed.shard}, a global memory in chunks of {config.speed.whole}; ms a step at rows of "
-      f"{', '.join(map(str, config.speed.lengths))}: {listed}",
+      f"{', '.join(map(str, config.speed.lengths))}: {listed}" + f"; speed over Titans by chunk {same}" * bool(same),
     ),
     Claim(
       "Exponent of the length in the time of a row, TNT", "", "lower", ours=slopes[TNT], threshold=1.1, paper=1.0,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import tnt as config_file
-from experiments import results, tnt
+from experiments import results, timing, tnt
 from experiments.tnt import arms, recall, speed
 from tests.common import run_and_continue
 
@@ -91,6 +91,30 @@ def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
 
   loss, right = recall.judged(Knows(), made)
   assert right == 1 and loss < 1e-3
+
+
+def test_titans_and_tnt_are_timed_in_chunks_of_their_own(monkeypatch):
+  """The memory of a contestant has the chunk that it is called after; speeds compare the same chunk."""
+  config, seen = config_file.get_config("test"), []
+  config.speed.more.titans, config.speed.more.tnt, config.speed.large = (4, 16), (4,), 16
+
+  def step(config, arm, vocabulary, rows, length):
+    memory = None if arm == arms.SMALL else arms.memory_of(config, arm)
+    seen.append((arm, memory and memory.local_chunks, rows * length))
+    return lambda: None
+
+  seconds = {name: np.array([float(n + 1)]) for n, name in enumerate(speed.contestants(config))}
+  monkeypatch.setattr(speed, "step", step)
+  compare = lambda steps, **how: timing.Times({name: seconds.get(name, np.ones(1)) for name in steps})
+  monkeypatch.setattr(timing, "compare", compare)
+  found = speed.measure(config, 300)
+  each = [(arm, chunks) for arm, chunks, tokens in seen if tokens == config.speed.tokens]
+  one = [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
+  assert sorted(map(str, each)) == sorted(2 * [str((arm, (n,))) for arm, n in one] + 2 * [str(("Transformer", None))])
+  at = {how: seconds[name][0] for name, how in speed.contestants(config).items()}
+  assert {int(n): faster for n, (faster, _) in found["same"].items()} == {
+    n: at[arms.TITANS, n] / at[arms.TNT, n] for n in (4, 8, 16)
+  }
 
 
 def test_a_rows_time_has_the_exponent_of_its_length():
