@@ -26,12 +26,12 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   each = lambda part, names, measure: {
     name: results.part(workdir, f"{part}.{name}", functools.partial(measure, name)) for name in names
   }
-  run = lambda name: lab.measured(name, config.seeds)
   metrics = {}
   if {"arms", "ablations", "stages"} & {*config.parts}:
-    metrics["arms"] = each("arms", ARMS, run)
+    metrics["arms"] = each("arms", ARMS, lambda name: lab.measured(name, config.seeds))
   if "ablations" in config.parts:
-    metrics["ablations"] = each("ablations", ABLATIONS, run)
+    rate = metrics["arms"][TNT]["rate"]
+    metrics["ablations"] = each("ablations", ABLATIONS, lambda name: lab.at_rate(name, rate, config.seeds))
   if "stages" in config.parts:
     rates = {name: row["rate"] for name, row in metrics["arms"].items()}
     stage = lambda: stages.measure(lab, rates, config.seeds[0])

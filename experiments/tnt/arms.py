@@ -162,24 +162,24 @@ class Lab:
     return losses.evaluator(_hidden(chunks))(loop.cast(model, t.dtype), batches)["loss"]
 
   def measured(self, name: str, seeds) -> dict:
-    """An arm at the best of the rates, chosen by short runs and validation text, told of test text.
+    """`at_rate` with the best of the rates, chosen by validation text after runs of config.train.trial steps.
 
     Returns:
-      {rate, trials (validation loss by rate), losses (one a seed), loss (their mean), parameters}.
+      What it returns, and {trials: {rate: validation loss}}.
     """
-    t = self.config.train
-    run = functools.partial(self.arm, name)
-    trials = {rate: self.loss(run(rate=rate, steps=t.trial, seed=seeds[0]), "validation") for rate in t.rates}
-    rate = min(trials, key=trials.get)
-    found = [self.loss(run(rate=rate, steps=t.steps, seed=seed), "test") for seed in seeds]
+    t, trials = self.config.train, {}
+    for rate in t.rates:
+      model = self.arm(name, rate=rate, steps=t.trial, seed=seeds[0])
+      trials[rate] = self.loss(model, "validation")
+    found = self.at_rate(name, min(trials, key=trials.get), seeds)
+    return found | {"trials": {f"{tried:g}": loss for tried, loss in trials.items()}}
+
+  def at_rate(self, name: str, rate: float, seeds) -> dict:
+    """{rate, losses (of test text, one a seed), loss (their mean), parameters} of whole runs of an arm."""
+    steps = self.config.train.steps
+    found = [self.loss(self.arm(name, rate=rate, steps=steps, seed=seed), "test") for seed in seeds]
     shape = shape_of(self.config, name, self.vocabulary)
-    return {
-      "rate": rate,
-      "trials": {f"{tried:g}": loss for tried, loss in trials.items()},
-      "losses": found,
-      "loss": float(np.mean(found)),
-      "parameters": parameters(shape),
-    }
+    return {"rate": rate, "losses": found, "loss": float(np.mean(found)), "parameters": parameters(shape)}
 
 
 @functools.cache

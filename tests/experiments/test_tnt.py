@@ -18,20 +18,19 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   """Two arms are measured, the others are said to be like the first: each would be compiled for itself."""
   config = config_file.get_config("test")
   config.data.path, config.data.name = "docs/**/*.md", "local_text"
-  real, train = arms.Lab.measured, arms.Lab.train
-
-  def measured(lab, name, seeds):
-    return real(lab, name if name in TRAINED else arms.TNT, seeds)
+  real, train = (arms.Lab.measured, arms.Lab.at_rate), arms.Lab.train
+  like = lambda name: name if name in TRAINED else arms.TNT
 
   def train_some(lab, model, folder, **how):
     return train(lab, model, folder, **how) if folder.startswith((*TRAINED, "stage 2")) else model
 
-  monkeypatch.setattr(arms.Lab, "measured", measured)
+  monkeypatch.setattr(arms.Lab, "measured", lambda lab, name, seeds: real[0](lab, like(name), seeds))
+  monkeypatch.setattr(arms.Lab, "at_rate", lambda lab, name, rate, seeds: real[1](lab, like(name), rate, seeds))
   monkeypatch.setattr(arms.Lab, "train", train_some)
   one = functools.cache(lambda name: recalled(config, name))
   recalled, each = recall.measure, (recall.DEEP + recall.PROJECTED, recall.TRANSFORMER)
   monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
-  parts = ("arms.Lab.measured", "stages.measure", "speed.measure", "recall.measure")
+  parts = ("arms.Lab.measured", "arms.Lab.at_rate", "stages.measure", "speed.measure", "recall.measure")
   report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
