@@ -1,14 +1,21 @@
 """TNT's experiment: rivals of equal size, recall tasks, and a run of which every part is measured once."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tnt as config_file
 from experiments import results, timing, tnt
-from experiments.tnt import arms, recall, speed
+from experiments.console import Console
+from experiments.text import load_text
+from experiments.tnt import arms, recall, speed, windowed
+from jaxlab.core import mesh as meshes
+from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer
 from tests.common import run_and_continue
 
 TRAINED = (arms.TNT, "Transformer")
@@ -19,9 +26,10 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   config = config_file.get_config("test")
   config.data.path, config.data.name = "docs/**/*.md", "local_text"
   real, train = (arms.Lab.measured, arms.Lab.at_rate), arms.Lab.train
-  like = lambda name: name if name in TRAINED else arms.TNT
+  like, factors = lambda name: name if name in TRAINED else arms.TNT, {}
 
   def train_some(lab, model, folder, **how):
+    factors[folder.split(" 0.")[0]] = how.get("factor")
     return train(lab, model, folder, **how) if folder.startswith((*TRAINED, "stage 2")) else model
 
   monkeypatch.setattr(arms.Lab, "measured", lambda lab, name, seeds: real[0](lab, like(name), seeds))
@@ -36,6 +44,8 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
   row = report.metrics["stages"]
   assert row["untuned"] != row["old"] and row[tnt.TUNED]["loss"] != row["untuned"]
+  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("whole", "local")]
+  assert moves(tnt.TUNED) == [0, 1] and moves(tnt.WHOLE) == [1, 1]
   assert row["curves"]["stage 1"]["1"] == row["untuned"]  # local chunks of 1 and 2 are those of stage 2
   found = report.metrics["speed"]["milliseconds"]
   assert set(found) == set(speed.NAMES) and set(found[arms.TNT]) == {"32", "64"}
@@ -67,8 +77,56 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
   )
   assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
   assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
+  assert of(arms.WINDOWED) == dataclasses.replace(ours, local_chunks=(), shard=None)
+  assert arms.shape_of(config, arms.WINDOWED, 300).window == c.window
   with pytest.raises(ValueError, match="no arm is called 'RWKV'"):
     of("RWKV")
+
+
+def test_attention_in_a_window_is_beside_the_global_memory():
+  """A softmax over the last three tokens by the definition; angles are those of complex numbers."""
+  config = MemoryConfig(12, heads=2, head_dim=4, global_chunk=4, local_chunks=(), shard=None)
+  layer = windowed.WindowedLayer(config, jax.random.key(0), window=3)
+  layer.log_gain = layer.log_gain + jnp.array([0.5, -0.5])
+  random = np.random.default_rng(0)
+  x, (q, k, v) = jnp.array(random.normal(size=(1, 8, 12))), random.normal(size=(3, 1, 8, 2, 4))
+  q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+  run = jax.jit(lambda kind, *given: kind.recall(layer, *given, ())[0], static_argnums=0)
+  said = run(windowed.WindowedLayer, x, q, k, v) - run(MemoryLayer, x, q, k, v)
+  turn = lambda a, t: (a[:2] + 1j * a[2:]) * np.exp(1j * t * np.array([1.0, 0.01]))
+  for t, head in itertools.product((0, 1, 5, 7), range(2)):
+    seen = range(max(t - 2, 0), t + 1)
+    cosines = [(turn(q[0, t, head], t) * turn(k[0, s, head], s).conj()).sum().real for s in seen]
+    shares = np.exp(2.0 * np.exp([0.5, -0.5][head]) * np.array(cosines))
+    expected = shares @ v[0, list(seen), head] / shares.sum()
+    np.testing.assert_allclose(said[0, t, head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_find_what_was_compiled_ahead(tmp_path):
+  config = config_file.get_config("test")
+  config.data.path, config.data.name = "docs/**/*.md", "local_text"
+  lab, hits = arms.Lab(config, load_text(config, tmp_path), tmp_path, Console(quiet=True)), []
+  mesh = meshes.make_mesh(config.mesh.to_dict())
+  step, *shapes = arms.training_step(config, "Transformer", lab.vocabulary, arms.optimizer(1e-3, steps=2), mesh)
+  lowered = step.lower(*shapes).as_text()
+
+  class Found(Exception):
+    pass
+
+  def make_step(*given, **how):
+    real = make(*given, **how)
+
+    def run(state, batch):
+      hits.append(real.lower(state, batch).as_text())
+      raise Found
+
+    return run
+
+  make = arms.loop.make_step
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Found):
+    patch.setattr(arms.loop, "make_step", make_step)
+    lab.arm("Transformer", rate=4e-3, steps=2, seed=0)
+  assert hits == [lowered]
 
 
 def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
