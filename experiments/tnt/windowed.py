@@ -8,11 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlab.models.attention import dot_product_attention
-from jaxlab.models.layers import apply_rope
-from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer
+from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer, turned
 from jaxlab.sequence.tnt_model import MemoryModel, MemoryModelConfig
-
-_THETA = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +42,7 @@ class WindowedLayer(MemoryLayer):
   def recall(self, x, q, k, v, chunks: tuple[int, ...]):
     """As of `MemoryLayer`."""
     total, *memories = super().recall(x, q, k, v, chunks)
-    half = q.shape[-1] // 2
-    angle = jnp.arange(q.shape[1])[:, None] * _THETA ** (-jnp.arange(half) / half)
-    turn = lambda a: apply_rope(a, jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
+    turn = lambda a: turned(a, jnp.arange(a.shape[1])).astype(x.dtype)
     # Attention divides by sqrt(d), which is the spread of a product of vectors that are not of unit length.
     queries = turn(q * (q.shape[-1] * jnp.exp(self.log_gain[...]))[:, None])
     said = dot_product_attention(queries, turn(k), v.astype(x.dtype), window=self.window - 1)
