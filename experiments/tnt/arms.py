@@ -167,20 +167,36 @@ class Lab:
         progress=progress,
       )
 
-  def compile_ahead(self, names) -> None:
-    """Compiles the training steps of arms next to each other into jax's cache on disk, where their runs find them.
+  def compile_ahead(self, names, judged) -> None:
+    """Compiles programs next to each other into jax's cache on disk, where runs find them.
 
     One after the other they would take a GPU longer than the runs of small networks.
-    """
-    mesh = meshes.make_mesh(self.config.mesh.to_dict())
-    made = optimizer(1e-3, steps=self.config.train.steps)
 
-    def one(name):
+    Args:
+      names: arms whose training steps and evaluations are compiled.
+      judged: (arm, local chunks) of further evaluations.
+    """
+    t, e, mesh = self.config.train, self.config.eval, meshes.make_mesh(self.config.mesh.to_dict())
+    made = optimizer(1e-3, steps=t.steps)
+    tokens = jax.ShapeDtypeStruct((e.batch, t.length), np.int32)
+
+    def learn(name):
       step, *shapes = training_step(self.config, name, self.vocabulary, made, mesh)
       step.lower(*shapes).compile()
 
+    def judge(name, chunks):
+      _, state, _ = training_step(self.config, name, self.vocabulary, made, mesh)
+      used = jax.eval_shape(lambda model: loop.cast(model, t.dtype), state.model)
+      placed = jax.tree.map(
+        lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at.sharding), used, state.model
+      )
+      _hidden(chunks).lower(placed, tokens).compile()
+
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      list(pool.map(one, names))
+      jobs = [pool.submit(learn, name) for name in names]
+      jobs += [pool.submit(judge, *each) for each in (*((name, None) for name in names), *judged)]
+      for job in jobs:
+        job.result()
 
   def arm(self, name: str, *, rate: float, steps: int, seed: int) -> MemoryModel | HNet:
     shape = shape_of(self.config, name, self.vocabulary)

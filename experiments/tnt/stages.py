@@ -33,15 +33,17 @@ def measure(lab: Lab, rates: dict[str, float], seed: int) -> dict:
     found[name] = {"rate": best, "loss": lab.loss(runs[best], "test", small), "old": lab.loss(runs[best], "test", old)}
   found |= {"untuned": lab.loss(first, "test", small), "old": lab.loss(first, "test", old), "steps": steps}
   models |= {name: lab.arm(name, rate=rates[name], steps=t.steps, seed=seed) for name in (TITANS, COARSE)}
-  fits = lambda name, chunk: max(_scaled(old, chunk, name)) <= c.shard
   found["curves"] = {
-    name: {f"{n}": lab.loss(model, "test", _scaled(old, n, name)) for n in config.eval.chunks if fits(name, n)}
+    name: {f"{n}": lab.loss(model, "test", chunks) for n, chunks in evaluated(config, name).items()}
     for name, model in models.items()
     if name not in (CONTROL, WHOLE)
   }
   return found
 
 
-def _scaled(old: tuple[int, ...], chunk: int, name: str) -> tuple[int, ...]:
-  """The chunks of all local memories, the first one's being `chunk` and the others' as many times as large as ever."""
-  return (chunk,) if name in (TITANS, COARSE) else tuple(chunk * n // old[0] for n in old)
+def evaluated(config, name: str) -> dict[int, tuple[int, ...]]:
+  """{chunk of the first local memory: chunks of all} at which a model is judged, the others' as many times as large as
+  ever; those that are longer than a shard are left out."""
+  c, old = config.chunks, tuple(config.chunks.local)
+  scaled = lambda chunk: (chunk,) if name in (TITANS, COARSE) else tuple(chunk * n // old[0] for n in old)
+  return {n: scaled(n) for n in config.eval.chunks if max(scaled(n)) <= c.shard}

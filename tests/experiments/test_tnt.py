@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,26 @@ def test_runs_find_what_was_compiled_ahead(tmp_path):
     patch.setattr(arms.loop, "make_step", make_step)
     lab.arm("Transformer", rate=4e-3, steps=2, seed=0)
   assert hits == [lowered]
+
+
+def test_on_a_gpu_what_is_missing_is_compiled_ahead(tmp_path, monkeypatch):
+  """Every arm and ablation that is not kept, and the chunks at which models are judged."""
+  config = config_file.get_config("gpu")
+  config.data.path, config.data.name, config.data.vocab_size = "docs/**/*.md", "local_text", 300
+  asked = []
+
+  def compile_ahead(lab, names, judged):
+    asked.append((names, judged))
+    raise InterruptedError
+
+  monkeypatch.setattr(arms.Lab, "compile_ahead", compile_ahead)
+  monkeypatch.setattr(tnt, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
+  results.part(tmp_path, "arms.TNT", lambda: {})
+  with pytest.raises(InterruptedError):
+    tnt.measure(config, tmp_path, tmp_path, Console(quiet=True))
+  ((names, judged),) = asked
+  assert names == [name for name in (*arms.ARMS, *arms.ABLATIONS) if name != arms.TNT]
+  assert (arms.TNT, (1, 2)) in judged and (arms.COARSE, (256,)) in judged and (arms.TNT, (256, 512)) not in judged
 
 
 def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
