@@ -142,7 +142,7 @@ def test_on_a_gpu_what_is_missing_is_compiled_ahead(tmp_path, monkeypatch):
 
   monkeypatch.setattr(arms.Lab, "compile_ahead", compile_ahead)
   monkeypatch.setattr(tnt, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
-  results.part(tmp_path, "arms.TNT", lambda: {})
+  results.part(tmp_path, "arms.TNT", dict)
   with pytest.raises(InterruptedError):
     tnt.measure(config, tmp_path, tmp_path, Console(quiet=True))
   ((names, judged),) = asked
