@@ -6,6 +6,8 @@ A module here is a part of the run.
 import functools
 from pathlib import Path
 
+import jax
+
 from experiments import results
 from experiments.results import Claim
 from experiments.text import load_text
@@ -13,7 +15,7 @@ from experiments.tnt import arms, recall, speed, stages
 from experiments.tnt.arms import ABLATIONS, ARMS, ATTENTION, COARSE, COUNTS, MAMBA, SMALL, TITANS, TNT, TTT, WITHOUT
 from experiments.tnt.drawing import pictures
 from experiments.tnt.recall import DEEP, LINEAR, PROJECTED
-from experiments.tnt.stages import CONTROL, TUNED
+from experiments.tnt.stages import CONTROL, TUNED, WHOLE
 from jaxlab.core.checks import require
 
 
@@ -26,12 +28,19 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   each = lambda part, names, measure: {
     name: results.part(workdir, f"{part}.{name}", functools.partial(measure, name)) for name in names
   }
-  run = lambda name: lab.measured(name, config.seeds)
   metrics = {}
+  if jax.default_backend() == "gpu":
+    trained = [("arms", name) for name in ARMS if {"arms", "ablations", "stages"} & {*config.parts}]
+    trained += [("ablations", name) for name in ABLATIONS if "ablations" in config.parts]
+    judged = [(arm, chunks) for arm in (TNT, TITANS, COARSE) for chunks in stages.evaluated(config, arm).values()]
+    missing = [name for part, name in trained if not results.has_part(workdir, f"{part}.{name}")]
+    curves = "stages" in config.parts and not results.has_part(workdir, "stages")
+    lab.compile_ahead(missing, judged if curves else ())
   if {"arms", "ablations", "stages"} & {*config.parts}:
-    metrics["arms"] = each("arms", ARMS, run)
+    metrics["arms"] = each("arms", ARMS, lambda name: lab.measured(name, config.seeds))
   if "ablations" in config.parts:
-    metrics["ablations"] = each("ablations", ABLATIONS, run)
+    rate = metrics["arms"][TNT]["rate"]
+    metrics["ablations"] = each("ablations", ABLATIONS, lambda name: lab.at_rate(name, rate, config.seeds))
   if "stages" in config.parts:
     rates = {name: row["rate"] for name, row in metrics["arms"].items()}
     stage = lambda: stages.measure(lab, rates, config.seeds[0])
@@ -67,13 +76,14 @@ def speed_claims(config, found: dict) -> list[Claim]:
   slopes = {name: speed.exponent(rows) for name, rows in ms.items()}
   attention = ms[speed.TRANSFORMER][longest]["median"]
   large = ms[speed.LARGE][longest]["median"]
+  same = ", ".join(f"{chunk}: {faster:.2f}" for chunk, (faster, _) in found.get("same", {}).items())
   return [
     Claim(
       "Speed of a training step of TNT over Titans in the same chunks, at the longest rows", "x", "higher", ours=ratio,
       threshold=3.0, paper=5.1, spread=tuple(spread), baseline=f"Titans {ms[TITANS][longest]['median']:.4g} ms",
       note=f"rows of {longest} tokens, {config.speed.tokens} tokens a step, chunks of {config.chunks.titans}, shards "
       f"of {config.speed.shard}, a global memory in chunks of {config.speed.whole}; ms a step at rows of "
-      f"{', '.join(map(str, config.speed.lengths))}: {listed}",
+      f"{', '.join(map(str, config.speed.lengths))}: {listed}" + f"; speed over Titans by chunk {same}" * bool(same),
     ),
     Claim(
       "Exponent of the length in the time of a row, TNT", "", "lower", ours=slopes[TNT], threshold=1.1, paper=1.0,
@@ -138,6 +148,7 @@ def stage_claims(config, found: dict, row: dict, timed: dict | None) -> list[Cla
   c, t = config.chunks, config.train
   tuned, control = row[TUNED]["loss"], min(row["untuned"], row[CONTROL]["loss"])
   small = found[SMALL]["losses"][0]
+  every = f"; stage 2 of all parameters {row[WHOLE]['loss']:.4f} and {row[WHOLE]['old']:.4f}" if WHOLE in row else ""
   share = (1 / timed["small"][0] + row["steps"] / t.steps) if timed else None
   own = {TITANS: c.titans, COARSE: c.coarse, "stage 1": c.local[0], TUNED: c.small[0]}
   best = {name: min(curve, key=curve.get) for name, curve in row["curves"].items()}
@@ -153,7 +164,8 @@ def stage_claims(config, found: dict, row: dict, timed: dict | None) -> list[Cla
       ours=control - tuned, threshold=0.0, baseline=control,
       note=f"at {chunks(c.small)} and at {chunks(c.local)}: {row['steps']} steps at {chunks(c.small)}, rate "
       f"{row[TUNED]['rate']:g}, {tuned:.4f} and {row[TUNED]['old']:.4f}; as stage 1 left it {row['untuned']:.4f} and "
-      f"{row['old']:.4f}; as many steps at {chunks(c.local)} {row[CONTROL]['loss']:.4f} and {row[CONTROL]['old']:.4f}",
+      f"{row['old']:.4f}; as many steps at {chunks(c.local)} {row[CONTROL]['loss']:.4f} and {row[CONTROL]['old']:.4f}"
+      + every,
     ),
     Claim(
       "Loss of stage 1 then 2 over training at small chunks from the start", "nats", "lower", ours=tuned - small,

@@ -1,5 +1,6 @@
 """What is trained: deep memories and networks without, of as many parameters, each at a learning rate of its own."""
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.text import Text
+from experiments.tnt.windowed import WindowedConfig, windowed
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require
 from jaxlab.data import packing
@@ -28,8 +30,8 @@ ATTENTION = {
   "Transformer, gated": dict(gated=True),
   "Transformer, sliding window": dict(window=True),
 }
-MAMBA = "Mamba-2"
-ARMS = (TNT, SMALL, TITANS, COARSE, *TTT, MAMBA, *ATTENTION)
+MAMBA, WINDOWED = "Mamba-2", "TNT, attention in a window for local memories"
+ARMS = (TNT, SMALL, WINDOWED, TITANS, COARSE, *TTT, MAMBA, *ATTENTION)
 ABLATIONS = (*(f"without {part}" for part in WITHOUT), *COUNTS)
 
 Shape = MemoryModelConfig | HNetConfig
@@ -50,6 +52,7 @@ def memory_of(config, name: str) -> MemoryConfig | None:
   made = {
     TNT: ours,
     SMALL: lambda: ours(local_chunks=tuple(c.small)),
+    WINDOWED: lambda: ours(local_chunks=(), shard=None),
     TITANS: lambda: titans(m.width, chunk=c.titans, local_step=c.inner.titans, **sizes),
     COARSE: lambda: titans(m.width, chunk=c.coarse, local_step=coarse * c.inner.titans, **sizes),
     **{f"without {part}": functools.partial(ours, **fields) for part, fields in WITHOUT.items()},
@@ -66,8 +69,8 @@ def parameters(shape: Shape) -> int:
 
 
 def fresh(shape: Shape, seed: int):
-  kind = MemoryModel if isinstance(shape, MemoryModelConfig) else HNet
-  return kind(shape, jax.random.key(seed))
+  kinds = {MemoryModelConfig: MemoryModel, WindowedConfig: windowed, HNetConfig: HNet}
+  return kinds[type(shape)](shape, jax.random.key(seed))
 
 
 def shape_of(config, name: str, vocabulary: int) -> Shape:
@@ -80,6 +83,8 @@ def shape_of(config, name: str, vocabulary: int) -> Shape:
 
 def _shape(config, name: str, vocabulary: int, mlp_width: int) -> Shape:
   m, memory = config.model, memory_of(config, name)
+  if name == WINDOWED:
+    return WindowedConfig(vocabulary, m.depth, mlp_width, memory, window=config.chunks.window)
   if memory is not None:
     return MemoryModelConfig(vocabulary, m.depth, mlp_width, memory)
   how = ATTENTION.get(name, {})
@@ -95,6 +100,18 @@ def _shape(config, name: str, vocabulary: int, mlp_width: int) -> Shape:
     head_dim=m.head_dim,
     state=m.state,
   )
+
+
+def training_step(config, name: str, vocabulary: int, optimizer, mesh):
+  """(an arm's jitted step as `loop.train` has it, the shapes of its state, those of a batch), with their shardings."""
+  t = config.train
+  model = lambda: loop.initial_state(fresh(shape_of(config, name, vocabulary), 0), optimizer, mesh, 0)
+  state = jax.eval_shape(model)
+  placed = meshes.shardings(state, mesh)
+  at = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where, weak_type=a.weak_type)
+  rows = jax.ShapeDtypeStruct((t.batch, t.length), np.int32, sharding=meshes.batch_sharding(mesh))
+  step = loop.make_step(loss_of(config), optimizer, placed, compute_dtype=t.dtype)
+  return step, jax.tree.map(at, state, placed), {"inputs": rows, "targets": rows}
 
 
 def loss_of(config, chunks: tuple[int, ...] | None = None) -> Callable:
@@ -150,6 +167,37 @@ class Lab:
         progress=progress,
       )
 
+  def compile_ahead(self, names, judged) -> None:
+    """Compiles programs next to each other into jax's cache on disk, where runs find them.
+
+    One after the other they would take a GPU longer than the runs of small networks.
+
+    Args:
+      names: arms whose training steps and evaluations are compiled.
+      judged: (arm, local chunks) of further evaluations.
+    """
+    t, e, mesh = self.config.train, self.config.eval, meshes.make_mesh(self.config.mesh.to_dict())
+    made = optimizer(1e-3, steps=t.steps)
+    tokens = jax.ShapeDtypeStruct((e.batch, t.length), np.int32)
+
+    def learn(name):
+      step, *shapes = training_step(self.config, name, self.vocabulary, made, mesh)
+      step.lower(*shapes).compile()
+
+    def judge(name, chunks):
+      _, state, _ = training_step(self.config, name, self.vocabulary, made, mesh)
+      used = jax.eval_shape(lambda model: loop.cast(model, t.dtype), state.model)
+      placed = jax.tree.map(
+        lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at.sharding), used, state.model
+      )
+      _hidden(chunks).lower(placed, tokens).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      jobs = [pool.submit(learn, name) for name in names]
+      jobs += [pool.submit(judge, *each) for each in (*((name, None) for name in names), *judged)]
+      for job in jobs:
+        job.result()
+
   def arm(self, name: str, *, rate: float, steps: int, seed: int) -> MemoryModel | HNet:
     shape = shape_of(self.config, name, self.vocabulary)
     model = jax.jit(lambda: fresh(shape, seed))()
@@ -162,24 +210,24 @@ class Lab:
     return losses.evaluator(_hidden(chunks))(loop.cast(model, t.dtype), batches)["loss"]
 
   def measured(self, name: str, seeds) -> dict:
-    """An arm at the best of the rates, chosen by short runs and validation text, told of test text.
+    """`at_rate` with the best of the rates, chosen by validation text after runs of config.train.trial steps.
 
     Returns:
-      {rate, trials (validation loss by rate), losses (one a seed), loss (their mean), parameters}.
+      What it returns, and {trials: {rate: validation loss}}.
     """
-    t = self.config.train
-    run = functools.partial(self.arm, name)
-    trials = {rate: self.loss(run(rate=rate, steps=t.trial, seed=seeds[0]), "validation") for rate in t.rates}
-    rate = min(trials, key=trials.get)
-    found = [self.loss(run(rate=rate, steps=t.steps, seed=seed), "test") for seed in seeds]
+    t, trials = self.config.train, {}
+    for rate in t.rates:
+      model = self.arm(name, rate=rate, steps=t.trial, seed=seeds[0])
+      trials[rate] = self.loss(model, "validation")
+    found = self.at_rate(name, min(trials, key=trials.get), seeds)
+    return found | {"trials": {f"{tried:g}": loss for tried, loss in trials.items()}}
+
+  def at_rate(self, name: str, rate: float, seeds) -> dict:
+    """{rate, losses (of test text, one a seed), loss (their mean), parameters} of whole runs of an arm."""
+    steps = self.config.train.steps
+    found = [self.loss(self.arm(name, rate=rate, steps=steps, seed=seed), "test") for seed in seeds]
     shape = shape_of(self.config, name, self.vocabulary)
-    return {
-      "rate": rate,
-      "trials": {f"{tried:g}": loss for tried, loss in trials.items()},
-      "losses": found,
-      "loss": float(np.mean(found)),
-      "parameters": parameters(shape),
-    }
+    return {"rate": rate, "losses": found, "loss": float(np.mean(found)), "parameters": parameters(shape)}
 
 
 @functools.cache

@@ -11,27 +11,42 @@ LARGE, TRANSFORMER = "TNT, larger chunks", "Transformer"
 NAMES = (TITANS, TNT, LARGE, TRANSFORMER)
 
 
+def contestants(config) -> dict[str, tuple[str, int]]:
+  """{name: (arm, chunk of its one memory)}: those of every run, Titans and TNT at the config's further chunks."""
+  s, c = config.speed, config.chunks
+  # A Transformer has no chunks, but as many parameters as a TNT that has these.
+  same = {arm: (arm, c.titans) for arm in (TITANS, TNT, TRANSFORMER)}
+  found = {name: (TNT, s.large) if name == LARGE else same[name] for name in NAMES}
+  more = ((TITANS, s.more.titans), (TNT, s.more.tnt))
+  return found | {f"{arm}, chunks of {n}": (arm, n) for arm, chunks in more for n in chunks}
+
+
 def measure(config, vocabulary: int) -> dict:
-  """Whole steps, optimizer included, in one process and turn by turn.
+  """Whole steps, optimizer included, in one process and turn by turn. But in "small", TNT has one local memory.
 
   Returns:
-    {"milliseconds": {arm: {length: median, p10, p90}}, "over": {arm: [speed over Titans', [p10, p90]]} at the longest,
-    "small": [time of a step at small chunks over TNT's, [p10, p90]], both as they are trained}. For the first two TNT
-    has one local memory, whose chunks are Titans'.
+    {"milliseconds": {contestant: {length: median, p10, p90}}, "over": {contestant: [speed over Titans', [p10, p90]]} at
+    the longest, "same": {chunk: [speed of TNT over Titans', both in it, [p10, p90]]} at the longest, "small": [time of
+    a step at small chunks over TNT's, [p10, p90]], both as they are trained}.
   """
-  s, t, found = config.speed, config.train, {name: {} for name in NAMES}
+  s, t, entered = config.speed, config.train, contestants(config)
+  found = {name: {} for name in entered}
   for length in s.lengths:
-    steps = {name: _one_memory(config, name, vocabulary, length) for name in NAMES}
+    steps = {name: _one_memory(config, *how, vocabulary, length) for name, how in entered.items()}
     times = timing.compare(steps, repetitions=s.repetitions, warmup=1)
     for name, row in times.summary().items():
       found[name][f"{length}"] = row
-  over = {name: times.speedup(name, over=TITANS) for name in NAMES}
+  over = {name: times.speedup(name, over=TITANS) for name in entered}
+  at = {how: name for name, how in entered.items()}
+  shared = [n for arm, n in sorted(at) if arm == TNT and (TITANS, n) in at]
+  same = {f"{n}": times.speedup(at[TNT, n], over=at[TITANS, n]) for n in shared}
   trained = {name: step(config, name, vocabulary, t.batch, t.length) for name in (TNT, SMALL)}
   small = timing.compare(trained, repetitions=s.repetitions, warmup=1).speedup(TNT, over=SMALL)
   as_lists = lambda ratio, spread: [ratio, list(spread)]
   return {
     "milliseconds": found,
     "over": {name: as_lists(*faster) for name, faster in over.items()},
+    "same": {chunk: as_lists(*faster) for chunk, faster in same.items()},
     "small": as_lists(*small),
   }
 
@@ -46,12 +61,12 @@ def step(config, name: str, vocabulary: int, rows: int, length: int) -> timing.S
   return timing.Steady(lambda _, batch, state: run(state, batch)[::-1], (), batch, carry=state)
 
 
-def _one_memory(config, name: str, vocabulary: int, length: int) -> timing.Steady:
-  """The step that is timed against the length."""
-  s, large, changed = config.speed, name == LARGE, config.copy_and_resolve_references()
-  changed.chunks.local = (s.large if large else config.chunks.titans,)
+def _one_memory(config, arm: str, chunk: int, vocabulary: int, length: int) -> timing.Steady:
+  """The step that is timed against the length; the chunk is that of Titans' memory and of TNT's one local memory."""
+  s, changed = config.speed, config.copy_and_resolve_references()
+  changed.chunks.local, changed.chunks.titans = (chunk,), chunk
   changed.chunks.shard, changed.chunks.whole = s.shard, s.whole
-  return step(changed, TNT if large else name, vocabulary, s.tokens // length, length)
+  return step(changed, arm, vocabulary, s.tokens // length, length)
 
 
 def exponent(rows: dict[str, dict]) -> float:

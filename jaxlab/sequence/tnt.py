@@ -28,13 +28,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
-from jaxlab.models.layers import Linear, RMSNorm, wide
+from jaxlab.models.layers import Linear, RMSNorm, apply_rope, wide
 from jaxlab.models.mamba2 import ssd
 from jaxlab.sequence import deep_memory
 from jaxlab.sequence.deep_memory import Gates, Memory, Running
 
 WINDOWS = ("shard", "chunk", None)
-_EPS = 1e-6
+_EPS, _THETA = 1e-6, 10_000.0
 _KEPT = 4.0  # logit of 1 - alpha at the start
 
 
@@ -53,6 +53,7 @@ class MemoryConfig:
     renormalize: scales M_t q_t to unit length. M_t grows with t, f is not linear.
     momentum, decay: the gates eta and alpha of Titans.
     residual: f(x) = x + LN(products of x), with biases, and steps that shrink with 1 / (place in the chunk), as TTT.
+    rotary: queries and keys of local memories turn by their place in the chunk (rotary positions), as TTT's.
     local_step, global_step: the largest step size theta at the start. Gradients of a chunk add up.
     clip: largest Frobenius norm of a matrix's change from chunk to chunk.
   """
@@ -71,6 +72,7 @@ class MemoryConfig:
   momentum: bool = False
   decay: bool = False
   residual: bool = False
+  rotary: bool = False
   local_step: float = 0.1
   global_step: float = 0.01
   clip: float | None = 1.0
@@ -84,6 +86,8 @@ class MemoryConfig:
     require_choice("memory.projection", self.projection, WINDOWS)
     require(self.local_chunks or self.global_chunk, "a layer without global_chunk and local_chunks remembers nothing")
     _check_chunks(self.local_chunks, self.shard)
+    if self.rotary:
+      require_divides("2", 2, "memory.head_dim", self.head_dim)
     require(self.clip is None or self.clip > 0, f"memory.clip is {self.clip}; it must be positive, or None")
 
   @property
@@ -99,12 +103,12 @@ def titans(width: int, *, chunk: int = 16, **fields) -> MemoryConfig:
 
 
 def ttt(width: int, *, chunk: int = 16, layers: int = 1, head_dim: int = 64, **fields) -> MemoryConfig:
-  """TTT-Linear (one layer) or TTT-MLP (two): the memory of the paper in this layer, without its rotary positions.
+  """TTT-Linear (one layer) or TTT-MLP (two): the memory of the paper in this layer.
 
   Its steps are base_lr 1 over head_dim for half of the squared error.
   """
   own = dict(global_chunk=None, local_chunks=(chunk,), shard=None, projection=None, residual=True, clip=None)
-  own |= dict(layers=layers, head_dim=head_dim, local_step=0.5 / head_dim)
+  own |= dict(rotary=True, layers=layers, head_dim=head_dim, local_step=0.5 / head_dim)
   return MemoryConfig(width, **(own | fields))
 
 
@@ -131,6 +135,13 @@ def project_queries(
   out, gram = ssd(keys[:, :, None], ones, jnp.zeros(1, keys.dtype), keys, queries)
   out = jnp.moveaxis(out.reshape(batch, heads, time, size), 1, 2)
   return _unit(out) if renormalize else out, gram.reshape(batch, heads, -1, size, size)[:, :, -1]
+
+
+def turned(x: Float[Array, "*batch heads size"], place: Int[Array, "*batch"]) -> Float[Array, "*batch heads size"]:
+  """Rotary positions: channels (i, i + size / 2) turn by place 10000^(-2 i / size)."""
+  half = x.shape[-1] // 2
+  angle = place[..., None] * _THETA ** (-jnp.arange(half, dtype=x.dtype) / half)
+  return apply_rope(x, jnp.cos(angle), jnp.sin(angle))
 
 
 class LearnedMemory(nnx.Module):
@@ -275,6 +286,8 @@ class MemoryLayer(nnx.Module):
       chunk = min(chunk, shard)
       queries, keys, values, gates = jax.tree.map(cut, (q, k, v, own.gates_of(x)))
       gram = None
+      if c.rotary:
+        queries, keys = (turned(a, jnp.arange(shard) % chunk) for a in (queries, keys))
       if c.projection is not None:
         window = shard if c.projection == "shard" else chunk
         queries, gram = project_queries(queries, keys, window=window, renormalize=c.renormalize)
@@ -315,14 +328,15 @@ class MemoryLayer(nnx.Module):
     for own, running, gram, chunk in zip(self.local, state.local, state.gram, chunks, strict=True):
       if c.shard is not None:
         running = again(c.shard, Running(own.memory(), own.memory()), running)
-      query, window = q, c.shard if c.projection == "shard" else chunk
+      query, key = (turned(a, position % chunk) for a in (q, k)) if c.rotary else (q, k)
+      window = c.shard if c.projection == "shard" else chunk
       if gram is not None:
         gram = gram if window is None else again(window, jnp.zeros_like(gram), gram)
-        gram = gram + k[..., :, None] * k[..., None, :]
-        query = jnp.einsum("bhij,bhj->bhi", gram, q)
+        gram = gram + key[..., :, None] * key[..., None, :]
+        query = jnp.einsum("bhij,bhj->bhi", gram, query)
         query = _unit(query) if c.renormalize else query
       move = _over_heads(functools.partial(deep_memory.step, position=position), own.rule(chunk, "token"))
-      running, out = move(running, query, k, v, own.gates_of(x))
+      running, out = move(running, query, key, v, own.gates_of(x))
       total = total + out
       local.append(running)
       grams.append(gram)

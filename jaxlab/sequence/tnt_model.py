@@ -85,10 +85,10 @@ class MemoryModelConfig:
 class Block(nnx.Module):
   """A memory layer and a SwiGLU around a residual stream in float32; products are in the dtype that is asked for."""
 
-  def __init__(self, config: MemoryModelConfig, key: jax.Array):
+  def __init__(self, config: MemoryModelConfig, key: jax.Array, layer: Callable[..., MemoryLayer]):
     c, (mixing, feeding) = config, jax.random.split(key)
     self.mixer_norm = RMSNorm(c.width, c.norm_eps, True)
-    self.mixer = MemoryLayer(c.memory, mixing)
+    self.mixer = layer(c.memory, mixing)
     out = self.mixer.out.weight
     self.mixer.out = Linear(out[...] / math.sqrt(2 * c.depth), out.axes)  # one of so many branches
     self.mlp_norm = RMSNorm(c.width, c.norm_eps, True)
@@ -104,11 +104,12 @@ class Block(nnx.Module):
 class MemoryModel(nnx.Module):
   """`model(tokens: int32[batch, time]) -> float32[batch, time, vocab]`."""
 
-  def __init__(self, config: MemoryModelConfig, key: jax.Array):
+  def __init__(self, config: MemoryModelConfig, key: jax.Array, *, layer: Callable[..., MemoryLayer] = MemoryLayer):
+    """`layer(config.memory, key)` makes the layer of a block; another has the calls of a `MemoryLayer`."""
     c, keys = config, jax.random.split(key, 3)
     self.config = c
     self.embedding = nnx.Param(jax.random.normal(keys[0], (c.vocab_size, c.width)), axes=("vocab", "embed"))
-    self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(keys[1], c.depth))
+    self.blocks = jax.vmap(lambda k: Block(c, k, layer))(jax.random.split(keys[1], c.depth))
     self.norm = RMSNorm(c.width, c.norm_eps, True)
     self.head = Linear(_SPREAD * jax.random.normal(keys[2], (c.width, c.vocab_size)), ("embed", "vocab"))
 

@@ -1,14 +1,22 @@
 """TNT's experiment: rivals of equal size, recall tasks, and a run of which every part is measured once."""
 
+import dataclasses
 import functools
+import itertools
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tnt as config_file
-from experiments import results, tnt
-from experiments.tnt import arms, recall, speed
+from experiments import results, timing, tnt
+from experiments.console import Console
+from experiments.text import load_text
+from experiments.tnt import arms, recall, speed, windowed
+from jaxlab.core import mesh as meshes
+from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer
 from tests.common import run_and_continue
 
 TRAINED = (arms.TNT, "Transformer")
@@ -18,25 +26,27 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   """Two arms are measured, the others are said to be like the first: each would be compiled for itself."""
   config = config_file.get_config("test")
   config.data.path, config.data.name = "docs/**/*.md", "local_text"
-  real, train = arms.Lab.measured, arms.Lab.train
-
-  def measured(lab, name, seeds):
-    return real(lab, name if name in TRAINED else arms.TNT, seeds)
+  real, train = (arms.Lab.measured, arms.Lab.at_rate), arms.Lab.train
+  like, factors = lambda name: name if name in TRAINED else arms.TNT, {}
 
   def train_some(lab, model, folder, **how):
+    factors[folder.split(" 0.")[0]] = how.get("factor")
     return train(lab, model, folder, **how) if folder.startswith((*TRAINED, "stage 2")) else model
 
-  monkeypatch.setattr(arms.Lab, "measured", measured)
+  monkeypatch.setattr(arms.Lab, "measured", lambda lab, name, seeds: real[0](lab, like(name), seeds))
+  monkeypatch.setattr(arms.Lab, "at_rate", lambda lab, name, rate, seeds: real[1](lab, like(name), rate, seeds))
   monkeypatch.setattr(arms.Lab, "train", train_some)
   one = functools.cache(lambda name: recalled(config, name))
   recalled, each = recall.measure, (recall.DEEP + recall.PROJECTED, recall.TRANSFORMER)
   monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
-  parts = ("arms.Lab.measured", "stages.measure", "speed.measure", "recall.measure")
+  parts = ("arms.Lab.measured", "arms.Lab.at_rate", "stages.measure", "speed.measure", "recall.measure")
   report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
   row = report.metrics["stages"]
   assert row["untuned"] != row["old"] and row[tnt.TUNED]["loss"] != row["untuned"]
+  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("whole", "local")]
+  assert moves(tnt.TUNED) == [0, 1] and moves(tnt.WHOLE) == [1, 1]
   assert row["curves"]["stage 1"]["1"] == row["untuned"]  # local chunks of 1 and 2 are those of stage 2
   found = report.metrics["speed"]["milliseconds"]
   assert set(found) == set(speed.NAMES) and set(found[arms.TNT]) == {"32", "64"}
@@ -68,8 +78,76 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
   )
   assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
   assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
+  assert of(arms.WINDOWED) == dataclasses.replace(ours, local_chunks=(), shard=None)
+  assert arms.shape_of(config, arms.WINDOWED, 300).window == c.window
   with pytest.raises(ValueError, match="no arm is called 'RWKV'"):
     of("RWKV")
+
+
+def test_attention_in_a_window_is_beside_the_global_memory():
+  """A softmax over the last three tokens by the definition; angles are those of complex numbers."""
+  config = MemoryConfig(12, heads=2, head_dim=4, global_chunk=4, local_chunks=(), shard=None)
+  layer = windowed.WindowedLayer(config, jax.random.key(0), window=3)
+  layer.log_gain = layer.log_gain + jnp.array([0.5, -0.5])
+  random = np.random.default_rng(0)
+  x, (q, k, v) = jnp.array(random.normal(size=(1, 8, 12))), random.normal(size=(3, 1, 8, 2, 4))
+  q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+  run = jax.jit(lambda kind, *given: kind.recall(layer, *given, ())[0], static_argnums=0)
+  said = run(windowed.WindowedLayer, x, q, k, v) - run(MemoryLayer, x, q, k, v)
+  turn = lambda a, t: (a[:2] + 1j * a[2:]) * np.exp(1j * t * np.array([1.0, 0.01]))
+  for t, head in itertools.product((0, 1, 5, 7), range(2)):
+    seen = range(max(t - 2, 0), t + 1)
+    cosines = [(turn(q[0, t, head], t) * turn(k[0, s, head], s).conj()).sum().real for s in seen]
+    shares = np.exp(2.0 * np.exp([0.5, -0.5][head]) * np.array(cosines))
+    expected = shares @ v[0, list(seen), head] / shares.sum()
+    np.testing.assert_allclose(said[0, t, head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_find_what_was_compiled_ahead(tmp_path):
+  config = config_file.get_config("test")
+  config.data.path, config.data.name = "docs/**/*.md", "local_text"
+  lab, hits = arms.Lab(config, load_text(config, tmp_path), tmp_path, Console(quiet=True)), []
+  mesh = meshes.make_mesh(config.mesh.to_dict())
+  step, *shapes = arms.training_step(config, "Transformer", lab.vocabulary, arms.optimizer(1e-3, steps=2), mesh)
+  lowered = step.lower(*shapes).as_text()
+
+  class Found(Exception):
+    pass
+
+  def make_step(*given, **how):
+    real = make(*given, **how)
+
+    def run(state, batch):
+      hits.append(real.lower(state, batch).as_text())
+      raise Found
+
+    return run
+
+  make = arms.loop.make_step
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Found):
+    patch.setattr(arms.loop, "make_step", make_step)
+    lab.arm("Transformer", rate=4e-3, steps=2, seed=0)
+  assert hits == [lowered]
+
+
+def test_on_a_gpu_what_is_missing_is_compiled_ahead(tmp_path, monkeypatch):
+  """Every arm and ablation that is not kept, and the chunks at which models are judged."""
+  config = config_file.get_config("gpu")
+  config.data.path, config.data.name, config.data.vocab_size = "docs/**/*.md", "local_text", 300
+  asked = []
+
+  def compile_ahead(lab, names, judged):
+    asked.append((names, judged))
+    raise InterruptedError
+
+  monkeypatch.setattr(arms.Lab, "compile_ahead", compile_ahead)
+  monkeypatch.setattr(tnt, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
+  results.part(tmp_path, "arms.TNT", dict)
+  with pytest.raises(InterruptedError):
+    tnt.measure(config, tmp_path, tmp_path, Console(quiet=True))
+  ((names, judged),) = asked
+  assert names == [name for name in (*arms.ARMS, *arms.ABLATIONS) if name != arms.TNT]
+  assert (arms.TNT, (1, 2)) in judged and (arms.COARSE, (256,)) in judged and (arms.TNT, (256, 512)) not in judged
 
 
 def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
@@ -91,6 +169,30 @@ def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
 
   loss, right = recall.judged(Knows(), made)
   assert right == 1 and loss < 1e-3
+
+
+def test_titans_and_tnt_are_timed_in_chunks_of_their_own(monkeypatch):
+  """The memory of a contestant has the chunk that it is called after; speeds compare the same chunk."""
+  config, seen = config_file.get_config("test"), []
+  config.speed.more.titans, config.speed.more.tnt, config.speed.large = (4, 16), (4,), 16
+
+  def step(config, arm, vocabulary, rows, length):
+    memory = None if arm == arms.SMALL else arms.memory_of(config, arm)
+    seen.append((arm, memory and memory.local_chunks, rows * length))
+    return lambda: None
+
+  seconds = {name: np.array([float(n + 1)]) for n, name in enumerate(speed.contestants(config))}
+  monkeypatch.setattr(speed, "step", step)
+  compare = lambda steps, **how: timing.Times({name: seconds.get(name, np.ones(1)) for name in steps})
+  monkeypatch.setattr(timing, "compare", compare)
+  found = speed.measure(config, 300)
+  each = [(arm, chunks) for arm, chunks, tokens in seen if tokens == config.speed.tokens]
+  one = [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
+  assert sorted(map(str, each)) == sorted(2 * [str((arm, (n,))) for arm, n in one] + 2 * [str(("Transformer", None))])
+  at = {how: seconds[name][0] for name, how in speed.contestants(config).items()}
+  assert {int(n): faster for n, (faster, _) in found["same"].items()} == {
+    n: at[arms.TITANS, n] / at[arms.TNT, n] for n in (4, 8, 16)
+  }
 
 
 def test_a_rows_time_has_the_exponent_of_its_length():

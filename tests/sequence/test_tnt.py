@@ -278,6 +278,24 @@ def test_one_local_memory_that_never_returns_is_titans():
       same(out[1, :, head], tokenwise(row(own.memory(), head), *one, chunk=4)[1])
 
 
+def test_queries_and_keys_turn_by_their_place_in_the_chunk():
+  """Of TTT: as if they came turned, by the angles of complex numbers; values do not."""
+  config = tnt.ttt(WIDTH, chunk=4, **SMALL)
+  layer, x = layer_of(config), tokens(8)
+  plain = layer_of(dataclasses.replace(config, rotary=False))
+  q, k, v = parts_of(layer, x)
+  recall = jax.jit(lambda layer, *given: layer.recall(*given, (4,))[0])
+  turn = jnp.exp(1j * (jnp.arange(8) % 4)[:, None, None] * jnp.array([1.0, 0.01]))
+
+  def turned(a):
+    both = (a[..., :2] + 1j * a[..., 2:]) * turn
+    return jnp.concatenate([both.real, both.imag], axis=-1)
+
+  out = recall(layer, x, q, k, v)
+  same(out, recall(plain, x, turned(q), turned(k), v))
+  assert differ(out, recall(plain, x, q, k, v))
+
+
 def test_equal_memories_add_up():
   layer, x = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4,))), tokens(8)
   q, k, v = parts_of(layer, x)
@@ -293,7 +311,7 @@ def test_equal_memories_add_up():
   [
     CONFIG,
     dataclasses.replace(CONFIG, projection="chunk", renormalize=False, clip=0.05, momentum=True, decay=True),
-    dataclasses.replace(CONFIG, global_chunk=None, shard=None),
+    dataclasses.replace(CONFIG, global_chunk=None, shard=None, rotary=True),
     tnt.titans(WIDTH, chunk=4, **SMALL),
     tnt.ttt(WIDTH, chunk=4, layers=2, **SMALL),
   ],
