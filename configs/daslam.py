@@ -36,7 +36,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       scale=scale,
       seed=0,
       seeds=pick(cpu=1, gpu=3),
-      modulus=pick(cpu=5, gpu=11, paper=31),
+      problems=pick(
+        cpu=dict(modulus=5, names=12, longest=5, beside=1),
+        gpu=dict(modulus=11, names=26, longest=8, beside=3),
+        paper=dict(modulus=31, names=26, longest=8, beside=3),
+      ),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       solvers=pick(
         test=dict(S=shape(1, 16), M=shape(1, 16)),
@@ -46,8 +50,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       decomposer=pick(test=shape(1, 16), cpu=shape(2, 48), gpu=shape(3, 96, 32), paper=shape(4, 192, 32)),
       depths=dict(
-        trained=pick(cpu=(2, 6), gpu=(2, 8)),
-        judged=pick(test=(4, 5), cpu=(3, 4, 5, 6), gpu=(3, 4, 5, 6, 7, 8)),
+        trained=pick(cpu=(2, 5), gpu=(2, 8)),
+        judged=pick(test=(4, 5), cpu=(3, 4, 5), gpu=(3, 4, 5, 6, 7, 8)),
         claimed=4,
       ),
       least=3,  # sub-questions, or there are none

@@ -15,8 +15,6 @@ from jaxlab.training import losses
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.loop import train
 
-CONTEXT = chain.HISTORY + chain.QUESTION + 4 * chain.LONGEST + chain.ASKED + 2
-
 
 class Batches:
   """Endless batches `make(key) -> {"inputs", "targets"}`, each of a key of its own."""
@@ -40,7 +38,9 @@ class Batches:
 
 def fitted(config, t, shape, make, seed: int, workdir: Path, console, title: str) -> Transformer:
   """A model of `shape` from nothing, trained by t.steps, t.rate on rows from `make`."""
-  sizes = shape.to_dict() | dict(vocab_size=chain.vocabulary(config.modulus), context=CONTEXT)
+  p = chain.Sizes(**config.problems)
+  context = p.history + p.question + 4 * p.longest + p.asked + 2
+  sizes = shape.to_dict() | dict(vocab_size=p.vocabulary, context=context)
   model = Transformer(TransformerConfig(**sizes), jax.random.key(seed))
   schedule = optax.warmup_cosine_decay_schedule(0, t.rate, max(1, t.steps // 20), t.steps)
   with console.training(title) as progress:
@@ -61,7 +61,7 @@ def fitted(config, t, shape, make, seed: int, workdir: Path, console, title: str
 def solver(config, name: str, workdir: Path, console) -> Transformer:
   """In the computing dtype: it is only sampled."""
   t = config.solving
-  make = lambda key: chain.row(*chain.solver_rows(key, t.batch, config.modulus))
+  make = lambda key: chain.row(*chain.solver_rows(key, t.batch, chain.Sizes(**config.problems)))
   made = fitted(
     config, t, config.solvers[name], make, config.seed, workdir / f"solver_{name}", console, f"solver {name}"
   )
@@ -73,8 +73,8 @@ def examples(config, solver: Transformer, condition: str):
 
   def make(key):
     keys = jax.random.split(key, 2)
-    p = chain.problems(keys[0], config.teaching.batch, config.modulus, *config.depths.trained)
-    attempt = solving.solve(solver, solving.asked(p, solving.nothing(len(p.depth)), solving.wanted(p)[0]))
+    p = chain.problems(keys[0], config.teaching.batch, chain.Sizes(**config.problems), *config.depths.trained)
+    attempt = solving.solve(solver, solving.asked(p, solving.wanted(p)[0]))
     return chain.row(solving.seen(p, attempt, condition), chain.noisy(keys[1], p))
 
   return make
@@ -89,14 +89,13 @@ def taught(config, solver: Transformer, condition: str, seed: int, workdir: Path
 
 def both_jobs(config, workdir: Path, console) -> Transformer:
   """A solver of size M that is taught to ask as well, half of its steps each: it reads its question alone."""
-  t = config.solving
+  t, sizes = config.solving, chain.Sizes(**config.problems)
 
   def make(key):
     keys = jax.random.split(key, 3)
-    first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, config.modulus))
-    p = chain.problems(keys[1], t.batch // 2, config.modulus, *config.depths.trained)
-    none = chain.Text(jnp.zeros((t.batch // 2, chain.REASONING), jnp.int32), jnp.zeros(t.batch // 2, jnp.int32))
-    second = chain.row(solving.seen(p, none, "none"), chain.noisy(keys[2], p))
+    first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, sizes))
+    p = chain.problems(keys[1], t.batch // 2, sizes, *config.depths.trained)
+    second = chain.row(solving.seen(p, None, "none"), chain.noisy(keys[2], p))
     width = max(a["inputs"].shape[1] for a in (first, second))
     pad = lambda a, value: jnp.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value)
     return {
@@ -108,21 +107,21 @@ def both_jobs(config, workdir: Path, console) -> Transformer:
   return jax.tree.map(lambda a: a.astype(config.dtype), made)
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "modulus", "depths", "condition", "least"))
-def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, condition, least, weights):
+@functools.partial(jax.jit, static_argnames=("batch", "sizes", "depths", "condition", "least", "form"))
+def collect(actor, reference, solver, key, beta, *, batch, sizes, depths, condition, least, weights, form):
   """(rollout, report) of `batch` questions; those the solver got right at once count nowhere."""
   keys = jax.random.split(key, 2)
-  p = chain.problems(keys[0], batch, modulus, *depths)
-  attempt = solving.solve(solver, solving.asked(p, solving.nothing(batch), solving.wanted(p)[0]))
+  p = chain.problems(keys[0], batch, sizes, *depths)
+  attempt = solving.solve(solver, solving.asked(p, solving.wanted(p)[0]))
   live = ~solving.right(p, attempt)
   prompt = solving.seen(p, attempt, condition)
-  text = generate(actor.model, prompt.tokens, prompt.length, tokens=chain.ASKED, key=keys[1], temperature=1.0)
+  text = generate(actor.model, prompt.tokens, prompt.length, tokens=sizes.asked, key=keys[1], temperature=1.0)
   tokens, mask = ppo.written(prompt.tokens, prompt.length, text, chain.END)
   logp, values = ppo.scores(actor, tokens)
   was, _ = ppo.scores(reference, tokens)
   names, count = chain.parse(text, least)
-  final, (stated, _), _ = solving.follow(solver, p, names, count)
-  terms = solving.rewards(p, names, count, stated, attempt, final, modulus)
+  final, texts, _ = solving.follow(solver, p, names, count)
+  terms = solving.rewards(p, names, count, texts, attempt, final, sizes.modulus, form)
   total = sum(weights[name] * term for name, term in terms.items())
   mask = mask & live[:, None]
   advantages, returns = ppo.gae(ppo.token_rewards(logp, was, mask, beta, total), values, mask)
@@ -132,8 +131,9 @@ def collect(actor, reference, solver, key, beta, *, batch, modulus, depths, cond
   return ppo.Rollout(tokens, mask, logp, values, ppo.whiten(advantages, mask), returns), report
 
 
-def tuned(config, solver, start, condition: str, weights: dict, seed: int, workdir: Path, console):
-  """(the decomposer after config.ppo.updates rounds of PPO from `start`, reports by round); weights: of each reward."""
+def tuned(config, solver, start, condition: str, weights: dict, form: str, seed: int, workdir: Path, console):
+  """(the decomposer after config.ppo.updates rounds of PPO from `start`, reports by round); weights: of each reward;
+  form: theirs (`solving.rewards`)."""
   t = config.ppo
   actor, reference = ppo.Actor(start), ppo.Actor(start)
   parts = [optax.clip_by_global_norm(1.0), optax.adam(t.rate)]
@@ -142,8 +142,8 @@ def tuned(config, solver, start, condition: str, weights: dict, seed: int, workd
   optimizer = optax.chain(*parts)
   state, beta, reports = optimizer.init(actor), jnp.float32(t.beta), []
   how = dict(
-    batch=t.batch, modulus=config.modulus, depths=tuple(config.depths.trained), condition=condition, least=config.least,
-    weights=weights,
+    batch=t.batch, sizes=chain.Sizes(**config.problems), depths=tuple(config.depths.trained), condition=condition,
+    least=config.least, weights=weights, form=form,
   )  # fmt: skip
   with Checkpoints(workdir) as kept, console.training(f"PPO, {condition}, seed {seed}") as progress:
     if (done := kept.latest()) is not None:
