@@ -27,7 +27,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   def shape(depth: int, width: int, head_dim: int = 16) -> dict:
     heads = width // head_dim
     sizes = dict(depth=depth, width=width, q_heads=heads, kv_heads=heads, head_dim=head_dim, mlp_width=4 * width)
-    return sizes | dict(mlp="relu2")
+    # Lines are found by the token before them: without these parts of nanochat that takes thousands of steps to learn.
+    return sizes | dict(mlp="relu2", embed_norm=True, qk_norm="after_rope", smear=True)
 
   return ml_collections.ConfigDict(
     dict(
@@ -43,12 +44,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       dtype=pick(cpu="float32", gpu="bfloat16"),
       solvers=pick(
-        test=dict(S=shape(1, 16), M=shape(1, 16)),
-        cpu=dict(S=shape(2, 48), M=shape(2, 64), L=shape(3, 96)),
-        gpu=dict(S=shape(2, 96, 32), M=shape(4, 128, 32), L=shape(6, 256, 32)),
+        test=dict(S=shape(1, 32), M=shape(1, 32)),
+        cpu=dict(S=shape(3, 48), M=shape(3, 64), L=shape(4, 80)),
+        gpu=dict(S=shape(3, 96, 32), M=shape(4, 128, 32), L=shape(6, 256, 32)),
         paper=dict(S=shape(4, 128, 32), M=shape(6, 256, 32), L=shape(8, 512, 32)),
       ),
-      decomposer=pick(test=shape(1, 16), cpu=shape(2, 48), gpu=shape(3, 96, 32), paper=shape(4, 192, 32)),
+      decomposer=pick(test=shape(1, 32), cpu=shape(3, 48), gpu=shape(3, 96, 32), paper=shape(4, 192, 32)),
       depths=dict(
         trained=pick(cpu=(2, 5), gpu=(2, 8)),
         judged=pick(test=(4, 5), cpu=(3, 4, 5), gpu=(3, 4, 5, 6, 7, 8)),

@@ -198,11 +198,12 @@ def parse(text: Int[Array, "batch time"], least: int) -> tuple[Int[Array, "batch
   return names, count
 
 
-def solver_rows(key: jax.Array, batch: int, sizes: Sizes) -> tuple[Text, Text]:
-  """(prompt, answer) of questions at most two lines from what is known: facts, statements, a query."""
+def solver_rows(key: jax.Array, batch: int, sizes: Sizes, most: int | Array) -> tuple[Text, Text]:
+  """(prompt, answer) of questions at most two lines from what is known: facts, statements of up to `most` steps, a
+  query, more often of a later step than of the first, which is there to be read."""
   keys = jax.random.split(key, 6)
-  p = problems(keys[0], batch, sizes, 1, sizes.longest)
-  asked = (jax.random.uniform(keys[1], (batch,)) * p.depth).astype(jnp.int32)
+  p = problems(keys[0], batch, sizes, 1, most)
+  asked = (jnp.sqrt(jax.random.uniform(keys[1], (batch,))) * p.depth).astype(jnp.int32)
   count = jnp.minimum(1 + jax.random.randint(keys[2], (batch,), 0, 2), asked + 1)
   step = jnp.arange(sizes.longest)
   own = (step <= asked[:, None]) & (step > (asked - count)[:, None])

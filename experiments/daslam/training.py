@@ -17,7 +17,7 @@ from jaxlab.training.loop import train
 
 
 class Batches:
-  """Endless batches `make(key) -> {"inputs", "targets"}`, each of a key of its own."""
+  """Endless batches `make(key, number) -> {"inputs", "targets"}`, each of a key of its own."""
 
   def __init__(self, make, seed: int):
     self._make, self._key, self._next = jax.jit(make), jax.random.key(seed), 0
@@ -27,7 +27,7 @@ class Batches:
 
   def __next__(self):
     self._next += 1
-    return jax.device_get(self._make(jax.random.fold_in(self._key, self._next)))
+    return jax.device_get(self._make(jax.random.fold_in(self._key, self._next), self._next))
 
   def get_state(self) -> dict:
     return {"next": self._next}
@@ -60,18 +60,24 @@ def fitted(config, t, shape, make, seed: int, workdir: Path, console, title: str
 
 def solver(config, name: str, workdir: Path, console) -> Transformer:
   """In the computing dtype: it is only sampled."""
-  t = config.solving
-  make = lambda key: chain.row(*chain.solver_rows(key, t.batch, chain.Sizes(**config.problems)))
+  t, sizes = config.solving, chain.Sizes(**config.problems)
+  make = lambda key, number: chain.row(*chain.solver_rows(key, t.batch, sizes, steps_by(number, t.steps, sizes)))
   made = fitted(
     config, t, config.solvers[name], make, config.seed, workdir / f"solver_{name}", console, f"solver {name}"
   )
   return jax.tree.map(lambda a: a.astype(config.dtype), made)
 
 
+def steps_by(number: int | jax.Array, batches: int, sizes: chain.Sizes) -> jax.Array:
+  """The longest chain of batch `number`: two steps in the first quarter of `batches`, all in the second half."""
+  grown = (number / batches - 0.25) * 4 * (sizes.longest - 2)
+  return 2 + jnp.clip(jnp.ceil(grown), 0, sizes.longest - 2).astype(jnp.int32)
+
+
 def examples(config, solver: Transformer, condition: str):
   """Rows of (question, attempt) and noisy sub-questions."""
 
-  def make(key):
+  def make(key, number):
     keys = jax.random.split(key, 2)
     p = chain.problems(keys[0], config.teaching.batch, chain.Sizes(**config.problems), *config.depths.trained)
     attempt = solving.solve(solver, solving.asked(p, solving.wanted(p)[0]))
@@ -91,9 +97,9 @@ def both_jobs(config, workdir: Path, console) -> Transformer:
   """A solver of size M that is taught to ask as well, half of its steps each: it reads its question alone."""
   t, sizes = config.solving, chain.Sizes(**config.problems)
 
-  def make(key):
+  def make(key, number):
     keys = jax.random.split(key, 3)
-    first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, sizes))
+    first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, sizes, steps_by(number, t.steps, sizes)))
     p = chain.problems(keys[1], t.batch // 2, sizes, *config.depths.trained)
     second = chain.row(solving.seen(p, None, "none"), chain.noisy(keys[2], p))
     width = max(a["inputs"].shape[1] for a in (first, second))
