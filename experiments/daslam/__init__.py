@@ -121,7 +121,8 @@ def _seeds(config) -> range:
 
 def judged(config, solver, decomposer, condition: str, seed: int, depths=None, append_history: bool = True) -> dict:
   """{depth: what `solving.evaluated` says}; the same questions for all of a seed."""
-  how = dict(count=config.count, condition=condition, least=config.least, append_history=append_history)
+  where = solving.CONDITIONS.index(condition)
+  how = dict(count=config.count, condition=where, least=config.least, append_history=append_history)
   key, sizes = jax.random.key(10_000 + seed), chain.Sizes(**config.problems)
   of = lambda d: solving.evaluated(solver, decomposer, jax.random.fold_in(key, d), depth=d, sizes=sizes, **how)
   return {

@@ -43,14 +43,14 @@ def wanted(p: Problem):
   return chain.at(p.names, last), chain.at(p.values, last)
 
 
-def seen(p: Problem, attempt: Text, condition: str) -> Text:
-  """What the decomposer reads: the question, and the solver's attempt, the gold lines, or nothing."""
+def seen(p: Problem, attempt: Text, condition: int | jax.Array) -> Text:
+  """What the decomposer reads: the question, and by its place in CONDITIONS the solver's attempt, the gold lines, or
+  nothing; one program serves them all."""
   name, _ = wanted(p)
-  text = {
-    "attempt": lambda: attempt,
-    "gold": lambda: chain.lines(p.names, p.values, chain.needed(p)),
-    "none": lambda: nothing(len(name), 0),
-  }[condition]()
+  gold = chain.lines(p.names, p.values, chain.needed(p))
+  wide = lambda text: jnp.pad(text.tokens, ((0, 0), (0, gold.tokens.shape[1] - text.tokens.shape[1])))
+  tokens = jnp.stack([wide(attempt), gold.tokens, gold.tokens * 0])[condition]
+  text = Text(tokens, jnp.stack([attempt.length, gold.length, gold.length * 0])[condition])
   question = chain.marked(asked(p, name), chain.SEPARATOR)
   room = question.tokens.shape[1] + text.tokens.shape[1]
   return chain.marked(chain.join(question, text, room=room), chain.SEPARATOR)
@@ -131,7 +131,7 @@ def _vocabulary_order(operators):
   return _first(jnp.where((operators[:, :, None] == kinds).any(axis=1), kinds, -1))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "sizes", "condition", "least", "append_history"))
+@functools.partial(jax.jit, static_argnames=("count", "sizes", "least", "append_history"))
 def evaluated(
   solver,
   decomposer,
@@ -140,7 +140,7 @@ def evaluated(
   count: int,
   sizes: chain.Sizes,
   depth: int,
-  condition: str,
+  condition: int,
   least: int,
   append_history: bool = True,
 ) -> dict:

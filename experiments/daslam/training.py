@@ -10,7 +10,7 @@ import optax
 from experiments.daslam import chain, solving
 from jaxlab.models import Transformer, TransformerConfig
 from jaxlab.models.generate import generate
-from jaxlab.tasks import ppo
+from jaxlab.tasks import daslam, ppo
 from jaxlab.training import losses
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.loop import train
@@ -81,7 +81,7 @@ def examples(config, solver: Transformer, condition: str):
     keys = jax.random.split(key, 2)
     p = chain.problems(keys[0], config.teaching.batch, chain.Sizes(**config.problems), *config.depths.trained)
     attempt = solving.solve(solver, solving.asked(p, solving.wanted(p)[0]))
-    return chain.row(solving.seen(p, attempt, condition), chain.noisy(keys[1], p))
+    return chain.row(solving.seen(p, attempt, solving.CONDITIONS.index(condition)), chain.noisy(keys[1], p))
 
   return make
 
@@ -101,7 +101,8 @@ def both_jobs(config, workdir: Path, console) -> Transformer:
     keys = jax.random.split(key, 3)
     first = chain.row(*chain.solver_rows(keys[0], t.batch // 2, sizes, steps_by(number, t.steps, sizes)))
     p = chain.problems(keys[1], t.batch // 2, sizes, *config.depths.trained)
-    second = chain.row(solving.seen(p, None, "none"), chain.noisy(keys[2], p))
+    none = solving.seen(p, solving.nothing(t.batch // 2, 0), solving.CONDITIONS.index("none"))
+    second = chain.row(none, chain.noisy(keys[2], p))
     width = max(a["inputs"].shape[1] for a in (first, second))
     pad = lambda a, value: jnp.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value)
     return {
@@ -113,9 +114,10 @@ def both_jobs(config, workdir: Path, console) -> Transformer:
   return jax.tree.map(lambda a: a.astype(config.dtype), made)
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "sizes", "depths", "condition", "least", "form"))
+@functools.partial(jax.jit, static_argnames=("batch", "sizes", "depths", "least"))
 def collect(actor, reference, solver, key, beta, *, batch, sizes, depths, condition, least, weights, form):
-  """(rollout, report) of `batch` questions; those the solver got right at once count nowhere."""
+  """(rollout, report) of `batch` questions; those the solver got right at once count nowhere. condition, form: their
+  places in solving.CONDITIONS and daslam.FORMS."""
   keys = jax.random.split(key, 2)
   p = chain.problems(keys[0], batch, sizes, *depths)
   attempt = solving.solve(solver, solving.asked(p, solving.wanted(p)[0]))
@@ -127,7 +129,8 @@ def collect(actor, reference, solver, key, beta, *, batch, sizes, depths, condit
   was, _ = ppo.scores(reference, tokens)
   names, count = chain.parse(text, least)
   final, texts, _ = solving.follow(solver, p, names, count)
-  terms = solving.rewards(p, names, count, texts, attempt, final, sizes.modulus, form)
+  forms = [solving.rewards(p, names, count, texts, attempt, final, sizes.modulus, name) for name in daslam.FORMS]
+  terms = jax.tree.map(lambda *both: jnp.stack(both)[form], *forms)
   total = sum(weights[name] * term for name, term in terms.items())
   mask = mask & live[:, None]
   advantages, returns = ppo.gae(ppo.token_rewards(logp, was, mask, beta, total), values, mask)
@@ -148,8 +151,8 @@ def tuned(config, solver, start, condition: str, weights: dict, form: str, seed:
   optimizer = optax.chain(*parts)
   state, beta, reports = optimizer.init(actor), jnp.float32(t.beta), []
   how = dict(
-    batch=t.batch, sizes=chain.Sizes(**config.problems), depths=tuple(config.depths.trained), condition=condition,
-    least=config.least, weights=weights, form=form,
+    batch=t.batch, sizes=chain.Sizes(**config.problems), depths=tuple(config.depths.trained), least=config.least,
+    condition=solving.CONDITIONS.index(condition), weights=weights, form=daslam.FORMS.index(form),
   )  # fmt: skip
   with Checkpoints(workdir) as kept, console.training(f"PPO, {condition}, seed {seed}") as progress:
     if (done := kept.latest()) is not None:

@@ -204,7 +204,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
 def test_a_decomposer_reads_the_question_and_what_it_may(problem):
   attempt = chain.cut(chain.lines(problem.names, problem.values, problem.names > 0), 8)
   for condition in solving.CONDITIONS:
-    seen = solving.seen(problem, attempt, condition)
+    seen = solving.seen(problem, attempt, solving.CONDITIONS.index(condition))
     marks = np.asarray(seen.tokens == chain.SEPARATOR)
     assert (marks.sum(axis=1) == 2).all()
     between = np.asarray(seen.length) - 2 - marks.argmax(axis=1)
