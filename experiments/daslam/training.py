@@ -69,8 +69,8 @@ def solver(config, name: str, workdir: Path, console) -> Transformer:
 
 
 def steps_by(number: int | jax.Array, batches: int, sizes: chain.Sizes) -> jax.Array:
-  """The longest chain of batch `number`: two steps in the first quarter of `batches`, all in the second half."""
-  grown = (number / batches - 0.25) * 4 * (sizes.longest - 2)
+  """The longest chain of batch `number`: two steps in the first half of `batches`, all in the last quarter."""
+  grown = (number / batches - 0.5) * 4 * (sizes.longest - 2)
   return 2 + jnp.clip(jnp.ceil(grown), 0, sizes.longest - 2).astype(jnp.int32)
 
 
