@@ -6,12 +6,13 @@ A module here is a part of the run: `chain` makes problems, `solving` lets solve
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import figures, results
-from experiments.daslam import solving, training
+from experiments.daslam import chain, solving, training
 from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.core.checks import require
@@ -20,78 +21,125 @@ REWARDS = ("coverage", "consistency", "order", "proximity", "correct")
 ALL = dict.fromkeys(REWARDS, 1.0)
 OUTCOME = dict.fromkeys(REWARDS, 0.0) | {"correct": 1.0}
 TRAINED = "M"  # the solver that decomposers are trained with
+
+
+class Arm(NamedTuple):
+  """A way to a decomposer: what it reads beside the question in training and, if it is rewarded, by what."""
+
+  label: str
+  condition: str = "attempt"
+  weights: dict | None = None
+  form: str = "paper"
+
+  @property
+  def judged(self) -> str:
+    """What it reads when it is judged: gold lines are to be had in training alone."""
+    return "attempt" if self.condition == "gold" else self.condition
+
+
 ARMS = {
-  "taught": "taught alone",
-  "ppo": "taught, then rewarded",
-  "outcome": "rewarded for right answers alone",
-  "blind": "rewarded, without the attempt",
+  "taught": Arm("taught alone"),
+  "ppo": Arm("taught, then rewarded", weights=ALL),
+  "outcome": Arm("rewarded for right answers alone", weights=OUTCOME),
+  "code": Arm("rewarded by the code's sums", weights=ALL, form="code"),
+  "blind": Arm("rewarded, without the attempt", "none", ALL),
+  "gold": Arm("rewarded, gold lines for the attempt", "gold", ALL),
 }
-_CONDITION = {"blind": "none"}
+_INSTEAD = {
+  "code": "is rewarded as the code has it, by sums",
+  "gold": "reads gold lines in training, as the code has it, and the attempt when it is judged",
+}
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
-  """Runs all parts; what the workdir holds is not measured again."""
-  sizes = tuple(config.solvers)
+  """Measures all parts; what the workdir holds is not measured again."""
+  found = {name: results.part(workdir, name, make) for name, make in parts(config, workdir, console).items()}
+  seeds, sizes = [f"{seed}" for seed in _seeds(config)], tuple(config.solvers)
+  arms = {arm: {seed: found[f"arm.{arm}.{seed}"] for seed in seeds} for arm in ARMS}
+  others = {
+    size: arms["ppo"] if size == TRAINED else {seed: found[f"transfer.{size}.{seed}"] for seed in seeds}
+    for size in sizes
+  }
+  return rounded(
+    {
+      "solvers": {size: found[f"solver.{size}"] for size in sizes},
+      "arms": arms,
+      "others": others,
+      "rewards": {arm: found[f"rewards.{arm}"] for arm in ARMS if ARMS[arm].weights},
+      "oracle": {size: found[f"oracle.{size}"] for size in sizes},
+      "apart": {seed: found[f"apart.{seed}"] for seed in seeds},
+    }
+    | {name: found[name] for name in ("votes", "retry", "itself")}
+  )
+
+
+def parts(config, workdir: Path, console) -> dict:
+  """{name: what measures it}; each makes what it needs and is not in the workdir: a solver, a taught decomposer, a
+  rewarded one. Those that need the same are not to be measured at once by several processes before that is there."""
+  sizes, first = tuple(config.solvers), config.seed
   require(TRAINED in sizes, f"config.solvers has {', '.join(sizes)}; decomposers are trained with {TRAINED}")
-  part = functools.partial(results.part, workdir)
-  solver = functools.cache(lambda name: training.solver(config, name, workdir, console))
-  alone = lambda name: part(f"solver.{name}", lambda: judged(config, solver(name), None, "none", 0, (1, 2)))
-  found = {"solvers": {name: alone(name) for name in sizes}, "arms": {}, "others": {}, "rewards": {}}
+  chain.Sizes(**config.problems).check()
+  require(
+    max(*config.depths.trained, *config.depths.judged) <= config.problems.longest,
+    f"config.depths asks for more steps than config.problems.longest, {config.problems.longest}; raise that",
+  )
+  solver = functools.cache(lambda size: training.solver(config, size, workdir, console))
+  itself = lambda: training.both_jobs(config, workdir, console)
 
   @functools.cache
-  def decomposer(arm: str, seed: int):
-    condition = _CONDITION.get(arm, "attempt")
-    start = training.taught(config, solver(TRAINED), condition, seed, workdir, console)
-    if arm == "taught":
+  def decomposer(name: str, seed: int):
+    arm = ARMS[name]
+    start = training.taught(config, solver(TRAINED), arm.condition, seed, workdir, console)
+    if arm.weights is None:
       return start, []
-    weights = OUTCOME if arm == "outcome" else ALL
-    folder = workdir / f"ppo_{arm}_{seed}"
-    return training.tuned(config, solver(TRAINED), start, condition, weights, seed, folder, console)
+    folder = workdir / f"ppo_{name}_{seed}"
+    return training.tuned(config, solver(TRAINED), start, arm.condition, arm.weights, arm.form, seed, folder, console)
 
-  def of(arm: str, seed: int, size: str):
-    return judged(config, solver(size), decomposer(arm, seed)[0], _CONDITION.get(arm, "attempt"), seed)
+  def of(arm: str, seed: int, size: str = TRAINED, **how):
+    return judged(config, solver(size), decomposer(arm, seed)[0], ARMS[arm].judged, seed, **how)
 
-  seeds = range(config.seed, config.seed + config.seeds)
-  for arm in ARMS:
-    rows = {f"{s}": part(f"arm.{arm}.{s}", lambda a=arm, s=s: of(a, s, TRAINED)) for s in seeds}
-    found["arms"][arm] = rows
-  for size in sizes:
-    rows = {f"{s}": part(f"transfer.{size}.{s}", lambda z=size, s=s: of("ppo", s, z)) for s in seeds if size != TRAINED}
-    found["others"][size] = rows or found["arms"]["ppo"]
-  found["rewards"] = {
-    arm: part(f"rewards.{arm}", lambda a=arm: thinned(decomposer(a, config.seed)[1])) for arm in ("ppo", "outcome")
-  }
-  found["oracle"] = {
-    size: part(f"oracle.{size}", lambda z=size: judged(config, solver(z), None, "none", config.seed)) for size in sizes
-  }
-  found["votes"] = part("votes", lambda: votes(config, solver(TRAINED), found))
-  both = lambda: judged(config, *[training.both_jobs(config, workdir, console)] * 2, "none", config.seed)
-  found["itself"] = part("itself", both)
-  return rounded(found)
+  plain = lambda size, depths=None: judged(config, solver(size), None, "none", first if depths is None else 0, depths)
+  made = {f"solver.{size}": functools.partial(plain, size, (1, 2)) for size in sizes}
+  made["itself"] = lambda: judged(config, *[itself()] * 2, "none", first)
+  for seed in _seeds(config):
+    made |= {f"arm.{arm}.{seed}": functools.partial(of, arm, seed) for arm in ARMS}
+  for seed in _seeds(config):
+    made |= {f"transfer.{size}.{seed}": functools.partial(of, "ppo", seed, size) for size in sizes if size != TRAINED}
+    made[f"apart.{seed}"] = functools.partial(of, "ppo", seed, append_history=False)
+  rewarded = [arm for arm in ARMS if ARMS[arm].weights]
+  made |= {f"rewards.{arm}": lambda arm=arm: thinned(decomposer(arm, first)[1]) for arm in rewarded}
+  made |= {f"oracle.{size}": functools.partial(plain, size) for size in sizes}
+  ppo = lambda: results.part(workdir, f"arm.ppo.{first}", made[f"arm.ppo.{first}"])
+  made["votes"] = lambda: votes(config, solver(TRAINED), ppo())
+  made["retry"] = lambda: votes(config, solver(TRAINED))
+  return made
 
 
-def judged(config, solver, decomposer, condition: str, seed: int, depths=None) -> dict:
+def _seeds(config) -> range:
+  return range(config.seed, config.seed + config.seeds)
+
+
+def judged(config, solver, decomposer, condition: str, seed: int, depths=None, append_history: bool = True) -> dict:
   """{depth: what `solving.evaluated` says}; the same questions for all of a seed."""
-  how = dict(count=config.count, modulus=config.modulus, condition=condition, least=config.least)
-  key = jax.random.key(10_000 + seed)
-  of = lambda depth: solving.evaluated(solver, decomposer, jax.random.fold_in(key, depth), depth=depth, **how)
+  where = solving.CONDITIONS.index(condition)
+  how = dict(count=config.count, condition=where, least=config.least, append_history=append_history)
+  key, sizes = jax.random.key(10_000 + seed), chain.Sizes(**config.problems)
+  of = lambda d: solving.evaluated(solver, decomposer, jax.random.fold_in(key, d), depth=d, sizes=sizes, **how)
   return {
     f"{depth}": {name: float(value) for name, value in of(depth).items()} for depth in depths or config.depths.judged
   }
 
 
-def votes(config, solver, found: dict) -> dict:
-  """Self-consistency with as many solver tokens as the rewarded decomposer's episodes take."""
-  rows, made = found["arms"]["ppo"][f"{config.seed}"], {}
+def votes(config, solver, rows: dict | None = None) -> dict:
+  """Self-consistency with as many solver tokens as the episodes of `rows` take; without, one attempt: a retry."""
+  made = {}
   for depth in config.depths.judged:
-    spent = rows[f"{depth}"]["tokens"]
-    one = solving.voted(
-      solver, jax.random.key(depth), count=config.count, modulus=config.modulus, depth=depth, samples=1
-    )
-    samples = max(1, round(spent / max(1.0, float(one["tokens"]))))
-    out = solving.voted(
-      solver, jax.random.key(depth), count=config.count, modulus=config.modulus, depth=depth, samples=samples
-    )
+    how = dict(count=config.count, sizes=chain.Sizes(**config.problems), depth=depth)
+    of = lambda samples: solving.voted(solver, jax.random.key(depth), samples=samples, **how)  # noqa: B023
+    out, samples = of(1), 1
+    if rows:
+      samples = max(1, round(rows[f"{depth}"]["tokens"] / max(1.0, float(out["tokens"]))))
+      out = of(samples)
     made[f"{depth}"] = {name: float(value) for name, value in out.items()} | {"samples": samples}
   return made
 
@@ -121,6 +169,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   first = 100 * over(arms["ppo"], depths, "first")
   by_depth = lambda rows, what="right": ", ".join(f"{d}: {100 * row[what]:.3g}" for d, row in rows.items())
   one = next(iter(arms["ppo"].values()))
+  has = [arm for arm in ("code", "gold") if arm in arms]  # not in what was published before
   spread = [100 * (share(arms["ppo"][s], depths) - share(arms["taught"][s], depths)) for s in arms["ppo"]]
   gain = {size: 100 * (over(rows, depths) - over(rows, depths, "first")) for size, rows in metrics["others"].items()}
   others = {size: value for size, value in gain.items() if size != TRAINED}
@@ -137,7 +186,9 @@ def claims(config, metrics: dict) -> list[Claim]:
     ),
     Claim(
       "The same less those of the solver alone", "points", "higher", ours=right("ppo") - first, threshold=30.0,
-      baseline=first, note=f"alone {by_depth(one, 'first')}",
+      baseline=first,
+      note=f"alone {by_depth(one, 'first')}"
+      + (f"; again at temperature 0.9 {by_depth(metrics['retry'])}" if "retry" in metrics else ""),
     ),
     Claim(
       "The same less those of a vote among attempts with as many of the solver's tokens", "points", "higher",
@@ -158,7 +209,8 @@ def claims(config, metrics: dict) -> list[Claim]:
     Claim(
       "Right answers lost by a decomposer that does not see the attempt", "points", "higher",
       ours=right("ppo") - right("blind"), threshold=0.0, baseline=right("blind"),
-      note=f"sub-questions {asked('ppo'):.3g} and {asked('blind'):.3g}",
+      note=f"sub-questions {asked('ppo'):.3g} and {asked('blind'):.3g}"
+      + (f"; none in {100 * over(arms['ppo'], depths, 'retried'):.3g} % of episodes" if "retry" in metrics else ""),
     ),
     Claim(
       "Right answers with all five rewards less those with that for right answers alone", "points", "higher",
@@ -173,13 +225,22 @@ def claims(config, metrics: dict) -> list[Claim]:
       "Share of what asking for every step in order reaches", "", "higher",
       ours=right("ppo") / max(100 * share(metrics["oracle"][TRAINED], depths), 1e-3), threshold=0.9,
       baseline=100 * share(metrics["oracle"][TRAINED], depths),
-      note="; ".join(f"{size} {by_depth(rows)}" for size, rows in metrics["oracle"].items()),
+      note="; ".join(f"{size} {by_depth(rows)}" for size, rows in metrics["oracle"].items())
+      + (f"; each asked alone {100 * over(metrics['apart'], depths):.3g}" if "apart" in metrics else ""),
     ),
     Claim(
       "Right answers of the weakest solver on questions of one and two steps", "", "higher",
       ours=min(rows[d]["first"] for rows in metrics["solvers"].values() for d in rows), threshold=0.9,
       note="; ".join(f"{size} {by_depth(rows, 'first')}" for size, rows in metrics["solvers"].items()),
     ),
+    *[
+      Claim(
+        f"Right answers with the decomposer less those with one that {_INSTEAD[arm]}", "points", "higher",
+        ours=right("ppo") - right(arm), threshold=0.0, baseline=right(arm),
+        note=f"sub-questions {asked('ppo'):.3g} and {asked(arm):.3g}",
+      )
+      for arm in has
+    ],
   ]  # fmt: skip
 
 
@@ -202,13 +263,18 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   line = lambda axis, by_seed, label, what="right", **look: axis.plot(
     [int(d) for d in depths], [100 * over(by_seed, [d], what) for d in depths], label=label, **look
   )
-  for arm, label in ARMS.items():
-    line(left, metrics["arms"][arm], label, marker="o")
+  for arm, rows in metrics["arms"].items():
+    line(left, rows, ARMS[arm].label, marker="o")
   line(left, metrics["arms"]["ppo"], "the solver alone", "first", marker=".", color="black")
   line(left, {"": metrics["votes"]}, "a vote, as many tokens", marker=".", color="gray")
+  line(left, {"": metrics["itself"]}, "a solver that asks itself", marker="x", color="gray")
+  if "retry" in metrics:
+    line(left, {"": metrics["retry"]}, "it tries again", ls="--", color="gray")
+  if "apart" in metrics:
+    line(left, metrics["apart"], "rewarded, each asked alone", ls="--", color="black")
   line(left, {"": metrics["oracle"][TRAINED]}, "every step in order", ls=":", color="black")
   left.set(xlabel="steps", ylabel="right answers, %", xticks=[int(d) for d in depths])
-  figures.leave_room(left, 0.4)
+  figures.leave_room(left, 0.6)
   left.legend(fontsize=7, ncols=2, loc="upper center")
   for name in REWARDS:
     values = metrics["rewards"]["ppo"][name]

@@ -5,17 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.daslam import chain, solving, training
+from configs.daslam import get_config
+from experiments import daslam
+from experiments.daslam import __main__, chain, solving, training
+from jaxlab.core.checks import InputError
 from jaxlab.models import Transformer, TransformerConfig
 from tests.common import run_and_continue
 
 MODULUS = 7
+SIZES = chain.Sizes(MODULUS)
 problems = jax.jit(chain.problems, static_argnums=(1, 2, 3, 4))
 
 
 @pytest.fixture(scope="module")
 def problem():
-  return problems(jax.random.key(0), 64, MODULUS, 1, chain.LONGEST)
+  return problems(jax.random.key(0), 64, SIZES, 1, SIZES.longest)
 
 
 def worked_out(tokens):
@@ -38,11 +42,11 @@ def test_problems_have_the_values_their_statements_give(problem):
     known, depth = worked_out(tokens), int(problem.depth[i])
     names, values = np.asarray(problem.names[i, :depth]), np.asarray(problem.values[i, :depth])
     assert [known[name] for name in names] == values.tolist() and len(set(known)) == len(known)
-    assert depth <= (tokens == chain.STOP).sum() <= depth + chain.DISTRACTORS
+    assert depth <= (tokens == chain.STOP).sum() <= depth + SIZES.beside
 
 
 def test_what_solvers_are_taught_follows_from_their_prompts_in_two_lines():
-  prompts, answers = jax.jit(chain.solver_rows, static_argnums=(1, 2))(jax.random.key(1), 64, MODULUS)
+  prompts, answers = jax.jit(chain.solver_rows, static_argnums=(1, 2))(jax.random.key(1), 64, SIZES, SIZES.longest)
   names, values = chain.read_lines(answers.tokens)
   for i in range(64):
     prompt = np.asarray(prompts.tokens[i, : prompts.length[i]])
@@ -61,24 +65,30 @@ def test_what_solvers_are_taught_follows_from_their_prompts_in_two_lines():
   assert ((counted >= 0).sum(axis=1) == np.asarray(answers.length)).all()
 
 
+def test_solvers_begin_with_chains_of_two_steps_and_end_with_all():
+  assert [int(training.steps_by(n, 80, SIZES)) for n in (0, 40, 45, 60, 80)] == [2, 2, 4, 8, 8]
+  prompts, _ = jax.jit(chain.solver_rows, static_argnums=(1, 2))(jax.random.key(1), 64, SIZES, 2)
+  assert (np.asarray(prompts.tokens) == chain.EQUALS).sum(axis=1).max() <= 2 + SIZES.beside
+
+
 def test_sub_questions_are_read_back_and_noise_is_noise(problem):
   names, count = chain.parse(chain.gold(problem).tokens, 3)
   short = np.asarray(problem.depth) < 3
   np.testing.assert_array_equal(count, np.where(short, 0, problem.depth))
-  expected = np.where(np.arange(chain.LONGEST) < np.asarray(problem.depth)[:, None], problem.names, -1)
+  expected = np.where(np.arange(SIZES.longest) < np.asarray(problem.depth)[:, None], problem.names, -1)
   np.testing.assert_array_equal(np.asarray(names)[~short], expected[~short])
   noisy = chain.noisy(jax.random.key(2), problem)
   other, _ = chain.parse(noisy.tokens, 1)
   changed = (np.asarray(other) != expected).any(axis=1)
-  assert 0.4 < changed.mean() < 0.9 and (np.asarray(noisy.length) <= chain.ASKED).all()
+  assert 0.4 < changed.mean() < 0.9 and (np.asarray(noisy.length) <= SIZES.asked).all()
 
 
 def test_any_tokens_are_read():
-  text = jax.random.randint(jax.random.key(0), (10_000, chain.ASKED), 0, chain.vocabulary(MODULUS))
+  text = jax.random.randint(jax.random.key(0), (10_000, SIZES.asked), 0, SIZES.vocabulary)
   names, count = chain.parse(text, 3)
-  assert ((count == 0) | (count >= 3)).all() and (count <= chain.SUBQUESTIONS).all()
+  assert ((count == 0) | (count >= 3)).all() and (count <= SIZES.longest).all()
   inside = (names >= chain.FIRST_NAME) & (names < chain.FIRST_VALUE)
-  np.testing.assert_array_equal(inside, jnp.arange(chain.SUBQUESTIONS) < count[:, None])
+  np.testing.assert_array_equal(inside, jnp.arange(SIZES.longest) < count[:, None])
   lines, values = chain.read_lines(text)
   assert ((lines >= 0) == (values >= 0)).all()
 
@@ -114,11 +124,11 @@ def test_with_every_step_asked_in_order_an_exact_solver_is_always_right(problem,
   monkeypatch.setattr(solving, "solve", lambda solver, prompt, key=None, temperature=0.0: exact(prompt))
   monkeypatch.setattr(jax.lax, "scan", _python_scan)
   names, count = chain.parse(chain.gold(problem).tokens, 1)
-  final, (stated, _), tokens = solving.follow(None, problem, names, count)
+  final, texts, tokens = solving.follow(None, problem, names, count)
   assert solving.right(problem, final).all() and (tokens > 0).all()
-  terms = solving.rewards(problem, names, count, stated, final, final, MODULUS)
+  terms = solving.rewards(problem, names, count, texts, final, final, MODULUS)
   assert all((np.asarray(terms[name]) == 1).all() for name in ("coverage", "consistency", "correct"))
-  steps = np.asarray(problem.operators >= 0) & (np.arange(chain.LONGEST) < np.asarray(problem.depth)[:, None])
+  steps = np.asarray(problem.operators >= 0) & (np.arange(SIZES.longest) < np.asarray(problem.depth)[:, None])
   np.testing.assert_allclose(terms["order"], steps.any(axis=1))
   retry, *_ = solving.follow(None, problem, names, count * 0)
   assert not solving.right(problem, retry)[np.asarray(problem.depth) > 1].any()
@@ -132,25 +142,69 @@ def _python_scan(step, carry, xs):
   return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *out)
 
 
+def test_the_code_s_rewards_are_sums_over_operators_in_the_vocabulary_s_order(problem):
+  """Order 0.5 a kind of operator, whatever the order they are asked in; answers beside the words they were asked in."""
+  none = solving.nothing(64, 4 * chain.LINES)
+  names, count = chain.parse(chain.gold(problem).tokens, 1)
+  back = jnp.where(names >= 0, jnp.take_along_axis(names, jnp.maximum(count[:, None] - 1 - jnp.arange(8), 0), 1), -1)
+  texts = jnp.zeros((64, 8, 4 * chain.LINES), jnp.int32).at[:, 0, 0].set(names[:, 0])
+  terms = solving.rewards(problem, back, count, texts, none, none, MODULUS, "code")
+  for i in range(64):
+    steps = np.asarray(problem.operators[i, 1 : int(problem.depth[i])])
+    np.testing.assert_allclose(terms["order"][i], 0.5 * len(set(steps.tolist())))
+    words = np.asarray(problem.statements.tokens[i, : problem.statements.length[i]]).tolist()
+    words += [int(back[i, 0]), chain.ASK]
+    times = np.bincount(words, minlength=SIZES.vocabulary)
+    cosine = times[int(names[i, 0])] / np.linalg.norm(times)
+    np.testing.assert_allclose(terms["consistency"][i], 0.25 * cosine, rtol=1e-5)
+  np.testing.assert_array_equal(terms["coverage"], 1)
+  np.testing.assert_allclose(terms["proximity"], -np.minimum(problem.depth, chain.LINES))
+  doubled = jnp.concatenate([problem.others[:, :1], names[:, :-1]], axis=1)
+  paper = solving.rewards(problem, doubled, count, texts, none, none, MODULUS)
+  code = solving.rewards(problem, doubled, count, texts, none, none, MODULUS, "code")
+  # The last step is missing and a name from beside the chain is there: the code counts both.
+  np.testing.assert_allclose(paper["coverage"], 1 - 1 / problem.depth, rtol=1e-6)
+  np.testing.assert_allclose(code["coverage"], 1 - 2 / problem.depth, rtol=1e-6)
+
+
+def test_sizes_bound_problems_and_no_others_are_taken():
+  small = chain.Sizes(5, names=6, longest=4, beside=2)
+  p = problems(jax.random.key(3), 256, small, 1, 4)
+  assert set(np.unique(p.names)) == set(range(chain.FIRST_NAME, chain.FIRST_NAME + 6)) and p.values.max() == 4
+  assert p.statements.length.max() <= small.question - 2 and p.depth.max() == 4
+  with pytest.raises(InputError, match="6 names for 7 statements"):
+    small._replace(beside=3).check()
+  config = get_config("test")
+  config.depths.judged = (3, config.problems.longest + 1)
+  with pytest.raises(InputError, match=r"more steps than config\.problems\.longest"):
+    daslam.parts(config, None, None)
+
+
 def test_everything_is_measured_once(tmp_path, monkeypatch):
   """By networks as they begin: that they can be taught is the training loop's to show."""
 
   def fitted(config, t, shape, make, seed, workdir, console, title):
     batch = next(training.Batches(make, seed))
     assert batch["inputs"].shape == batch["targets"].shape and (batch["targets"] >= 0).any(axis=1).all()
-    sizes = shape.to_dict() | dict(vocab_size=chain.vocabulary(config.modulus), context=training.CONTEXT)
+    sizes = shape.to_dict() | dict(vocab_size=chain.Sizes(**config.problems).vocabulary, context=256)
     return Transformer(TransformerConfig(**sizes), jax.random.key(seed))
 
   monkeypatch.setattr(training, "fitted", fitted)
+  assert __main__.main(["test", str(tmp_path), "arm.gold.0", "arm.code.0"]) == 0
+  before = {name: (tmp_path / f"{name}.part.json").read_bytes() for name in ("arm.gold.0", "arm.code.0")}
   report = run_and_continue("daslam", tmp_path, monkeypatch, "judged", "votes", "thinned")
-  assert len(report.claims) == 10 and set(report.metrics["rewards"]["ppo"]) >= {"coverage", "correct", "kl", "asked"}
+  assert before == {name: (tmp_path / f"{name}.part.json").read_bytes() for name in before}
+  assert len(report.claims) == 12 and set(report.metrics["arms"]) == {*daslam.ARMS}
+  assert set(report.metrics["rewards"]) == {*daslam.ARMS} - {"taught"}
+  assert {row["samples"] for row in report.metrics["retry"].values()} == {1}
+  assert set(report.metrics["rewards"]["ppo"]) >= {"coverage", "correct", "kl", "asked"}
   assert report.metrics["rewards"]["ppo"]["kl"][0] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_decomposer_reads_the_question_and_what_it_may(problem):
   attempt = chain.cut(chain.lines(problem.names, problem.values, problem.names > 0), 8)
   for condition in solving.CONDITIONS:
-    seen = solving.seen(problem, attempt, condition)
+    seen = solving.seen(problem, attempt, solving.CONDITIONS.index(condition))
     marks = np.asarray(seen.tokens == chain.SEPARATOR)
     assert (marks.sum(axis=1) == 2).all()
     between = np.asarray(seen.length) - 2 - marks.argmax(axis=1)
