@@ -39,8 +39,8 @@ def _filled(words, rows: int, columns: int):
 
 
 def _count(words):
-  """Ones of every word: Triton knows no operation for them, the processor does."""
-  made = [jax.ShapeDtypeStruct(words.shape, words.dtype)]
+  """Ones of every word: Triton knows no operation for them, the processor does. Its results have a sign."""
+  made = [jax.ShapeDtypeStruct(words.shape, jnp.int32)]
   return triton.elementwise_inline_asm(
     "popc.b32 $0, $1;", args=[words], constraints="=r,r", pack=1, result_shape_dtypes=made
   )[0]
