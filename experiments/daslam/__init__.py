@@ -173,7 +173,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   spread = [100 * (share(arms["ppo"][s], depths) - share(arms["taught"][s], depths)) for s in arms["ppo"]]
   gain = {size: 100 * (over(rows, depths) - over(rows, depths, "first")) for size, rows in metrics["others"].items()}
   others = {size: value for size, value in gain.items() if size != TRAINED}
-  largest = list(metrics["solvers"])[-1]
+  largest = max(metrics["solvers"], key=lambda size: config.solvers[size].depth * config.solvers[size].width ** 2)
   largest_first = 100 * over(metrics["others"][largest], depths, "first")
   asked = lambda arm: over(arms[arm], depths, "asked")
   vote = 100 * share(metrics["votes"], depths)

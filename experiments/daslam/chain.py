@@ -200,17 +200,22 @@ def parse(text: Int[Array, "batch time"], least: int) -> tuple[Int[Array, "batch
 
 def solver_rows(key: jax.Array, batch: int, sizes: Sizes, most: int | Array) -> tuple[Text, Text]:
   """(prompt, answer) of questions at most two lines from what is known: facts, statements of up to `most` steps, a
-  query, more often of a later step than of the first, which is there to be read."""
+  query, more often of a later step than of the first, which is there to be read.
+
+  Of one in four the answer is among the facts, as when a question is asked again behind its sub-questions' answers.
+  """
   keys = jax.random.split(key, 6)
   p = problems(keys[0], batch, sizes, 1, most)
   asked = (jnp.sqrt(jax.random.uniform(keys[1], (batch,))) * p.depth).astype(jnp.int32)
-  count = jnp.minimum(1 + jax.random.randint(keys[2], (batch,), 0, 2), asked + 1)
+  told = jax.random.uniform(keys[4], (batch,)) < 0.25
+  count = jnp.where(told, 1, jnp.minimum(1 + jax.random.randint(keys[2], (batch,), 0, 2), asked + 1))
   step = jnp.arange(sizes.longest)
   own = (step <= asked[:, None]) & (step > (asked - count)[:, None])
   # Of what comes before, what is used is known, and some of the rest.
   used = (p.names[:, None, :] == jnp.where(own, p.operands, -1)[:, :, None]).any(axis=1)
   used |= step == (asked - count)[:, None]
   known = (step <= (asked - count)[:, None]) & (used | (jax.random.uniform(keys[3], own.shape) < 0.7))
+  known |= told[:, None] & own
   facts = lines(p.names, p.values, known)
   prompt = join(facts, p.statements, query(at(p.names, asked)), room=4 * sizes.longest + sizes.question)
   return prompt, cut(marked(lines(p.names, p.values, own), END), REASONING)

@@ -48,6 +48,7 @@ def test_problems_have_the_values_their_statements_give(problem):
 def test_what_solvers_are_taught_follows_from_their_prompts_in_two_lines():
   prompts, answers = jax.jit(chain.solver_rows, static_argnums=(1, 2))(jax.random.key(1), 64, SIZES, SIZES.longest)
   names, values = chain.read_lines(answers.tokens)
+  told = 0
   for i in range(64):
     prompt = np.asarray(prompts.tokens[i, : prompts.length[i]])
     assert prompt[-1] == chain.ASK and prompt[-2] == names[i, int(answers.length[i]) // 4 - 1]
@@ -60,6 +61,9 @@ def test_what_solvers_are_taught_follows_from_their_prompts_in_two_lines():
     assert all(known[name] == value for name, value in facts.items())
     steps = [(int(n), int(v)) for n, v in zip(names[i], values[i], strict=True) if n >= 0]
     assert 1 <= len(steps) <= chain.LINES and all(known[n] == v for n, v in steps)
+    told += prompt[-2] in facts
+    assert len(steps) == 1 or not facts.keys() & {n for n, _ in steps}
+  assert 8 <= told <= 24  # a quarter: a question asked again behind its answer
   row = chain.row(prompts, answers)
   counted = np.asarray(row["targets"])
   assert ((counted >= 0).sum(axis=1) == np.asarray(answers.length)).all()
