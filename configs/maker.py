@@ -49,6 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         stages=pick(test=(4, 6), cpu=(400, 500, 600), gpu=(1000, 2000, 3000)),  # steps after which a model is kept
         batch=pick(test=16, cpu=64, gpu=1024),
         irregular=0.1,
+        rare=pick(cpu=0.0, gpu=0.25),  # of the states, those of any disk's moves; of 6 disks none is rare
         renamed="pegs and disks",
         scale=pick(test=1.5, cpu=1.5, gpu=1.0),
         warmup=pick(test=2, cpu=20),

@@ -72,13 +72,17 @@ class Questions:
 def rows(key: jax.Array, config, *, rambling: float) -> dict[str, jax.Array]:
   """A batch: inputs and targets, int32[batch, length]; only answers count (targets are -1 elsewhere).
 
-  Disks: 3 to config.disks; a tenth of the states are any legal ones. With `rambling` > 0 a thought comes first: the top
-  disks of the pegs, or, that often, four times as much of it and then a wrong move every other time.
+  Disks: 3 to config.disks; a tenth of the states are any legal ones. Of a share `train.rare` of the others every disk
+  is the one that moves equally often: in a tower of 20 the largest moves once. With `rambling` > 0 a thought comes first:
+  the top disks of the pegs, or, that often, four times as much of it and then a wrong move every other time.
   """
   keys = jax.random.split(key, 7)
+  choice, mover = jax.random.split(jax.random.fold_in(key, 7))
   batch, disks = config.train.batch, config.disks
   present = jax.random.randint(keys[0], (batch,), LEAST, disks + 1)
   step = (jax.random.uniform(keys[1], (batch,)) * (2.0**present - 1)).astype(jnp.int32)
+  rare = jax.random.uniform(choice, (batch,)) < config.train.rare
+  step = jnp.where(rare, any_mover(mover, present), step)
   regular = hanoi.state_before(step, disks, present)
   irregular = any_state(keys[2], present, disks)
   use = jax.random.uniform(keys[3], (batch,)) < config.train.irregular
@@ -95,6 +99,14 @@ def rows(key: jax.Array, config, *, rambling: float) -> dict[str, jax.Array]:
   tokens, start = hanoi.encode_answered(state, names, move, after, thought=thought)
   counted = (jnp.arange(tokens.shape[1] - 1) >= start[:, None] - 1) & (tokens[:, 1:] != hanoi.PAD)
   return {"inputs": tokens[:, :-1], "targets": jnp.where(counted, tokens[:, 1:], -1)}
+
+
+def any_mover(key: jax.Array, present) -> jax.Array:
+  """A step of a tower of `present` disks in which any of them moves, each as often; disk d moves in every 2^d-th."""
+  keys = jax.random.split(key, 2)
+  mover = 1 + (jax.random.uniform(keys[0], present.shape) * present).astype(jnp.int32)
+  turn = (jax.random.uniform(keys[1], present.shape) * 2.0 ** (present - mover)).astype(jnp.int32)
+  return (2 * turn + 1) * 2 ** (mover - 1) - 1
 
 
 def any_state(key: jax.Array, present, disks: int) -> hanoi.State:

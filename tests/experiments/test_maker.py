@@ -39,6 +39,17 @@ def test_what_is_trained_on_is_the_rule_at_every_number_of_disks(config):
     assert disks(row[3:at]) == disks(answer[5:-1]) and len(set(disks(answer[5:-1]))) == len(answer) - 8
 
 
+def test_of_rare_steps_every_disk_moves_as_often():
+  present = jnp.repeat(jnp.array([3, 20]), 4000)
+  step = training.any_mover(jax.random.key(0), present)
+  assert (step >= 0).all() and (step < 2**present - 1).all()
+  move, _ = hanoi.take_step(hanoi.state_before(step, 20, present))
+  for disks in (3, 20):
+    moved = np.asarray(move[:, 0])[np.asarray(present) == disks]
+    np.testing.assert_allclose(np.bincount(moved, minlength=disks + 1)[1:], 4000 / disks, rtol=0.3)
+    assert len(moved) == 4000 and moved.max() == disks
+
+
 def test_long_thoughts_are_wrong_every_other_time_and_short_ones_never(config):
   config = config.copy_and_resolve_references()
   config.train.batch = 400
