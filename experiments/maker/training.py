@@ -73,8 +73,8 @@ def rows(key: jax.Array, config, *, rambling: float) -> dict[str, jax.Array]:
   """A batch: inputs and targets, int32[batch, length]; only answers count (targets are -1 elsewhere).
 
   Disks: 3 to config.disks; a tenth of the states are any legal ones. Of a share `train.rare` of the others every disk
-  is the one that moves equally often: in a tower of 20 the largest moves once. With `rambling` > 0 a thought comes first:
-  the top disks of the pegs, or, that often, four times as much of it and then a wrong move every other time.
+  is the one that moves equally often: in a tower of 20 the largest moves once. With `rambling` > 0 a thought comes
+  first: the top disks of the pegs, or, that often, four times as much of it and then a wrong move every other time.
   """
   keys = jax.random.split(key, 7)
   choice, mover = jax.random.split(jax.random.fold_in(key, 7))

@@ -19,5 +19,6 @@ def draw_sizes(config, by_model: dict, workdir: Path) -> str:
         share = np.broadcast_to(sizes, layers.shape) / row["kept"][f"all {kind}"]
         axis.plot(layers, share, line, color=colour, ms=4, lw=1, label=f"{kind} at {row['budget']:g}")
     axis.set(xlabel="layer", ylabel="share that is kept", ylim=(0, 1.05), title=model)
-    axis.legend(fontsize=7)
+    figures.leave_room(axis, 0.2)
+    axis.legend(fontsize=7, ncols=2, loc="upper center")
   return figures.save(figure, workdir, "sizes")
