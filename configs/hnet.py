@@ -92,17 +92,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         head_dim=pick(test=8, cpu=16, gpu=64), state=pick(test=4, cpu=16, gpu=128), chunk=pick(cpu=32, gpu=64)
       ),
       train=dict(
-        steps=pick(test=2, cpu=250, gpu=600, paper=200_000),
-        trial=pick(test=2, cpu=250, gpu=100, paper=2000),  # steps to choose a rate by
-        rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(5e-4, 1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3, 2.5e-3)),
-        batch=pick(test=8, cpu=4, gpu=32, paper=256),
+        steps=pick(test=2, cpu=250, gpu=300, paper=200_000),
+        trial=pick(test=2, cpu=250, gpu=60, paper=2000),  # steps to choose a rate by
+        rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3, 2.5e-3)),
+        batch=pick(test=8, cpu=4, gpu=16, paper=256),
         length=pick(test=48, cpu=192, gpu=2048, paper=8192),  # bytes of a row
         slack=pick(cpu=2.0, gpu=1.5),  # room for chunks, over what is aimed at
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(test="dots", cpu="none", gpu="dots"),
         checkpoint_every=pick(cpu=250, gpu=1000),
       ),
-      ablated_steps=pick(test=2, cpu=100, gpu=250, paper=20_000),
+      ablated_steps=pick(test=2, cpu=100, gpu=120, paper=20_000),
       eval=dict(
         split="validation",
         bytes=pick(test=400, cpu=24_000, gpu=1_000_000, paper=8_000_000),
@@ -117,7 +117,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         lexicon=50,
         rate=pick(cpu=4e-3, gpu=2e-3),
-        steps=pick(test=2, cpu=200, gpu=600),
+        steps=pick(test=2, cpu=200, gpu=300),
         batch=pick(test=2, cpu=8, gpu=64),
         length=pick(test=32, cpu=128, gpu=512),
         held=pick(test=4, cpu=32, gpu=256),

@@ -46,7 +46,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         qk_norm="before_rope",
       ),
       train=dict(
-        stages=pick(test=(4, 6), cpu=(400, 500, 600), gpu=(1000, 2000, 3000)),  # steps after which a model is kept
+        stages=pick(test=(4, 6), cpu=(400, 500, 600), gpu=(500, 1000, 1500)),  # steps after which a model is kept
         batch=pick(test=16, cpu=64, gpu=1024),
         irregular=0.1,
         rare=pick(cpu=0.0, gpu=0.25),  # of the states, those of any disk's moves; of 6 disks none is rare
@@ -56,15 +56,15 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         warmdown=0.3,
         checkpoint_every=pick(test=100, cpu=200, gpu=500),
       ),
-      main=pick(test=6, cpu=600, gpu=3000),  # the stage whose runs are counted
+      main=pick(test=6, cpu=600, gpu=1000),  # the stage whose runs are counted
       rates=dict(
-        steps=pick(test=15, cpu=63, gpu=65_536),
-        flat=pick(test=16, cpu=512, gpu=10_000),
-        draws=pick(test=2, cpu=32, gpu=16),
+        steps=pick(test=15, cpu=63, gpu=16_384),
+        flat=pick(test=16, cpu=512, gpu=4096),
+        draws=pick(test=2, cpu=32, gpu=8),
         batch=pick(test=16, cpu=512, gpu=16_384),
       ),
       seeds=pick(test=2, cpu=100, gpu=5, paper=10),
-      less_seeds=pick(test=1, cpu=100, gpu=3, paper=4),  # at one vote less
+      less_seeds=pick(test=1, cpu=100, gpu=2, paper=4),  # at one vote less
       few_seeds=pick(test=1, cpu=50, gpu=1),  # of the rest of the curve, of rivals, other schemes and stages
       curve=dict(beyond=1, below=pick(test=0, cpu=20, gpu=1, paper=2), most=200),
       agent_steps=pick(test=(1, 2), cpu=(1, 2, 4), gpu=(1, 2, 4)),
@@ -72,7 +72,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       width=pick(test=16, cpu=256, gpu=65_536),
       most_samples=pick(test=4, cpu=500, gpu=200),
       flags=dict(
-        stage=pick(test=4, cpu=500, gpu=2000),
+        stage=pick(test=4, cpu=500, gpu=1000),
         rambling=0.2,
         steps=pick(test=15, cpu=1000, gpu=20_000),
         width=pick(test=16, cpu=256, gpu=8192),

@@ -67,7 +67,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
       if stage != main and rates["margin"] is not None:
         name = f"after {stage} steps, {scheme}"
         found["runs"][name] = run(name, stage, scheme=scheme, margin=rates["margin"])
-  per_step = found["runs"][f"{MAIN}, k = {margin}"]["votes"]
+  whole = found["runs"][f"{MAIN}, k = {margin}"]
+  per_step = whole["votes"]
   found["rivals"] = {
     "first to k": run("first to k", rule="first"),
     "majority": run("majority", rule="majority", margin=max(1, round(per_step))),
@@ -77,8 +78,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   eps, steps = found["stages"][main]["schemes"][MAIN]["mean"], voting.steps_of(config)
   for m in config.agent_steps:
     k = maker.k_min(eps, target=config.target, steps=steps, m=m)
-    found["agents"][f"{m}"] = {"margin": k} | run(f"agents of {m}", margin=k, m=m)
-  found["length"] = [run(f"{2**n - 1} steps", **length(config, found, main, n)) for n in config.lengths]
+    found["agents"][f"{m}"] = {"margin": k} | (whole if m == 1 else run(f"agents of {m}", margin=k, m=m))
+  found["length"] = [
+    whole if n == config.disks else run(f"{2**n - 1} steps", **length(config, found, main, n)) for n in config.lengths
+  ]
   found["flags"] = part("flags", lambda: flags.measure(config, workdir / "rambling", console))
   found["multiplication"] = part("multiplication", lambda: {"rows": multiplication.measure(config)})["rows"]
   if config.loop_steps:
