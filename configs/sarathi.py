@@ -46,7 +46,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       engine=dict(
         rows=pick(test=4, cpu=8, gpu=32),
-        budget=pick(test=8, cpu=72, gpu=1056),  # as many tokens as a Hopper GPU reads at full speed, and the rows
+        budget=pick(test=8, cpu=72, gpu=1056),  # a chunk of 1,024 and the rows
         part=pick(test=4, cpu=64, gpu=128),
         page=pick(test=4, cpu=16, gpu=64),
         steps=pick(test=2, cpu=8),

@@ -75,7 +75,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 def parts(config, workdir: Path, console) -> dict:
   """{name: what measures it}; each makes what it needs and is not in the workdir: a solver, a taught decomposer, a
-  rewarded one. Those that need the same are not to be measured at once by several processes before that is there."""
+  rewarded one."""
   sizes, first = tuple(config.solvers), config.seed
   require(TRAINED in sizes, f"config.solvers has {', '.join(sizes)}; decomposers are trained with {TRAINED}")
   chain.Sizes(**config.problems).check()

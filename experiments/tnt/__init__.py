@@ -29,13 +29,6 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     name: results.part(workdir, f"{part}.{name}", functools.partial(measure, name)) for name in names
   }
   metrics = {}
-  if jax.default_backend() == "gpu":
-    trained = [("arms", name) for name in ARMS if {"arms", "ablations", "stages"} & {*config.parts}]
-    trained += [("ablations", name) for name in ABLATIONS if "ablations" in config.parts]
-    judged = [(arm, chunks) for arm in (TNT, TITANS, COARSE) for chunks in stages.evaluated(config, arm).values()]
-    missing = [name for part, name in trained if not results.has_part(workdir, f"{part}.{name}")]
-    curves = "stages" in config.parts and not results.has_part(workdir, "stages")
-    lab.compile_ahead(missing, judged if curves else ())
   if {"arms", "ablations", "stages"} & {*config.parts}:
     metrics["arms"] = each("arms", ARMS, lambda name: lab.measured(name, config.seeds))
   if "ablations" in config.parts:

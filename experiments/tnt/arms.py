@@ -1,6 +1,5 @@
 """What is trained: deep memories and networks without, of as many parameters, each at a learning rate of its own."""
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -102,18 +101,6 @@ def _shape(config, name: str, vocabulary: int, mlp_width: int) -> Shape:
   )
 
 
-def training_step(config, name: str, vocabulary: int, optimizer, mesh):
-  """(an arm's jitted step as `loop.train` has it, the shapes of its state, those of a batch), with their shardings."""
-  t = config.train
-  model = lambda: loop.initial_state(fresh(shape_of(config, name, vocabulary), 0), optimizer, mesh, 0)
-  state = jax.eval_shape(model)
-  placed = meshes.shardings(state, mesh)
-  at = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where, weak_type=a.weak_type)
-  rows = jax.ShapeDtypeStruct((t.batch, t.length), np.int32, sharding=meshes.batch_sharding(mesh))
-  step = loop.make_step(loss_of(config), optimizer, placed, compute_dtype=t.dtype)
-  return step, jax.tree.map(at, state, placed), {"inputs": rows, "targets": rows}
-
-
 def loss_of(config, chunks: tuple[int, ...] | None = None) -> Callable:
   """`(model, batch, step, key) -> (loss, {})`, local memories at other chunks than the model's if these are given."""
 
@@ -166,37 +153,6 @@ class Lab:
         mesh=meshes.make_mesh(self.config.mesh.to_dict()),
         progress=progress,
       )
-
-  def compile_ahead(self, names, judged) -> None:
-    """Compiles programs next to each other into jax's cache on disk, where runs find them.
-
-    One after the other they would take a GPU longer than the runs of small networks.
-
-    Args:
-      names: arms whose training steps and evaluations are compiled.
-      judged: (arm, local chunks) of further evaluations.
-    """
-    t, e, mesh = self.config.train, self.config.eval, meshes.make_mesh(self.config.mesh.to_dict())
-    made = optimizer(1e-3, steps=t.steps)
-    tokens = jax.ShapeDtypeStruct((e.batch, t.length), np.int32)
-
-    def learn(name):
-      step, *shapes = training_step(self.config, name, self.vocabulary, made, mesh)
-      step.lower(*shapes).compile()
-
-    def judge(name, chunks):
-      _, state, _ = training_step(self.config, name, self.vocabulary, made, mesh)
-      used = jax.eval_shape(lambda model: loop.cast(model, t.dtype), state.model)
-      placed = jax.tree.map(
-        lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at.sharding), used, state.model
-      )
-      _hidden(chunks).lower(placed, tokens).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      jobs = [pool.submit(learn, name) for name in names]
-      jobs += [pool.submit(judge, *each) for each in (*((name, None) for name in names), *judged)]
-      for job in jobs:
-        job.result()
 
   def arm(self, name: str, *, rate: float, steps: int, seed: int) -> MemoryModel | HNet:
     shape = shape_of(self.config, name, self.vocabulary)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,7 @@ import pytest
 
 from configs import tnt as config_file
 from experiments import results, timing, tnt
-from experiments.console import Console
-from experiments.text import load_text
 from experiments.tnt import arms, recall, speed, windowed
-from jaxlab.core import mesh as meshes
 from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer
 from tests.common import run_and_continue
 
@@ -101,53 +97,6 @@ def test_attention_in_a_window_is_beside_the_global_memory():
     shares = np.exp(2.0 * np.exp([0.5, -0.5][head]) * np.array(cosines))
     expected = shares @ v[0, list(seen), head] / shares.sum()
     np.testing.assert_allclose(said[0, t, head], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_runs_find_what_was_compiled_ahead(tmp_path):
-  config = config_file.get_config("test")
-  config.data.path, config.data.name = "docs/**/*.md", "local_text"
-  lab, hits = arms.Lab(config, load_text(config, tmp_path), tmp_path, Console(quiet=True)), []
-  mesh = meshes.make_mesh(config.mesh.to_dict())
-  step, *shapes = arms.training_step(config, "Transformer", lab.vocabulary, arms.optimizer(1e-3, steps=2), mesh)
-  lowered = step.lower(*shapes).as_text()
-
-  class Found(Exception):
-    pass
-
-  def make_step(*given, **how):
-    real = make(*given, **how)
-
-    def run(state, batch):
-      hits.append(real.lower(state, batch).as_text())
-      raise Found
-
-    return run
-
-  make = arms.loop.make_step
-  with pytest.MonkeyPatch.context() as patch, pytest.raises(Found):
-    patch.setattr(arms.loop, "make_step", make_step)
-    lab.arm("Transformer", rate=4e-3, steps=2, seed=0)
-  assert hits == [lowered]
-
-
-def test_on_a_gpu_what_is_missing_is_compiled_ahead(tmp_path, monkeypatch):
-  """Every arm and ablation that is not kept, and the chunks at which models are judged."""
-  config = config_file.get_config("gpu")
-  config.data.path, config.data.name, config.data.vocab_size = "docs/**/*.md", "local_text", 300
-  asked = []
-
-  def compile_ahead(lab, names, judged):
-    asked.append((names, judged))
-    raise InterruptedError
-
-  monkeypatch.setattr(arms.Lab, "compile_ahead", compile_ahead)
-  monkeypatch.setattr(tnt, "jax", SimpleNamespace(default_backend=lambda: "gpu"))
-  results.part(tmp_path, "arms.TNT", dict)
-  with pytest.raises(InterruptedError):
-    tnt.measure(config, tmp_path, tmp_path, Console(quiet=True))
-  ((names, judged),) = asked
-  assert names == [name for name in (*arms.ARMS, *arms.ABLATIONS) if name != arms.TNT]
-  assert (arms.TNT, (1, 2)) in judged and (arms.COARSE, (256,)) in judged and (arms.TNT, (256, 512)) not in judged
 
 
 def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
