@@ -6,8 +6,6 @@ A module here is a part of the run.
 import functools
 from pathlib import Path
 
-import jax
-
 from experiments import results
 from experiments.results import Claim
 from experiments.text import load_text
