@@ -4,6 +4,7 @@ An arm is `prepare(sequences) -> [(kind, arrays), ...]`, micro-steps of a few sh
 function that adds a micro-step's gradient to a sum. All arms but "apart" have the same gradient to rounding.
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import timing
 from jaxlab.data.packing import Batch
 from jaxlab.sequence import chunkflow, common
 from jaxlab.training.losses import token_losses
@@ -156,14 +158,16 @@ def difference(ours, theirs) -> float:
 
 
 def temporary_bytes(arm: Arm, model, steps, total: int) -> int:
-  """Of the micro-step whose program needs most."""
+  """Of the micro-step whose program needs most; programs are compiled next to each other and kept in jax's cache."""
   sums = jax.eval_shape(lambda: (jnp.zeros(()), common.zeros(model)))
   shapes = {}
   for kind, arrays in steps:
     spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     shapes.setdefault((kind, str(spec)), (kind, spec))
-  analyses = (
-    arm.add[kind].lower(model, sums, spec, jnp.float32(total)).compile().memory_analysis()
-    for kind, spec in shapes.values()
-  )
-  return max(analysis.temp_size_in_bytes for analysis in analyses)
+
+  def size(kind, spec) -> int:
+    compiled = arm.add[kind].lower(model, sums, spec, jnp.float32(total)).compile()
+    return timing.memory(compiled)["temporaries"]
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    return max(pool.map(size, *zip(*shapes.values(), strict=True)))

@@ -1,5 +1,6 @@
 """Time and memory of a global batch, and the losses of a few hundred steps, by arm."""
 
+import itertools
 import time
 
 import jax
@@ -57,7 +58,7 @@ def measure(config, ids, vocabulary: int, name: str, longest: int, how: dict) ->
   for batch in batches(config, ids, longest):
     prepared.append([(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare(batch)])
     totals.append(sum(int((one["targets"] >= 0).sum()) for one in batch))
-  temporary = max(arms.temporary_bytes(arm, model, steps, 1) for steps in prepared)
+  temporary = arms.temporary_bytes(arm, model, itertools.chain(*prepared), 1)
   jax.block_until_ready([arms.run(arm, model, steps, total) for steps, total in zip(prepared, totals, strict=True)][-1])
   seconds = []
   for steps, total in zip(prepared, totals, strict=True):
