@@ -45,16 +45,21 @@ _take_apart = jax.jit(inference.take_apart)
 
 
 def attend(q, k, v, *, window=None, start=0):
-  """Attention of one query a row over a few keys, by products and sums that fuse into two passes over the cache.
+  """Attention of one query a row over a few keys, by one product a row for all its heads.
 
-  As matrix products every row and head is one of its own, too small to be worth a kernel.
+  Queries stand in a matrix that is zero but for each head's own stretch; a product for every row and head would be too
+  small to be worth a kernel.
   """
   if q.shape[1] > 1:
     return inference.dot_product_attention(q, k, v, window=window, start=start)
-  scores = (q.astype(jnp.float32) * k).sum(axis=-1) * q.shape[-1] ** -0.5  # (batch, keys, heads)
-  seen = jnp.arange(k.shape[1])[:, None] <= start
-  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=1)
-  return (weights[..., None] * v).sum(axis=1, keepdims=True).astype(q.dtype)
+  batch, keys, heads, size = k.shape
+  flat = lambda a: a.reshape(batch, keys, heads * size)
+  own = jnp.eye(heads, dtype=q.dtype)[:, :, None]
+  queries = (q[:, 0, :, None] * own).reshape(batch, heads, heads * size)
+  scores = jnp.einsum("bhc,btc->bht", queries, flat(k), preferred_element_type=jnp.float32) * size**-0.5
+  weights = jax.nn.softmax(jnp.where(jnp.arange(keys) <= start, scores, -jnp.inf), axis=-1).astype(v.dtype)
+  mixed = jnp.einsum("bht,btc->bhc", weights, flat(v)).reshape(batch, heads, heads, size)
+  return jnp.einsum("bhhd->bhd", mixed)[:, None]
 
 
 def generated(network, prompt, key, temperature, *, tokens: int):
@@ -65,7 +70,8 @@ def generated(network, prompt, key, temperature, *, tokens: int):
     scaled = logits[:, 0] / jnp.maximum(temperature, 1e-4)[:, None]
     return jnp.argmax(jnp.where(temperature[:, None] > 0, scaled + noise, logits[:, 0]), axis=-1).astype(jnp.int32)
 
-  logits, state = inference.prefill(network, prompt, capacity=prompt.shape[1] + tokens)
+  capacity = -(-(prompt.shape[1] + tokens) // 8) * 8  # what products of 16 bits want
+  logits, state = inference.prefill(network, prompt, capacity=capacity)
   first = draw(logits, 0)
 
   def one(carry, number):

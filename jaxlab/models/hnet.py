@@ -32,7 +32,7 @@ from jaxlab.models.chunking import Chunker, Chunks
 from jaxlab.models.generate import Decoder
 from jaxlab.models.hnet_config import HNetConfig, stage_of
 from jaxlab.models.hnet_layers import SPREAD, Side, Stack, of_rows, rotations, with_room
-from jaxlab.models.layers import Linear, wide
+from jaxlab.models.layers import Linear, lookup, wide
 
 
 class StageState(NamedTuple):
@@ -226,7 +226,7 @@ class HNet(nnx.Module):
     return x, chunks
 
   def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-    return meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0))
+    return meshes.to_rows(lookup(self.embedding[...], tokens))
 
   def logits(self, x: Float[Array, "batch time width"], _=None) -> Float[Array, "batch time vocab"]:
     """The last stack ends with a norm: there is none here."""

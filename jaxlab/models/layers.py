@@ -12,6 +12,33 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.attention import attend_cached
 from jaxlab.models.config import HyperConnections, RopeScaling, TransformerConfig
 
+_FEW = 1024  # rows of a table whose gradient is a product
+
+
+@jax.custom_jvp
+def lookup(table: Float[Array, "rows width"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+  """table[ids], NaN where there is no such row.
+
+  On accelerators the gradient of a small table is a product with one-hot rows. A scatter adds the tokens of one id one
+  after the other: of a step on 32,768 bytes by a small Transformer it took 93 of 101 ms on an H200.
+  """
+  return jnp.take(table, ids, axis=0)
+
+
+@lookup.defjvp
+def _lookup_jvp(primals, tangents):
+  (table, ids), (change, _) = primals, tangents
+  if _by_product(table.shape[0]):
+    one_hot = jax.nn.one_hot(ids, table.shape[0], dtype=change.dtype)
+    changed = jnp.matmul(one_hot, change, precision=jax.lax.Precision.HIGHEST)
+  else:
+    changed = jnp.take(change, ids, axis=0)
+  return lookup(table, ids), changed
+
+
+def _by_product(rows: int) -> bool:
+  return rows <= _FEW and jax.default_backend() != "cpu"
+
 
 class Linear(nnx.Module):
   """y = x W, no bias. Weight methods put another module with the same call in its place.

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.core.recurrence import linear_recurrence
-from jaxlab.models.layers import Linear, RMSNorm, rms_norm, wide
+from jaxlab.models.layers import Linear, RMSNorm, lookup, rms_norm, wide
 
 _STEP_SIZES = (1e-3, 0.1)  # range of dt at the start
 _DECAYS = (1.0, 16.0)  # range of -A at the start
@@ -322,7 +322,7 @@ class Mamba2(nnx.Module):
     return self.logits(*self.hidden(tokens, remat=remat))
 
   def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-    return rms_norm(meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0)), self.config.norm_eps)
+    return rms_norm(meshes.to_rows(lookup(self.embedding[...], tokens)), self.config.norm_eps)
 
   def hidden(self, tokens, *, remat: str = "none", unroll: bool = False) -> tuple[Array, None]:
     """(final state, None): what `logits` reads, in the form that a Transformer has."""

@@ -29,7 +29,7 @@ from jaxlab.models.block import (
   unstack_layers,
 )
 from jaxlab.models.config import TransformerConfig
-from jaxlab.models.layers import Linear, RMSNorm, rms_norm, rope_table, wide
+from jaxlab.models.layers import Linear, RMSNorm, lookup, rms_norm, rope_table, wide
 
 _SMEAR_CHANNELS = 24
 
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
     c = self.config
     batch, time = tokens.shape
     start = 0 if cache is None else cache.length
-    x = meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0))
+    x = meshes.to_rows(lookup(self.embedding[...], tokens))
     if c.embed_norm:
       x = rms_norm(x, c.norm_eps)
     last = x[:, -1:]

@@ -26,7 +26,7 @@ from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_counts
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.generate import Decoder
-from jaxlab.models.layers import MLP, Linear, RMSNorm, wide
+from jaxlab.models.layers import MLP, Linear, RMSNorm, lookup, wide
 from jaxlab.models.mamba2 import recomputed
 from jaxlab.sequence.tnt import LayerState, MemoryConfig, MemoryLayer
 
@@ -145,7 +145,7 @@ class MemoryModel(nnx.Module):
     return self._run(self.embed(tokens), mix, remat=remat, unroll=unroll)[0], None
 
   def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time width"]:
-    return wide(meshes.to_rows(jnp.take(self.embedding[...], tokens, axis=0)))
+    return wide(meshes.to_rows(lookup(self.embedding[...], tokens)))
 
   def logits(self, x: Float[Array, "batch time width"], _=None) -> Float[Array, "batch time vocab"]:
     return wide(self.head(meshes.to_batch(self.norm(x).astype(self.dtype))))

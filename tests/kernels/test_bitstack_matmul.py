@@ -7,7 +7,7 @@ from jax import export
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.bitstack_matmul import bitstack_matmul
 from jaxlab.models.maps import SignStack, pack_signs
-from tests.common import INTERPRET
+from tests.common import interpreted
 
 
 def problem(*, rows=1, inputs=72, outputs=128, blocks=3, rank=2, dtype=jnp.float32):
@@ -22,9 +22,8 @@ def problem(*, rows=1, inputs=72, outputs=128, blocks=3, rank=2, dtype=jnp.float
 def test_it_is_the_map_of_its_first_blocks(implementation, rows, inputs, outputs, rank):
   """Inputs that fill no stretch, and every number of blocks; one program for all of them."""
   x, signs, u, v = problem(rows=rows, inputs=inputs, outputs=outputs, rank=rank)
-  run = jax.jit(
-    lambda count: bitstack_matmul(x, signs, u, v, count, implementation=implementation, interpret=INTERPRET)
-  )
+  how = dict(implementation=implementation, interpret=interpreted(implementation))
+  run = jax.jit(lambda count: bitstack_matmul(x, signs, u, v, count, **how))
   for count in (1, 2, 3):
     expected = SignStack(signs, u, v, None, jnp.int32(count))(x)
     np.testing.assert_allclose(run(jnp.int32(count)), expected, rtol=1e-4, atol=1e-3)
@@ -34,7 +33,7 @@ def test_it_is_the_map_of_its_first_blocks(implementation, rows, inputs, outputs
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
 def test_sixteen_bits_come_back_as_they_went_in(implementation):
   x, *rest = problem(rows=2, dtype=jnp.bfloat16)
-  run = lambda name: bitstack_matmul(x, *rest, jnp.int32(3), implementation=name, interpret=INTERPRET)
+  run = lambda name: bitstack_matmul(x, *rest, jnp.int32(3), implementation=name, interpret=interpreted(name))
   found, expected = run(implementation), run("reference")
   assert found.dtype == expected.dtype == jnp.bfloat16
   wide = lambda a: np.asarray(a, np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import TransformerConfig
+from jaxlab.models import TransformerConfig, layers
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.block import static_mixing
 from jaxlab.models.config import nanochat
@@ -280,3 +280,19 @@ def test_parallel_sublayers_add_what_each_makes_of_the_same_input():
   attention, mlp = branch(lambda b: (b.mlp.down,)), branch(lambda b: (b.o,))
   np.testing.assert_allclose(both - nothing, attention - nothing + mlp - nothing, atol=1e-5)
   assert np.abs(mlp - nothing).max() > 0.1
+
+
+def test_lookups_have_one_gradient_by_scatter_and_by_product(monkeypatch):
+  """Values, tangents and gradients of repeated ids; an id without a row is NaN either way."""
+  rng = np.random.default_rng(0)
+  table, change, weight = (jnp.float32(rng.normal(size=size)) for size in ((7, 5), (7, 5), (3, 40, 5)))
+  ids = jnp.asarray(rng.integers(0, 3, (3, 40)), jnp.int32)
+  found = {}
+  for by_product in False, True:
+    monkeypatch.setattr(layers, "_by_product", lambda rows, by_product=by_product: by_product)
+    gradient = jax.grad(lambda table: (layers.lookup(table, ids) * weight).sum())(table)
+    found[by_product] = (gradient, *jax.jvp(lambda table: layers.lookup(table, ids), (table,), (change,)))
+    assert np.isnan(layers.lookup(table, jnp.int32([7]))).all()
+  for scattered, product in zip(*found.values(), strict=True):
+    np.testing.assert_allclose(scattered, product, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found[True][0][1], np.asarray(weight)[np.asarray(ids) == 1].sum(axis=0), rtol=1e-4)
