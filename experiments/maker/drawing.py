@@ -64,5 +64,5 @@ def spreads(config, metrics: dict, workdir: Path) -> str:
     axis.set(yscale="log", xlabel="quantile of the steps", title=f"after {stage} steps of training")
     axis.set_xticks(range(len(share)), [f"{q:g}" for q in share], fontsize=7)
   axes[0].set_ylabel("error rate of a sample")
-  axes[-1].legend(fontsize=7)
+  axes[list(stages).index(f"{config.main}")].legend(fontsize=7)
   return figures.save(figure, workdir, "spread")

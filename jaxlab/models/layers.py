@@ -12,15 +12,13 @@ from jaxtyping import Array, Float, Int
 from jaxlab.models.attention import attend_cached
 from jaxlab.models.config import HyperConnections, RopeScaling, TransformerConfig
 
-_FEW = 1024  # rows of a table whose gradient is a product
-
 
 @jax.custom_jvp
 def lookup(table: Float[Array, "rows width"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
-  """table[ids], NaN where there is no such row.
+  """table[ids], NaN where there is no such row; gradients are summed in float32 or better.
 
-  On accelerators the gradient of a small table is a product with one-hot rows. A scatter adds the tokens of one id one
-  after the other: of a step on 32,768 bytes by a small Transformer it took 93 of 101 ms on an H200.
+  In bfloat16 an id that comes up 1,000 times with a gradient of 1 gets 256 in all, and an H200 takes 58 to 145 ms for
+  32,768 ids of width 512, however many rows there are, against 0.1 ms in float32.
   """
   return jnp.take(table, ids, axis=0)
 
@@ -28,16 +26,7 @@ def lookup(table: Float[Array, "rows width"], ids: Int[Array, "*batch"]) -> Floa
 @lookup.defjvp
 def _lookup_jvp(primals, tangents):
   (table, ids), (change, _) = primals, tangents
-  if _by_product(table.shape[0]):
-    one_hot = jax.nn.one_hot(ids, table.shape[0], dtype=change.dtype)
-    changed = jnp.matmul(one_hot, change, precision=jax.lax.Precision.HIGHEST)
-  else:
-    changed = jnp.take(change, ids, axis=0)
-  return lookup(table, ids), changed
-
-
-def _by_product(rows: int) -> bool:
-  return rows <= _FEW and jax.default_backend() != "cpu"
+  return lookup(table, ids), jnp.take(wide(change), ids, axis=0).astype(change.dtype)
 
 
 class Linear(nnx.Module):

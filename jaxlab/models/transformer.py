@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
       x = (x + self.smear_lambda[...] * gate * shifted).astype(x.dtype)
     values = None
     if c.value_embeddings:
-      values = jnp.take(self.value_embeddings[...], tokens, axis=1).astype(x.dtype)
+      values = jax.vmap(lookup, (0, None))(self.value_embeddings[...], tokens).astype(x.dtype)
       rows = "batch" if heads_divide(c) else "rows"
       values = meshes.constrain(values, None, rows, "sequence", gradient=(None, "batch", "sequence"))
       values = values.reshape(-1, batch, time, c.kv_heads, c.head_dim)
