@@ -210,7 +210,9 @@ def claims(config, metrics: dict) -> list[Claim]:
       ours=fits["s ln s"] / max(best_rival, 1e-12), threshold=1.0,
       baseline=", ".join(f"{name} {value:.3g}" for name, value in fits.items()),
       note="standard deviations of log(cost / form); samples a step by length: "
-      + ", ".join(f"{row['steps']}: {row['samples']:.3g}" for row in metrics["length"]),
+      + ", ".join(
+        f"{r['steps']}: {r['samples']:.3g} ({r['success']:.0%} of {r['seeds']} runs right)" for r in metrics["length"]
+      ),
     ),
     Claim(
       "Steps whose first two votes are both wrong with a limit on length, over those without", "", "lower",

@@ -5,14 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import TransformerConfig, layers
+from jaxlab.models import HNet, HNetConfig, Mamba2, Mamba2Config, Transformer, TransformerConfig, layers
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.block import static_mixing
 from jaxlab.models.config import nanochat
 from jaxlab.models.layers import sinkhorn
 from jaxlab.models.transformer import layer_parallel, sequential
+from jaxlab.sequence.tnt import titans
+from jaxlab.sequence.tnt_model import MemoryModel, MemoryModelConfig
 from tests.common import CLOSE, SHAPE, configs, plain_attention, random_model, random_tokens
 
 CONFIGS = configs()
@@ -292,3 +295,28 @@ def test_gradients_of_lookups_are_summed_in_float32():
   change = jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4)
   np.testing.assert_array_equal(jax.jvp(run, (table,), (change,))[1], change[ids])
   assert np.isnan(layers.lookup(table, jnp.int32([3]))).all()
+
+
+def scattered(jaxpr):
+  """Shapes and dtypes of all sums by index in a program, those of its parts too."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "scatter-add":
+      yield from ((out.aval.shape, out.aval.dtype) for out in eqn.outvars)
+    for part in jax_core.jaxprs_in_params(eqn.params):
+      yield from scattered(part)
+
+
+@pytest.mark.parametrize("kind", ["value embeddings", "H-Net", "Mamba-2", "deep memory"])
+def test_no_model_sums_gradients_of_embeddings_in_sixteen_bits(kind):
+  config = {
+    "value embeddings": nanochat(depth=2, aspect_ratio=16, head_dim=16, vocab_size=64, context=512),
+    "H-Net": HNetConfig("T1", (16,), (16,), (2,), (None,), (), vocab_size=64, head_dim=8),
+    "Mamba-2": Mamba2Config(vocab_size=64, depth=1, width=16, head_dim=8, state=8),
+    "deep memory": MemoryModelConfig(64, 1, 16, titans(16, heads=2, head_dim=8, chunk=4)),
+  }[kind]
+  make = {HNetConfig: HNet, Mamba2Config: Mamba2, MemoryModelConfig: MemoryModel}.get(type(config), Transformer)
+  model = jax.eval_shape(lambda: jax.tree.map(lambda a: a.astype(jnp.bfloat16), make(config, jax.random.key(0))))
+  tokens = jnp.zeros((2, 8), jnp.int32)
+  loss = lambda model: model.hidden(tokens)[0].astype(jnp.float32).sum()
+  sums = [dtype for shape, dtype in scattered(jax.make_jaxpr(jax.grad(loss))(model).jaxpr) if 64 in shape]
+  assert sums and set(sums) == {jnp.dtype("float32")}
