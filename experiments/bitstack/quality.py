@@ -113,9 +113,9 @@ _SVDS = {"svd": _scaled_svd, "svd unscaled": svd.plain_svd}
 
 
 def within(config, subject: Subject) -> Transformer:
-  """The model in config.budget of its blocks' bytes, blocks in the order of `level`."""
-  stacks = whole(config, subject)
+  """The model in config.budget of its blocks' bytes: as many blocks as fill it, in the order of `level`."""
   dense = stored(subject.model)
   blocks = maps.bytes_of(maps.named(dense.blocks))
   budget = maps.bytes_of(dense) - blocks + int(config.budget * blocks)
+  stacks = whole(config, subject, blocks=bitstack.blocks_to_fill(dense, budget=budget, rank=config.rank))
   return bitstack.at_budget(stacks, order_of(config, subject, stacks, "level"), budget=budget)

@@ -118,6 +118,22 @@ def decompose(
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
 
+def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
+  """The fewest blocks of every map, at least one, that take `budget` bytes or more with all else of the model: what to
+  `decompose` into for a size that fills its budget.
+
+  Raises:
+    InputError: a map that is neither plain nor of low rank.
+  """
+  matrices = [matrix for one in maps.named(model.blocks).values() for matrix in _matrices(one)]
+  rest, block = maps.bytes_of(model) - maps.bytes_of(matrices), 0
+  for matrix in matrices:
+    layers, inputs, outputs = matrix.shape
+    block += layers * (outputs * -(-inputs // 8) + rank * (inputs + outputs) * np.dtype(np.float16).itemsize)
+    rest += layers * (inputs * np.dtype(np.float16).itemsize + np.dtype(np.int32).itemsize)
+  return max(1, -(-(budget - rest) // block))
+
+
 def _matrices(one) -> tuple[Array, ...]:
   """Of a plain map, or the two of a map of low rank."""
   require(

@@ -31,10 +31,14 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
   )
 
 
-def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monkeypatch):
-  config.model, config.budget = f"hf:{tiny_checkpoint}", 0.3
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monkeypatch, budget):
+  """Which fills the budget, whatever the number of blocks that other parts take."""
+  config.model, config.budget = f"hf:{tiny_checkpoint}", budget
   report = run_and_continue("bitstack", tmp_path, monkeypatch, "quality.within", config=config)
   (found,) = report.metrics["compressed"].values()
   small = hub.load(tmp_path / "compressed")
   assert {one.kind for one in maps.named(small.blocks).values()} == {"sign_stack"}
   assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"]
+  blocks = maps.bytes_of(maps.named(hub.load(tiny_checkpoint, dtype="bfloat16").blocks))
+  assert budget - 0.02 < 1 - (found["bytes"]["original"] - maps.bytes_of(small)) / blocks < budget + 0.02

@@ -135,7 +135,7 @@ def test_what_cannot_be_adapted_is_one_line(checkpoint, tmp_path, cache):
       adapt(config, checkpoint, tmp_path / "run", cache)
     assert "\n" not in str(caught.value)
 
-  refused(r"has \d+ tokens to train on, one batch 800000; give more", train__length=100_000)
+  refused(r"has \d+ tokens to train on, one batch 1600000; give more", train__length=100_000)
   refused(r"own\.share is 0\.9, more\.share 0\.3", own__share=0.9, more__share=0.3)
 
 
