@@ -193,13 +193,20 @@ def evaluate_blocks(blocks: Block, states, side: Side, *, values, mixing, attend
 
 
 def attend_layers(q, k, v, *, windows, attention: AttentionFn, start):
-  """Attention of n layers at once: once per kind of window, with the layers folded into the batch."""
+  """Attention of n layers at once: once per kind of window, with the layers folded into the batch.
+
+  Where devices split the batch the rows come first: rows inside of layers would be gathered, and every device attend
+  for all of them.
+  """
   layers, batch = q.shape[:2]
+  split = meshes.split_over("batch", batch) > 1
+  turn = lambda a: a.swapaxes(0, 1) if split else a
   attended = [None] * layers
   for window, index in window_kinds(windows).items():
-    fold = lambda a: take_layers(a, index).reshape(-1, *a.shape[2:])  # noqa: B023 (used at once)
+    fold = lambda a: turn(take_layers(a, index)).reshape(-1, *a.shape[2:])  # noqa: B023 (used at once)
     out = attention(fold(q), fold(k), fold(v), window=window, start=start)
-    for j, y in zip(index, out.reshape(len(index), batch, *out.shape[1:]), strict=True):
+    shape = (batch, len(index)) if split else (len(index), batch)
+    for j, y in zip(index, turn(out.reshape(*shape, *out.shape[1:])), strict=True):
       attended[j] = y
   return jnp.stack(attended)
 

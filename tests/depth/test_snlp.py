@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from experiments.many_gpus import collectives
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.depth import snlp, snlp_suffix
 from jaxlab.models.config import HyperConnections, nanochat
@@ -51,6 +53,23 @@ def test_n_iterations_reproduce_the_sequential_network(name, surrogate, dtype):
   started = from_every_start if dtype == "float64" else lambda m, **o: [run(m, initial="batch_fwd", **o)]
   for actual in started(model, **options):
     np.testing.assert_allclose(actual, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+def test_devices_that_split_the_batch_exchange_nothing():
+  """Attention of all layers at once takes each device's own rows, under both kinds of window."""
+  model, tokens = random_model(dataclasses.replace(CONFIGS["nanochat"], depth=4)), random_tokens(8, 160)
+  assert set(model.config.windows) == {128, None}
+  mesh = meshes.make_mesh()
+  solve = lambda m, t: snlp.hidden(m, t, layers=4, iterations=1)[0]
+
+  def placed(m, t):
+    with meshes.using(mesh):
+      return solve(m, t)
+
+  args = jax.device_put(model, meshes.shardings(model, mesh)), jax.device_put(tokens, meshes.batch_sharding(mesh))
+  compiled = jax.jit(placed).lower(*args).compile()
+  assert not collectives.collectives(compiled.as_text())
+  np.testing.assert_allclose(compiled(*args), jax.jit(solve)(model, tokens), rtol=1e-4, atol=1e-4)
 
 
 def from_every_start(model, *, layers, attention, **options):
