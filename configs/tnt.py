@@ -65,7 +65,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         trial=pick(test=2, cpu=100, paper=1000),  # steps to choose a rate by
         rates=pick(test=(4e-3,), cpu=(1.2e-2, 2.4e-2), gpu=(2e-3, 5e-3), paper=(5e-4, 1e-3, 2e-3, 5e-3)),
         batch=pick(test=8, cpu=8, gpu=32, paper=64),
-        length=pick(test=32, cpu=256, gpu=1024, paper=16_384),
+        length=pick(test=64, cpu=256, gpu=1024, paper=16_384),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(cpu="none", gpu="dots"),
       ),

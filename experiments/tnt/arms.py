@@ -67,6 +67,7 @@ def parameters(shape: Shape) -> int:
   return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: fresh(shape, 0))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def fresh(shape: Shape, seed: int):
   kinds = {MemoryModelConfig: MemoryModel, WindowedConfig: windowed, HNetConfig: HNet}
   return kinds[type(shape)](shape, jax.random.key(seed))
@@ -156,7 +157,7 @@ class Lab:
 
   def arm(self, name: str, *, rate: float, steps: int, seed: int) -> MemoryModel | HNet:
     shape = shape_of(self.config, name, self.vocabulary)
-    model = jax.jit(lambda: fresh(shape, seed))()
+    model = fresh(shape, seed)
     return self.train(model, f"{name} {rate:g} {steps} {seed}", rate=rate, steps=steps, seed=seed)
 
   def loss(self, model, split: str, chunks: tuple[int, ...] | None = None) -> float:

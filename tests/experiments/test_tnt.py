@@ -19,7 +19,8 @@ TRAINED = (arms.TNT, "Transformer")
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
-  """Two arms are measured, the others are said to be like the first: each would be compiled for itself."""
+  """Two arms are measured and one step is timed at each length; the others are said to be like the first: each would be
+  compiled for itself."""
   config = config_file.get_config("test")
   config.data.path, config.data.name = "docs/**/*.md", "local_text"
   real, train = (arms.Lab.measured, arms.Lab.at_rate), arms.Lab.train
@@ -29,12 +30,21 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
     factors[folder.split(" 0.")[0]] = how.get("factor")
     return train(lab, model, folder, **how) if folder.startswith((*TRAINED, "stage 2")) else model
 
-  monkeypatch.setattr(arms.Lab, "measured", lambda lab, name, seeds: real[0](lab, like(name), seeds))
-  monkeypatch.setattr(arms.Lab, "at_rate", lambda lab, name, rate, seeds: real[1](lab, like(name), rate, seeds))
+  known = {}
+
+  def once(kind, lab, name, *given):
+    if (kind, like(name)) not in known:
+      known[kind, like(name)] = real[kind](lab, like(name), *given)
+    return known[kind, like(name)]
+
+  monkeypatch.setattr(arms.Lab, "measured", lambda lab, *given: once(0, lab, *given))
+  monkeypatch.setattr(arms.Lab, "at_rate", lambda lab, *given: once(1, lab, *given))
   monkeypatch.setattr(arms.Lab, "train", train_some)
   one = functools.cache(lambda name: recalled(config, name))
   recalled, each = recall.measure, (recall.DEEP + recall.PROJECTED, recall.TRANSFORMER)
   monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
+  timed, real_step = functools.cache(lambda *shape: real_step(config, arms.TNT, *shape)), speed.step
+  monkeypatch.setattr(speed, "step", lambda config, name, *shape: timed(*shape))
   parts = ("arms.Lab.measured", "arms.Lab.at_rate", "stages.measure", "speed.measure", "recall.measure")
   report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
