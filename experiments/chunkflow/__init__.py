@@ -28,7 +28,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   """Runs all parts; what the workdir holds is not measured again."""
   part = functools.partial(results.part, workdir)
   if config.model:
-    attend = arms.attention(config)
+    attend = arms.attention(config.attention)
     gradient_of = lambda model_of: chunkflow.gradient(attend=attend, remat=config.tuning.remat, model_of=model_of)
     how = (config, gradient_of, workdir, cache, console, documents)
     return {TUNED: part(TUNED, lambda: long_finetuning.measure(*how))}

@@ -38,10 +38,6 @@ class Arm(NamedTuple):
 
 def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") -> Arm:
   """One of `ARMS`; all with the same attention."""
-  attend = attention(config)
-  rows = functools.partial(_rows_loss, attend=attend, remat=remat)
-  ways = chunkflow.gradient(attend=attend, remat=remat)
-  add = {"rows": _adds(jax.value_and_grad(rows)), "chunks": _adds(functools.partial(_chunked, ways))}
   plans = {
     "one": lambda sequences: [("rows", _padded([one])) for one in sequences],
     "sorted": lambda sequences: [("rows", _padded(group)) for group in _alike(sequences, chunk)],
@@ -53,14 +49,23 @@ def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") ->
     "chunkflow": lambda sequences: _steps(sequences, chunk, keep),
     "apart": lambda sequences: _steps([piece for one in sequences for piece in _pieces(one, chunk)], chunk, 1),
   }
-  return Arm(plans[name], add)
+  return Arm(plans[name], _programs(config.attention, remat))
 
 
-def attention(config) -> Callable:
-  """`jax.nn.dot_product_attention`, by the implementation that config.attention names; cuDNN has none in 32 bits."""
+@functools.cache
+def _programs(implementation: str, remat: str) -> dict[str, Callable]:
+  """Of every kind of micro-step; arms share what is compiled for a shape."""
+  attend = attention(implementation)
+  rows = functools.partial(_rows_loss, attend=attend, remat=remat)
+  ways = chunkflow.gradient(attend=attend, remat=remat)
+  return {"rows": _adds(jax.value_and_grad(rows)), "chunks": _adds(functools.partial(_chunked, ways))}
+
+
+def attention(implementation: str) -> Callable:
+  """`jax.nn.dot_product_attention`, by the implementation named, "" for jax's choice; cuDNN has none in 32 bits."""
 
   def attend(q, k, v, **how):
-    named = config.attention if q.dtype.itemsize == 2 or config.attention != "cudnn" else ""
+    named = implementation if q.dtype.itemsize == 2 or implementation != "cudnn" else ""
     return jax.nn.dot_product_attention(q, k, v, implementation=named or None, **how)
 
   return attend

@@ -1,5 +1,6 @@
 """Time and memory of a global batch, and the losses of a few hundred steps, by arm."""
 
+import functools
 import itertools
 import time
 
@@ -38,8 +39,12 @@ def sequences(ids: np.ndarray, sizes: np.ndarray, start: int = 0) -> list[Batch]
 
 def fresh(config, vocabulary: int, seed: int = 0, *, dtype: str | None = None):
   shape = config.shape.to_dict() | dict(vocab_size=vocabulary, context=max(config.longest))
-  model = jax.jit(lambda: Transformer(TransformerConfig(**shape), jax.random.key(seed)))()
-  return jax.tree.map(lambda a: a.astype(dtype or config.dtype), model)
+  return _fresh(TransformerConfig(**shape), seed, dtype or config.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _fresh(shape: TransformerConfig, seed: int, dtype: str) -> Transformer:
+  return jax.tree.map(lambda a: a.astype(dtype), Transformer(shape, jax.random.key(seed)))
 
 
 def batches(config, ids, longest: int) -> list[list[Batch]]:
