@@ -134,6 +134,7 @@ def test_titans_and_tnt_are_timed_in_chunks_of_their_own(monkeypatch):
   """The memory of a contestant has the chunk that it is called after; speeds compare the same chunk."""
   config, seen = config_file.get_config("test"), []
   config.speed.more.titans, config.speed.more.tnt, config.speed.large = (4, 16), (4,), 16
+  config.train.length = 32  # so that steps as they are trained have other numbers of tokens
 
   def step(config, arm, vocabulary, rows, length):
     memory = None if arm == arms.SMALL else arms.memory_of(config, arm)
