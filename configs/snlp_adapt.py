@@ -65,7 +65,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       train=dict(
         steps=pick(test=4, cpu=80, gpu=6500, paper=60_000),
-        batch=pick(test=16, cpu=4, gpu=32),
+        batch=pick(test=16, cpu=4, gpu=32),  # the rows of each setting should divide over devices
         length=pick(test=32, cpu=128, gpu=512),
         accumulate=1,
         rate=3e-4,

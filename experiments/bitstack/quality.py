@@ -117,6 +117,7 @@ def within(config, subject: Subject) -> Transformer:
 
   All layers of a map hold as many: a folder has room for the most that one of them has.
   """
+  require(0 < config.budget <= 1, f"budget is {config.budget}; it must lie in 0 < budget <= 1")
   dense = stored(subject.model)
   blocks = maps.bytes_of(maps.named(dense.blocks))
   budget = maps.bytes_of(dense) - blocks + int(config.budget * blocks)
@@ -124,4 +125,4 @@ def within(config, subject: Subject) -> Transformer:
   order = order_of(config, subject, stacks, "level")
   level = lambda counts: all(min(count) == max(count) for count in counts.values())
   sizes = [size for size, counts in bitstack.configurations(stacks, order) if size <= budget and level(counts)]
-  return bitstack.at_budget(stacks, order, budget=max(sizes, default=budget))
+  return bitstack.at_budget(stacks, order, budget=max(sizes))

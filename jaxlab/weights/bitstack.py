@@ -119,11 +119,11 @@ def decompose(
 
 
 def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
-  """The fewest blocks of every map, at least one, that take `budget` bytes or more with all else of the model: what to
+  """The fewest blocks of every map that take `budget` bytes or more with all else of the model: what to
   `decompose` into for a size that fills its budget.
 
   Raises:
-    InputError: a map that is neither plain nor of low rank.
+    InputError: a budget below that of one block; a map that is neither plain nor of low rank.
   """
   matrices = [matrix for one in maps.named(model.blocks).values() for matrix in _matrices(one)]
   rest, block = maps.bytes_of(model) - maps.bytes_of(matrices), 0
@@ -131,7 +131,8 @@ def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
     layers, inputs, outputs = matrix.shape
     block += layers * (outputs * -(-inputs // 8) + rank * (inputs + outputs) * np.dtype(np.float16).itemsize)
     rest += layers * (inputs * np.dtype(np.float16).itemsize + np.dtype(np.int32).itemsize)
-  return max(1, -(-(budget - rest) // block))
+  require(budget >= rest + block, f"budget is {budget} bytes; one block of every map takes {rest + block}")
+  return -(-(budget - rest) // block)
 
 
 def _matrices(one) -> tuple[Array, ...]:

@@ -1,7 +1,9 @@
 import pytest
 
 from configs import bitstack as config_file
-from experiments import results
+from experiments import bitstack, results
+from experiments.console import Console
+from jaxlab.core.checks import InputError
 from jaxlab.models import hub, maps
 from tests.common import run_and_continue
 
@@ -43,3 +45,13 @@ def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monk
   blocks = maps.bytes_of(maps.named(hub.load(tiny_checkpoint, dtype="bfloat16").blocks))
   share = 1 - (found["bytes"]["original"] - maps.bytes_of(small)) / blocks
   assert budget - 0.02 < share <= budget
+
+
+@pytest.mark.parametrize("budget, message", [(1.5, "budget is 1.5"), (0.01, r"one block of every map takes \d+")])
+def test_a_budget_that_cannot_be_filled_is_refused_before_anything_is_decomposed(
+  config, tiny_checkpoint, tmp_path, monkeypatch, budget, message
+):
+  config.model, config.budget = f"hf:{tiny_checkpoint}", budget
+  monkeypatch.delattr("jaxlab.weights.bitstack.decompose")
+  with pytest.raises(InputError, match=message):
+    bitstack.measure(config, tmp_path, tmp_path, Console(quiet=True))

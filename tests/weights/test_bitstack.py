@@ -197,8 +197,10 @@ def test_a_map_of_low_rank_becomes_two_stacks_of_any_size(model):
   whole = made[-1][0]
   assert whole == maps.bytes_of(stacks) == bitstack.bytes_in_use(stacks)
   two = made[2 * len(bitstack.stacks_of(stacks))][0]
-  wanted = (1, two, two + 1, whole, whole + 1)
+  wanted = (made[0][0], two, two + 1, whole, whole + 1)
   assert [bitstack.blocks_to_fill(small, budget=size, rank=6) for size in wanted] == [1, 2, 3, 3, 4]
+  with pytest.raises(InputError, match=f"one block of every map takes {made[0][0]}"):
+    bitstack.blocks_to_fill(small, budget=made[0][0] - 1, rank=6)
   middle = bitstack.at_budget(stacks, order, budget=(made[0][0] + whole) // 2)
   assert made[0][0] < bitstack.bytes_in_use(middle) <= (made[0][0] + whole) // 2
   apart = lambda one: float(jnp.abs(one(TOKENS) - small(TOKENS)).mean())
