@@ -46,7 +46,7 @@ def _chunkflow(spec, config: TransformerConfig, devices: list[int]) -> tuple[Gra
   sequences, plan = speed.sequences(ids, sizes), chunkflow.pack(sizes, s.chunk)
   share = lambda n: chunkflow.materialize(plan, sequences, keep=s.keep, ranks=n, cost=cost)
   levels = {f"{n}": {"balance": balance(plan, n, s.keep, cost)} for n in devices}
-  return chunkflow.gradient(attend=arms.attention(spec)), {n: share(n) for n in devices}, levels
+  return chunkflow.gradient(attend=arms.attention(spec.attention)), {n: share(n) for n in devices}, levels
 
 
 def _seco(spec, config: TransformerConfig, devices: list[int]) -> tuple[GradientFn, dict, dict]:
