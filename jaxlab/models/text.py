@@ -1,6 +1,8 @@
 """Text into prompts and tokens back into text while they are made."""
 
 import codecs
+import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jinja2
@@ -15,6 +17,10 @@ from jaxlab.models.vocabulary import Vocabulary
 
 BYTES = "surrogateescape"  # how text stands for bytes that are no UTF-8, as in the arguments of a command
 _UNFINISHED = "\ufffd"  # what a decoder puts in the place of bytes that are no character yet
+# Byte-level vocabularies write printable bytes as themselves, the others as characters from 256 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 
 
 def render_chat(
@@ -68,11 +74,21 @@ def byte_prompt(text: str) -> list[int]:
   return [byte_level.BOS, *text.encode(errors=BYTES)]
 
 
-class Pieces:
-  """The text of tokens as they come, in pieces of whole characters; special tokens have none."""
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+  """The UTF-8 bytes that a token stands for, of part of a character too."""
+  text, name = tokenizer.decode([token], skip_special_tokens=False), tokenizer.id_to_token(token) or ""
+  if _UNFINISHED not in text:
+    return text.encode()
+  if re.fullmatch("<0x[0-9A-F]{2}>", name):
+    return bytes.fromhex(name[3:5])
+  return bytes(map(_BYTE_OF.get, name)) if _BYTE_OF.keys() >= set(name) else text.encode()
 
-  def __init__(self, tokenizer: Tokenizer):
-    self._decode = tokenizer.decode
+
+class Pieces:
+  """The text of tokens as they come, in pieces of whole characters; special tokens have none, unless `special`."""
+
+  def __init__(self, tokenizer: Tokenizer, *, special: bool = False):
+    self._decode = functools.partial(tokenizer.decode, skip_special_tokens=not special)
     self._pending: list[int] = []
     self._before: list[int] = []  # the last piece's: some decoders treat the first token of a text in another way
 

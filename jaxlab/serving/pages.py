@@ -60,8 +60,8 @@ class Pages:
     return pages
 
   def release(self, pages: Sequence[int]) -> None:
-    """Gives up one hold of each page."""
-    for page in pages:
+    """Gives up one hold of each page, of the last first: without what is before it, nobody can match a page."""
+    for page in reversed(pages):
       require(page > 0 and self.holders[page] > 0, f"page {page} is released, but nobody holds it")
       self.holders[page] -= 1
       if self.holders[page] == 0:

@@ -175,17 +175,15 @@ def alternating(view: View) -> Plan:
 def orca(view: View) -> Plan:
   """Orca (OSDI 2022): all that decode, and whole prompts; who runs has the pages of its longest answer.
 
-  Raises:
-    InputError: a prompt that is longer than a step.
+  A prompt longer than a step begins in a step of its own and takes several.
   """
   plan = Plan()
   _decodes(view, plan)
-  for sequence in _reading(view, plan):  # what was made before it was preempted
+  for sequence in _reading(view, plan):  # a long prompt's rest, and what was made before it was preempted
     _chunk(view, plan, sequence)
   while len(plan.chunks) < view.chunks and view.waiting:
-    length, room = view.waiting[0].readable, view.room(plan)
-    require(length <= room or plan.decode or plan.chunks, f"a prompt of {length} tokens is read whole; raise budget")
-    if length > room or (sequence := view.admit(whole=True)) is None:
+    late = view.waiting[0].readable > view.room(plan) and (plan.decode or plan.chunks)
+    if late or (sequence := view.admit(whole=True)) is None:
       break
     _chunk(view, plan, sequence)
   return plan

@@ -1,7 +1,6 @@
 """Bodies of OpenAI's API, read strictly: what is not known or not done is refused by name."""
 
 import dataclasses
-import secrets
 from collections.abc import Mapping, Sequence
 
 from jaxlab.core.checks import InputError, require
@@ -38,15 +37,18 @@ class Asked:
   """What a body asks for.
 
   Attributes:
-    prompts: token ids of each; n: answers to each; tokens: new ones at most, None: as many as there is room for.
+    prompts: token ids of each; texts: what they were made of, None where ids came; n: answers to each.
+    tokens: new ones at most, None: as many as there is room for; seed: None: every answer is another one.
     stop: texts that end an answer; logprobs: they are wanted; echo: the prompt is part of the answer.
     usage: a stream ends with the counts of tokens.
   """
 
   prompts: list[list[int]]
+  texts: list[str | None]
   n: int
   tokens: int | None
   sampling: Sampling
+  seed: int | None
   stop: tuple[str, ...]
   stream: bool
   usage: bool
@@ -62,8 +64,10 @@ def completion(body: Mapping, vocabulary: Vocabulary, name: str) -> Asked:
   """
   _known(body, (*_COMMON, "prompt", "echo"), name)
   logprobs = _whole(body, "logprobs", None, 0, 1)
+  prompts = _prompts(body.get("prompt"))
   return Asked(
-    prompts=_prompts(body.get("prompt"), vocabulary),
+    prompts=[raw_prompt(vocabulary, p) if isinstance(p, str) else p for p in prompts],
+    texts=[p if isinstance(p, str) else None for p in prompts],
     tokens=_whole(body, "max_tokens", 16, 0),
     logprobs=logprobs is not None,
     echo=_flag(body, "echo"),
@@ -78,7 +82,8 @@ def chat(body: Mapping, vocabulary: Vocabulary, name: str) -> Asked:
   tokens = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None, 1), 1)
   rendered = render_chat(vocabulary, _messages(body.get("messages")))
   prompt = vocabulary.tokenizer.encode(rendered, add_special_tokens=False).ids
-  return Asked(prompts=[prompt], tokens=tokens, logprobs=_flag(body, "logprobs"), echo=False, **_shared(body))
+  flags = dict(logprobs=_flag(body, "logprobs"), echo=False)
+  return Asked(prompts=[prompt], texts=[None], tokens=tokens, **flags, **_shared(body))
 
 
 def _shared(body: Mapping) -> dict:
@@ -88,15 +93,14 @@ def _shared(body: Mapping) -> dict:
   sampling = Sampling(
     temperature=_number(body, "temperature", 1.0, 0, 2),
     **{p: None if body.get(p) is None else _number(body, p, 1.0, 0, 1) for p in ("top_p", "min_p")},
-    # Who gives none wants another answer each time.
-    seed=_whole(body, "seed", secrets.randbits(32), -(2**63), 2**64) % 2**32,
   )
   return dict(
     n=_whole(body, "n", 1, 1, _MOST),
     sampling=sampling,
+    seed=_whole(body, "seed", None, -(2**63), 2**64),
     stop=_stops(body.get("stop")),
     stream=_flag(body, "stream"),
-    usage=bool(options.get("include_usage")),
+    usage=_flag(options, "include_usage"),
   )
 
 
@@ -145,7 +149,7 @@ def _stops(stop) -> tuple[str, ...]:
   return tuple(stop)
 
 
-def _prompts(prompt, vocabulary: Vocabulary) -> list[list[int]]:
+def _prompts(prompt) -> list[str | list[int]]:
   whole = lambda ids: isinstance(ids, list) and bool(ids) and all(type(i) is int for i in ids)
   if isinstance(prompt, str) or whole(prompt):
     prompt = [prompt]
@@ -153,7 +157,10 @@ def _prompts(prompt, vocabulary: Vocabulary) -> list[list[int]]:
     isinstance(prompt, list) and 0 < len(prompt) <= _MOST and all(isinstance(p, str) or whole(p) for p in prompt),
     f"prompt must be a text, a list of token ids, or a list of at most {_MOST} of either, none of them empty",
   )
-  return [raw_prompt(vocabulary, p) if isinstance(p, str) else p for p in prompt]
+  for text in prompt:
+    if isinstance(text, str):
+      _require_text("prompt", text)
+  return prompt
 
 
 def _messages(messages) -> list[dict[str, str]]:
@@ -168,5 +175,14 @@ def _messages(messages) -> list[dict[str, str]]:
       content = "".join(parts)
     if not isinstance(role, str) or not isinstance(content, str):
       raise InputError(f"messages[{i}] must have a role and a content that are texts")
+    more = next((key for key, value in message.items() if key not in ("role", "content") and value is not None), None)
+    require(more is None, f"messages[{i}] has {more!r:.60}, which is not supported; leave it out")
+    _require_text(f"messages[{i}]", role + content)
     made.append({"role": role, "content": content})
   return made
+
+
+def _require_text(name: str, text: str) -> None:
+  """JSON can spell halves of characters, which no tokenizer takes."""
+  half = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+  require(half is None, f"{name} has half of a UTF-16 pair at character {half}; send whole characters")

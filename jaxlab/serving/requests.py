@@ -125,7 +125,7 @@ class Served:
 
   def reset(self) -> list[int]:
     """The pages, which it gives up: all is to be computed again."""
-    pages, self.pages = self.pages, []
+    pages, self.pages, self.scores = self.pages, [], []
     self.computed = self.published = self.compacted = self.gone = 0
     return pages
 

@@ -40,6 +40,11 @@ class Runner:
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
 
+  @property
+  def capacity(self) -> int:
+    """Requests that may be open at once."""
+    return self.engine.rows + self.queue_length
+
   def submit(self, request: Request, receive: Callable[[Event], None]) -> None:
     """Hands a request in; `receive` is called in the engine's thread with every event, the last one with its finish.
 
@@ -49,7 +54,7 @@ class Runner:
     with self._lock:
       if self.failed or self._closing:
         raise Stopped(self.failed or "the server is shutting down; ask another one")
-      if self._open >= self.engine.rows + self.queue_length:
+      if self._open >= self.capacity:
         raise Full
       self._open += 1
     self._commands.put(lambda: self._add(request, receive))

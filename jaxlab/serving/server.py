@@ -9,6 +9,7 @@ import dataclasses
 import hmac
 import itertools
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxlab.core.checks import InputError, require
-from jaxlab.models.text import Pieces, Until
+from jaxlab.models.text import Pieces, Until, token_bytes
 from jaxlab.models.vocabulary import Vocabulary
 from jaxlab.serving import protocol
 from jaxlab.serving.protocol import Asked
@@ -75,34 +76,48 @@ class _Refused(Exception):
 class _Answer:
   """The text of one sequence as it comes."""
 
-  def __init__(self, index: int, vocabulary: Vocabulary, asked: Asked, prompt: list[int], limit: int):
+  def __init__(self, index: int, vocabulary: Vocabulary, asked: Asked, prompt: list[int], text: str | None, limit: int):
     self.index, self.prompt, self.limit = index, prompt, limit
     self._tokenizer, self._pieces = vocabulary.tokenizer, Pieces(vocabulary.tokenizer)
-    self._until, self._asked = Until(asked.stop), asked
+    self._until, self._asked, self._text = Until(asked.stop), asked, text
     self.finish: str | None = None
     self.made = 0
-    self.tokens: list[tuple[int, float | None, tuple[int, float] | None]] = []  # not yet told
+    self._length = 0  # characters so far, those of stop strings among them
+    # Not yet told: token, log-probability, the likeliest token and its, where it begins in the text.
+    self.tokens: list[tuple[int, float | None, tuple[int, float] | None, int]] = []
 
   def take(self, event: Event) -> str:
     """The new text, with `finish` set where it ends."""
     text = ""
-    if event.scores or (self._asked.echo and not self.made):
-      scores = event.scores or [(None, None, None)] * (len(self.prompt) - 1)
-      rest = zip(self.prompt[1:], scores, strict=True)
-      self.tokens.append((self.prompt[0], None, None))
-      self.tokens += [(i, lp, None if best is None else (best, top)) for i, (lp, best, top) in rest]
-      text = self._tokenizer.decode(self.prompt, skip_special_tokens=False) if self._asked.echo else ""
+    if self._asked.echo and not self.made:
+      text, starts = self._echoed()
+      scores = [(None, None, None), *(event.scores or [(None, None, None)] * (len(self.prompt) - 1))]
+      for token, (logprob, best, top), start in zip(self.prompt, scores, starts, strict=True):
+        self.tokens.append((token, logprob, None if best is None else (best, top), start))
+      self._length = len(text)
     self.made += 1
     if self.made <= self.limit:
-      self.tokens.append((event.token, event.logprob, event.best))
+      self.tokens.append((event.token, event.logprob, event.best, self._length))
       if event.finish != "stop":  # the stop token is no text
-        text += self._until.push(self._pieces.push(event.token) or "")
+        piece = self._pieces.push(event.token) or ""
+        self._length += len(piece)
+        text += self._until.push(piece)
     if self._until.found:
       self.finish = "stop"
     elif event.finish:
       self.finish = event.finish
       text += self._until.push(self._pieces.end()) + self._until.end()
     return text
+
+  def _echoed(self) -> tuple[str, list[int]]:
+    """(the prompt as it came, where each of its tokens begins); what the tokenizer puts before a text is none of it."""
+    of_text = self.prompt if self._text is None else self._tokenizer.encode(self._text, add_special_tokens=False).ids
+    pieces, text, starts = Pieces(self._tokenizer, special=True), "", []
+    for token in of_text:
+      starts.append(len(text))
+      text += pieces.push(token) or ""
+    before = [0] * (len(self.prompt) - len(starts))
+    return text + pieces.end() if self._text is None else self._text, before + starts
 
   def logprobs(self, chat: bool) -> dict | None:
     """Of the tokens since the last call, in the form of the API."""
@@ -111,16 +126,14 @@ class _Answer:
       return None
     name = lambda i: self._tokenizer.decode([i], skip_special_tokens=False)
     if chat:
-      entry = lambda i, lp: {"token": name(i), "logprob": lp, "bytes": list(name(i).encode())}
+      entry = lambda i, lp: {"token": name(i), "logprob": lp, "bytes": list(token_bytes(self._tokenizer, i))}
       best = lambda top: [] if top is None else [entry(*top)]
-      return {"content": [entry(i, lp) | {"top_logprobs": best(top)} for i, lp, top in tokens]}
-    names = [name(i) for i, *_ in tokens]
-    offsets = [0, *itertools.accumulate(map(len, names))][:-1]
+      return {"content": [entry(i, lp) | {"top_logprobs": best(top)} for i, lp, top, _ in tokens]}
     return {
-      "tokens": names,
-      "token_logprobs": [lp for _, lp, _ in tokens],
-      "top_logprobs": [None if top is None else {name(top[0]): top[1]} for *_, top in tokens],
-      "text_offset": offsets,
+      "tokens": [name(i) for i, *_ in tokens],
+      "token_logprobs": [lp for _, lp, *_ in tokens],
+      "top_logprobs": [None if top is None else {name(top[0]): top[1]} for *_, top, _ in tokens],
+      "text_offset": [start for *_, start in tokens],
     }
 
 
@@ -232,15 +245,22 @@ class _Served:
     self._events: asyncio.Queue[Event | None] = asyncio.Queue()  # None: the client has left
     self._id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
     self._created, self._answers, self._requests = int(time.time()), {}, []
-    room = runner.engine.length
-    for i, prompt in enumerate(asked.prompts):
+    room, sequences = runner.engine.length, len(asked.prompts) * asked.n
+    require(
+      sequences <= runner.capacity,
+      f"{len(asked.prompts)} prompts and n={asked.n} are {sequences} sequences; the server holds {runner.capacity}",
+    )
+    first = secrets.randbits(32) if asked.seed is None else asked.seed
+    for i, (prompt, text) in enumerate(zip(asked.prompts, asked.texts, strict=True)):
       limit = room - len(prompt) if asked.tokens is None else asked.tokens
       require(
         limit >= 0 and len(prompt) < room, f"the prompt has {len(prompt)} tokens; there is room for {room} in all"
       )
       for k in range(asked.n):
-        answer = _Answer(i * asked.n + k, vocabulary, asked, prompt, limit)
-        sampling = dataclasses.replace(asked.sampling, seed=(asked.sampling.seed + k) % 2**32)
+        answer = _Answer(i * asked.n + k, vocabulary, asked, prompt, text, limit)
+        # A seed that is given is every prompt's.
+        seed = first + (answer.index if asked.seed is None else k)
+        sampling = dataclasses.replace(asked.sampling, seed=seed % 2**32)
         id = f"{self._id}-{answer.index}"
         score = asked.echo and asked.logprobs
         made = Request(id, prompt, max(1, limit), sampling, frozenset(vocabulary.eos), score, runner.engine.clock())

@@ -1,11 +1,13 @@
 """Prompts from text, and text from tokens while they are made."""
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from jaxlab.core.checks import InputError
-from jaxlab.models.text import chat_prompt, raw_prompt, render_chat, text_pieces, until
+from jaxlab.models.text import chat_prompt, raw_prompt, render_chat, text_pieces, token_bytes, until
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
 BASE = load_vocabulary("base")
@@ -29,6 +31,19 @@ def test_pieces_are_whole_characters_and_together_the_text(text):
   pieces = list(text_pieces(BASE.tokenizer, tokens))
   assert "".join(pieces) == BASE.tokenizer.decode(tokens)
   assert "�" in text or not any("�" in piece for piece in pieces)
+
+
+@given(st.text(max_size=20))
+def test_bytes_of_tokens_are_those_of_the_text(text):
+  """Of a byte-level vocabulary, and of one that has tokens for bytes beside its pieces."""
+  text += " a漢\ufffd"
+  pieces = Tokenizer(
+    tokenizers.models.BPE({f"<0x{n:02X}>": n for n in range(256)} | {"a": 256}, [], byte_fallback=True)
+  )
+  pieces.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  for tokenizer in (BASE.tokenizer, pieces):
+    ids = tokenizer.encode(text).ids
+    assert b"".join(token_bytes(tokenizer, i) for i in ids) == text.encode() and len(ids) > 6
 
 
 def test_pieces_come_with_the_token_that_completes_them():

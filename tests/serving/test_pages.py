@@ -72,6 +72,17 @@ def test_what_was_left_longest_is_given_away_first_and_what_is_known_last():
   assert pages.take(1) == second and pages.match([3, 4, 5]) == [] and pages.match([1, 2, 5]) == first
 
 
+def test_of_one_sequence_the_end_is_given_away_first():
+  """A beginning that several share outlives what only one had."""
+  pages = Pages(6, 2)
+  tokens, held = list(range(8)), pages.take(4)
+  pages.publish(tokens, held)
+  pages.release(held)
+  pages.take(2)
+  found = pages.match([*tokens, 9])
+  assert found == held[:3]
+
+
 def test_the_index_knows_the_whole_beginning_and_what_it_was_made_with():
   pages = Pages(9, 2)
   mine = pages.take(2)

@@ -89,6 +89,37 @@ def test_answers_differ_where_no_seed_is_given(running):
   assert len(seeded) == 1 and len({ask().choices[0].text for _ in range(4)}) > 1
 
 
+def test_equal_prompts_of_a_body_have_answers_of_their_own(running):
+  ask = lambda **more: client(running).completions.create(
+    model="tiny", prompt=["import"] * 3, temperature=1, max_tokens=8, **more
+  )
+  texts = lambda answer: [choice.text for choice in answer.choices]
+  assert len({*texts(ask())}) == 3 and len({*texts(ask(seed=3))}) == 1  # a seed that is given is each prompt's
+
+
+def test_offsets_and_bytes_are_those_of_the_text(running):
+  """Of tokens that are parts of characters, too, in a stream as at once; an echo is the text that came."""
+  text = "import 日"
+  asked = dict(model="tiny", prompt=text, temperature=1, seed=1, max_tokens=9, logprobs=1)
+  whole = client(running).completions.create(**asked, echo=True).choices[0]
+  assert whole.text.startswith(text)
+  ids = raw_prompt(running.vocabulary, text)
+  tokenizer = running.vocabulary.tokenizer
+  starts = [len(tokenizer.decode(ids[:n]).rstrip("\ufffd")) for n in range(len(ids))]
+  assert whole.logprobs.text_offset[: len(ids)] == starts and starts[-1] == len(text) - 1
+  assert whole.logprobs.text_offset[len(ids)] == len(text)
+  alone = client(running).completions.create(**asked).choices[0]
+  parts = list(client(running).completions.create(**asked, stream=True))
+  streamed = [at for part in parts if part.choices[0].logprobs for at in part.choices[0].logprobs.text_offset]
+  assert streamed == alone.logprobs.text_offset == [at - len(text) for at in whole.logprobs.text_offset[len(ids) :]]
+  assert streamed[0] == 0 and streamed[-1] > 0
+  chat = client(running).chat.completions.create(
+    model="tiny", messages=[{"role": "user", "content": "日"}], temperature=1, seed=4, max_tokens=8, logprobs=True
+  )
+  spelled = b"".join(bytes(t.bytes) for t in chat.choices[0].logprobs.content)
+  assert spelled.decode(errors="replace") == chat.choices[0].message.content
+
+
 def test_the_prompt_is_scored_where_it_is_echoed(running):
   """As the evaluation harness asks for log-likelihoods."""
   ids = raw_prompt(running.vocabulary, "def add(a, b): return")
@@ -177,6 +208,9 @@ BAD = [
   (dict(prompt="a", temprature=1), "there is no field 'temprature'"),
   (dict(prompt="a", model="gpt-4"), "there is no model 'gpt-4'; this server has tiny"),
   (dict(prompt="a", stream_options=3), "stream_options must be an object"),
+  (dict(prompt="a", stream_options=dict(include_usage="yes")), "include_usage is 'yes'"),
+  (dict(prompt="a\ud800"), "prompt has half of a UTF-16 pair at character 1"),
+  (dict(prompt=["a"] * 64, n=64), "64 prompts and n=64 are 4096 sequences; the server holds"),
 ]
 
 
@@ -199,10 +233,13 @@ def test_bodies_that_cannot_be_answered_are_named(running, body, message):
     (["hi"], "must be an object"),
     ([{"role": "user"}], "must have a role and a content"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "is not text alone"),
+    ([{"role": "user", "content": "\udc00"}], "messages[0] has half of a UTF-16 pair"),
+    ([{"role": "user", "content": "a", "name": 3}], "messages[0] has 'name', which is not supported"),
   ],
 )
 def test_chats_that_cannot_be_answered_are_named(running, messages, message):
-  response = httpx.post(f"{running.url}/v1/chat/completions", json=dict(messages=messages), timeout=60)
+  content = json.dumps(dict(messages=messages))
+  response = httpx.post(f"{running.url}/v1/chat/completions", content=content, timeout=60)
   assert response.status_code == 400 and message in response.json()["error"]["message"]
 
 
@@ -218,8 +255,16 @@ def test_limits_and_the_token(network, vocabulary):
     assert ask().status_code == 200
     assert ask("other").status_code == 401 and httpx.get(f"{server.url}/v1/models").status_code == 401
     assert ask(content=b" " * 4_000_001).status_code == 413
-    full = ask(json=dict(prompt="a", n=2))
-    assert full.status_code == 429 and full.headers["retry-after"] == "1"
+    assert ask(json=dict(prompt="a", n=2)).status_code == 400  # it never could
+    step, go_on = server.runner.engine.step, threading.Event()
+    server.runner.engine.step = lambda: (go_on.wait(60), step())[1]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      first = pool.submit(ask)
+      until(lambda: server.runner.open)
+      full = ask()
+      go_on.set()
+      assert full.status_code == 429 and full.headers["retry-after"] == "1"
+      assert first.result().status_code == 200
     until(server.idle)
     assert ask().status_code == 200
   finally:
