@@ -46,14 +46,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       engine=dict(
         rows=pick(test=4, cpu=8, gpu=32),
-        budget=pick(test=8, cpu=72, gpu=1056),  # a chunk of 1,024 and the rows
-        part=pick(test=4, cpu=64, gpu=128),
+        budget=pick(test=8, cpu=72, gpu=1024),  # rows among them: whole tiles of the products
+        part=pick(test=4, cpu=64, gpu=128),  # at most
         page=pick(test=4, cpu=16, gpu=64),
         steps=pick(test=2, cpu=8),
       ),
       profile=dict(
         rows=pick(test=(4,), cpu=(4, 8), gpu=(8, 32), paper=(1, 8, 32, 128)),
-        chunks=pick(test=(4,), cpu=(64, 128), gpu=(256, 512, 1024), paper=(128, 256, 512, 1024, 2048)),
+        chunks=pick(test=(8,), cpu=(64, 128), gpu=(256, 512, 1024), paper=(128, 256, 512, 1024, 2048)),
         contexts=pick(test=(8, 16, 24), cpu=(64, 256), gpu=(512, 2048), paper=(512, 1024, 2048, 4096)),
         tile=pick(test=(4,), cpu=(64,), gpu=(255, 256, 257)),  # lengths of chunks around a tile of the products
         tile_rows=pick(test=1, cpu=1, gpu=128),
@@ -63,11 +63,13 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         lengths=pick(test=(16,), cpu=(256,), gpu=(4096,), paper=(1024, 2048, 4096)),
         ratios=pick(test=(3,), cpu=(3, 9, 27), gpu=(10, 30, 60), paper=(5, 10, 16, 30, 60, 100, 200)),
         requests=pick(test=5, cpu=12, gpu=64, paper=256),
-        policies=("sarathi", "orca", "request_level", "alternating"),
+        policies=("sarathi", "sarathi, several prompts", "orca", "request_level", "alternating", "prefill_first"),
+        budgets=pick(test=(6, 8), cpu=(40, 72, 136), gpu=(256, 512, 1024)),
       ),
       online=dict(
         loads=pick(test=(0.5,), cpu=(0.7,), gpu=(0.5, 0.8)),
-        policies=("sarathi", "prefill_first", "orca"),
+        policies=("sarathi", "sarathi, several prompts", "prefill_first", "orca"),
+        steps=1,  # tokens of a row that one call makes
         requests=pick(test=4, cpu=10, gpu=64, paper=1000),
         low=pick(test=8, cpu=64, gpu=512),  # lengths of prompts, by Zipf's law
         high=pick(test=16, cpu=192, gpu=3072),

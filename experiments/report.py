@@ -90,9 +90,7 @@ def restore(published: Path, workdir: Path) -> list[str]:
     parts, metrics = dict(run["parts"]), run["metrics"]
   require(not workdir.exists() or not any(workdir.iterdir()), f"{workdir} is not empty; name a new folder")
   for name, origin in parts.items():
-    value = metrics
-    for key in name.split("."):
-      value = value.get(key) if isinstance(value, dict) else None
+    value = _entry(metrics, name)
     require(value is not None, f"part {name} of {published} is no entry of its metrics; run the experiment again")
     parts[name] = origin | {"result": value}
   workdir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +98,16 @@ def restore(published: Path, workdir: Path) -> list[str]:
   for name, part in parts.items():
     write_text(workdir / f"{name}{PART}", json.dumps(part, indent=1))
   return list(parts)
+
+
+def _entry(metrics, name: str):
+  """The entry "a.b.c" of nested metrics, whose keys may have dots themselves; None: there is none."""
+  if not isinstance(metrics, dict):
+    return None
+  if name in metrics:
+    return metrics[name]
+  dots = (at for at, character in enumerate(name) if character == "." and name[:at] in metrics)
+  return next((found for at in dots if (found := _entry(metrics[name[:at]], name[at + 1 :])) is not None), None)
 
 
 def copy_figure(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from experiments import results
 from experiments.nexus.calibrate import calibrate
 from experiments.nexus.chips import title
 from experiments.nexus.drawing import draw
-from experiments.nexus.engine import MIXED, SHORTEST, TURNS, engine
+from experiments.nexus.engine import MIXED, SHORTEST, TURNS, engine, gate
 from experiments.nexus.simulate import ablation, limit_of, predictor, sustained, sweep
 from experiments.results import Claim
 
@@ -30,6 +30,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   if "measured" in s.chips:
     parts["calibrate"] = lambda: calibrate(config, console)
   parts["engine"] = lambda: engine(config, found, console)
+  if config.engine.clock == "wall":
+    parts["gate"] = lambda: gate(config, found, console)
   for chip in s.chips:
     for workload in s.workloads if chip == s.chips[0] else s.workloads[:1]:
       where = dict(chip=chip, workload=workload)
@@ -73,10 +75,14 @@ def directions(config, found: dict) -> dict[str, bool]:
   }
 
 
-def missed(found: dict) -> float:
-  """Of the engine's mean times with mixed batches, the worst error of the simulator, as a share."""
+def missed(found: dict, *, calibrated: bool = True) -> float:
+  """Of the engine's mean times with mixed batches, the worst error of the simulator, as a share: of the chip as it was
+  calibrated where the engine's clock is a real one, or of a cost that is fitted to the engine's own steps."""
   rows = [row for row in found["engine"]["rows"] if row["policy"] == MIXED]
-  return max(abs(row["simulated"][of] / row[of] - 1) for row in rows for of in ("ttft_mean", "tbt_mean"))
+  gated = calibrated and "gate" in found
+  said = found["gate"]["rows"] if gated else [row["simulated"] for row in rows]
+  pairs = [(row[of], one[of]) for row, one in zip(rows, said, strict=True) for of in ("ttft_mean", "tbt_mean")]
+  return max(abs(simulated / measured - 1) for measured, simulated in pairs)
 
 
 def _engine_gain(config, found: dict, policy: str, of: str) -> dict:
@@ -152,7 +158,9 @@ def claims(config, metrics_: dict) -> list[Claim]:
     ),
     Claim(
       "What the simulator misses of the engine's mean times with mixed batches", "share", "lower",
-      ours=missed(metrics_), threshold=0.15, note=f"the engine on {clock}",
+      ours=missed(metrics_), threshold=0.15,
+      note=f"the engine on {clock}" + ("" if counted else "; the chip as it was calibrated; a cost fitted to the "
+      f"engine's own steps misses {missed(metrics_, calibrated=False):.1%}"),
     ),
     Claim(
       "Mean seconds to the first token on the engine, by arrival over shortest first", "ratio", "higher",
@@ -192,6 +200,8 @@ def finding(config, metrics_: dict) -> str:
   head, first, between = made[0], of("Mean seconds to the first token, one batch"), of("Mean seconds between")
   chip, workload = config.simulate.chips[0], config.simulate.workloads[0]
   decode = metrics_[f"predictor.{chip}"]["beside"]["decode"]
+  gated = of("What the simulator misses")
+  valid = "" if gated.holds else f"; beyond {gated.threshold:.0%}, by which the simulator was to be judged"
   alone = ""
   if "spf" in config.simulate.systems:
     alone = f"; shortest prompts first in one batch {gain(metrics_, chip, workload, MONOLITHIC, 'spf'):.2f}x"
@@ -200,5 +210,5 @@ def finding(config, metrics_: dict) -> str:
     f"batch of both within {limit_of(chip, workload):g} s a token (paper {head.paper}x{alone}), with first tokens "
     f"{first.ours:.2g}x sooner (paper {first.paper:g}x at least) and {between.ours:.2g}x less between tokens (paper "
     f"{between.paper}x); the model that chooses the split is off by {decode['error']:.0%} for decode steps beside a "
-    f"prefill."
+    f"prefill, the simulator by {gated.ours:.0%} for the engine{valid}."
   )

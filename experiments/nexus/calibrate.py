@@ -93,6 +93,7 @@ def calibrate(config, console) -> dict:
     flops[name] = 2 * x.shape[0] * x.shape[1] * w.shape[1]
     for count in active:
       contestants[f"{name}.{count}"] = functools.partial(run, x, w, jnp.array([count], jnp.int32))
+    contestants[f"{name}.whole"] = functools.partial(jax.jit(jnp.matmul), x, w)
   large = normal(down(8192), down(8192))
   contestants["peak"] = functools.partial(jax.jit(jnp.matmul), large, large)
   stream = jnp.ones((max(c.bytes // 2 // c.size, 1) * c.size,), jnp.bfloat16)
@@ -108,13 +109,18 @@ def calibrate(config, console) -> dict:
   times = timing.compare(contestants, repetitions=c.repetitions, warmup=1, inner=c.inner)
   seconds = {name: times.median(name) for name in contestants}
   peak = 2 * large.shape[0] ** 3 / seconds["peak"]
-  compute = {name: [flops[name] / seconds[f"{name}.{count}"] / peak for count in active] for name in sizes}
+  # On all processors the best kernel counts; with fewer its gain is taken to be that of the kernels here.
+  scaled = lambda whole, curve: [whole * value / max(curve) for value in curve]
+  compute = {
+    name: scaled(flops[name] / seconds[f"{name}.whole"] / peak, [1 / seconds[f"{name}.{count}"] for count in active])
+    for name in sizes
+  }
   drawn = [stream.nbytes / seconds[f"read.{count}"] for count in active]
   bandwidth = max(*drawn, stream.nbytes / seconds["sum"])
   compute["head"] = compute["up"]
-  # Attention gains from processors as the widest product does, from what the best kernel reaches on all of them.
+  # Attention gains from processors as the widest product does.
   whole = 2 * 2 * shape.q_heads * shape.head_dim * heads.shape[1] ** 2 / 2 / seconds["attention"] / peak
-  compute["chunk_attention"] = [whole * value / compute["up"][-1] for value in compute["up"]]
+  compute["chunk_attention"] = scaled(whole, compute["up"])
   compute["row_attention"] = compute["chunk_attention"]  # reads much more than it works out
   console.say(f"  {peak:.3g} operations and {bandwidth:.3g} bytes a second, {programs} processors")
   for name, curve in compute.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from experiments.nexus import simulate, workloads
+from experiments.nexus import chips, simulate, workloads
 from experiments.nexus.systems import World
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, inference
@@ -101,6 +101,22 @@ def engine(config, found: dict, console) -> dict:
   )  # fmt: skip
 
 
+def gate(config, found: dict, console) -> dict:
+  """{"rows": mixed batches at every load, as simulated on the chip that was calibrated}: the engine's network, and the
+  host's time of every other simulation. `engine` measured the same requests."""
+  e, s = config.engine, config.simulate
+  chip = chips.chip("measured", found["calibrate"])
+  truth = simulator.steps_of(chip, qwen3(**e.shape), groups=s.groups, tile=s.tile)
+  asked = functools.partial(workloads.requests, WORKLOAD, count=e.requests, vocab=e.shape.vocab_size, divide=e.divide)
+  server, rows = _server(config)._replace(overhead=s.overhead), []
+  for load in e.loads:
+    requests = asked(rate=load * found["engine"]["capacity"], seed=config.seed)
+    ended = simulator.simulate(requests, [Lane(policies.sarathi)], truth, server=server, chip=chip).ended
+    rows.append(dict(load=load, **_kept(ended)))
+    console.say(f"  load {load}: first {rows[-1]['ttft_mean']:.3g} s, between {rows[-1]['tbt_mean']:.3g} s")
+  return {"rows": rows}
+
+
 def _repeated(config, world: World, turns) -> dict[str, list[float]]:
   """{policy: mixed batches over it, for every seed}, at the highest load: of shortest first the mean seconds to the
   first token, of turns the 95th percentile between tokens."""
@@ -134,10 +150,14 @@ def simulated(
   config, policy, requests: list[Request], fitted: StepCost | None, world: World | None = None
 ) -> list[Served]:
   """The same requests in the simulator, whose steps cost what was fitted, or what they do on a chip."""
-  e = config.engine
-  server = Server(pages=e.pages, page=e.page, rows=e.rows, budget=e.budget, chunks=e.rows, part=e.part)
   steps = world.truth if world else lambda work: [Segment(None, fitted(work))]
-  return simulator.simulate(requests, [Lane(policy)], steps, server=server, chip=world and world.chip).ended
+  return simulator.simulate(requests, [Lane(policy)], steps, server=_server(config), chip=world and world.chip).ended
+
+
+def _server(config) -> Server:
+  """As the engine's."""
+  e = config.engine
+  return Server(pages=e.pages, page=e.page, rows=e.rows, budget=e.budget, chunks=e.rows, part=e.part)
 
 
 def _kept(ended: list[Served]) -> dict:

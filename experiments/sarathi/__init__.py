@@ -15,7 +15,19 @@ from experiments.results import Claim
 from experiments.sarathi.bubbles import bubbles
 from experiments.sarathi.drawing import draw
 from experiments.sarathi.profile import marginal, profile
-from experiments.sarathi.serve import ORCA, OURS, QUANTILES, TURNS, at_balance, balance, gains, online, throughput
+from experiments.sarathi.serve import (
+  ORCA,
+  OURS,
+  QUANTILES,
+  SEVERAL,
+  TURNS,
+  at_balance,
+  balance,
+  budgets,
+  gains,
+  online,
+  throughput,
+)
 from jaxlab.models import Transformer, hub, inference
 from jaxlab.models.config import qwen3
 from jaxlab.models.inference import Network
@@ -28,7 +40,7 @@ RANDOM = "random"  # weights of config.shape
 def measure(config, workdir: Path, cache: Path, console) -> dict:
   """{model: {part: what was measured}}."""
   del cache
-  metrics_, parts = {}, dict(profile=profile, throughput=throughput, online=online, bubbles=bubbles)
+  metrics_, parts = {}, dict(profile=profile, throughput=throughput, budgets=budgets, online=online, bubbles=bubbles)
   for name, source in zip(subject_names(config), given(config), strict=True):
     read = functools.cache(functools.partial(_network, config, source))
     metrics_[name] = found = {}
@@ -58,8 +70,8 @@ def claims(config, metrics_: dict) -> list[Claim]:
   e, b = config.engine, config.bubbles
   gain = worst(lambda found: at_balance(config, gains(found, TURNS)))
   riding = [row for found in models for row in marginal(found["profile"]) if row["decode"] <= 32]
-  chunk = max(row["chunk"] for row in riding)
-  cost_of = worst(lambda _: max(row["ratio"] for row in riding if row["chunk"] == chunk), max)
+  largest = max(config.profile.chunks)
+  cost_of = max(row["ratio"] for row in riding if row["decode"] + row["chunk"] >= largest)
 
   def off(found):
     gained = gains(found, TURNS)
@@ -73,13 +85,17 @@ def claims(config, metrics_: dict) -> list[Claim]:
 
   span = lambda name: worst(lambda found: found["bubbles"][name]["makespan"] / found["bubbles"][OURS]["makespan"])
 
-  def gap(found, of):
+  def gap(found, of, ours=OURS):
     rows = {(row["load"], row["policy"]): row for row in found["online"]}
-    return max(rows[load, "prefill_first"][of] / rows[load, OURS][of] for load in config.online.loads)
+    return max(rows[load, "prefill_first"][of] / rows[load, ours][of] for load in config.online.loads)
 
-  sizes = f"{e.rows} rows, chunks of {(e.budget - e.rows) // e.part * e.part}"
+  steps = config.online.get("steps", e.steps)
+  several = ""
+  if SEVERAL in config.online.policies:
+    several = f"; several prompts in a step: {worst(lambda found: gap(found, 'tbt_p99', SEVERAL)):.3g}"
+  sizes = f"{e.rows} rows, chunks of {e.budget - e.rows}"
   stages = f"{b.stages} stages, {b.requests} requests, {b.rows} rows a micro-batch, steps of {b.budget} tokens"
-  return [
+  made = [
     Claim(
       "Tokens a second over reading and decoding in turn, at the balance of prompts and answers", "ratio", "higher",
       ours=gain, threshold=1.1, paper=1.33, baseline="a batch is read whole, then decoded to its end",
@@ -88,7 +104,7 @@ def claims(config, metrics_: dict) -> list[Claim]:
     Claim(
       "Cost of a token that rides beside a chunk over that of rows that decode alone", "ratio", "lower",
       ours=cost_of, threshold=1 / 3, paper=0.1, baseline="the same rows without a chunk",
-      note=f"worst of up to 32 rows and all contexts, chunks of {chunk}",
+      note=f"worst of up to 32 rows and all contexts, steps of {largest} tokens",
     ),
     Claim(
       "Tokens a second over whole prompts beside decoding rows (Orca), the worst of all P:D", "ratio", "higher",
@@ -124,9 +140,25 @@ def claims(config, metrics_: dict) -> list[Claim]:
     Claim(
       "99th percentile of the time between tokens, prompts first (vLLM) over chunks beside them", "ratio", "higher",
       ours=worst(lambda found: gap(found, "tbt_p99")), threshold=1.0,
-      baseline="prompts before everything", note="requests arrive at random; the best load of those measured",
+      baseline="prompts before everything",
+      note=f"requests arrive at random; the best load of those measured; tokens of a row in a call: {steps}{several}",
     ),
   ]  # fmt: skip
+  if all("budgets" in found for found in models):
+    made.append(chosen_claim([found["budgets"] for found in models]))
+  return made
+
+
+def chosen_claim(found: list[dict]) -> Claim:
+  """Of all models, the one where the fitted cost chooses worst."""
+  share = lambda one: one["rate"][f"{one['chosen']}"] / max(one["rate"].values())
+  one = min(found, key=share)
+  listed = ", ".join(f"{budget}: {rate:.4g}" for budget, rate in one["rate"].items())
+  return Claim(
+    "Tokens a second in steps of the size that the fitted cost chooses over the best size", "ratio", "higher",
+    ours=share(one), threshold=0.95, baseline="the best of those measured",
+    note=f"chosen {one['chosen']}; tokens a second by size {listed}",
+  )  # fmt: skip
 
 
 def finding(config, metrics_: dict) -> str:

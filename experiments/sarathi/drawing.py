@@ -22,8 +22,8 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   left.legend(fontsize=8)
   figures.leave_room(left)
   for chunk in config.profile.chunks:
-    rows = [row for row in marginal(found["profile"]) if row["chunk"] == chunk]
-    right.plot([row["decode"] for row in rows], [row["ratio"] for row in rows], "o", label=f"chunk of {chunk}")
+    rows = [row for row in marginal(found["profile"]) if row["chunk"] + row["decode"] == chunk]
+    right.plot([row["decode"] for row in rows], [row["ratio"] for row in rows], "o", label=f"steps of {chunk}")
   right.axhline(1, color="grey", linestyle=":")
   right.set(xscale="log", xlabel="rows that decode", ylabel="cost of a riding token over one alone", ylim=(0, None))
   right.set_xticks(config.profile.rows, labels=[f"{rows}" for rows in config.profile.rows])

@@ -28,12 +28,14 @@ class Point(NamedTuple):
 
 
 def points(config) -> dict[str, list[Point]]:
-  """By what they are for."""
+  """By what they are for. Mixed steps have as many tokens as a chunk that fills whole tiles, rows among them."""
   p = config.profile
+  beside = {rows: [chunk - rows for chunk in p.chunks] for rows in p.rows}
+  lengths = dict.fromkeys((*p.chunks, *(chunk for chunks in beside.values() for chunk in chunks)))
   return {
     "decode": [Point(rows, 0, context) for rows in p.rows for context in p.contexts],
-    "prefill": [Point(0, chunk, context) for chunk in p.chunks for context in (0, *p.contexts)],
-    "mixed": [Point(rows, chunk, context) for rows in p.rows for chunk in p.chunks for context in p.contexts],
+    "prefill": [Point(0, chunk, context) for chunk in lengths for context in (0, *p.contexts)],
+    "mixed": [Point(rows, chunk, context) for rows in p.rows for chunk in beside[rows] for context in p.contexts],
     "tile": [Point(0, chunk, 0) for chunk in p.tile],
   }
 

@@ -287,13 +287,14 @@ def test_a_published_run_is_restored_and_goes_on(tmp_path, monkeypatch):
     workdir.mkdir(exist_ok=True)
     one = lambda name: lambda: calls.append(name) or {"value": [1.0, float("nan")]}
     metrics = {"a": {name: results.part(workdir, f"a.{name}", one(name)) for name in names}}
+    metrics["x.y"] = {"z": results.part(workdir, "x.y.z", lambda: {"value": 2.0})}  # a key with a dot
     found = Report(metrics, [Claim("c", "x", "lower", ours=1.0, threshold=2.0)], "f", undefined=("a.*",))
     results.write(found, config, workdir, 1.0, "command")
     return metrics
 
   first = measured(tmp_path / "first", "base")
   file = report.publish(tmp_path / "first", tmp_path / "results")
-  assert report.restore(file, tmp_path / "again") == ["a.base"]
+  assert report.restore(file, tmp_path / "again") == ["a.base", "x.y.z"]
   config.parts, config.a.subjects = ("a", "b"), ("base", "smollm2")
   run._same_config(config, tmp_path / "again")
   second = measured(tmp_path / "again", "base", "smollm2")

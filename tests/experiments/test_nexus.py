@@ -10,6 +10,7 @@ from experiments import nexus as experiment
 from experiments.console import Console
 from experiments.nexus import chips, fastserve, simulate, systems, workloads
 from experiments.nexus.calibrate import calibrate, product, read
+from experiments.nexus.engine import gate
 from experiments.nexus.systems import Setting
 from jaxlab.core.checks import InputError
 from jaxlab.serving import policies, simulator
@@ -129,6 +130,15 @@ def test_a_measured_chip_can_be_simulated():
   world = simulate.a_world(config, "measured", "mixed", found)
   config.simulate.requests = 3
   assert len(simulate.run(config, world, "mixed", "nexus", 0.0, Setting(), seed=0).ended) == 3
+  seconds, compute = found["calibrate"]["seconds"], found["calibrate"]["compute"]
+  assert (
+    max(compute["up"]) == compute["up"][int(np.argmin([v for k, v in seconds.items() if k.startswith("up.")][:10]))]
+  )
+  found["engine"] = dict(capacity=50.0, rows=[dict(policy="sarathi", load=0.8, ttft_mean=1.0, tbt_mean=1.0)])
+  found["gate"] = gate(config, found, Console(quiet=True))
+  (row,) = found["gate"]["rows"]
+  off = max(abs(row["ttft_mean"] - 1), abs(row["tbt_mean"] - 1))
+  assert 0 < row["tbt_mean"] < row["latency_p95"] * 99 and experiment.missed(found) == pytest.approx(off)
   with pytest.raises(InputError, match=r"config\.simulate\.chips is 'b200'"):
     chips.chip("b200", None)
   with pytest.raises(InputError, match=r"config\.simulate\.systems is 'magic'"):
