@@ -109,8 +109,10 @@ def coordinate(
 
 def _asked(ask, prompts, who: str):
   found = list(ask(prompts))
+  texts = [text for text in found if isinstance(text, str)]
   require(
-    len(found) == len(prompts), f"the {who} gave {len(found)} texts for {len(prompts)} prompts; one each is needed"
+    len(texts) == len(found) == len(prompts),
+    f"the {who} gave {len(texts)} texts for {len(prompts)} prompts; one each is needed",
   )
   return found
 

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxlab.core.checks import InputError, require, require_choice, require_counts
+from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.tasks import programs
 from jaxlab.tasks.programs import END, Call, Json, Step
 
@@ -252,33 +252,37 @@ class _Search:
     return None
 
   def proposed(self, state: _State, name: str, proposals) -> None:
-    """A state for each different line."""
+    """A state for each different line; what a line leads to ends that state alone."""
+    if isinstance(proposals, Failure):
+      return self.drop(state, f"[{name}] failed: {proposals.why}")
     if not proposals:
       self.drop(state, f"[{name}] proposed nothing")
     seen = {}
     for proposal in proposals:
       seen.setdefault(proposal.line, proposal)
     for line, cost in seen.values():
-      require(cost >= 0, f"[{name}] gave a step the cost {cost}; it must be 0 or more")
-      grown = dataclasses.replace(state, cost=state.cost + cost)
+      grown = dataclasses.replace(state, cost=state.cost + max(cost, 0.0))
       level, _ = state.levels[-1]
       try:
+        require(cost >= 0, f"a step's cost is {cost}; it must be 0 or more")
         step = programs.parse_step(line)
         if step.text == END and step.handler is None:
           self.close(grown)
           continue
         pending = _Pending(line, step, tuple(programs.expand(step, [s.answer for s in level.steps], level.context)))
-      except InputError as error:
-        self.drop(grown, f"[{name}] wrote {line!r:.80}: {error}")
+      except (ValueError, RecursionError) as error:  # InputErrors, and numbers or lists that nothing writes out
+        self.drop(grown, f"[{name}] wrote {line!r:.80}: {error!s:.200}")
         continue
       self.push(_with_last(grown, level, pending))
+    return None
 
   def answered(self, state: _State, name: str, answers) -> None:
     level, pending = state.levels[-1]
     if failed := [a for a in answers if isinstance(a, Failure)]:
       return self.drop(state, f"[{name}] failed: {failed[0].why}")
     cost = sum(a.cost for a in answers)
-    require(cost >= 0, f"[{name}] gave an answer the cost {cost}; it must be 0 or more")
+    if not cost >= 0:
+      return self.drop(state, f"[{name}] gave an answer the cost {cost}; it must be 0 or more")
     values = tuple(a.value for a in answers)
     told = tuple((call.text, value) for call, value in zip(pending.calls[len(pending.answers) :], values, strict=True))
     pending = dataclasses.replace(pending, answers=pending.answers + values, told=pending.told + told)
@@ -290,8 +294,8 @@ class _Search:
     level, pending = state.levels[-1]
     try:
       answer = programs.collect(pending.step.op, pending.calls, pending.answers)
-    except InputError as error:
-      return self.drop(state, f"{pending.line!r:.80}: {error}")
+    except (ValueError, RecursionError) as error:
+      return self.drop(state, f"{pending.line!r:.80}: {error!s:.200}")
     done = Done(pending.line, answer, pending.told)
     return self.push(_with_last(state, dataclasses.replace(level, steps=(*level.steps, done)), None))
 

@@ -16,17 +16,20 @@ import contextlib
 import json
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bm25s
 
-from jaxlab.core.checks import InputError, require
+from jaxlab.core.checks import InputError, require, require_counts
 from jaxlab.core.foreign import foreign
 from jaxlab.tasks import programs
 from jaxlab.tasks.decomposed_prompting import Answer, Decomposer, Failure, Leaf, Level, Proposal, Question
 
 Generate = Callable[[Sequence[str]], Sequence[Sequence[tuple[str, float]]]]
+# What one question's own text can lead to: numbers of too many digits, lists too deep. (An InputError is a ValueError.)
+_FAULTS = (ValueError, LookupError, ArithmeticError, RecursionError)
 _OPERATORS = {
   ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
   ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
@@ -35,7 +38,7 @@ _PARAGRAPH = re.compile(r"PARA_(\d+) ")
 
 
 def function(answer: Callable[[str], programs.Json]) -> Leaf:
-  """A leaf that computes: what `answer` raises (ValueError, LookupError, ArithmeticError) fails that question alone."""
+  """A leaf that computes: a ValueError, LookupError, ArithmeticError or RecursionError fails that question alone."""
 
   def ask(questions):
     return [_tried(answer, question.text) for question in questions]
@@ -46,14 +49,22 @@ def function(answer: Callable[[str], programs.Json]) -> Leaf:
 def _tried(answer, text):
   try:
     return Answer(answer(text))
-  except (ValueError, LookupError, ArithmeticError) as error:  # an InputError is a ValueError
-    return Failure(str(error) or type(error).__name__)
+  except _FAULTS as error:
+    return Failure(f"{error!s:.200}" or type(error).__name__)
 
 
 def policy(lines: Callable[[Level], str | Sequence[Proposal]], *, most_steps: int = 10) -> Decomposer:
-  """A decomposer whose next line is computed, or whose candidates are."""
-  one = lambda found: [Proposal(found)] if isinstance(found, str) else found
-  return Decomposer(lambda levels: [one(lines(level)) for level in levels], most_steps)
+  """A decomposer whose next line is computed, or whose candidates are; what is raised as in `function` ends that state
+  alone."""
+
+  def propose(level):
+    try:
+      found = lines(level)
+    except _FAULTS as error:
+      return Failure(f"{error!s:.200}" or type(error).__name__)
+    return [Proposal(found)] if isinstance(found, str) else found
+
+  return Decomposer(lambda levels: [propose(level) for level in levels], most_steps)
 
 
 def extract(pattern: str, text: str) -> str:
@@ -166,32 +177,81 @@ def prompted_decomposer(generate: Generate, prompt: str = "", *, most_steps: int
   return Decomposer(propose, most_steps)
 
 
-def recorded(handler: Leaf | Decomposer, name: str, path: str | Path) -> Leaf | Decomposer:
+def recorded(handler: Leaf | Decomposer, name: str, path: str | Path, *, part: int = 64) -> Leaf | Decomposer:
   """The same handler, each of its answers written to a file of JSON lines as it comes, and never asked for twice.
 
   What an interrupted search had been told is told again at once, so that the same search goes on where it stopped.
   Failures are not kept. Several handlers may share a file; a last line that was cut off is dropped.
 
+  Args:
+    part: questions that are asked at once; their answers are in the file before the next ones are asked.
+
   Raises:
-    InputError: the file holds something else.
+    InputError: the file holds something else, or part is below 1.
   """
-  path = Path(path)
+  require_counts(part=part)
+  decomposes = isinstance(handler, Decomposer)
   key = lambda asked: [name, *(asked.as_json().values() if isinstance(asked, Level) else ()), *_context(asked)]
-  ask = handler.propose if isinstance(handler, Decomposer) else handler
-  read = (lambda row: [Proposal(*p) for p in row]) if isinstance(handler, Decomposer) else (lambda row: Answer(*row))
-  known = {programs.dumps(asked): read(row) for asked, row in _lines(path) if asked[0] == name}
+  read = (lambda row: [Proposal(*p) for p in row]) if decomposes else (lambda row: Answer(*row))
+  journal = _Journal(path, name, read)
+  ask = handler.propose if decomposes else handler
 
   def remembered(requests):
     names = [programs.dumps(key(request)) for request in requests]
-    new = {k: request for k, request in zip(names, requests, strict=True) if k not in known}
-    found = dict(zip(new, ask(list(new.values())), strict=True)) if new else {}
-    kept = {k: value for k, value in found.items() if not isinstance(value, Failure)}
-    with path.open("a") as file:
-      file.writelines(f"{programs.dumps([json.loads(k), value])}\n" for k, value in kept.items())
-    known.update(kept)
-    return [found[k] if k in found else known[k] for k in names]
+    new = list({k: request for k, request in zip(names, requests, strict=True) if k not in journal.known}.items())
+    failed = {}
+    for at in range(0, len(new), part):
+      keys, asked = zip(*new[at : at + part], strict=True)
+      for k, value in zip(keys, ask(list(asked)), strict=True):
+        if isinstance(value, Failure):
+          failed[k] = value
+        else:
+          journal.write(k, value)
+    return [failed[k] if k in failed else journal.known[k] for k in names]
 
-  return Decomposer(remembered, handler.most_steps) if isinstance(handler, Decomposer) else remembered
+  return Decomposer(remembered, handler.most_steps) if decomposes else remembered
+
+
+def recorded_generate(generate: Generate, name: str, path: str | Path, *, part: int = 64) -> Generate:
+  """The same model, each answer written as it comes, as by `recorded`: for what asks a model itself, as
+  `maker_general.ballots`. A prompt that is asked again has another answer, which is told again in the same order.
+
+  Raises:
+    InputError: as `recorded`.
+  """
+  require_counts(part=part)
+  journal = _Journal(path, name, lambda rows: [tuple(row) for row in rows])
+  asked: Counter[str] = Counter()
+
+  def remembered(prompts):
+    keys = []
+    for prompt in prompts:
+      keys.append(programs.dumps([name, prompt, asked[prompt]]))
+      asked[prompt] += 1
+    new = [(k, prompt) for k, prompt in zip(keys, prompts, strict=True) if k not in journal.known]
+    for at in range(0, len(new), part):
+      some = new[at : at + part]
+      rows = generate([prompt for _, prompt in some])
+      require(len(rows) == len(some), f"the model answered {len(rows)} of {len(some)} prompts")
+      for (k, _), row in zip(some, rows, strict=True):
+        journal.write(k, list(row))
+    return [journal.known[k] for k in keys]
+
+  return remembered
+
+
+class _Journal:
+  """A file of lines [[name, ...], value], those of one name by their first halves."""
+
+  def __init__(self, path: str | Path, name: str, read: Callable):
+    self.path = Path(path)
+    self.known = {programs.dumps(asked): read(value) for asked, value in _lines(self.path) if asked[0] == name}
+
+  def write(self, key: str, value) -> None:
+    """ASCII: a model may write what ends a line elsewhere, or half a character."""
+    with self.path.open("a", encoding="ascii") as file:
+      file.write(f"{json.dumps([json.loads(key), value])}\n")
+    self.known[key] = value
 
 
 def _context(asked):
@@ -201,11 +261,11 @@ def _context(asked):
 def _lines(path: Path) -> list:
   if not path.is_file():
     return []
-  text = path.read_text()
-  whole, _, rest = text.rpartition("\n")
-  if rest:
-    path.write_text(f"{whole}\n" if whole else "")
   with foreign(path, "expected lines [[handler, ...], answer] of an earlier run"):
-    rows = [json.loads(line) for line in whole.splitlines()]
+    text = path.read_text("utf-8")
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+      path.write_text(f"{whole}\n" if whole else "", "utf-8")
+    rows = [json.loads(line) for line in whole.split("\n")] if whole else []
     require(all(len(row) == 2 and isinstance(row[0], list) and row[0] for row in rows), f"{path} is no journal")
   return rows

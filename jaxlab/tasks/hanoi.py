@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
 from jaxlab.core.checks import require, require_choice
@@ -66,10 +67,19 @@ def state_before(step: Int[Array, "*batch"], disks: int, present: Int[Array, "*b
   """The state before step 0, 1, ...: disk d has moved (step + 2^(d-1)) >> d times, odd disks one peg on, others back.
 
   Args:
+    step: up to 2^n - 1, before which the tower has moved.
     disks: n, at most 30, so that int32 holds it all.
     present: how many of them there are, the smallest ones; all by default.
+
+  Raises:
+    InputError: disks out of range, or steps, unless a transformation hides them.
   """
   require(1 <= disks <= 30, f"disks is {disks}; it must lie in 1..30")
+  if not isinstance(step, jax.core.Tracer):
+    known = np.asarray(step)
+    low, high = known.min(initial=0), known.max(initial=0)
+    require(low >= 0 and high < 2**disks, f"steps are {low}..{high}; {disks} disks have 0..{2**disks - 1}")
+    step = jnp.asarray(step)
   disk = jnp.arange(1, disks + 1)
   moves = (step[..., None] + (1 << (disk - 1))) >> disk
   pegs = jnp.where(disk % 2 == 1, moves, -moves) % 3
@@ -89,7 +99,11 @@ def take_step(state: State) -> tuple[Int[Array, "*batch 3"], State]:
   """The move (disk, from, to) by the rule, and the state after it.
 
   Disk 1 moves too where the rule asks for another one and all others lie under it.
+
+  Raises:
+    InputError: no state, as `require_state`.
   """
+  require_state(state)
   mine = state.pegs[..., 0]
   first, second = (mine + 1) % 3, (mine + 2) % 3
   tops = top_disks(state.pegs)
@@ -101,6 +115,22 @@ def take_step(state: State) -> tuple[Int[Array, "*batch 3"], State]:
   target = jnp.where(smallest | swap, first, second)
   move = jnp.stack([disk, source, target], axis=-1)
   return move, moved(state, move)
+
+
+def require_state(state: State) -> None:
+  """Raises InputError where the arrays are no state: other pegs than 0..3, a disk that is missing below a larger one,
+  places that do not follow from the pegs, or a last move of a disk that there is not. Under a transformation, which
+  hides the values, nothing is looked at."""
+  if any(isinstance(a, jax.core.Tracer) for a in state):
+    return
+  pegs, last = np.asarray(state.pegs), np.asarray(state.last)
+  require(((pegs >= 0) & (pegs <= 3)).all(), f"pegs are {pegs.min()}..{pegs.max()}; they must lie in 0..3")
+  there = pegs < 3
+  require((there[..., :-1] >= there[..., 1:]).all(), "a disk is missing (peg 3) below a larger one; the largest may be")
+  larger = np.triu(pegs[..., :, None] == pegs[..., None, :], k=1).sum(axis=-1)
+  require((np.asarray(state.place) == larger).all(), "places do not follow from the pegs; take hanoi.places(pegs)")
+  count = there.sum(axis=-1)
+  require(((last >= 0) & (last <= count)).all(), f"the last moves are of disks {last.min()}..{last.max()}, not 0..n")
 
 
 def moved(state: State, move: Int[Array, "*batch 3"]) -> State:
@@ -146,7 +176,14 @@ def draw_names(key: jax.Array, batch: int, disks: int, *, names: int, renamed: s
 
 
 def encode(state: State, names: Names) -> Int[Array, "batch length"]:
-  """The question about a state with all n disks: int32[batch, n + 6]."""
+  """The question about a state with all n disks: int32[batch, n + 6].
+
+  Raises:
+    InputError: no state, as `require_state`, or one that lacks a disk.
+  """
+  require_state(state)
+  whole = isinstance(state.pegs, jax.core.Tracer) or (np.asarray(state.pegs) < 3).all()
+  require(whole, "a state lacks a disk; ask about states of all n")
   batch, disks = state.pegs.shape
   return _question(jnp.zeros((batch, disks + 6), jnp.int32), state, names)[0]
 

@@ -114,7 +114,7 @@ class Ballot(NamedTuple):
 
   said: UInt32[Array, "batch slots 2"]
   count: Int[Array, "batch slots"]
-  lost: Int[Array, "batch"]  # answers that were dropped for want of a slot
+  lost: Int[Array, "batch"]  # votes for answers that were dropped for want of a slot
 
 
 def empty_ballot(batch: int, slots: int = 8) -> Ballot:
@@ -139,7 +139,7 @@ def add_vote(
   votes = jnp.where(valid, jnp.where(known, before + 1, 1), 0)
   write = here & valid[:, None]
   count = jnp.where(write, votes[:, None], ballot.count)
-  lost = ballot.lost + (valid & ~known & (before > 0))
+  lost = ballot.lost + jnp.where(valid & ~known, before, 0)
   lead = votes - jnp.where(here, 0, ballot.count).max(axis=-1)
   grown = Ballot(jnp.where(write[..., None], said[:, None], ballot.said), count, lost)
   return grown, votes, jnp.where(valid, lead, 0)
@@ -160,7 +160,7 @@ class Decided(NamedTuple):
   """What was decided of every item, and at what price (NumPy).
 
   said: uint32[items, 2]; votes, flagged: int32[items], samples that counted and that did not; capped: items that ended
-  at the most samples; lost: answers dropped for want of a slot; samples: rows computed, idle ones included.
+  at the most samples; lost: votes dropped for want of a slot; samples: rows computed, idle ones included.
   """
 
   said: np.ndarray

@@ -159,8 +159,10 @@ def improve(actor: Actor, state, rollout: Rollout, optimizer, *, key: jax.Array,
 def kl(
   logp: Float[Array, "batch time"], reference: Float[Array, "batch time"], mask: Bool[Array, "batch time"]
 ) -> Float[Array, ""]:
-  """Mean over episodes of sum_t (log pi - log pi_ref): an estimate of a whole text's divergence, in nats."""
-  return jnp.where(mask, logp - reference, 0.0).sum(axis=1).mean()
+  """Mean over episodes of sum_t (log pi - log pi_ref): an estimate of a whole text's divergence, in nats. Episodes
+  without a token that counts are none; 0 where all are."""
+  total = jnp.where(mask, logp - reference, 0.0).sum()
+  return total / jnp.maximum(mask.any(axis=1).sum(), 1)
 
 
 def adapted(beta, found, episodes: int, *, target: float = 4.0, horizon: float = 10_000.0):

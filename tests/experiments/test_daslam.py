@@ -10,6 +10,7 @@ from experiments import daslam
 from experiments.daslam import chain, solving, training
 from jaxlab.core.checks import InputError
 from jaxlab.models import Transformer, TransformerConfig
+from jaxlab.tasks import ppo
 from tests.common import run_and_continue
 
 MODULUS = 7
@@ -193,7 +194,23 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
     sizes = shape.to_dict() | dict(vocab_size=chain.Sizes(**config.problems).vocabulary, context=256)
     return Transformer(TransformerConfig(**sizes), jax.random.key(seed))
 
+  improve = ppo.improve
+
+  def watched(actor, state, rollout, optimizer, **how):
+    """Networks as they begin write nothing that is rewarded: as if what they wrote had been good."""
+    return improve(actor, state, rollout._replace(advantages=rollout.mask * 1.0), optimizer, **how)
+
+  def tuned(config, solver, start, *args):
+    before = jax.tree.map(np.array, (solver, start))
+    made = kept(config, solver, start, *args)
+    jax.tree.map(np.testing.assert_array_equal, (solver, start), before)  # frozen, to the bit
+    assert any((np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (made[0], start)), strict=True))
+    return made
+
+  kept = training.tuned
   monkeypatch.setattr(training, "fitted", fitted)
+  monkeypatch.setattr(training, "tuned", tuned)
+  monkeypatch.setattr(ppo, "improve", watched)
   report = run_and_continue("daslam", tmp_path, monkeypatch, "judged", "votes", "thinned")
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == {*daslam.ARMS}
   assert set(report.metrics["rewards"]) == {*daslam.ARMS} - {"taught"}

@@ -169,6 +169,7 @@ def test_what_is_wrong_is_said_in_one_line():
     (lambda: daslam.coordinate([], symbolic, oracle), "every question"),
     (lambda: daslam.coordinate([" "], symbolic, oracle), "every question"),
     (lambda: daslam.coordinate([QUESTION], lambda prompts: [], oracle), "solver gave 0 texts for 1"),
+    (lambda: daslam.coordinate([QUESTION], lambda prompts: [None], oracle), "solver gave 0 texts for 1"),
     (lambda: daslam.coordinate([QUESTION], symbolic, lambda pairs: ["a", "b"]), "decomposer gave 2 texts for 1"),
     (lambda: daslam.parse_subquestions("a?", least=0), "least"),
     (lambda: daslam.proximity(*(jnp.zeros((1, 1, 1)),) * 3, jnp.ones((1, 1), bool), form="x"), "form"),

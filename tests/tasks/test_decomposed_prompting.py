@@ -1,5 +1,6 @@
 """Programs, operators, the search over them, and the handlers that need no model."""
 
+import functools
 import json
 import re
 import string
@@ -326,7 +327,6 @@ def test_a_level_ends_by_itself_after_the_most_steps():
       "depth is 0",
     ),
     (lambda: solve(["?"], "m", {"m": Decomposer(lambda levels: [])}), "m proposed for 0 of 1 levels"),
-    (lambda: solve(["?"], "m", {"m": handlers.policy(lambda _: [Proposal("[x] y", -1.0)])}), "cost -1.0"),
     (
       lambda: solve(["?"], "m", {"m": handlers.policy(lambda _: "[x] y"), "x": lambda asked: []}),
       "x gave 0 answers to 1 questions",
@@ -396,6 +396,48 @@ def test_arithmetic_is_computed(text, value):
 def test_what_is_no_arithmetic_fails_that_question_alone(text):
   good, bad = handlers.function(handlers.arithmetic)([Question("1 + 1"), Question(text)])
   assert good == Answer(2) and isinstance(bad, Failure)
+
+
+@pytest.mark.parametrize(
+  "lines, why",
+  [
+    ([[Proposal("[x] y", -1.0)]], "a step's cost is -1.0"),
+    ([[Proposal("[x] y", float("nan"))]], "a step's cost is nan"),
+    (["[arithmetic] " + "1+" * 600 + "1"], "recursion"),
+    (["[arithmetic] " + "*".join(["9" * 4000] * 2), "[x] #1"], "digits"),
+    (["(select_flat) [nested] y"], "recursion"),
+    ([], "index out of range"),  # of the policy itself
+  ],
+)
+def test_what_one_question_leads_to_ends_that_question_alone(lines, why):
+  """The other, beside it, is answered."""
+  nested = functools.reduce(lambda inner, _: [inner], range(900), "y")
+  of = {"bad": lines, "good": ["[x] y", "[EOQ]"]}
+  library = {
+    "main": handlers.policy(lambda level: of[level.question][len(level.steps)]),
+    "x": handlers.function(lambda text: text),
+    "nested": handlers.function(lambda _: [nested]),
+    "arithmetic": handlers.function(handlers.arithmetic),
+  }
+  bad, good = solve(["bad", "good"], "main", library)
+  assert good.answer == "y" and bad.answer is None and why in bad.why
+
+
+def test_a_journal_grows_as_answers_come_whatever_is_in_them(tmp_path):
+  """Line separators and half a character among them; a sampled model's answers to one prompt stay apart."""
+  file, texts = tmp_path / "calls.jsonl", iter(["a\u2028b", "\ud800", "\x85", "c", "d"])
+
+  def generate(prompts):
+    return [[(next(texts), 0.5)] for _ in prompts]
+
+  model = handlers.recorded_generate(generate, "m", file, part=2)
+  with pytest.raises((StopIteration, RuntimeError)):
+    model(["p", "q", "p", "r", "s", "t"])
+  again = handlers.recorded_generate(generate, "m", file, part=2)
+  assert [row[0][0] for row in again(["p", "q", "p", "r"])] == ["a\u2028b", "\ud800", "\x85", "c"]
+  assert file.read_text().isascii()
+  leaf = handlers.recorded(lambda asked: [Answer("x\u2028y") for _ in asked], "leaf", file)
+  assert leaf([Question("1")]) == handlers.recorded(len, "leaf", file)([Question("1")]) == [Answer("x\u2028y")]
 
 
 def test_a_search_that_broke_off_goes_on_from_its_journal(tmp_path):

@@ -202,6 +202,8 @@ def test_an_answer_without_a_slot_takes_that_of_the_fewest_votes_and_is_counted(
   for answer in (1, 1, 2, 3, 3):
     ballot, _, lead = maker.add_vote(ballot, jnp.full((1, 2), answer, jnp.uint32), jnp.array([True]))
   assert int(ballot.lost[0]) == 1 and int(lead[0]) == 0 and set(ballot.said[0, :, 0].tolist()) == {1, 3}
+  ballot, *_ = maker.add_vote(ballot, jnp.full((1, 2), 4, jnp.uint32), jnp.array([True]))
+  assert int(ballot.lost[0]) == 3 and int(ballot.count.sum() + ballot.lost[0]) == 6  # no vote is forgotten
 
 
 # --- The Towers of Hanoi.
@@ -231,6 +233,24 @@ def test_a_million_steps_stay_within_int32():
   assert (pegs[-1] == 2).all() and hanoi.state_before(step[3:4], 20).last.tolist() == [2]
   with pytest.raises(InputError, match="disks is 31"):
     hanoi.state_before(step, 31)
+
+
+def test_what_is_no_state_is_said():
+  start = hanoi.state_before(jnp.array([0]), 3)
+  names = hanoi.draw_names(jax.random.key(0), 1, 3, names=3, renamed="nothing")
+  lacking = hanoi.state_before(jnp.array([0]), 3, present=jnp.array([2]))
+  for call, message in (
+    (lambda: hanoi.state_before(100, 3), r"steps are 0\.\.100; 3 disks have 0\.\.7"),
+    (lambda: hanoi.state_before(np.array([-5, 2]), 3), r"steps are -5\.\.2"),
+    (lambda: hanoi.take_step(start._replace(pegs=jnp.array([[5, 9, -1]]))), r"pegs are -1\.\.9"),
+    (lambda: hanoi.take_step(start._replace(pegs=jnp.array([[3, 0, 0]]))), "a disk is missing"),
+    (lambda: hanoi.take_step(start._replace(place=jnp.array([[0, 0, 0]]))), "places do not follow"),
+    (lambda: hanoi.take_step(start._replace(last=jnp.array([4]))), r"disks 4\.\.4, not 0\.\.n"),
+    (lambda: hanoi.encode(lacking, names), "a state lacks a disk"),
+  ):
+    with pytest.raises(InputError, match=message):
+      call()
+  hanoi.take_step(lacking)
 
 
 def test_legal_refuses_covered_disks_smaller_ones_and_the_same_peg():

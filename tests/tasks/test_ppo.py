@@ -127,6 +127,9 @@ def test_the_penalty_is_a_tokens_and_the_reward_the_last_ones():
   np.testing.assert_allclose(found.sum(axis=1), reward - 0.5 * mask.sum(axis=1), rtol=1e-6)
   assert found[0, 8] == pytest.approx(0.5) and found[2, 3] == pytest.approx(2.5) and found[2, 4] == 0
   assert float(ppo.kl(logp, logp, mask)) == 0 and float(ppo.kl(logp, logp - 1, mask)) == pytest.approx(13 / 4)
+  some = mask & jnp.array([True, False, False, True])[:, None]  # episodes that count nowhere are not averaged in
+  assert float(ppo.kl(logp, logp - 1, some)) == pytest.approx(float(some.sum()) / 2)
+  assert float(ppo.kl(logp, logp - 1, mask & False)) == 0
 
 
 def test_the_penaltys_weight_falls_where_nothing_has_moved_and_rises_where_too_much_has():
