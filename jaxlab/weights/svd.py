@@ -50,11 +50,16 @@ def asvd(weight: Float[Array, "inputs outputs"], x: Moments, *, alpha: float = 0
 
 
 def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
-  """SVD-LLM (Wang et al. 2024, arXiv 2403.07378): inputs whitened by the Cholesky factor of their second moment."""
+  """SVD-LLM (Wang et al. 2024, arXiv 2403.07378): inputs whitened by the Cholesky factor of their second moment.
+
+  Where there is none, as of inputs of few directions, one with what rounding takes of the largest eigenvalue added.
+  """
   second = x.second
-  lowest = jnp.linalg.eigvalsh(second)[0]
-  floor = jnp.where(lowest > 0, 0, _TINY * jnp.trace(second) / len(second) - lowest)
-  root = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
+  values = jnp.linalg.eigvalsh(second)
+  floor = len(second) * jnp.finfo(second.dtype).eps * values[-1] - jnp.minimum(values[0], 0)
+  root = jnp.linalg.cholesky(second)
+  raised = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
+  root = jnp.where(jnp.isfinite(root).all(), root, raised)
   left, values, right = triplets(root.T @ weight.astype(second.dtype))
   half = jnp.sqrt(values)
   return jax.scipy.linalg.solve_triangular(root.T, left * half, lower=False), half[:, None] * right
