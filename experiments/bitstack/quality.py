@@ -113,16 +113,10 @@ _SVDS = {"svd": _scaled_svd, "svd unscaled": svd.plain_svd}
 
 
 def within(config, subject: Subject) -> Transformer:
-  """The model in config.budget of its blocks' bytes: as many blocks as fill it, in the order of `level`.
-
-  All layers of a map hold as many: a folder has room for the most that one of them has.
-  """
+  """The model in config.budget of its blocks' bytes: as many blocks as fill it, in the order of `level`."""
   require(0 < config.budget <= 1, f"budget is {config.budget}; it must lie in 0 < budget <= 1")
   dense = stored(subject.model)
   blocks = maps.bytes_of(maps.named(dense.blocks))
   budget = maps.bytes_of(dense) - blocks + int(config.budget * blocks)
   stacks = whole(config, subject, blocks=bitstack.blocks_to_fill(dense, budget=budget, rank=config.rank))
-  order = order_of(config, subject, stacks, "level")
-  level = lambda counts: all(min(count) == max(count) for count in counts.values())
-  sizes = [size for size, counts in bitstack.configurations(stacks, order) if size <= budget and level(counts)]
-  return bitstack.at_budget(stacks, order, budget=max(sizes))
+  return bitstack.at_budget(stacks, order_of(config, subject, stacks, "level"), budget=budget)

@@ -6,6 +6,7 @@ and give others back.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping
 
@@ -135,12 +136,16 @@ class SignStack(nnx.Module):
 
   signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
   (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
-  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing.
+  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing;
+  held: the blocks that each layer of a stack has, where others have more: the rest are zeros, which no file holds.
   """
 
   kind = "sign_stack"
 
-  def __init__(self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"]):
+  def __init__(
+    self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"], held=None
+  ):
+    self.held = held
     self.signs = nnx.Param(signs, axes=(None, None, None))
     self.u = nnx.Param(u, axes=(None, None, None))
     self.v = nnx.Param(v, axes=(None, None, None))
@@ -163,14 +168,31 @@ class SignStack(nnx.Module):
 
   @property
   def spec(self) -> dict:
-    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
+    own = {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
+    return own if self.held is None else own | {"held": list(self.held)}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool) -> "SignStack":
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool, held=None) -> "SignStack":
+    right = held is None or (isinstance(held, list) and [len(held)] == [*stack] and max(held) == blocks)
+    require(right, f"compression: held is {held!r:.80}; it must say of every layer how many of {blocks} blocks it has")
     zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
     signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
     u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
-    return cls(signs, u, v, zeros(jnp.float16, inputs) if scaled else None, zeros(jnp.int32))
+    scale = zeros(jnp.float16, inputs) if scaled else None
+    return cls(signs, u, v, scale, zeros(jnp.int32), held=held and tuple(held))
+
+  def of_layer(self, layer: int) -> "SignStack":
+    """That layer alone, given without a leading axis, with the blocks it has."""
+    if self.held is None:
+      return self
+    signs, u, v = (one[...][: self.held[layer]] for one in (self.signs, self.u, self.v))
+    return SignStack(signs, u, v, None if self.scale is None else self.scale[...], self.count[...])
+
+  @property
+  def stored_sizes(self) -> dict[str, list[int]]:
+    """{parameter of a stack: leading size of every layer's own part}, what files hold of it."""
+    uneven = self.held is not None and self.count.ndim
+    return {name: list(self.held) for name in ("signs", "u", "v")} if uneven else {}
 
 
 class Product(nnx.Module):
@@ -321,6 +343,22 @@ def replaced(blocks, maps: Mapping[str, nnx.Module]):
   return blocks
 
 
+def parts(blocks) -> dict[str, nnx.Module]:
+  """`named`, of a Product its two factors ("q.down", "q.up")."""
+  found = {}
+  for name, one in named(blocks).items():
+    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
+  return found
+
+
+def stored_sizes(blocks) -> dict[str, list[int]]:
+  """{parameter of stacked blocks: leading size of every layer's own part} where files hold no whole array."""
+  ragged = {name: one for name, one in parts(blocks).items() if isinstance(one, SignStack)}
+  if isinstance(blocks.mlp, TiledExperts):
+    ragged["mlp"] = blocks.mlp
+  return {f"{name}.{leaf}": own for name, one in ragged.items() for leaf, own in one.stored_sizes.items()}
+
+
 def sizes_of(config, name: str, layer: int) -> dict[str, int]:
   """{"inputs" or "outputs": how many of them that map has in a layer of a config whose layers differ}."""
   own = config.of_layer(layer)
@@ -376,8 +414,16 @@ def with_blocks(model, blocks):
 
 
 def bytes_of(tree) -> int:
-  """Bytes of all arrays, without zeros that fill up smaller layers: what a file takes but for its header."""
-  total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+  """Bytes of all arrays, without zeros that fill up smaller layers, experts or stacks: what a file takes but for its
+  header."""
+  uneven = lambda one: isinstance(one, SignStack | TiledExperts)
+  total = 0
+  for one in jax.tree.leaves(tree, is_leaf=uneven):
+    own = one.stored_sizes if uneven(one) else {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+      held = own.get(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"))
+      size = leaf.size if held is None else sum(held) * math.prod(leaf.shape[2:])
+      total += size * np.dtype(leaf.dtype).itemsize
   ragged = getattr(getattr(tree, "config", None), "ragged", False)
   return total - _filling(tree) if ragged else total
 
@@ -440,8 +486,11 @@ def _empty(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.
   require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
   require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
   sizes = {key: value for key, value in fields.items() if key != "kind"}
-  whole = all(isinstance(value, Mapping) or (type(value) in (int, bool) and value >= 0) for value in sizes.values())
-  require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
+  whole = lambda value: type(value) in (int, bool) and value >= 0
+  fits = lambda value: (
+    isinstance(value, Mapping) or whole(value) or (isinstance(value, list) and all(map(whole, value)))
+  )
+  require(all(map(fits, sizes.values())), f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
   try:
     return FORMS[fields["kind"]].empty(stack, inputs, outputs, **sizes)
   except (TypeError, ValueError) as error:

@@ -149,15 +149,19 @@ def stacks_of(model: Transformer) -> dict[str, SignStack]:
   Raises:
     InputError: a model that has none.
   """
-  found = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
+  found = _stacks(model)
   require(bool(found), "this model holds no stacks of blocks; decompose it first")
   return found
+
+
+def _stacks(model: Transformer) -> dict[str, SignStack]:
+  return {name: one for name, one in maps.parts(model.blocks).items() if isinstance(one, SignStack)}
 
 
 def with_counts(model: Transformer, counts: Mapping[str, Int[Array, "layers"]]) -> Transformer:
   """The model with other numbers of blocks in use, of those it holds; traced counts are allowed."""
   stacks = stacks_of(model)
-  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32))
+  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32), one.held)
   return with_maps(model, {name: new(stacks[name], count) for name, count in counts.items()})
 
 
@@ -236,22 +240,19 @@ def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: in
 
 
 def bytes_in_use(model: Transformer) -> int:
-  """Bytes of all arrays but for the blocks that are not in use, if it holds any."""
-  stacks = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
-  spare = {name: one.signs.shape[1] - np.asarray(one.count[...]) for name, one in stacks.items()}
-  return maps.bytes_of(model) - sum(int(spare[name].sum()) * _block_bytes(one) for name, one in stacks.items())
+  """`maps.bytes_of` without the blocks that are held but not in use, if there are any."""
+  spare = lambda one: int(np.sum(_held(one) - np.asarray(one.count[...])))
+  return maps.bytes_of(model) - sum(spare(one) * _block_bytes(one) for one in _stacks(model).values())
+
+
+def _held(one: SignStack) -> np.ndarray:
+  """The blocks that each layer has."""
+  layers, blocks = one.u.shape[:2]
+  return np.array(one.held or (blocks,) * layers)
 
 
 def _block_bytes(one: SignStack) -> int:
   return maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0]))
-
-
-def _parts(model: Transformer) -> dict:
-  """Maps by name, of products their factors."""
-  found = {}
-  for name, one in maps.named(model.blocks).items():
-    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
-  return found
 
 
 def level_order(model: Transformer) -> list[Block]:
@@ -263,7 +264,7 @@ def level_order(model: Transformer) -> list[Block]:
     for number in range(2, most + 1)
     for name, one in stacks.items()
     for layer in range(one.u.shape[0])
-    if number <= one.u.shape[-3]
+    if number <= _held(one)[layer]
   ]
 
 
@@ -279,6 +280,8 @@ def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int
   made = [(size, dict(counts))]
   for name, layer, number in order:
     count = counts[name].copy()
+    held = _held(stacks[name])[layer]
+    require(number <= held, f"block {number} of {name}, layer {layer}, is not there; the model holds {held}")
     require(
       number == count[layer] + 1, f"block {number} of {name}, layer {layer}, comes before block {count[layer] + 1}"
     )
@@ -290,9 +293,10 @@ def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int
 
 
 def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Transformer:
-  """The largest configuration of at most `budget` bytes, in use.
+  """The largest configuration of at most `budget` bytes, in use; the blocks that are not are gone.
 
-  The stacks keep room for the most blocks that one layer of a map has in use, so that `with_counts` may shrink it.
+  Stacked, layers are filled up with zeros to the most blocks that one of them has: no file has those, and a network
+  that is taken apart loses them. `with_counts` may shrink it.
 
   Raises:
     InputError: a budget below the smallest configuration.
@@ -302,9 +306,11 @@ def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Tra
   _, counts = max((one for one in made if one[0] <= budget), key=lambda one: one[0])
   forms = {}
   for name, one in stacks_of(model).items():
-    most = int(counts[name].max())
-    cut = (a[:, :most] for a in _arrays(one))
-    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(counts[name]))
+    count, most = counts[name], int(counts[name].max())
+    there = np.arange(most) < count[:, None]
+    cut = [jnp.where(there[..., None, None], a[:, :most], 0) for a in _arrays(one)]
+    held = None if there.all() else tuple(map(int, count))
+    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(count), held)
   return with_maps(model, forms)
 
 
