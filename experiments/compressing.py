@@ -148,14 +148,27 @@ def rivals(config, subject: Subject) -> dict[str, Callable[[int], Transformer]]:
   return {name: made(method) for name, method in (grids | {"awq": awq}).items()}
 
 
+def left_out(original: Transformer, model: Transformer) -> list[str]:
+  """Maps that a compressed model holds as they were: in another form they would take as many bytes or more."""
+  before = maps.named(original.blocks)
+  same = lambda one, old: np.array_equal(one, old.astype(one.dtype))
+  plain = {name: one for name, one in maps.named(model.blocks).items() if isinstance(one, Linear)}
+  return [name for name, one in plain.items() if same(one.weight[...], before[name].weight[...])]
+
+
 def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Callable], console) -> list[dict]:
   """The row of the dense model, then one of every method named with its budget."""
   rows = [row(subject, "dense", 1, subject.model)]
   for text in methods:
     method, budget = parse(text)
     require_choice("a method", method, make)
-    rows.append(row(subject, method, budget, make[method](budget)))
-    console.say(f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes")
+    model = make[method](budget)
+    rows.append(row(subject, method, budget, model))
+    kept = ", ".join(left_out(subject.model, model))
+    console.say(
+      f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes"
+      + (f", left as they are: {kept}" if kept else "")
+    )
   return rows
 
 

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.compressing import Subject, made_rows, rivals, row, selection_loss, sizes, stored
+from experiments.compressing import Subject, left_out, made_rows, rivals, row, selection_loss, sizes, stored
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
 from jaxlab.weights import bitstack, svd
@@ -43,6 +43,8 @@ def frontier(config, subject: Subject, *, console) -> dict:
   start = time.perf_counter()
   stacks = jax.block_until_ready(whole(config, subject))
   seconds = time.perf_counter() - start
+  if kept := left_out(subject.model, stacks):
+    console.say(f"  left as they are, as one block takes more: {', '.join(kept)}")
   how = sizes(config.orders, subject)[0]
   order = order_of(config, subject, stacks, how, None if how == "level" else scored(subject, stacks))
   least, most = (bitstack.configurations(stacks, order)[i][0] for i in (0, -1))

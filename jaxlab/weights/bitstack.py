@@ -76,19 +76,25 @@ def decompose(
   batch: int = 8,
 ) -> Transformer:
   """The model with every linear map of its blocks as a stack of all `blocks`, all in use; of a map of low rank both
-  factors become one.
+  factors become one. A map of which one block takes more than all of it in 16 bits stays as it is.
 
   Args:
     scaled: False takes s = 1 (a comparison); folded: s goes into norms and earlier maps where they take it, which
       rounds it to the model's dtype; from_stored: as `absolute_value_decomposition`.
 
   Raises:
-    InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
+    InputError: counts below 1, a rank that a map cannot have or that leaves no map to decompose; and as
+      `layer_by_layer`.
   """
   require_counts(blocks=blocks, rank=rank)
-  split = {name: _matrices(one) for name, one in maps.named(model.blocks).items()}
+  split = {name: _matrices(name, one) for name, one in maps.named(model.blocks).items()}
   least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
   require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
+
+  large = {name for name, matrices in split.items() if _shrinks(matrices, rank)}
+  require(
+    bool(large), f"one block of rank {rank} takes more bytes than the map in 16 bits, of every map; lower the rank"
+  )
 
   whole = set()  # maps whose inputs are scaled already
   if folded:
@@ -106,14 +112,14 @@ def decompose(
     return SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
 
   def other(name: str, one, x: Moments):
-    first, *second = _matrices(one)
+    first, *second = _matrices(name, one)
     if not second:
       return stack(first, x, name in whole)
     bias = None if one.bias is None else one.bias[...]
     return Product(stack(first, x), stack(second[0], x.through(first)), bias, rank=first.shape[1])
 
   def visit(layer, block, inputs):
-    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items()}
+    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items() if name in large}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
@@ -123,23 +129,39 @@ def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
   `decompose` into for a size that fills its budget.
 
   Raises:
-    InputError: a budget below that of one block; a map that is neither plain nor of low rank.
+    InputError: a budget below that of one block; a rank that leaves no map to decompose; a map that is neither plain
+      nor of low rank.
   """
-  matrices = [matrix for one in maps.named(model.blocks).values() for matrix in _matrices(one)]
+  split = [_matrices(name, one) for name, one in maps.named(model.blocks).items()]
+  matrices = [matrix for one in split if _shrinks(one, rank) for matrix in one]
+  require(
+    bool(matrices), f"one block of rank {rank} takes more bytes than the map in 16 bits, of every map; lower the rank"
+  )
   rest, block = maps.bytes_of(model) - maps.bytes_of(matrices), 0
   for matrix in matrices:
-    layers, inputs, outputs = matrix.shape
-    block += layers * (outputs * -(-inputs // 8) + rank * (inputs + outputs) * np.dtype(np.float16).itemsize)
-    rest += layers * (inputs * np.dtype(np.float16).itemsize + np.dtype(np.int32).itemsize)
+    own, beside = _bytes_of_a_stack(matrix, rank)
+    block, rest = block + len(matrix) * own, rest + len(matrix) * beside
   require(budget >= rest + block, f"budget is {budget} bytes; one block of every map takes {rest + block}")
   return -(-(budget - rest) // block)
 
 
-def _matrices(one) -> tuple[Array, ...]:
+def _bytes_of_a_stack(matrix: Array, rank: int) -> tuple[int, int]:
+  """(bytes of one block, those of the scale and the count) of a layer's matrix (*stack, inputs, outputs)."""
+  inputs, outputs = matrix.shape[-2:]
+  half, whole = (np.dtype(dtype).itemsize for dtype in (np.float16, np.int32))
+  return outputs * -(-inputs // 8) + rank * (inputs + outputs) * half, inputs * half + whole
+
+
+def _shrinks(matrices: Sequence[Array], rank: int) -> bool:
+  """Whether one block of the map takes less than the map in 16 bits."""
+  dense = sum(matrix.shape[-2] * matrix.shape[-1] for matrix in matrices) * np.dtype(np.float16).itemsize
+  return sum(sum(_bytes_of_a_stack(matrix, rank)) for matrix in matrices) < dense
+
+
+def _matrices(name: str, one) -> tuple[Array, ...]:
   """Of a plain map, or the two of a map of low rank."""
-  require(
-    isinstance(one, Linear | Factored), f"a map is a {type(one).__name__}; only plain and low-rank ones have stacks"
-  )
+  plain = isinstance(one, Linear | Factored)
+  require(plain, f"{name} is a {type(one).__name__}; only plain maps and those of low rank have stacks")
   return (one.weight[...],) if isinstance(one, Linear) else (one.down[...], one.up[...])
 
 
