@@ -24,7 +24,7 @@ from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 from jaxlab.weights.svd import triplets
 
@@ -86,6 +86,7 @@ def decompose(
     InputError: counts below 1, a rank that a map cannot have or that leaves no map to decompose; and as
       `layer_by_layer`.
   """
+  require_transformer(model)
   require_counts(blocks=blocks, rank=rank)
   split = {name: _matrices(name, one) for name, one in maps.named(model.blocks).items()}
   least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
@@ -132,6 +133,7 @@ def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
     InputError: a budget below that of one block; a rank that leaves no map to decompose; a map that is neither plain
       nor of low rank.
   """
+  require_transformer(model)
   split = [_matrices(name, one) for name, one in maps.named(model.blocks).items()]
   matrices = [matrix for one in split if _shrinks(one, rank) for matrix in one]
   require(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models import Transformer, maps
 from jaxlab.models.maps import Factored
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, require_transformer, with_maps
 
 _LEAST = 4  # calibration tokens for every output at least
 
@@ -91,9 +91,10 @@ def decompose(
 
   Raises:
     InputError: fewer than four tokens for every output of the widest basis, whose directions would be noise; a basis
-      that is not finite; and as `layer_by_layer`.
+      that is not finite; a map that is no matrix; and as `layer_by_layer`.
   """
-  most = max(min(one.weight.shape[-2:]) for one in maps.named(model.blocks).values())
+  require_transformer(model)
+  most = max(min(matrix(name, one).shape[-2:]) for name, one in maps.named(model.blocks).items())
   enough = _LEAST * most
   require(
     tokens.size >= enough, f"the calibration text has {tokens.size} tokens; bases of {most} take {enough} or more"
@@ -204,8 +205,10 @@ def choose(
   step saved too much is given back.
 
   Raises:
-    InputError: a loss that is no number, a budget that the smallest ranks of the sweep do not reach.
+    InputError: a budget outside 0..1 or one that the smallest ranks of the sweep do not reach, a loss that is no
+      number.
   """
+  _require_share(budget)
   dense, table = found
   require(not np.isnan(dense), "the loss of the dense model is no number; look at the model and the text")
   for name, losses in table.items():
@@ -247,8 +250,9 @@ def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> 
   """Ranks by map at which every map takes at most the same share of its parameters.
 
   Raises:
-    InputError: a budget that leaves a map no rank.
+    InputError: a budget outside 0..1, or one that leaves a map no rank.
   """
+  _require_share(budget)
   ranks = {}
   for name, one in bases.items():
     inputs, outputs = one.down.shape[-2], one.up.shape[-1]
@@ -256,6 +260,10 @@ def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> 
     ranks[name] = int((budget * one.weights - bias) / (inputs + outputs)) // multiple * multiple
     require(ranks[name] >= 1, f"budget {budget} leaves {name} no rank of a multiple of {multiple}; raise it")
   return ranks
+
+
+def _require_share(budget: float) -> None:
+  require(0 < budget <= 1, f"budget is {budget}; it is a share of the maps' parameters, 0 < budget <= 1")
 
 
 def _even(one: Basis) -> float:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
 from jaxlab.models.maps import Factored
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, with_maps
 
 _TINY = 1e-6
 
@@ -73,13 +73,17 @@ def decompose(
   names: Collection[str] = maps.NAMES,
   batch: int = 8,
 ) -> dict[str, Factored]:
-  """The linear maps of those names by `how` at full rank, stacked over layers: lower ranks are prefixes."""
+  """The linear maps of those names by `how` at full rank, stacked over layers: lower ranks are prefixes.
+
+  Raises:
+    InputError: a map that is no matrix; and as `layer_by_layer`.
+  """
   made = jax.jit(how)
 
   def visit(layer, block, inputs):
     chosen = {name: one for name, one in maps.named(block).items() if name in names}
     bias = lambda one: one.bias[...] if isinstance(one, maps.Affine) else None
-    return {name: Factored(*made(one.weight[...], inputs[name]), bias(one)) for name, one in chosen.items()}
+    return {name: Factored(*made(matrix(name, one), inputs[name]), bias(one)) for name, one in chosen.items()}
 
   return layer_by_layer(model, tokens, visit, batch=batch)
 

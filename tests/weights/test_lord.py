@@ -253,6 +253,10 @@ def test_what_a_budget_leaves_over_is_given_back():
 
 def test_wrong_input_is_one_line(made):
   model, bases = made
+  for budget in (0, 1.5):
+    for call in (functools.partial(choose, bases, (1.0, {})), functools.partial(uniform, bases)):
+      with pytest.raises(InputError, match=f"budget is {budget}; it is a share"):
+        call(budget=budget)
   with pytest.raises(InputError, match="has 8 tokens; bases of 32 take 128"):
     decompose(model, TOKENS[:1, :8])
   huge = jax.tree.map(jnp.copy, model)
