@@ -107,7 +107,8 @@ def restored(model: Transformer, like: Transformer | None = None) -> Transformer
     weight, bias = _matrix(one), getattr(getattr(one, "inner", one), "bias", None)
     bias = np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32)
     if like is not None:
-      shape = maps.named(like.blocks)[name].weight.shape
+      own = maps.named(like.blocks)[name]
+      shape = own.weight.shape if isinstance(own, Linear) else own.shape
       weight = np.pad(weight, [(0, n - m) for n, m in zip(shape, weight.shape, strict=True)])
       bias = np.pad(bias, [(0, 0), (0, shape[2] - bias.shape[1])])
     forms[name] = maps.Affine(weight, bias)
@@ -151,9 +152,10 @@ def rivals(config, subject: Subject) -> dict[str, Callable[[int], Transformer]]:
 def left_out(original: Transformer, model: Transformer) -> list[str]:
   """Maps that a compressed model holds as they were: in another form they would take as many bytes or more."""
   before = maps.named(original.blocks)
-  same = lambda one, old: np.array_equal(one, old.astype(one.dtype))
-  plain = {name: one for name, one in maps.named(model.blocks).items() if isinstance(one, Linear)}
-  return [name for name, one in plain.items() if same(one.weight[...], before[name].weight[...])]
+  same = lambda pair: np.array_equal(pair[0], pair[1].astype(pair[0].dtype))
+  arrays = lambda one, old: zip(jax.tree.leaves(one), jax.tree.leaves(old), strict=True)
+  alike = {name: one for name, one in maps.named(model.blocks).items() if type(one) is type(before[name])}
+  return [name for name, one in alike.items() if all(map(same, arrays(one, before[name])))]
 
 
 def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Callable], console) -> list[dict]:
