@@ -87,7 +87,7 @@ def _matrix(one: nnx.Module) -> np.ndarray:
     return _matrix(one.down) @ _matrix(one.up)
   if isinstance(one, Adapted):
     return _matrix(one.inner) + wide(one.a) @ wide(one.b)
-  if isinstance(one, maps.Quantised | maps.Sparse):
+  if isinstance(one, maps.Quantised | maps.Sparse | maps.SharedBasis):
     return np.asarray(jax.jit(type(one).weight)(one), np.float32)
   weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
   return weight if one.scale is None else weight / wide(one.scale)[:, :, None]

@@ -280,10 +280,10 @@ def _leaves(model):
     yield jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf
 
 
-def _parts(model) -> dict[str, list[int]]:
-  """{parameter: how much of every layer's part files hold}; other parameters are held whole."""
-  sizes = maps.stored_sizes(model.blocks) if isinstance(model, Transformer) else {}
-  return {f"blocks.{name}": own for name, own in sizes.items()}
+def _parts(model) -> dict[str, list[tuple[int, str]]]:
+  """{parameter: how much of every layer's part files hold, and where}; other parameters are held whole."""
+  parts = maps.stored_parts(model.blocks) if isinstance(model, Transformer) else {}
+  return {f"blocks.{name}": own for name, own in parts.items()}
 
 
 def _most_in_use(model: Transformer) -> dict[str, np.ndarray]:
@@ -292,10 +292,10 @@ def _most_in_use(model: Transformer) -> dict[str, np.ndarray]:
   return {f"blocks.{name}.count": np.array(one.held or one.u.shape[-3]) for name, one in stacks.items()}
 
 
-def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[int]]):
+def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[tuple[int, str]]]):
   """(index into the parameter, tensor name, transposed) of each tensor that holds a part of it."""
   if parameter in parts:
-    yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
+    yield from (((i, slice(size)), name, False) for i, (size, name) in enumerate(parts[parameter]) if size)
     return
   if table is None:
     yield from _own_places(config, parameter)

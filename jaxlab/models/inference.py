@@ -99,7 +99,7 @@ def _of_layer(block: Block, layer: int) -> Block:
   """That layer's block without what fills up its experts and stacks."""
   if isinstance(block.mlp, TiledExperts):
     block.mlp = block.mlp.of_layer(layer)
-  stacks = {name: one for name, one in maps.parts(block).items() if isinstance(one, maps.SignStack)}
+  stacks = {name: one for name, one in maps.parts(block).items() if isinstance(one, maps.UNEVEN)}
   return maps.replaced(block, {name: one.of_layer(layer) for name, one in stacks.items()}) if stacks else block
 
 
