@@ -5,6 +5,7 @@ greedy clustering for each, all on data of its own. Measured here on travelling 
 columns of `base`, and on all maps of `base` and `smollm2` that read or write the residual stream.
 
   python -m experiments.run --config=configs/concat_svd.py:gpu --workdir=runs/concat_svd --config.data.path='books/*.xz'
+  python -m experiments.run --config=configs/concat_svd.py --config.model=hf:DIR --config.budget=0.2 --workdir=runs/mine
 
 Scale cpu printed (2026-11-28): compression by norms, residuals, the bound kept up to date, and true errors
 
@@ -42,7 +43,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="concat_svd",
       scale=scale,
       seed=0,
-      model="",  # a hub name, or hf:DIR: that one alone
+      model="",  # a hub name, or hf:DIR: that one alone is compressed
+      budget=0.2,  # the error that is promised to it
+      rank=0.9,  # of its bases, a share of the residual stream's width
       subjects=pick(test=("base",), cpu=("base", "smollm2")),
       # A path to local text, or a tfds name; the splits.
       data=dict(name="stdlib_code", path="", calibration="validation", test="test"),
@@ -69,6 +72,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           types=pick(cpu=("k", "v"), gpu=("q", "k", "v", "o")),
           pairs=pick(test=((0.8, 0.4),), cpu=((0.9, 0.2), (0.65, 0.5)), gpu=((0.9, 0.2), (0.8, 0.35), (0.65, 0.5))),
         ),
+      ),
+      bench=dict(  # of a folder that was written
+        tokens=pick(test=4, cpu=64), repetitions=pick(test=2, cpu=3), dtype=pick(cpu="float32", gpu="bfloat16")
       ),
     )
   )

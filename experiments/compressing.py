@@ -87,7 +87,7 @@ def _matrix(one: nnx.Module) -> np.ndarray:
     return _matrix(one.down) @ _matrix(one.up)
   if isinstance(one, Adapted):
     return _matrix(one.inner) + wide(one.a) @ wide(one.b)
-  if isinstance(one, maps.Quantised | maps.Sparse):
+  if isinstance(one, maps.Quantised | maps.Sparse | maps.SharedBasis):
     return np.asarray(jax.jit(type(one).weight)(one), np.float32)
   weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
   return weight if one.scale is None else weight / wide(one.scale)[:, :, None]
@@ -107,7 +107,8 @@ def restored(model: Transformer, like: Transformer | None = None) -> Transformer
     weight, bias = _matrix(one), getattr(getattr(one, "inner", one), "bias", None)
     bias = np.zeros_like(weight[:, 0]) if bias is None else np.asarray(bias[...], np.float32)
     if like is not None:
-      shape = maps.named(like.blocks)[name].weight.shape
+      own = maps.named(like.blocks)[name]
+      shape = own.weight.shape if isinstance(own, Linear) else own.shape
       weight = np.pad(weight, [(0, n - m) for n, m in zip(shape, weight.shape, strict=True)])
       bias = np.pad(bias, [(0, 0), (0, shape[2] - bias.shape[1])])
     forms[name] = maps.Affine(weight, bias)
@@ -148,14 +149,28 @@ def rivals(config, subject: Subject) -> dict[str, Callable[[int], Transformer]]:
   return {name: made(method) for name, method in (grids | {"awq": awq}).items()}
 
 
+def left_out(original: Transformer, model: Transformer) -> list[str]:
+  """Maps that a compressed model holds as they were: in another form they would take as many bytes or more."""
+  before = maps.named(original.blocks)
+  same = lambda pair: np.array_equal(pair[0], pair[1].astype(pair[0].dtype))
+  arrays = lambda one, old: zip(jax.tree.leaves(one), jax.tree.leaves(old), strict=True)
+  alike = {name: one for name, one in maps.named(model.blocks).items() if type(one) is type(before[name])}
+  return [name for name, one in alike.items() if all(map(same, arrays(one, before[name])))]
+
+
 def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Callable], console) -> list[dict]:
   """The row of the dense model, then one of every method named with its budget."""
   rows = [row(subject, "dense", 1, subject.model)]
   for text in methods:
     method, budget = parse(text)
     require_choice("a method", method, make)
-    rows.append(row(subject, method, budget, make[method](budget)))
-    console.say(f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes")
+    model = make[method](budget)
+    rows.append(row(subject, method, budget, model))
+    kept = ", ".join(left_out(subject.model, model))
+    console.say(
+      f"  {text}: perplexity {rows[-1]['perplexity']:.4g}, {rows[-1]['share']:.3f} of the blocks' bytes"
+      + (f", left as they are: {kept}" if kept else "")
+    )
   return rows
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import timing
-from experiments.compressing import COMPRESSED, Subject, perplexity, stored
+from experiments.compressing import COMPRESSED, Subject, left_out, perplexity, stored
 from experiments.results import Claim
 from experiments.text import save_vocabulary
 from jaxlab.models import Transformer, generate, hub, maps
@@ -17,7 +17,8 @@ def written(config, subject: Subject, model: Transformer, workdir: Path, console
   """Saves a compressed model as workdir/compressed, reads it again, and measures it beside the original.
 
   Returns:
-    {bytes, files, perplexity, tokens_per_second: {"original", "compressed"} each}; files: bytes on disk.
+    {bytes, files, perplexity, tokens_per_second: {"original", "compressed"} each; kept}; files: bytes on disk; kept:
+    maps that are left as they were.
   """
   folder = workdir / COMPRESSED
   hub.save(stored(model), folder)
@@ -34,9 +35,13 @@ def written(config, subject: Subject, model: Transformer, workdir: Path, console
     "files": {"original": size(subject.folder), COMPRESSED: size(folder)},
     "perplexity": {name: perplexity(subject, one) for name, one in pair.items()},
     "tokens_per_second": {name: b.tokens / times.median(name) for name in pair},
+    "kept": left_out(subject.model, model),
   }
   for name in pair:
-    console.say(", ".join([name, *(f"{what} {found[what][name]:.5g}" for what in found if what != "files")]))
+    said = ("bytes", "perplexity", "tokens_per_second")
+    console.say(", ".join([name, *(f"{what} {found[what][name]:.5g}" for what in said)]))
+  if found["kept"]:
+    console.say(f"left as they are: {', '.join(found['kept'])}")
   console.say(f"written: {folder}; python -m jaxlab.generate --model={folder} --raw TEXT goes on from a text")
   return found
 
@@ -44,12 +49,13 @@ def written(config, subject: Subject, model: Transformer, workdir: Path, console
 def written_claims(found: dict, most: float) -> list[Claim]:
   """Of `written`: the folder holds what was counted, and its perplexity."""
   of = lambda what: found[what][COMPRESSED] / found[what]["original"]
+  kept = f"; left as they are: {', '.join(found['kept'])}" if found["kept"] else ""
   speed = ", ".join(f"{name} {rate:.4g}" for name, rate in found["tokens_per_second"].items())
   return [
     Claim(
       "Perplexity of the folder that was written and read again over the original's", "ratio", "lower",
       ours=of("perplexity"), threshold=most, baseline=f"the original's {found['perplexity']['original']:.4g}",
-      note=f"{of('bytes'):.3f} of the bytes; tokens/s of one text: {speed}",
+      note=f"{of('bytes'):.3f} of the bytes; tokens/s of one text: {speed}{kept}",
     ),
     Claim(
       "Bytes on disk over those counted", "ratio", "lower",

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.compressing import Subject, made_rows, rivals, row, selection_loss, sizes, stored
+from experiments.compressing import Subject, left_out, made_rows, rivals, row, selection_loss, sizes, stored
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
 from jaxlab.weights import bitstack, svd
@@ -43,6 +43,8 @@ def frontier(config, subject: Subject, *, console) -> dict:
   start = time.perf_counter()
   stacks = jax.block_until_ready(whole(config, subject))
   seconds = time.perf_counter() - start
+  if kept := left_out(subject.model, stacks):
+    console.say(f"  left as they are, as one block takes more: {', '.join(kept)}")
   how = sizes(config.orders, subject)[0]
   order = order_of(config, subject, stacks, how, None if how == "level" else scored(subject, stacks))
   least, most = (bitstack.configurations(stacks, order)[i][0] for i in (0, -1))
@@ -113,16 +115,10 @@ _SVDS = {"svd": _scaled_svd, "svd unscaled": svd.plain_svd}
 
 
 def within(config, subject: Subject) -> Transformer:
-  """The model in config.budget of its blocks' bytes: as many blocks as fill it, in the order of `level`.
-
-  All layers of a map hold as many: a folder has room for the most that one of them has.
-  """
+  """The model in config.budget of its blocks' bytes: as many blocks as fill it, in the order of `level`."""
   require(0 < config.budget <= 1, f"budget is {config.budget}; it must lie in 0 < budget <= 1")
   dense = stored(subject.model)
   blocks = maps.bytes_of(maps.named(dense.blocks))
   budget = maps.bytes_of(dense) - blocks + int(config.budget * blocks)
   stacks = whole(config, subject, blocks=bitstack.blocks_to_fill(dense, budget=budget, rank=config.rank))
-  order = order_of(config, subject, stacks, "level")
-  level = lambda counts: all(min(count) == max(count) for count in counts.values())
-  sizes = [size for size, counts in bitstack.configurations(stacks, order) if size <= budget and level(counts)]
-  return bitstack.at_budget(stacks, order, budget=max(sizes))
+  return bitstack.at_budget(stacks, order_of(config, subject, stacks, "level"), budget=budget)

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from experiments import figures, results
-from experiments.compressing import measured, subjects
-from experiments.compressing_drawing import draw_frontier
+from experiments.compressing import COMPRESSED, measured, subjects
+from experiments.compressing_drawing import draw_frontier, draw_pair
+from experiments.compressing_folder import written, written_claims, written_finding
 from experiments.concat_svd.groups import bounds, groups
-from experiments.concat_svd.layers import layers
+from experiments.concat_svd.layers import layers, shared
 from experiments.results import Claim
 from jaxlab.weights.concat_svd import EXACT, METHODS
 
@@ -23,7 +24,11 @@ _TITLES = dict(shared="a basis shared by a group", plain_svd="SVD of each map", 
 
 
 def measure(config, workdir: Path, cache: Path, console) -> dict:
-  """The parts of config.parts; that on models last."""
+  """The parts of config.parts; that on models last. Of config.model alone: its maps share bases at config.budget."""
+  if config.model:
+    made = lambda subject: shared(config, subject, config.rank, config.budget)[0]
+    part = {COMPRESSED: lambda subject: written(config, subject, made(subject), workdir, console)}
+    return measured(config, workdir, part, subjects(config, cache), console)
   alone, metrics = {BOUNDS: bounds, GROUPS: groups}, {}
   with jax.default_device(jax.devices("cpu")[0]):  # many small SVDs are the host's work
     for part in (part for part in config.parts if part in alone):
@@ -34,6 +39,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 
 def claims(config, metrics: dict) -> list[Claim]:
+  if COMPRESSED in metrics:
+    return written_claims(*metrics[COMPRESSED].values(), most=1.5)
   made = group_claims(config, metrics[GROUPS]) if GROUPS in metrics else []
   made += bound_claims(metrics[BOUNDS]) if BOUNDS in metrics else []
   return made + (layer_claims(metrics[LAYERS]) if LAYERS in metrics else [])
@@ -142,6 +149,8 @@ def layer_claims(by_model: dict) -> list[Claim]:
 
 
 def finding(config, metrics: dict) -> str:
+  if COMPRESSED in metrics:
+    return written_finding(metrics)
   said = []
   if GROUPS in metrics:
     kept, _, close, *_ = group_claims(config, metrics[GROUPS])
@@ -158,6 +167,8 @@ def finding(config, metrics: dict) -> str:
 
 
 def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  if COMPRESSED in metrics:
+    return draw_pair(metrics, workdir)
   made = {}
   if BOUNDS in metrics:
     made[draw_bounds(metrics[BOUNDS], workdir)] = "Bounds of the joint error against the true error of random subsets"

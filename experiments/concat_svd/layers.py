@@ -1,16 +1,10 @@
 """Maps of a model that share a basis of the residual stream, at a promised error: numbers stored, perplexity."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from experiments.compressing import Subject, perplexity, row, sizes, stored
+from experiments.compressing import Subject, row, sizes
 from jaxlab.models import Transformer, maps
-from jaxlab.models.layers import Linear
 from jaxlab.weights import concat_svd, svd
-from jaxlab.weights.calibration import with_maps
-
-_WRITE = ("o", "mlp.down")  # maps whose outputs, not inputs, are of the residual stream
 
 
 def layers(config, subject: Subject) -> dict:
@@ -21,41 +15,28 @@ def layers(config, subject: Subject) -> dict:
   """
   of = sizes(config.layers, subject)
   model = subject.model
-  dense = {name: np.asarray(maps.named(model.blocks)[name].weight[...]) for name in of.types}
-  width = model.config.width
-  blocks = {(name, i): _upright(name, w) for name, weight in dense.items() for i, w in enumerate(weight)}
+  found = maps.named(model.blocks)
+  total = sum(found[name].weight.size for name in of.types)
   rows = [row(subject, "dense", 1, model)]
   how = dict(names=of.types, batch=sizes(config.text, subject).batch)
   full = {one.__name__: svd.decompose(model, subject.calibration, one, **how) for one in (svd.plain_svd, svd.svd_llm)}
-  size, total = maps.bytes_of(stored(model)), sum(a.size for a in dense.values())
-  with jax.default_device(jax.devices("cpu")[0]):  # SVDs of tall matrices are the host's work
-    made = {eps: concat_svd.cluster(list(blocks.values()), rank=int(share * width), eps=eps) for share, eps in of.pairs}
-  for eps, clusters in made.items():
+  for share, eps in of.pairs:
+    made, clusters = shared(config, subject, share, eps)
     numbers = sum(one.numbers for one in clusters)
-    shared = [one for one in clusters if one.basis is not None]
+    together = [one for one in clusters if one.basis is not None]
     rows.append(
-      dict(subject=subject.name, method="shared", budget=eps, bytes=size - 2 * (total - numbers))
-      | dict(share=numbers / total, groups=len(clusters), shared=sum(len(one.members) for one in shared))
-      | dict(ratio=total / numbers, worst=max((one.bound for one in shared), default=0.0))
-      | dict(perplexity=perplexity(subject, stored(_replaced(model, dense, blocks, clusters))))
+      row(subject, "shared", eps, made)
+      | dict(share=numbers / total, groups=len(clusters), shared=sum(len(one.members) for one in together))
+      | dict(ratio=total / numbers, worst=max((one.bound for one in together), default=0.0))
     )
-    if shared:
+    if together:
       for name, factors in full.items():
         rows.append(row(subject, name, eps, svd.truncate(model, factors, budget=min(0.99, numbers / total))))
-  return {"rows": rows, "matrices": len(blocks)}
+  return {"rows": rows, "matrices": sum(len(found[name].weight) for name in of.types)}
 
 
-def _upright(name: str, weight: np.ndarray) -> np.ndarray:
-  """(width, n): rows are the residual stream's."""
-  return weight.T if name in _WRITE else weight
-
-
-def _replaced(model: Transformer, dense, blocks, clusters) -> Transformer:
-  """The model with every matrix as its group gives it back."""
-  places, weights = list(blocks), {name: weight.copy() for name, weight in dense.items()}
-  for one in clusters:
-    for place, member in enumerate(one.members):
-      name, layer = places[member]
-      weights[name][layer] = _upright(name, np.asarray(one.matrix(place)))
-  axes = {name: one.weight.axes for name, one in maps.named(model.blocks).items()}
-  return with_maps(model, {name: Linear(jnp.asarray(weight), axes[name]) for name, weight in weights.items()})
+def shared(config, subject: Subject, share: float, eps: float) -> tuple[Transformer, list[concat_svd.Cluster]]:
+  """(the model, its groups) at bases of a share of the residual stream's width."""
+  rank = max(1, int(share * subject.model.config.width))
+  with jax.default_device(jax.devices("cpu")[0]):  # SVDs of tall matrices are the host's work
+    return concat_svd.compress(subject.model, rank=rank, eps=eps, names=sizes(config.layers, subject).types)

@@ -23,7 +23,6 @@ TITLES = {
   "weights_kept": "weights as they were", "no_biases": "without biases", "oracle": "global oracle",
   "oracle+rebuilt": "global oracle's sizes, rebuilt", "wanda_sp": "Wanda-sp", "flap": "FLAP",
   "llm_pruner": "LLM-Pruner", "slicegpt": "SliceGPT", "magnitude": "magnitude", "random": "random",
-  "unstructured": "unstructured",
 }  # fmt: skip
 RIVALS = ("oracle", "oracle+rebuilt", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude", "uniform", "threshold")
 _DEEP = 0.6  # of the parameters, from which on (40 % removed) it must be below Wanda-sp, magnitude and one share

@@ -26,7 +26,6 @@ from jaxlab.core.foreign import foreign
 from jaxlab.core.mesh import shardings
 from jaxlab.models import config_json, formats, gguf, maps
 from jaxlab.models.config import TransformerConfig
-from jaxlab.models.experts import TiledExperts
 from jaxlab.models.files import INDEX, SINGLE, find, gguf_file, read_json, read_tensor, saved_files, tensor_files
 from jaxlab.models.hnet import HNet
 from jaxlab.models.hnet_config import HNetConfig
@@ -127,6 +126,7 @@ def from_tensors(
     abstract = jax.eval_shape(lambda: maps.shaped(Transformer(config, jax.random.key(0)), forms))
   parameters = list(_leaves(abstract))
   parts, used = _parts(abstract), set()
+  most = _most_in_use(abstract) if forms else {}
   for parameter, leaf in parameters:
     for _, name, _ in _places(config, table, parameter, leaf.shape, parts):
       require(name in names, f"{where} lacks tensor {name}; its config.json promises one")
@@ -159,6 +159,8 @@ def from_tensors(
       same = dtype is not None or tensor.dtype == value.dtype
       require(same, f"{where}: {name} is {tensor.dtype}, the layers before {value.dtype}; pass dtype= to convert them")
       value[index] = tensor
+    fits = parameter not in most or bool(((value >= 0) & (value <= most[parameter])).all())
+    require(fits, f"{where}: {parameter} is {value}; the layers hold {most.get(parameter)} blocks")
     if place is None:
       leaves.append(jax.device_put(value))
     else:
@@ -278,17 +280,22 @@ def _leaves(model):
     yield jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf
 
 
-def _parts(model) -> dict[str, list[int]]:
-  """{parameter: how much of every layer's part files hold}; other parameters are held whole."""
-  experts = model.blocks.mlp if isinstance(model, Transformer) else None
-  sizes = experts.stored_sizes if isinstance(experts, TiledExperts) else {}
-  return {f"blocks.mlp.{name}": own for name, own in sizes.items()}
+def _parts(model) -> dict[str, list[tuple[int, str]]]:
+  """{parameter: how much of every layer's part files hold, and where}; other parameters are held whole."""
+  parts = maps.stored_parts(model.blocks) if isinstance(model, Transformer) else {}
+  return {f"blocks.{name}": own for name, own in parts.items()}
 
 
-def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[int]]):
+def _most_in_use(model: Transformer) -> dict[str, np.ndarray]:
+  """{parameter: the blocks that each layer holds} of every count of blocks in use."""
+  stacks = {name: one for name, one in maps.parts(model.blocks).items() if isinstance(one, maps.SignStack)}
+  return {f"blocks.{name}.count": np.array(one.held or one.u.shape[-3]) for name, one in stacks.items()}
+
+
+def _places(config: _Config, table, parameter: str, shape, parts: Mapping[str, list[tuple[int, str]]]):
   """(index into the parameter, tensor name, transposed) of each tensor that holds a part of it."""
   if parameter in parts:
-    yield from (((i, slice(size)), f"{parameter}.{i}", False) for i, size in enumerate(parts[parameter]) if size)
+    yield from (((i, slice(size)), name, False) for i, (size, name) in enumerate(parts[parameter]) if size)
     return
   if table is None:
     yield from _own_places(config, parameter)

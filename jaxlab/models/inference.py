@@ -86,15 +86,21 @@ def take_apart(model: Transformer, layers: int | None = None, *, narrow: bool = 
     blocks = tuple(_alone(maps.narrowed(block, layer)) for layer, block in enumerate(blocks))
   elif layers:
     steps = kernel_steps(model.config, model.dtype)
-    blocks = tuple(unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), steps), layers))
-    for layer, block in enumerate(blocks):
-      if isinstance(block.mlp, TiledExperts):
-        block.mlp = block.mlp.of_layer(layer)
+    blocks = unstack_layers(for_inference(layer_slice(model.blocks, 0, layers), steps), layers)
+    blocks = tuple(_of_layer(block, layer) for layer, block in enumerate(blocks))
   rest = jax.tree.map(lambda a: a, model)
   if model.config.hyper and not model.config.hyper.dynamic:
     rest.mixing = static_mixing(model.blocks)
   rest.blocks = None
   return Network(rest, blocks)
+
+
+def _of_layer(block: Block, layer: int) -> Block:
+  """That layer's block without what fills up its experts and stacks."""
+  if isinstance(block.mlp, TiledExperts):
+    block.mlp = block.mlp.of_layer(layer)
+  stacks = {name: one for name, one in maps.parts(block).items() if isinstance(one, maps.UNEVEN)}
+  return maps.replaced(block, {name: one.of_layer(layer) for name, one in stacks.items()}) if stacks else block
 
 
 def _alone(block: Block) -> Block:

@@ -6,6 +6,7 @@ and give others back.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping
 
@@ -135,12 +136,16 @@ class SignStack(nnx.Module):
 
   signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
   (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
-  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing.
+  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing;
+  held: the blocks that each layer of a stack has, where others have more: the rest are zeros, which no file holds.
   """
 
   kind = "sign_stack"
 
-  def __init__(self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"]):
+  def __init__(
+    self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"], held=None
+  ):
+    self.held = held
     self.signs = nnx.Param(signs, axes=(None, None, None))
     self.u = nnx.Param(u, axes=(None, None, None))
     self.v = nnx.Param(v, axes=(None, None, None))
@@ -163,14 +168,122 @@ class SignStack(nnx.Module):
 
   @property
   def spec(self) -> dict:
-    return {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
+    own = {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
+    return own if self.held is None else own | {"held": list(self.held)}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool) -> "SignStack":
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool, held=None) -> "SignStack":
+    right = held is None or (isinstance(held, list) and [len(held)] == [*stack] and max(held) == blocks)
+    require(right, f"compression: held is {held!r:.80}; it must say of every layer how many of {blocks} blocks it has")
     zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
     signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
     u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
-    return cls(signs, u, v, zeros(jnp.float16, inputs) if scaled else None, zeros(jnp.int32))
+    scale = zeros(jnp.float16, inputs) if scaled else None
+    return cls(signs, u, v, scale, zeros(jnp.int32), held=held and tuple(held))
+
+  def of_layer(self, layer: int) -> "SignStack":
+    """That layer alone, given without a leading axis, with the blocks it has."""
+    if self.held is None:
+      return self
+    signs, u, v = (one[...][: self.held[layer]] for one in (self.signs, self.u, self.v))
+    return SignStack(signs, u, v, None if self.scale is None else self.scale[...], self.count[...])
+
+  @property
+  def stored_sizes(self) -> dict[str, list[int]]:
+    """{parameter of a stack: leading size of every layer's own part}, what files hold of it."""
+    uneven = self.held is not None and self.count.ndim
+    return {name: list(self.held) for name in ("signs", "u", "v")} if uneven else {}
+
+
+class SharedBasis(nnx.Module):
+  """y = x B^T C, or x C^T B: B a basis that maps of several names and layers share, C of one map alone.
+
+  basis: (*stack, rank, width), the width that of the residual stream; coefficients: (*stack, rows, others), rank rows
+  and zeros; group: int32 (*stack), the number of the basis from 1 on. A layer of group 0 shares none: its coefficients
+  are the map itself, (width, others), or (width, others) of its transpose where the map `writes` the residual stream.
+  A file holds every basis once, and no zeros; in memory a stack has it for every layer.
+  """
+
+  kind = "shared_basis"
+
+  def __init__(self, basis, coefficients, group: Int[Array, "*stack"], *, groups: tuple[int, ...], writes: bool):
+    self.groups, self.writes = groups, writes
+    self.basis = nnx.Param(basis, axes=(None, None))
+    self.coefficients = nnx.Param(coefficients, axes=(None, None))
+    self.group = nnx.Param(group, axes=())
+
+  @classmethod
+  def of_layers(cls, layers, *, writes: bool) -> "SharedBasis":
+    """Of (group, basis (rank, width) or None, coefficients) of every layer, one of which has a basis at least."""
+    rank, width = next(basis.shape for _, basis, _ in layers if basis is not None)
+    rows = max(len(own) for *_, own in layers)
+    bases = [jnp.zeros((rank, width)) if basis is None else jnp.asarray(basis) for _, basis, _ in layers]
+    filled = [jnp.pad(jnp.asarray(own), ((0, rows - len(own)), (0, 0))) for *_, own in layers]
+    groups = tuple(group for group, *_ in layers)
+    dtype = filled[0].dtype
+    return cls(jnp.stack(bases).astype(dtype), jnp.stack(filled), jnp.int32(groups), groups=groups, writes=writes)
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in float32."""
+    basis, own, group = (one[...] for one in (self.basis, self.coefficients, self.group))
+    basis, own = basis.astype(jnp.float32), own.astype(jnp.float32)
+    product = jnp.swapaxes(basis, -1, -2) @ own[..., : basis.shape[-2], :]
+    rows = min(own.shape[-2], basis.shape[-1])
+    whole = jnp.zeros_like(product).at[..., :rows, :].set(own[..., :rows, :])
+    upright = jnp.where(group[..., None, None] == 0, whole, product)
+    return jnp.swapaxes(upright, -1, -2) if self.writes else upright
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    basis, own = self.basis[...].astype(x.dtype), self.coefficients[...].astype(x.dtype)
+    rank, rows = len(basis), len(own)
+    fill = lambda a, size: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, size - a.shape[-1])])
+    if self.writes:
+      z = x @ own.T
+      return jnp.where(self.group[...] == 0, z, z[..., :rank] @ basis) if rows > rank else z @ basis
+    z = x @ basis.T
+    return (jnp.where(self.group[...] == 0, x, fill(z, rows)) if rows > rank else z) @ own
+
+  def of_layer(self, layer: int) -> "Linear | Factored":
+    """That layer alone, given without a leading axis, in the form it has by itself."""
+    turned = lambda a: a.T if self.writes else a
+    if not self.groups[layer]:
+      return Linear(turned(self.coefficients[...]), ("embed", "embed"))
+    basis, own = self.basis[...], self.coefficients[...][: self.basis.shape[-2]]
+    return Factored(own.T, basis) if self.writes else Factored(basis.T, own)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, _, others = self.coefficients.shape
+    width = self.basis.shape[-1]
+    return (*stack, others, width) if self.writes else (*stack, width, others)
+
+  @property
+  def stored_sizes(self) -> dict[str, list[int]]:
+    """As of `SignStack`."""
+    rank, width = self.basis.shape[-2:]
+    return {
+      "basis": [rank if group else 0 for group in self.groups],
+      "coefficients": [rank if group else width for group in self.groups],
+    }
+
+  @property
+  def stored_names(self) -> dict[str, list[str]]:
+    """{parameter of a stack: the tensor that holds every layer's part} where others are of the same tensor."""
+    return {"basis": [f"shared_basis.{group}" for group in self.groups]}
+
+  @property
+  def spec(self) -> dict:
+    return {"rank": self.basis.shape[-2], "groups": list(self.groups), "writes": self.writes}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, rank: int, groups: list, writes: bool) -> "SharedBasis":
+    right = isinstance(groups, list) and [len(groups)] == [*stack] and any(groups)
+    require(right, f"compression: groups is {groups!r:.80}; it must say of every layer which basis it shares, 0: none")
+    width, others = (outputs, inputs) if writes else (inputs, outputs)
+    rows = rank if all(groups) else max(rank, width)
+    basis, own = jnp.zeros((*stack, rank, width)), jnp.zeros((*stack, rows, others))
+    return cls(basis, own, jnp.zeros(stack, jnp.int32), groups=tuple(groups), writes=writes)
 
 
 class Product(nnx.Module):
@@ -249,7 +362,8 @@ class Sparse(nnx.Module):
     return cls(bits, jnp.zeros((*stack, kept)), inputs, outputs)
 
 
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, Product, Affine)}
+UNEVEN = (SignStack, SharedBasis)  # whose stacks have layers of unequal sizes
+FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, SharedBasis, Product, Affine)}
 
 
 def sparse(weight: Float[Array, "*stack inputs outputs"]) -> Sparse:
@@ -321,6 +435,32 @@ def replaced(blocks, maps: Mapping[str, nnx.Module]):
   return blocks
 
 
+def parts(blocks) -> dict[str, nnx.Module]:
+  """`named`, of a Product its two factors ("q.down", "q.up")."""
+  found = {}
+  for name, one in named(blocks).items():
+    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
+  return found
+
+
+def stored_parts(blocks) -> dict[str, list[tuple[int, str]]]:
+  """{parameter of stacked blocks: (leading size, name of the tensor) of every layer's own part} where files hold no
+  whole array. Parts of one name are one tensor."""
+  uneven = {name: one for name, one in parts(blocks).items() if isinstance(one, UNEVEN)}
+  if isinstance(blocks.mlp, TiledExperts):
+    uneven["mlp"] = blocks.mlp
+  found = {}
+  for name, one in uneven.items():
+    for leaf, sizes in one.stored_sizes.items():
+      own = [f"blocks.{name}.{leaf}.{layer}" for layer in range(len(sizes))]
+      found[f"{name}.{leaf}"] = list(zip(sizes, _tensors(one, leaf) or own, strict=True))
+  return found
+
+
+def _tensors(one: nnx.Module, leaf: str) -> list[str] | None:
+  return one.stored_names.get(leaf) if isinstance(one, SharedBasis) else None
+
+
 def sizes_of(config, name: str, layer: int) -> dict[str, int]:
   """{"inputs" or "outputs": how many of them that map has in a layer of a config whose layers differ}."""
   own = config.of_layer(layer)
@@ -376,8 +516,20 @@ def with_blocks(model, blocks):
 
 
 def bytes_of(tree) -> int:
-  """Bytes of all arrays, without zeros that fill up smaller layers: what a file takes but for its header."""
-  total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+  """Bytes of all arrays, without zeros that fill up smaller layers, experts or stacks: what a file takes but for its
+  header."""
+  uneven = lambda one: isinstance(one, (*UNEVEN, TiledExperts))
+  total, seen = 0, set()
+  for one in jax.tree.leaves(tree, is_leaf=uneven):
+    own = one.stored_sizes if uneven(one) else {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+      name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+      held = own.get(name)
+      if tensors := held and _tensors(one, name):  # each once
+        held = [rows for tensor, rows in dict(zip(tensors, held, strict=True)).items() if tensor not in seen]
+        seen.update(tensors)
+      size = leaf.size if held is None else sum(held) * math.prod(leaf.shape[2:])
+      total += size * np.dtype(leaf.dtype).itemsize
   ragged = getattr(getattr(tree, "config", None), "ragged", False)
   return total - _filling(tree) if ragged else total
 
@@ -440,8 +592,11 @@ def _empty(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.
   require(isinstance(fields, Mapping), f"compression.{name} is {fields!r:.80}; it must be an object with a kind")
   require_choice(f"compression.{name}.kind", fields.get("kind"), FORMS)
   sizes = {key: value for key, value in fields.items() if key != "kind"}
-  whole = all(isinstance(value, Mapping) or (type(value) in (int, bool) and value >= 0) for value in sizes.values())
-  require(whole, f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
+  whole = lambda value: type(value) in (int, bool) and value >= 0
+  fits = lambda value: (
+    isinstance(value, Mapping) or whole(value) or (isinstance(value, list) and all(map(whole, value)))
+  )
+  require(all(map(fits, sizes.values())), f"compression.{name} is {fields!r:.80}; its sizes must be whole numbers")
   try:
     return FORMS[fields["kind"]].empty(stack, inputs, outputs, **sizes)
   except (TypeError, ValueError) as error:

@@ -2,19 +2,25 @@
 
   packed = pack(network, params, stats, images, "recu")        # words of bits, scales, the rest in full precision
   logits = run(network, packed, images, "recu")                # as `apply` gives them, to rounding
+  save(packed, "packed.safetensors")                           # as many bytes, and a header; `load` reads it
 
 Batch normalisation and the sign behind it are one comparison of a whole number a channel (`fold`).
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import plain, require
+from jaxlab.core.files import write_files
+from jaxlab.core.foreign import foreign
 from jaxlab.kernels.xnor_matmul import pack_bits, xnor_matmul
 from jaxlab.weights import bibench
 from jaxlab.weights.bibench import FINAL, REFERENCES
@@ -127,6 +133,33 @@ def pack(network: Network, params: Params, stats: Params, x, operator: str) -> t
       packed = pack_kernel(*one.weight(kept.pop("kernel"), params[name], FINAL))._asdict()
       made[name] = kept | {part: value for part, value in packed.items() if value is not None}
   return made, stats
+
+
+def save(packed: tuple[Params, Params], file: str | os.PathLike) -> None:
+  """Writes what `pack` gave as one safetensors file: "params.LAYER.PART" and "stats.LAYER.PART"."""
+  both = zip(("params", "stats"), packed, strict=True)
+  tensors = {f"{kind}.{layer}.{part}": np.asarray(a) for kind, of in both for layer, own in of.items()
+             for part, a in own.items()}  # fmt: skip
+  path = Path(file)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_files(path.parent, {path.name: lambda open_file: open_file.write(safetensors.numpy.save(tensors))})
+
+
+def load(file: str | os.PathLike) -> tuple[Params, Params]:
+  """What `save` wrote, for `run` with the same network and operator.
+
+  Raises:
+    InputError: a damaged file, or one of something else.
+  """
+  with foreign(file, "save the packed network again"):
+    tensors = safetensors.numpy.load_file(file)
+  packed = {"params": {}, "stats": {}}
+  for name, a in tensors.items():
+    kind, _, rest = name.partition(".")
+    layer, _, part = rest.rpartition(".")
+    require(kind in packed and layer, f"{file} has a tensor {plain(name)}; it is no packed network")
+    packed[kind].setdefault(layer, {})[part] = jnp.asarray(a)
+  return packed["params"], packed["stats"]
 
 
 def run(network: Network, packed: tuple[Params, Params], x, operator: str, **how):

@@ -24,7 +24,7 @@ from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 from jaxlab.weights.svd import triplets
 
@@ -76,19 +76,26 @@ def decompose(
   batch: int = 8,
 ) -> Transformer:
   """The model with every linear map of its blocks as a stack of all `blocks`, all in use; of a map of low rank both
-  factors become one.
+  factors become one. A map of which one block takes more than all of it in 16 bits stays as it is.
 
   Args:
     scaled: False takes s = 1 (a comparison); folded: s goes into norms and earlier maps where they take it, which
       rounds it to the model's dtype; from_stored: as `absolute_value_decomposition`.
 
   Raises:
-    InputError: counts below 1, a rank that a map cannot have; and as `layer_by_layer`.
+    InputError: counts below 1, a rank that a map cannot have or that leaves no map to decompose; and as
+      `layer_by_layer`.
   """
+  require_transformer(model)
   require_counts(blocks=blocks, rank=rank)
-  split = {name: _matrices(one) for name, one in maps.named(model.blocks).items()}
+  split = {name: _matrices(name, one) for name, one in maps.named(model.blocks).items()}
   least = min(min(matrix.shape[-2:]) for matrices in split.values() for matrix in matrices)
   require(rank <= least, f"rank is {rank}; the smallest map takes 1..{least}")
+
+  large = {name for name, matrices in split.items() if _shrinks(matrices, rank)}
+  require(
+    bool(large), f"one block of rank {rank} takes more bytes than the map in 16 bits, of every map; lower the rank"
+  )
 
   whole = set()  # maps whose inputs are scaled already
   if folded:
@@ -106,14 +113,14 @@ def decompose(
     return SignStack(*absolute_value_decomposition(weight, **how)[:3], scale, jnp.int32(blocks))
 
   def other(name: str, one, x: Moments):
-    first, *second = _matrices(one)
+    first, *second = _matrices(name, one)
     if not second:
       return stack(first, x, name in whole)
     bias = None if one.bias is None else one.bias[...]
     return Product(stack(first, x), stack(second[0], x.through(first)), bias, rank=first.shape[1])
 
   def visit(layer, block, inputs):
-    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items()}
+    return {name: other(name, one, inputs[name]) for name, one in maps.named(block).items() if name in large}
 
   return with_maps(model, layer_by_layer(model, tokens, visit, batch=batch))
 
@@ -123,23 +130,40 @@ def blocks_to_fill(model: Transformer, *, budget: int, rank: int = 16) -> int:
   `decompose` into for a size that fills its budget.
 
   Raises:
-    InputError: a budget below that of one block; a map that is neither plain nor of low rank.
+    InputError: a budget below that of one block; a rank that leaves no map to decompose; a map that is neither plain
+      nor of low rank.
   """
-  matrices = [matrix for one in maps.named(model.blocks).values() for matrix in _matrices(one)]
+  require_transformer(model)
+  split = [_matrices(name, one) for name, one in maps.named(model.blocks).items()]
+  matrices = [matrix for one in split if _shrinks(one, rank) for matrix in one]
+  require(
+    bool(matrices), f"one block of rank {rank} takes more bytes than the map in 16 bits, of every map; lower the rank"
+  )
   rest, block = maps.bytes_of(model) - maps.bytes_of(matrices), 0
   for matrix in matrices:
-    layers, inputs, outputs = matrix.shape
-    block += layers * (outputs * -(-inputs // 8) + rank * (inputs + outputs) * np.dtype(np.float16).itemsize)
-    rest += layers * (inputs * np.dtype(np.float16).itemsize + np.dtype(np.int32).itemsize)
+    own, beside = _bytes_of_a_stack(matrix, rank)
+    block, rest = block + len(matrix) * own, rest + len(matrix) * beside
   require(budget >= rest + block, f"budget is {budget} bytes; one block of every map takes {rest + block}")
   return -(-(budget - rest) // block)
 
 
-def _matrices(one) -> tuple[Array, ...]:
+def _bytes_of_a_stack(matrix: Array, rank: int) -> tuple[int, int]:
+  """(bytes of one block, those of the scale and the count) of a layer's matrix (*stack, inputs, outputs)."""
+  inputs, outputs = matrix.shape[-2:]
+  half, whole = (np.dtype(dtype).itemsize for dtype in (np.float16, np.int32))
+  return outputs * -(-inputs // 8) + rank * (inputs + outputs) * half, inputs * half + whole
+
+
+def _shrinks(matrices: Sequence[Array], rank: int) -> bool:
+  """Whether one block of the map takes less than the map in 16 bits."""
+  dense = sum(matrix.shape[-2] * matrix.shape[-1] for matrix in matrices) * np.dtype(np.float16).itemsize
+  return sum(sum(_bytes_of_a_stack(matrix, rank)) for matrix in matrices) < dense
+
+
+def _matrices(name: str, one) -> tuple[Array, ...]:
   """Of a plain map, or the two of a map of low rank."""
-  require(
-    isinstance(one, Linear | Factored), f"a map is a {type(one).__name__}; only plain and low-rank ones have stacks"
-  )
+  plain = isinstance(one, Linear | Factored)
+  require(plain, f"{name} is a {type(one).__name__}; only plain maps and those of low rank have stacks")
   return (one.weight[...],) if isinstance(one, Linear) else (one.down[...], one.up[...])
 
 
@@ -149,15 +173,19 @@ def stacks_of(model: Transformer) -> dict[str, SignStack]:
   Raises:
     InputError: a model that has none.
   """
-  found = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
+  found = _stacks(model)
   require(bool(found), "this model holds no stacks of blocks; decompose it first")
   return found
+
+
+def _stacks(model: Transformer) -> dict[str, SignStack]:
+  return {name: one for name, one in maps.parts(model.blocks).items() if isinstance(one, SignStack)}
 
 
 def with_counts(model: Transformer, counts: Mapping[str, Int[Array, "layers"]]) -> Transformer:
   """The model with other numbers of blocks in use, of those it holds; traced counts are allowed."""
   stacks = stacks_of(model)
-  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32))
+  new = lambda one, count: SignStack(*_arrays(one), _scale(one), jnp.asarray(count, jnp.int32), one.held)
   return with_maps(model, {name: new(stacks[name], count) for name, count in counts.items()})
 
 
@@ -236,22 +264,19 @@ def sort_blocks(scores: Mapping[Block, float], *, how: str = "average", seed: in
 
 
 def bytes_in_use(model: Transformer) -> int:
-  """Bytes of all arrays but for the blocks that are not in use, if it holds any."""
-  stacks = {name: one for name, one in _parts(model).items() if isinstance(one, SignStack)}
-  spare = {name: one.signs.shape[1] - np.asarray(one.count[...]) for name, one in stacks.items()}
-  return maps.bytes_of(model) - sum(int(spare[name].sum()) * _block_bytes(one) for name, one in stacks.items())
+  """`maps.bytes_of` without the blocks that are held but not in use, if there are any."""
+  spare = lambda one: int(np.sum(_held(one) - np.asarray(one.count[...])))
+  return maps.bytes_of(model) - sum(spare(one) * _block_bytes(one) for one in _stacks(model).values())
+
+
+def _held(one: SignStack) -> np.ndarray:
+  """The blocks that each layer has."""
+  layers, blocks = one.u.shape[:2]
+  return np.array(one.held or (blocks,) * layers)
 
 
 def _block_bytes(one: SignStack) -> int:
   return maps.bytes_of((one.signs[0, 0], one.u[0, 0], one.v[0, 0]))
-
-
-def _parts(model: Transformer) -> dict:
-  """Maps by name, of products their factors."""
-  found = {}
-  for name, one in maps.named(model.blocks).items():
-    found |= {f"{name}.down": one.down, f"{name}.up": one.up} if isinstance(one, Product) else {name: one}
-  return found
 
 
 def level_order(model: Transformer) -> list[Block]:
@@ -263,7 +288,7 @@ def level_order(model: Transformer) -> list[Block]:
     for number in range(2, most + 1)
     for name, one in stacks.items()
     for layer in range(one.u.shape[0])
-    if number <= one.u.shape[-3]
+    if number <= _held(one)[layer]
   ]
 
 
@@ -279,6 +304,8 @@ def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int
   made = [(size, dict(counts))]
   for name, layer, number in order:
     count = counts[name].copy()
+    held = _held(stacks[name])[layer]
+    require(number <= held, f"block {number} of {name}, layer {layer}, is not there; the model holds {held}")
     require(
       number == count[layer] + 1, f"block {number} of {name}, layer {layer}, comes before block {count[layer] + 1}"
     )
@@ -290,9 +317,10 @@ def configurations(model: Transformer, order: Sequence[Block]) -> list[tuple[int
 
 
 def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Transformer:
-  """The largest configuration of at most `budget` bytes, in use.
+  """The largest configuration of at most `budget` bytes, in use; the blocks that are not are gone.
 
-  The stacks keep room for the most blocks that one layer of a map has in use, so that `with_counts` may shrink it.
+  Stacked, layers are filled up with zeros to the most blocks that one of them has: no file has those, and a network
+  that is taken apart loses them. `with_counts` may shrink it.
 
   Raises:
     InputError: a budget below the smallest configuration.
@@ -302,9 +330,11 @@ def at_budget(model: Transformer, order: Sequence[Block], *, budget: int) -> Tra
   _, counts = max((one for one in made if one[0] <= budget), key=lambda one: one[0])
   forms = {}
   for name, one in stacks_of(model).items():
-    most = int(counts[name].max())
-    cut = (a[:, :most] for a in _arrays(one))
-    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(counts[name]))
+    count, most = counts[name], int(counts[name].max())
+    there = np.arange(most) < count[:, None]
+    cut = [jnp.where(there[..., None, None], a[:, :most], 0) for a in _arrays(one)]
+    held = None if there.all() else tuple(map(int, count))
+    forms[name] = SignStack(*cut, _scale(one), jnp.asarray(count), held)
   return with_maps(model, forms)
 
 

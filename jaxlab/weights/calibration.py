@@ -20,6 +20,7 @@ from jaxlab.core.checks import InputError, require
 from jaxlab.models import Transformer, maps
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.block import Block, Side
+from jaxlab.models.layers import Linear
 
 _SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
 
@@ -128,10 +129,12 @@ def opened(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int) -
   """(the model without its blocks, batches of the text), both on the device.
 
   Raises:
-    InputError: rows that do not fill batches, weights that are not finite (named), or a model with experts or
-      hyper-connections.
+    InputError: rows that do not fill batches or hold no token, weights that are not finite (named), a model with
+      experts or hyper-connections, or no `Transformer`.
   """
+  require_transformer(model)
   rows, c = len(tokens), model.config
+  require(np.size(tokens) > 0, f"the calibration text has shape {np.shape(tokens)}; give rows of tokens")
   require(rows >= batch and rows % batch == 0, f"{rows} rows of calibration text; give a multiple of batch={batch}")
   require(not (c.experts or c.hyper), "calibration is of dense blocks, without experts and hyper-connections")
   require_finite(model)
@@ -153,6 +156,22 @@ def layers(model: Transformer) -> Iterator[tuple[Block, dict]]:
 def with_maps(model: Transformer, forms: Mapping[str, nnx.Module]) -> Transformer:
   """The model with its stacked maps in other forms."""
   return maps.with_blocks(model, maps.replaced(model.blocks, forms))
+
+
+def require_transformer(model) -> None:
+  """Raises InputError for a model that has no attention and MLP to take maps of."""
+  require(isinstance(model, Transformer), f"the maps are those of a Transformer; this is a {type(model).__name__}")
+
+
+def matrix(name: str, one: nnx.Module) -> Array:
+  """W of a map that is a matrix, with a bias or without.
+
+  Raises:
+    InputError: a map of another form, which a method that takes weights apart cannot start from.
+  """
+  plain = isinstance(one, Linear | maps.Affine)
+  require(plain, f"{name} is a {type(one).__name__}, compressed before; give a model whose maps are plain")
+  return one.weight[...]
 
 
 def require_finite(model: Transformer) -> None:

@@ -24,7 +24,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import InputError, require, require_choice, require_counts
+from jaxlab.models import Transformer, maps
+from jaxlab.models.layers import Linear
+from jaxlab.weights.calibration import require_transformer, with_maps
 
+WRITE = ("o", "mlp.down")  # maps whose outputs, not inputs, are of the residual stream
 METHODS = ("max_norm", "residuals", "approximate")
 EXACT = "exact"  # groups by their true error, from M M^T: what the bounds are measured against
 ORDERS = ("norm", "residual")
@@ -68,6 +72,12 @@ def tracked(blocks: Sequence[Array], *, rank: int, oversampling: int = 5) -> Tra
 _track = jax.jit(track)
 
 
+def merge(one: Tracked, other: Tracked) -> Tracked:
+  """The state of both states' matrices together, to be made in any order, as a tree: what was forgotten stays so."""
+  grown = track(one, other.basis * jnp.sqrt(other.values))
+  return grown._replace(energy=one.energy + other.energy)
+
+
 class Residual(NamedTuple):
   """A growing basis (m, m), filled from the left, and the r largest singular values of what each matrix added."""
 
@@ -105,28 +115,33 @@ def residual_state(blocks: Sequence[Array], *, rank: int) -> Residual:
 
 
 def relative_error(blocks: Sequence[Array], *, rank: int) -> float:
-  """e of matrices side by side, by an SVD of all of them."""
-  values = jnp.linalg.svd(jnp.concatenate(blocks, axis=1), compute_uv=False)
-  return _error(float((values[:rank] ** 2).sum()), float((values**2).sum()))
+  """e of matrices side by side, by an SVD of all of them in float64."""
+  values = np.linalg.svd(np.concatenate([np.asarray(block, np.float64) for block in blocks], axis=1), compute_uv=False)
+  energy = (values**2).sum()
+  return float((values[rank:] ** 2).sum() / energy) ** 0.5 if energy else 0.0
 
 
 def bound(blocks: Sequence[Array], *, rank: int, method: str = "approximate", oversampling: int = 5) -> float:
-  """The bound of e by one of `METHODS`, never below it but for rounding; matrices are taken in the order given.
+  """The bound of e by one of `METHODS`, never below it; matrices are taken in the order given.
+
+  Worked out in float64: e^2 is a difference of sums, of which float32 has three digits at e = 0.01.
 
   Raises:
-    InputError: an unknown method, a rank below 1, or matrices of different heights.
+    InputError: an unknown method, a rank below 1, matrices of different heights, or numbers whose squares overflow.
   """
-  blocks = _checked(blocks, rank, method)
-  if method == "max_norm":
-    energies = [float((block**2).sum()) for block in blocks]
-    return _error(_seed_energy(blocks, rank), sum(energies))
-  first = _seed(blocks, range(len(blocks)), rank)
-  blocks = [jnp.concatenate(blocks[: len(first)], axis=1), *blocks[len(first) :]]
-  if method == "residuals":
-    state = residual_state(blocks, rank=rank)
-    return _error(float((state.values**2).sum()), float(state.energy))
-  state = tracked(blocks, rank=rank, oversampling=oversampling)
-  return _error(float(state.values[:rank].sum()), float(state.energy))
+  with jax.enable_x64(True):
+    blocks = _checked(blocks, rank, method)
+    count = len(blocks)
+    if method == "max_norm":
+      energies = [float((block**2).sum()) for block in blocks]
+      return _error(_seed_energy(blocks, rank), sum(energies), count)
+    first = _seed(blocks, range(len(blocks)), rank)
+    blocks = [jnp.concatenate(blocks[: len(first)], axis=1), *blocks[len(first) :]]
+    if method == "residuals":
+      state = residual_state(blocks, rank=rank)
+      return _error(float((state.values**2).sum()), float(state.energy), count)
+    state = tracked(blocks, rank=rank, oversampling=oversampling)
+    return _error(float(state.values[:rank].sum()), float(state.energy), count)
 
 
 class Cluster(NamedTuple):
@@ -172,13 +187,24 @@ def cluster(
     order: of those that join: "norm", the smallest first, or "residual", those nearest to the first ones' basis first.
     patience: rounds in a row in which nothing joins, after which every matrix left is by itself.
 
+  Returns:
+    The groups; bases and coefficients are of the matrices' dtype, float32 at least.
+
   Raises:
     InputError: as `bound`; an unknown order, or eps below 0.
   """
-  blocks = _checked(blocks, rank, method, (*METHODS, EXACT))
   require_choice("order", order, ORDERS)
   require_counts(patience=patience)
   require(eps >= 0, f"eps is {eps}; it must be at least 0")
+  with jax.enable_x64(True):
+    wide = _checked(blocks, rank, method, (*METHODS, EXACT))
+    found = _clusters(wide, rank, eps, method, order, patience, oversampling)
+    dtype = jnp.promote_types(jnp.asarray(blocks[0]).dtype, jnp.float32)
+    narrow = lambda a: None if a is None else a.astype(dtype)
+    return [Cluster(c.members, narrow(c.basis), tuple(map(narrow, c.coefficients)), c.bound) for c in found]
+
+
+def _clusters(blocks, rank, eps, method, order, patience, oversampling) -> list[Cluster]:
   energies = [float((block**2).sum()) for block in blocks]
   left = sorted(range(len(blocks)), key=lambda i: (-energies[i], i))
   found, alone = [], 0
@@ -215,12 +241,12 @@ def _grow(blocks, energies, seed, rest, *, rank: int, eps: float, method: str, m
   else:
     update, state = _track, tracked(first, rank=rank, oversampling=more)
     lower = lambda state: float(state.values[:rank].sum())
-  members, certified = [*seed], _error(lower(state), energy)
+  members, certified = [*seed], _error(lower(state), energy, len(seed))
   if certified > eps:  # wider than r, and not of rank r
     return (seed[0],), 0.0
   for i in rest:
     state, energy = update(state, blocks[i]), energy + energies[i]
-    error = _error(lower(state), energy)
+    error = _error(lower(state), energy, len(members) + 1)
     if error > eps:
       break
     members, certified = [*members, i], error
@@ -263,21 +289,63 @@ def compression_ratio(blocks: Sequence[Array], clusters: Sequence[Cluster]) -> f
   return sum(np.size(block) for block in blocks) / sum(one.numbers for one in clusters)
 
 
-def _error(lower: float, energy: float) -> float:
-  """No number is no bound: infinity."""
-  left = 0.0 if energy == 0 else 1 - lower / energy
-  return math.inf if math.isnan(left) else max(0.0, left) ** 0.5
+def compress(
+  model: Transformer, *, rank: int, eps: float, names: Sequence[str] | None = None, **options
+) -> tuple[Transformer, list[Cluster]]:
+  """The model with maps that share bases of the residual stream, and the groups of its matrices.
+
+  Rows of every matrix are the residual stream's: of maps that read it their inputs, of "o" and "mlp.down", which write
+  it, their outputs. Files hold a basis once, and what shares none whole; a map of which no layer shares stays as it is.
+
+  Args:
+    rank: of the bases; eps: the largest relative error of a group; 0: nothing is shared, and nothing changes.
+    names: of the maps, all by default; options: of `cluster`.
+
+  Raises:
+    InputError: as `cluster`; a map that is not one matrix, layers of unequal sizes, or weights that are no numbers.
+  """
+  require_transformer(model)
+  require(not model.config.ragged, "layers of this model have unequal sizes; share bases before pruning")
+  found = maps.named(model.blocks)
+  names = tuple(found) if names is None else tuple(names)
+  for name in names:
+    require_choice("a map", name, found)
+    require(isinstance(found[name], Linear), f"the map {name} is compressed already; share bases first")
+  dense = {name: np.asarray(found[name].weight[...]) for name in names}
+  upright = lambda name, w: w.T if name in WRITE else w
+  places = [(name, layer) for name in names for layer in range(len(dense[name]))]
+  for name, layer in places:
+    require(np.isfinite(dense[name][layer]).all(), f"blocks.{name} of layer {layer} holds NaN or infinity")
+  groups = cluster([upright(name, dense[name][layer]) for name, layer in places], rank=rank, eps=eps, **options)
+  shared = [one for one in groups if one.basis is not None]
+  made: dict[str, dict] = {}
+  for number, one in enumerate(shared, 1):
+    for member, coefficients in zip(one.members, one.coefficients, strict=True):
+      name, layer = places[member]
+      made.setdefault(name, {})[layer] = (number, one.basis.T, coefficients)
+  forms = {}
+  for name, of in made.items():
+    rest = {layer: (0, None, upright(name, w)) for layer, w in enumerate(dense[name]) if layer not in of}
+    ordered = [(rest | of)[layer] for layer in range(len(dense[name]))]
+    forms[name] = maps.SharedBasis.of_layers(ordered, writes=name in WRITE)
+  return with_maps(model, forms), groups
+
+
+def _error(lower: float, energy: float, count: int) -> float:
+  """With what rounding may take from it, ten steps of float64 a matrix. No number is no bound: infinity."""
+  left = 0.0 if energy == 0 else max(0.0, 1 - lower / energy) + 10 * count * np.finfo(np.float64).eps
+  return math.inf if math.isnan(lower) or math.isnan(energy) else left**0.5
 
 
 def _checked(blocks: Sequence[Array], rank: int, method: str, methods: Sequence[str] = METHODS) -> list[Array]:
   require_choice("method", method, methods)
   require_counts(rank=rank)
   require(len(blocks) > 0, "no matrix was given; give at least one")
-  blocks = [jnp.asarray(block) for block in blocks]
+  blocks = [jnp.asarray(np.asarray(block), jnp.float64) for block in blocks]
   m = blocks[0].shape[0] if blocks[0].ndim == 2 else -1
   for i, block in enumerate(blocks):
     fits = block.ndim == 2 and block.shape[0] == m and block.shape[1] > 0
     require(fits, f"matrix {i} has shape {block.shape}; all must have the rows of the first, and a column at least")
-    if not bool(jnp.isfinite(block).all()):
-      raise InputError(f"matrix {i} holds NaN or infinity; leave it out or mend it")
+    if not bool(jnp.isfinite((block**2).sum())):
+      raise InputError(f"matrix {i} holds NaN, infinity or numbers whose squares overflow; leave it out or mend it")
   return blocks

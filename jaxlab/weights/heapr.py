@@ -33,7 +33,7 @@ from jaxlab.models.config import Experts
 from jaxlab.models.experts import tiled
 from jaxlab.models.layers import MLP, Linear, MoE, mixed
 from jaxlab.training.losses import token_losses
-from jaxlab.weights.calibration import require_finite
+from jaxlab.weights.calibration import require_finite, require_transformer
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 POOLS = ("model", "layer", "expert")
@@ -70,6 +70,7 @@ def of_one_expert(model: Transformer) -> Transformer:
   Raises:
     InputError: an MLP that is no SwiGLU of plain matrices.
   """
+  require_transformer(model)
   mlp = model.blocks.mlp
   plain = isinstance(mlp, MLP) and all(isinstance(one, Linear) for one in (mlp.gate, mlp.up, mlp.down))
   require(plain, "only SwiGLU MLPs of plain matrices are a mixture of one expert")
@@ -101,9 +102,10 @@ def statistics(
     covariance: also sum g g^T, width^2 numbers an expert, which scores do not need.
 
   Raises:
-    InputError: a model without experts, or whose experts are pruned; weights that are not finite; rows of one token or
-      that do not fill batches.
+    InputError: no Transformer, a model without experts, or whose experts are pruned; weights that are not finite; rows
+      of one token or that do not fill batches.
   """
+  require_transformer(model)
   count, time = rows.shape
   require(model.config.experts is not None, "this model has no experts; `of_one_expert` makes a mixture of a dense one")
   require(isinstance(model.blocks.mlp, MoE), "these experts are of unequal widths; prune from the original model")

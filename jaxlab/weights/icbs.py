@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.weights import qcbo
+from jaxlab.weights.calibration import require_finite
 from jaxlab.weights.per_sample import Network, Pairs
 from jaxlab.weights.pruning import keep, require_density
 from jaxlab.weights.qcbo import Dense, LowRank
@@ -300,8 +301,8 @@ def prune(
     `measured` also {after}, with `restore` {held: the loss after the move, restored}.
 
   Raises:
-    InputError: scores or masks that do not fit the maps, a density outside 0..1, no batch left, a loss or an energy
-      that is no number, `restore` without `held`.
+    InputError: scores or masks that do not fit the maps, a density outside 0..1, weights that are not finite (named),
+      no batch left or an empty one, a loss or an energy that is no number, `restore` without `held`.
   """
   s = settings
   require_density(density)
@@ -310,6 +311,7 @@ def prune(
   unknown = sorted(set(scores) - set(names))
   require(not unknown, f"scores of {', '.join(unknown)}; the network's maps are {', '.join(names)}")
   require(bool(scores), "no map has scores; give those of the maps to be pruned")
+  require_finite(params)
   original = {name: jnp.copy(network.get(params, name)) for name in scores}
   states = {}
   now = jax.tree.map(jnp.copy, params)
@@ -334,6 +336,8 @@ def prune(
       steps.append(made)
       batch = next(batches, None)
       require(batch is not None, f"no batch is left after {len(steps) - 1} steps; give an endless iterator")
+      empty = any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batch))
+      require(not empty, f"the batch of step {len(steps)} is empty; give one or more samples")
       if plans[name].pruned == 0:
         continue
       own = jax.random.fold_in(key, len(steps))

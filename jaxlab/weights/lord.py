@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models import Transformer, maps
 from jaxlab.models.maps import Factored
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, require_transformer, with_maps
 
-_JITTER = 1e-6  # of the mean variance, for the Cholesky factor of a covariance that may be singular
 _LEAST = 4  # calibration tokens for every output at least
 
 
@@ -69,8 +69,9 @@ def basis(weight: Float[Array, "inputs outputs"], x: Moments, *, centre: bool = 
     values, vectors = jnp.linalg.eigh(product(weight.T, product(cov, weight)))
     vectors = vectors[:, ::-1]
   else:
-    jitter = _JITTER * jnp.trace(cov) / inputs * jnp.eye(inputs, dtype=cov.dtype)
-    wide = product(weight.T, jnp.linalg.cholesky(cov + jitter))
+    # A root by eigenvalues: a covariance of few directions, or of some far above the others, has no Cholesky factor.
+    spread, axes = jnp.linalg.eigh(cov)
+    wide = product(weight.T, axes * jnp.sqrt(jnp.maximum(spread, 0)))
     values, right = jnp.linalg.eigh(product(wide.T, wide))
     vectors = product(wide, right[:, ::-1])
     # Directions without variance come last and are made orthonormal to the others all the same.
@@ -89,10 +90,11 @@ def decompose(
   """The basis of every linear map of the blocks, stacked over layers, from one pass over a calibration text.
 
   Raises:
-    InputError: fewer than four tokens for every output of the widest basis, whose directions would be noise; and as
-      `layer_by_layer`.
+    InputError: fewer than four tokens for every output of the widest basis, whose directions would be noise; a basis
+      that is not finite; a map that is no matrix; and as `layer_by_layer`.
   """
-  most = max(min(one.weight.shape[-2:]) for one in maps.named(model.blocks).values())
+  require_transformer(model)
+  most = max(min(matrix(name, one).shape[-2:]) for name, one in maps.named(model.blocks).items())
   enough = _LEAST * most
   require(
     tokens.size >= enough, f"the calibration text has {tokens.size} tokens; bases of {most} take {enough} or more"
@@ -103,8 +105,10 @@ def decompose(
     found = {}
     for name, one in maps.named(block).items():
       bias = getattr(one, "bias", None)
-      found[name] = made(one.weight[...], inputs[name], centre=centre)
-      found[name] = dataclasses.replace(found[name], bias=None if bias is None else bias[...])
+      own = made(one.weight[...], inputs[name], centre=centre)
+      finite = all(bool(jnp.isfinite(a).all()) for a in (own.down, own.up, own.mean))
+      require(finite, f"the basis of {name}, layer {layer}, holds NaN or infinity; give another calibration text")
+      found[name] = dataclasses.replace(own, bias=None if bias is None else bias[...])
     return found
 
   return layer_by_layer(model, tokens, visit, batch=batch)
@@ -201,9 +205,15 @@ def choose(
   step saved too much is given back.
 
   Raises:
-    InputError: a budget that the smallest ranks of the sweep do not reach.
+    InputError: a budget outside 0..1 or one that the smallest ranks of the sweep do not reach, a loss that is no
+      number.
   """
+  _require_share(budget)
   dense, table = found
+  require(not np.isnan(dense), "the loss of the dense model is no number; look at the model and the text")
+  for name, losses in table.items():
+    for rank, value in losses.items():
+      require(not np.isnan(value), f"the loss with {name} at rank {rank} is no number; leave that rank out")
   bias = {name: one.shifts for name, one in bases.items()}
   cost = lambda name, rank: bases[name].cost(rank, bias=bias[name]) if rank else bases[name].weights
   total = sum(one.weights for one in bases.values())
@@ -240,8 +250,9 @@ def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> 
   """Ranks by map at which every map takes at most the same share of its parameters.
 
   Raises:
-    InputError: a budget that leaves a map no rank.
+    InputError: a budget outside 0..1, or one that leaves a map no rank.
   """
+  _require_share(budget)
   ranks = {}
   for name, one in bases.items():
     inputs, outputs = one.down.shape[-2], one.up.shape[-1]
@@ -249,6 +260,10 @@ def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> 
     ranks[name] = int((budget * one.weights - bias) / (inputs + outputs)) // multiple * multiple
     require(ranks[name] >= 1, f"budget {budget} leaves {name} no rank of a multiple of {multiple}; raise it")
   return ranks
+
+
+def _require_share(budget: float) -> None:
+  require(0 < budget <= 1, f"budget is {budget}; it is a share of the maps' parameters, 0 < budget <= 1")
 
 
 def _even(one: Basis) -> float:

@@ -176,6 +176,7 @@ def _put(model: Transformer, kind: str, layer, weight) -> Transformer:
 
 @jax.jit
 def _losses(model: Transformer, batch) -> Float[Array, "batch"]:
+  require(batch.shape[1] >= 2, f"rows have {batch.shape[1]} token; a token is predicted from those before it")
   targets = batch[:, 1:]
   return token_losses(model, model.hidden(batch[:, :-1]), targets).mean(axis=1)
 

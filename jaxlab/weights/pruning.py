@@ -26,7 +26,7 @@ from jaxlab.core.checks import require, require_choice, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.training.losses import mean_loss, token_losses
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 
 PER = ("tensor", "output", "input")
 METHODS = ("magnitude", "wanda", "sparsegpt", "gradient", "random")
@@ -162,12 +162,14 @@ def prune(
     per: what scores are compared within, of `PER`; Wanda's default is "output", others' "tensor".
 
   Raises:
-    InputError: an unknown method, a density outside 0..1, `per` of SparseGPT; and as `layer_by_layer`.
+    InputError: an unknown method, a density outside 0..1, `per` of SparseGPT, a map that is not plain; and as
+      `layer_by_layer`.
   """
   require_choice("a method of pruning", how, METHODS)
   require_density(density)
   require(how != "sparsegpt" or per is None, "SparseGPT compares weights within its own blocks; leave per out")
   per = per or ("output" if how == "wanda" else "tensor")
+  _plain(model)
   if how == "gradient":
     slopes = gradient(model, tokens, batch=batch)
   scores, masks = {}, {}
@@ -188,7 +190,6 @@ def prune(
   def visit(layer, block, inputs):
     forms = {}
     for name, linear in maps.named(block).items():
-      require(isinstance(linear, Linear), f"{name} is a {type(linear).__name__}; only plain maps are pruned")
       made, found, mask = one(name, layer, linear.weight[...], inputs[name])
       forms[name] = Linear(made.astype(linear.weight.dtype), linear.weight.axes)
       scores.setdefault(name, []).append(np.asarray(found, np.float32))
@@ -203,15 +204,21 @@ def prune(
 
 
 def gradient(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int = 8) -> dict[str, Array]:
-  """{map: the gradient of the next token's mean loss, stacked over layers}."""
+  """{map: the gradient of the next token's mean loss, stacked over layers}.
+
+  Raises:
+    InputError: a map that is not plain, or rows of fewer than two tokens.
+  """
+  plain = _plain(model)
+  require(tokens.shape[1] >= 2, f"rows have {tokens.shape[1]} tokens; a token is predicted from those before it")
 
   @jax.jit
   def slope(weights, model, rows):
-    made = {name: Linear(w, maps.named(model.blocks)[name].weight.axes) for name, w in weights.items()}
+    made = {name: Linear(w, plain[name].weight.axes) for name, w in weights.items()}
     one = with_maps(model, made)
     return mean_loss(token_losses(one, one.hidden(rows[:, :-1]), rows[:, 1:]), rows[:, 1:])
 
-  weights = {name: one.weight[...] for name, one in maps.named(model.blocks).items()}
+  weights = {name: one.weight[...] for name, one in plain.items()}
   add: Callable = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
   total, take = None, jax.jit(jax.grad(slope))
   for i in range(0, len(tokens), batch):
@@ -222,4 +229,13 @@ def gradient(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int 
 
 def stored_sparse(model: Transformer) -> Transformer:
   """The same function with every map as a bit a weight and the weights that are not 0: what a file then takes."""
-  return with_maps(model, {name: maps.sparse(one.weight[...]) for name, one in maps.named(model.blocks).items()})
+  return with_maps(model, {name: maps.sparse(one.weight[...]) for name, one in _plain(model).items()})
+
+
+def _plain(model: Transformer) -> dict[str, Linear]:
+  """The maps, all of them matrices without a bias."""
+  require_transformer(model)
+  found = maps.named(model.blocks)
+  for name, one in found.items():
+    require(isinstance(one, Linear), f"{name} is a {type(one).__name__}; only plain maps are pruned")
+  return found

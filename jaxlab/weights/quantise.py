@@ -15,7 +15,7 @@ from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.maps import Affine, Factored, Product, Quantised, pack_codes
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
@@ -122,7 +122,7 @@ def awq(model: Transformer, tokens: Int[Array, "rows time"], *, bits: int, group
   outputs, folded into what comes before (`folding`); then every map but q and k on a clipped grid.
 
   Raises:
-    InputError: as `quantise`.
+    InputError: a map that is not plain; and as `quantise`.
   """
 
   @jax.jit
@@ -136,7 +136,10 @@ def awq(model: Transformer, tokens: Int[Array, "rows time"], *, bits: int, group
     losses, scales = jax.lax.map(of, _ALPHAS)
     return scales[jnp.nanargmin(losses)]
 
+  require_transformer(model)
   groups = foldable(model)
+  for name, one in maps.named(model.blocks).items() if groups else ():
+    require(isinstance(one, Linear), f"{name} is a {type(one).__name__}; AWQ is of plain maps, give the original model")
 
   def visit(layer, block, inputs):
     found = maps.named(block)
@@ -167,6 +170,7 @@ def quantise(
   Raises:
     InputError: bits outside 1..8, a group that does not divide the inputs of a map; and as `layer_by_layer`.
   """
+  require_transformer(model)
   require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
   for name, one in maps.named(model.blocks).items():
     require(

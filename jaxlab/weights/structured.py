@@ -22,7 +22,7 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.block import Block
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Linear
-from jaxlab.weights.calibration import Moments, layer_by_layer
+from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer
 
 ENDS = ("o", "mlp.down")  # the maps that read a group's outputs
 
@@ -56,6 +56,7 @@ def dense_parameters(config: TransformerConfig) -> int:
 
 def require_prunable(model: Transformer) -> None:
   """Raises InputError for a model whose heads and neurons are more than rows and columns of plain matrices."""
+  require_transformer(model)
   c = model.config
   require(not (c.experts or c.hyper), "pruning is of dense blocks, without experts and hyper-connections")
   require(not c.value_embeddings, "pruning is of models without value embeddings, whose heads have tables of their own")

@@ -218,8 +218,12 @@ def best_temperature(model: Transformer, tokens, found: Survey, *, batch: int = 
 
 
 def masked_losses(model: Transformer, tokens, keeps: Sequence[Groups], *, batch: int = 8) -> np.ndarray:
-  """The mean loss of predicting a text of every choice of groups, from one pass over the layers."""
-  batch = min(batch, len(tokens))
+  """The mean loss of predicting a text of every choice of groups, from one pass over the layers.
+
+  Args:
+    batch: at most so many rows at a time, as many as divide the text.
+  """
+  batch = next(rows for rows in range(min(batch, len(tokens)), 0, -1) if len(tokens) % rows == 0)
   outer, parts = calibration.opened(model, tokens, batch=batch)
   sides = lambda part: calibration.embed(outer, part)[1]
   states = [[_host(calibration.embed(outer, part)[0]) for part in parts] for _ in keeps]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
 from jaxlab.models.maps import Factored
-from jaxlab.weights.calibration import Moments, layer_by_layer, with_maps
+from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, with_maps
 
 _TINY = 1e-6
 
@@ -50,11 +50,16 @@ def asvd(weight: Float[Array, "inputs outputs"], x: Moments, *, alpha: float = 0
 
 
 def svd_llm(weight: Float[Array, "inputs outputs"], x: Moments):
-  """SVD-LLM (Wang et al. 2024, arXiv 2403.07378): inputs whitened by the Cholesky factor of their second moment."""
+  """SVD-LLM (Wang et al. 2024, arXiv 2403.07378): inputs whitened by the Cholesky factor of their second moment.
+
+  Where there is none, as of inputs of few directions, one with what rounding takes of the largest eigenvalue added.
+  """
   second = x.second
-  lowest = jnp.linalg.eigvalsh(second)[0]
-  floor = jnp.where(lowest > 0, 0, _TINY * jnp.trace(second) / len(second) - lowest)
-  root = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
+  values = jnp.linalg.eigvalsh(second)
+  floor = len(second) * jnp.finfo(second.dtype).eps * values[-1] - jnp.minimum(values[0], 0)
+  root = jnp.linalg.cholesky(second)
+  raised = jnp.linalg.cholesky(second + floor * jnp.eye(len(second), dtype=second.dtype))
+  root = jnp.where(jnp.isfinite(root).all(), root, raised)
   left, values, right = triplets(root.T @ weight.astype(second.dtype))
   half = jnp.sqrt(values)
   return jax.scipy.linalg.solve_triangular(root.T, left * half, lower=False), half[:, None] * right
@@ -68,13 +73,17 @@ def decompose(
   names: Collection[str] = maps.NAMES,
   batch: int = 8,
 ) -> dict[str, Factored]:
-  """The linear maps of those names by `how` at full rank, stacked over layers: lower ranks are prefixes."""
+  """The linear maps of those names by `how` at full rank, stacked over layers: lower ranks are prefixes.
+
+  Raises:
+    InputError: a map that is no matrix; and as `layer_by_layer`.
+  """
   made = jax.jit(how)
 
   def visit(layer, block, inputs):
     chosen = {name: one for name, one in maps.named(block).items() if name in names}
     bias = lambda one: one.bias[...] if isinstance(one, maps.Affine) else None
-    return {name: Factored(*made(one.weight[...], inputs[name]), bias(one)) for name, one in chosen.items()}
+    return {name: Factored(*made(matrix(name, one), inputs[name]), bias(one)) for name, one in chosen.items()}
 
   return layer_by_layer(model, tokens, visit, batch=batch)
 

@@ -4,6 +4,7 @@ import pytest
 from configs import concat_svd as config_file
 from experiments import results
 from experiments.concat_svd import data
+from jaxlab.models import hub, maps
 from tests.common import run_and_continue
 
 
@@ -17,6 +18,18 @@ def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   rows = report.metrics["layers"][two_layers.name]["rows"]
   shared = next(row for row in rows if row["method"] == "shared")
   assert report.metrics["layers"][two_layers.name]["matrices"] == 4 and shared["worst"] <= shared["budget"]
+
+
+def test_ones_own_model_becomes_a_folder(two_layers, tmp_path, monkeypatch):
+  config = config_file.get_config("test")
+  config.data.path, config.data.calibration, config.data.test = "docs/**/*.md", "train", "train"
+  config.model, config.budget, config.rank = f"hf:{two_layers}", 0.7, 0.3
+  report = run_and_continue("concat_svd", tmp_path, monkeypatch, "shared", config=config)
+  (found,) = report.metrics["compressed"].values()
+  small = hub.load(tmp_path / "compressed")
+  assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"]
+  assert any(isinstance(one, maps.SharedBasis) for one in maps.named(small.blocks).values())
+  assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
 
 
 def test_collections_are_what_they_say():

@@ -78,3 +78,6 @@ def test_one_program_judges_every_form(config, tmp_path):
     np.testing.assert_allclose(compressing.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
     stored = compressing.stored(model)
     assert maps.bytes_of(stored) < maps.bytes_of(model)
+  # Of a model that was of low rank before.
+  before = make["lord"](0.8)
+  np.testing.assert_allclose(compressing.restored(model, before)(tokens), model(tokens), rtol=1e-2, atol=1e-2)

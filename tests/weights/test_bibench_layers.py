@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.xnor_matmul import pack_bits
 from jaxlab.weights import bibench, bibench_metrics
 from jaxlab.weights.bibench import ALGORITHMS, schedule
 from jaxlab.weights.bibench_layers import adopted, apply, clipped, init, outline, savings
-from jaxlab.weights.bibench_packed import fold, pack, pack_kernel, packed_conv, run
+from jaxlab.weights.bibench_packed import fold, load, pack, pack_kernel, packed_conv, run, save
 
 
 def network(layers, x):
@@ -36,8 +37,9 @@ def made(name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_packed_is_what_was_trained(name):
-  """Words of 32 signs, borders of zeros, strides, scales of every kind, FDA behind the end of its noise."""
+def test_packed_is_what_was_trained(name, tmp_path):
+  """Words of 32 signs, borders of zeros, strides, scales of every kind, FDA behind the end of its noise; in a file as
+  many bytes as there are."""
   params, stats = made(name)
 
   @jax.jit
@@ -47,6 +49,12 @@ def test_packed_is_what_was_trained(name):
 
   (expected, same), found, packed = both(params, stats)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  file = tmp_path / "mine" / "packed.safetensors"
+  save(packed, file)
+  jax.tree.map(np.testing.assert_array_equal, load(file), packed)
+  content = file.read_bytes()
+  header = 8 + int.from_bytes(content[:8], "little")
+  assert len(content) - header == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
   assert same.keys() == stats.keys() and packed[0]["body"]["words"].shape == (9, 40, 1)
   assert "kernel" not in packed[0]["body"] and "kernel" in packed[0]["head"]
 
@@ -173,7 +181,7 @@ def test_ones_own_network_in_three_lines():
   assert logits.shape == (4, 3) and after.keys() == stats.keys()
 
 
-def test_bad_input_is_one_line():
+def test_bad_input_is_one_line(tmp_path):
   params, stats = init(network, jax.random.key(0), IMAGES, "bnn")
 
   def twice(layers, x):
@@ -185,6 +193,13 @@ def test_bad_input_is_one_line():
     apply(network, {}, stats, IMAGES, "bnn")
   with pytest.raises(InputError, match="int8 multiplies no signs; pack one of bnn"):
     pack(network, params, stats, IMAGES, "int8")
+  file = tmp_path / "other.safetensors"
+  safetensors.numpy.save_file({"weight": np.zeros(2)}, file)
+  with pytest.raises(InputError, match="has a tensor weight; it is no packed network"):
+    load(file)
+  file.write_bytes(b"no tensors")
+  with pytest.raises(InputError, match="save the packed network again"):
+    load(file)
   with pytest.raises(InputError, match="5 of 4 are left"):
     bibench_metrics.saving(4, 5, 32)
   with pytest.raises(InputError, match="give at least one"):

@@ -1,12 +1,14 @@
 """BitStack: the energies of the paper, any size within a budget, blocks in the order of their worth."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.compressing import left_out
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, hub, maps
 from jaxlab.weights import bitstack, lord
@@ -34,12 +36,13 @@ def test_signs_are_packed_in_the_published_order(n):
 
 
 def test_every_block_takes_the_energy_of_its_singular_values():
+  """Of the residual as it is left by what is stored, to 1e-5 (bitstack.md, oracle 2)."""
   weight = jnp.asarray(np.random.default_rng(0).normal(size=(24, 40)), jnp.float32)
-  signs, u, v, energy = avd(weight, blocks=3, rank=4, from_stored=False)
+  signs, u, v, energy = avd(weight, blocks=3, rank=4)
   residual = np.asarray(weight, np.float64)
   for i in range(3):
     values = np.linalg.svd(np.abs(residual), compute_uv=False)
-    np.testing.assert_allclose(energy[i + 1], (values[4:] ** 2).sum(), rtol=1e-3)
+    np.testing.assert_allclose(energy[i + 1], (values[4:] ** 2).sum(), rtol=1e-5)
     assert energy[i + 1] < energy[i]
     residual = np.asarray(weight, np.float64) - rebuilt(signs, u, v, i + 1)
   whole = avd(weight, blocks=1, rank=24)
@@ -54,14 +57,22 @@ def test_rounding_of_the_stored_factors_is_taken_up_by_the_next_block():
   assert left(stored) < left(published)
 
 
-@pytest.mark.parametrize("rank, expected", [(1, (0.362, 0.130, 0.058)), (16, (0.323, 0.105, 0.040))])
-def test_a_gaussian_matrix_loses_what_the_paper_says(rank, expected):
+LEFT = {  # of the energy of a normal matrix, after each block of a rank
+  1: (0.3622, 0.1297, 0.0579, 0.0324, 0.0221),
+  4: (0.354,),
+  16: (0.323, 0.105, 0.040),
+}
+
+
+@pytest.mark.parametrize("rank", LEFT)
+def test_a_gaussian_matrix_loses_what_the_paper_says(rank):
+  """And of as many bytes as one block of rank 4 an SVD without signs leaves 0.862 (bitstack.md, oracles 3 and 4)."""
   weight = jax.random.normal(jax.random.key(0), (512, 512))
-  energy = avd(weight, blocks=3, rank=rank)[3]
-  np.testing.assert_allclose(energy[1:] / energy[0], expected, atol=4e-3)
-  if rank == 16:
+  energy = avd(weight, blocks=len(LEFT[rank]), rank=rank)[3]
+  np.testing.assert_allclose(energy[1:] / energy[0], LEFT[rank], atol=4e-3)
+  if rank == 4:
     values = np.linalg.svd(np.asarray(weight), compute_uv=False) ** 2
-    assert values[20:].sum() / values.sum() > 0.85  # what as many bytes leave without signs, at k = 4
+    np.testing.assert_allclose(values[20:].sum() / values.sum(), 0.862, atol=4e-3)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +91,15 @@ def loss_of(model):
 
 
 def test_blocks_add_up_to_the_model(model, stacks):
-  """More blocks are nearer; with as many triplets as there are, one block is the model."""
+  """More blocks are nearer, until they are the model."""
   logits = model(TOKENS)
   run = jax.jit(lambda model, counts: bitstack.with_counts(model, counts)(TOKENS))
   level = lambda count: {name: np.full(2, count, np.int32) for name in bitstack.stacks_of(stacks)}
   apart = [float(jnp.abs(run(stacks, level(count)) - logits).mean()) for count in (1, 2, BLOCKS)]
   assert apart == sorted(apart, reverse=True) and run._cache_size() == 1
   np.testing.assert_array_equal(run(stacks, level(BLOCKS)), run(bitstack.with_counts(stacks, level(1)), level(BLOCKS)))
-  full = bitstack.decompose(model, TOKENS, blocks=1, rank=32, batch=16)
-  np.testing.assert_allclose(full(TOKENS), logits, atol=0.05 * float(jnp.abs(logits).max()))
+  many = bitstack.decompose(model, TOKENS, blocks=12, rank=4, batch=16)
+  np.testing.assert_allclose(many(TOKENS), logits, atol=0.05 * float(jnp.abs(logits).max()))
 
 
 def test_inputs_that_are_large_weigh_more(model, stacks):
@@ -120,8 +131,7 @@ def test_a_budget_gives_the_largest_model_within_it(stacks, tmp_path):
     size, counts = max((one for one in made if one[0] <= budget), key=lambda one: one[0])
     for name, one in bitstack.stacks_of(small).items():
       np.testing.assert_array_equal(one.count[...], counts[name])
-    level = counts.values()
-    assert size <= budget and maps.bytes_of(small) - size <= sum(max(c) * len(c) - sum(c) for c in level) * 2**13
+    assert maps.bytes_of(small) == size <= budget
   small = bitstack.at_budget(stacks, order, budget=sizes[20])
   np.testing.assert_allclose(small(TOKENS), bitstack.with_counts(stacks, made[20][1])(TOKENS), rtol=1e-4, atol=1e-4)
   hub.save(small, tmp_path)
@@ -164,10 +174,10 @@ def test_wrong_input_is_one_line(model, stacks):
 
 
 def test_folded_scales_give_the_same_stacks_without_an_array_of_their_own(model):
-  kept, folded = (bitstack.decompose(model, TOKENS, blocks=2, rank=32, folded=flag, batch=16) for flag in (False, True))
+  kept, folded = (bitstack.decompose(model, TOKENS, blocks=20, rank=4, folded=flag, batch=16) for flag in (False, True))
   specs = {name: one.scale is None for name, one in bitstack.stacks_of(folded).items()}
   assert specs == {name: name != "o" for name in specs}  # heads share their values: nothing before o takes its scale
-  # A stack of full rank is the map itself, and the network is the same but for its scales.
+  # A stack of so many blocks is the map itself, and the network is the same but for its scales.
   np.testing.assert_allclose(folded(TOKENS), model(TOKENS), rtol=2e-2, atol=2e-2)
   np.testing.assert_allclose(folded(TOKENS), kept(TOKENS), rtol=2e-2, atol=2e-2)
   assert maps.bytes_of(folded) < maps.bytes_of(kept)
@@ -187,10 +197,25 @@ def test_the_published_order_of_bits_and_back(shape):
     bitstack.from_published([blocks[0] | {"sign": blocks[0]["sign"][:-1]}])
 
 
+def test_a_map_that_a_block_would_enlarge_stays_as_it_is(model):
+  """Of 32 x 32 in 16 bits one block of rank 16 takes 128 + 2048 bytes beside its scale; of the others it takes less."""
+  stacks = bitstack.decompose(model, TOKENS, blocks=2, rank=16, batch=16)
+  before, after = maps.named(model.blocks), maps.named(stacks.blocks)
+  assert set(after) - set(bitstack.stacks_of(stacks)) == {"k", "v"} == set(left_out(model, stacks))
+  for name in "kv":
+    np.testing.assert_array_equal(after[name].weight[...], before[name].weight[...])
+  least = bitstack.configurations(stacks, bitstack.level_order(stacks))[0][0]
+  assert bitstack.blocks_to_fill(model, budget=least, rank=16) == 1
+  assert maps.bytes_of(maps.named(bitstack.at_budget(stacks, [], budget=least).blocks)) < maps.bytes_of(before)
+  for call in (bitstack.blocks_to_fill, functools.partial(bitstack.decompose, tokens=TOKENS)):
+    with pytest.raises(InputError, match="one block of rank 32 takes more bytes than the map in 16 bits, of every map"):
+      call(model, rank=32, **({"budget": 10**6} if call is bitstack.blocks_to_fill else {}))
+
+
 def test_a_map_of_low_rank_becomes_two_stacks_of_any_size(model):
   """LoRD, then BitStack: budgets, counts and the folder treat the factors as maps of their own."""
   small = lord.truncate(model, lord.decompose(model, TOKENS, batch=16), {"mlp.up": 8, "q": 6})
-  stacks = bitstack.decompose(small, TOKENS, blocks=3, rank=6, batch=16)
+  stacks = bitstack.decompose(small, TOKENS, blocks=3, rank=2, batch=16)
   assert {"q.down", "q.up", "mlp.up.down", "mlp.up.up", "o"} <= set(bitstack.stacks_of(stacks))
   order = bitstack.level_order(stacks)
   made = bitstack.configurations(stacks, order)
@@ -198,9 +223,9 @@ def test_a_map_of_low_rank_becomes_two_stacks_of_any_size(model):
   assert whole == maps.bytes_of(stacks) == bitstack.bytes_in_use(stacks)
   two = made[2 * len(bitstack.stacks_of(stacks))][0]
   wanted = (made[0][0], two, two + 1, whole, whole + 1)
-  assert [bitstack.blocks_to_fill(small, budget=size, rank=6) for size in wanted] == [1, 2, 3, 3, 4]
+  assert [bitstack.blocks_to_fill(small, budget=size, rank=2) for size in wanted] == [1, 2, 3, 3, 4]
   with pytest.raises(InputError, match=f"one block of every map takes {made[0][0]}"):
-    bitstack.blocks_to_fill(small, budget=made[0][0] - 1, rank=6)
+    bitstack.blocks_to_fill(small, budget=made[0][0] - 1, rank=2)
   middle = bitstack.at_budget(stacks, order, budget=(made[0][0] + whole) // 2)
   assert made[0][0] < bitstack.bytes_in_use(middle) <= (made[0][0] + whole) // 2
   apart = lambda one: float(jnp.abs(one(TOKENS) - small(TOKENS)).mean())
@@ -210,7 +235,7 @@ def test_a_map_of_low_rank_becomes_two_stacks_of_any_size(model):
 def test_a_folder_of_products_loads_again(model, tmp_path):
   small = lord.truncate(model, lord.decompose(model, TOKENS, batch=16), {"mlp.up": 8})
   for made in (
-    bitstack.decompose(small, TOKENS, blocks=2, rank=4, batch=16),
+    bitstack.decompose(small, TOKENS, blocks=2, rank=2, batch=16),
     quantise(small, TOKENS, bits=4, group=8, batch=16),
   ):
     hub.save(made, tmp_path)

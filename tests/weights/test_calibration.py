@@ -1,6 +1,7 @@
 """Statistics of what maps read, and models whose maps have other forms: run, generate, saved and loaded again."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,15 +11,16 @@ import pytest
 
 from jaxlab.core.checks import InputError
 from jaxlab.evaluation.methods import subject
-from jaxlab.models import generate, hub, maps
+from jaxlab.models import Mamba2Config, generate, hub, maps
 from jaxlab.models.block import layer_slice
-from jaxlab.weights import svd
+from jaxlab.weights import bitstack, heapr, pruning, struprune, svd
 from jaxlab.weights.calibration import Moments, layer_by_layer, merge, moments, rows_of, with_maps
 from jaxlab.weights.lord import decompose, factors, masked, truncate
-from jaxlab.weights.quantise import quantise, rtn
+from jaxlab.weights.quantise import awq, quantise, rtn
 from tests.common import configs, random_model, random_tokens
 
 TOKENS = random_tokens(16, 24)
+MAMBA = Mamba2Config(vocab_size=64, depth=1, width=32, head_dim=16, state=8, chunk=4)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,35 @@ def test_wrong_input_is_one_line(model, tmp_path):
     file.write_text(json.dumps(config | {"compression": change}))
     with pytest.raises(InputError, match=message):
       hub.load(tmp_path)
+
+
+STARTS = {
+  "lord": functools.partial(decompose, batch=16),
+  "svd": functools.partial(svd.decompose, batch=16),
+  "gradient": functools.partial(pruning.prune, how="gradient", density=0.5, batch=16),
+  "wanda": functools.partial(pruning.prune, density=0.5, batch=16),
+  "awq": functools.partial(awq, bits=4, group=8, batch=16),
+  "gptq": functools.partial(quantise, bits=4, group=8, batch=16),
+  "bitstack": functools.partial(bitstack.decompose, rank=2, batch=16),
+  "struprune": functools.partial(struprune.prune, budget=0.7, batch=16),
+  "heapr": functools.partial(heapr.statistics, batch=16),
+}
+
+
+@pytest.mark.parametrize("method", STARTS)
+def test_what_no_method_starts_from_is_one_line(model, method):
+  """A model compressed before, rows without tokens, another kind of network."""
+  begin = STARTS[method]
+  packed = with_maps(model, {"k": maps.SignStack.empty((4,), 32, 32, blocks=1, rank=1, scaled=True)})
+  named = {"struprune": "plain matrices", "heapr": "no experts"}.get(method, "k is a SignStack")
+  with pytest.raises(InputError, match=named):
+    begin(packed, TOKENS)
+  empty = {"lord": "has 0 tokens", "gradient": "rows have 0 tokens"}.get(method, r"text has shape \(16, 0\)")
+  if method != "heapr":
+    with pytest.raises(InputError, match=empty):
+      begin(model, np.zeros((16, 0), np.int32))
+  with pytest.raises(InputError, match="the maps are those of a Transformer; this is a Mamba2"):
+    begin(random_model(MAMBA), TOKENS)
 
 
 def test_moments_are_a_tree_of_arrays():

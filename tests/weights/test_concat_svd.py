@@ -1,6 +1,8 @@
 """Concatenated-matrix SVD: bounds that hold, groups that keep their promise, a partition of what was given."""
 
+import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from experiments import compressing
 from jaxlab.core.checks import InputError
+from jaxlab.models import generate, hub, maps
+from jaxlab.models.layers import Linear
 from jaxlab.weights import concat_svd
+from jaxlab.weights.calibration import with_maps
 from jaxlab.weights.concat_svd import METHODS, bound, cluster, relative_error
+from tests.common import configs, random_model
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +47,38 @@ def test_bounds_hold_in_their_order(seed, rank):
   weyl, residual, incremental = (bound(blocks, rank=rank, method=method) for method in METHODS)
   assert true <= incremental + 1e-9 and incremental <= 1
   assert true <= residual + 1e-9 and residual <= weyl + 1e-9
+
+
+@pytest.mark.parametrize(("m", "rank"), [(8, 2), (24, 5)])
+def test_bounds_hold_of_many_collections(m, rank):
+  """250 each, of scales a thousandfold apart and of widths that may exceed the rank."""
+  for seed in range(250):
+    blocks = collection(seed, count=4, m=m, width=6, noise=10.0 ** -(seed % 4))
+    true = relative_error(blocks, rank=rank)
+    weyl, residual, incremental = (bound(blocks, rank=rank, method=method) for method in METHODS)
+    assert true <= incremental + 1e-9 and incremental <= 1 + 1e-9
+    assert true <= residual + 1e-9 and residual <= weyl + 1e-9
+
+
+def test_the_state_is_that_of_a_plain_loop_and_states_merge_one_sidedly():
+  """Against eigenvalues of [[diag(l) + Y Y', Y B'], [B Y', B B']] in NumPy; of two halves nothing is overestimated."""
+  blocks, rank = collection(6, count=8), 3
+  basis, values = np.zeros((12, 0)), np.zeros(0)
+  for block in blocks:
+    inside = basis.T @ block
+    new, rest = np.linalg.qr(block - basis @ inside)
+    gram = np.block([[np.diag(values) + inside @ inside.T, inside @ rest.T], [rest @ inside.T, rest @ rest.T]])
+    found, vectors = np.linalg.eigh(gram)
+    kept = np.argsort(found)[::-1][: rank + 5]
+    kept = kept[found[kept] > 1e-12]
+    basis, values = np.hstack([basis, new]) @ vectors[:, kept], found[kept]
+  states = [concat_svd.tracked([*map(jnp.asarray, part)], rank=rank) for part in (blocks, blocks[:4], blocks[4:])]
+  np.testing.assert_allclose(states[0].values[: len(values)], values, rtol=1e-9)
+  merged = concat_svd.merge(*states[1:])
+  true = np.linalg.svd(np.hstack(blocks), compute_uv=False)
+  size = len(true)
+  assert np.all(np.sort(merged.values)[::-1][:size] <= true[: len(merged.values)] ** 2 + 1e-9)
+  np.testing.assert_allclose(merged.energy, (true**2).sum())
 
 
 def test_single_values_are_not_bounded_but_their_sums_are():
@@ -102,8 +142,28 @@ def test_in_single_precision_the_basis_stays_one():
   assert true > 0.05 and all(bound(blocks, rank=12, method=method) >= 0.999 * true for method in METHODS)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 3e-4, 1e-3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_promise_is_kept_of_narrow_numbers_too(eps, dtype):
+  """Directions that are nearly but not quite the same: the error of what is stored, too, but for its own rounding."""
+  rng = np.random.default_rng(0)
+  basis = rng.normal(size=(48, 4))
+  wide = [basis @ rng.normal(size=(4, 3)) + 3e-4 * rng.normal(size=(48, 3)) for _ in range(24)]
+  with jax.enable_x64(False):
+    blocks = [jnp.asarray(block, dtype) for block in wide]
+    groups = cluster(blocks, rank=6, eps=eps)
+  assert groups[0].coefficients[0].dtype == jnp.float32
+  rounding = np.finfo(np.float32).eps * 10
+  for one in groups:
+    parts = np.hstack([np.asarray(blocks[i], np.float64) for i in one.members])
+    back = np.hstack([np.asarray(one.matrix(i), np.float64) for i in range(len(one.members))])
+    assert np.linalg.norm(back - parts) / np.linalg.norm(parts) <= eps + rounding
+    if one.basis is not None:
+      assert relative_error([blocks[i] for i in one.members], rank=6) <= one.bound <= eps
+
+
 def test_what_is_no_number_bounds_nothing():
-  assert concat_svd._error(float("nan"), 1.0) == float("inf") and concat_svd._error(2.0, 1.0) == 0
+  assert concat_svd._error(float("nan"), 1.0, 1) == float("inf") and concat_svd._error(2.0, 1.0, 1) < 1e-7
 
 
 def test_how_far_groups_reach():
@@ -145,6 +205,7 @@ def test_a_column_more_never_lowers_a_singular_value():
     ([], {}, "no matrix was given"),
     ([np.ones((3, 1)), np.ones((4, 1))], {}, r"matrix 1 has shape \(4, 1\)"),
     ([np.full((3, 1), np.nan)], {}, "matrix 0 holds NaN"),
+    ([np.full((3, 1), 1e200)], {}, "numbers whose squares overflow"),
     ([np.ones((3, 1))], dict(rank=0), "rank"),
     ([np.ones((3, 1))], dict(method="weyl"), "method is 'weyl'"),
     ([np.ones((3, 1))], dict(order="size"), "order is 'size'"),
@@ -154,3 +215,85 @@ def test_a_column_more_never_lowers_a_singular_value():
 def test_wrong_input_is_one_line(blocks, options, message):
   with pytest.raises(InputError, match=message):
     cluster(blocks, **(dict(rank=1, eps=0.1) | options))
+
+
+# --- Maps of a model that share bases.
+
+
+def alike(depth=3):
+  """A model whose maps of layers 0 and 1 read and write few directions of the stream; those of layer 2, larger, all."""
+  config = dataclasses.replace(configs()["qwen3"], depth=depth)
+  model = random_model(config)
+  rng, forms = np.random.default_rng(0), {}
+  basis = rng.normal(size=(config.width, 6))
+  for name, one in maps.named(model.blocks).items():
+    weight = np.array(one.weight[...])
+    turned = name in concat_svd.WRITE
+    for layer in (0, 1):
+      shape = weight[layer].T.shape if turned else weight[layer].shape
+      low = 0.01 * basis @ rng.normal(size=(6, shape[1])) + 1e-4 * rng.normal(size=shape)
+      weight[layer] = low.T if turned else low
+    forms[name] = Linear(jnp.asarray(weight, jnp.float32), one.weight.axes)
+  return with_maps(model, forms)
+
+
+@pytest.fixture(scope="module")
+def original():
+  with jax.enable_x64(False):
+    yield alike()
+
+
+def test_a_model_whose_maps_share_a_basis_gives_what_its_matrices_give(original, tmp_path):
+  """In a whole forward, token by token, from a folder, and by matrices in its place; a layer that shares none stays."""
+  with jax.enable_x64(False):
+    model, groups = concat_svd.compress(original, rank=8, eps=0.01)
+    forms = maps.named(model.blocks)
+    assert {type(one) for one in forms.values()} == {maps.SharedBasis}
+    assert all(one.groups[0] and one.groups[1] and not one.groups[2] for one in forms.values())
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 9)).astype(np.int32)
+    logits, found = np.asarray(original(tokens)), np.asarray(model(tokens))
+    assert 0 < np.abs(found - logits).max() < 0.05 * np.abs(logits).max()
+    np.testing.assert_allclose(compressing.restored(model)(tokens), found, atol=2e-5)
+    for name, one in forms.items():
+      np.testing.assert_array_equal(one.weight()[2], maps.named(original.blocks)[name].weight[2])
+      worst = np.abs(one.weight()[0] - maps.named(original.blocks)[name].weight[0]).max()
+      assert worst < 0.02 * np.abs(maps.named(original.blocks)[name].weight[0]).max()
+    hub.save(model, tmp_path)
+    again = hub.load(tmp_path)
+    np.testing.assert_array_equal(again(tokens), found)
+    made = [generate(one, tokens[:, :4], tokens=5, temperature=0)[:, -5:].tolist() for one in (model, again)]
+    assert made[0] == made[1]
+    tensors = sum(a.nbytes for file in tmp_path.glob("*.safetensors") for a in load_file(file).values())
+    assert maps.bytes_of(model) == tensors
+    rest = sum(a.nbytes for a in jax.tree.leaves(original)) - 4 * sum(
+      one.weight.size for one in maps.named(original.blocks).values()
+    )
+    assert tensors - rest - 4 * 3 * 7 == 4 * sum(one.numbers for one in groups)  # and 3 numbers of groups a map
+
+
+def test_where_nothing_is_shared_nothing_changes(original):
+  with jax.enable_x64(False):
+    model, groups = concat_svd.compress(original, rank=8, eps=0.0)
+    assert all(one.basis is None for one in groups) and maps.all_plain(model.blocks)
+    tokens = np.zeros((1, 3), np.int32)
+    np.testing.assert_array_equal(model(tokens), original(tokens))
+
+
+def test_models_that_cannot_share_are_named(original, tmp_path):
+  with jax.enable_x64(False):
+    model, _ = concat_svd.compress(original, rank=8, eps=0.01, names=("k",))
+    broken = with_maps(original, {"v": Linear(original.blocks.v.weight.at[1, 0, 0].set(jnp.nan), (None, None))})
+    for call, message in (
+      (lambda: concat_svd.compress(model, rank=8, eps=0.1), "the map k is compressed already"),
+      (lambda: concat_svd.compress(original, rank=8, eps=0.1, names=("z",)), "a map is 'z'"),
+      (lambda: concat_svd.compress(broken, rank=8, eps=0.1), "blocks.v of layer 1 holds NaN"),
+      (lambda: concat_svd.compress(jnp.zeros(3), rank=8, eps=0.1), "a Transformer"),
+    ):
+      with pytest.raises(InputError, match=message):
+        call()
+    hub.save(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["compression"]["k"]["groups"] = [1, 1]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="it must say of every layer which basis it shares"):
+      hub.load(tmp_path)

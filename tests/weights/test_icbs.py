@@ -262,6 +262,12 @@ def test_wrong_input_is_one_line():
     run({})
   with pytest.raises(InputError, match="no batch is left after 1 steps"):
     run(batches=iter([next(batches)]))
+  with pytest.raises(InputError, match="the batch of step 1 is empty"):
+    run(batches=iter([(jnp.zeros((0, 12)), jnp.zeros(0, int))]))
+  with pytest.raises(InputError, match="second holds NaN or infinity"):
+    icbs.prune(network, params | {"second": params["second"].at[0, 0].set(jnp.nan)}, scores, batches, density=0.4)
+  with pytest.raises(InputError, match="rows have 1 token"):
+    Language().loss(random_model(configs()["qwen3"]), random_tokens(2, 1))
   with pytest.raises(InputError, match=r"step 1, map (first|second): loss nan"):
     run(batches=iter([(jnp.full((2, 12), jnp.nan), jnp.zeros(2, int))]))
   with pytest.raises(InputError, match="restore takes a held-out batch"):

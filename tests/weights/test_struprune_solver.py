@@ -180,16 +180,19 @@ def test_the_threshold_rule_is_the_knapsack(seed):
 def test_softmax_is_the_least_free_energy():
   rng = np.random.default_rng(0)
   importance, sizes = rng.random(6), rng.integers(1, 5, 6).astype(float)
+  log = lambda p: np.log(np.maximum(p, 1e-300))
   for temperature in (0.05, 0.3, 2.0):
     p = softmax(importance, sizes, sparsity=0.4, temperature=temperature, most=0.9)
     np.testing.assert_allclose((sizes * p).sum(), 0.4 * sizes.sum(), rtol=1e-12)
-    f = lambda p, t=temperature: (sizes * (p * importance + t * p * np.log(np.maximum(p, 1e-12)))).sum()
+    f = lambda p, t=temperature: (sizes * (p * importance + t * p * log(p))).sum()
+    slope = lambda p, t=temperature: sizes * (importance + t * (log(p) + 1))
+    total = {"type": "eq", "fun": lambda p: (sizes * p).sum() - 0.4 * sizes.sum(), "jac": lambda p: sizes}
     found = scipy.optimize.minimize(
-      f, np.full(6, 0.4), bounds=[(1e-9, 0.9)] * 6, method="SLSQP", options=dict(ftol=1e-14, maxiter=500),
-      constraints={"type": "eq", "fun": lambda p: (sizes * p).sum() - 0.4 * sizes.sum()},
+      f, np.full(6, 0.4), jac=slope, bounds=[(1e-9, 0.9)] * 6, constraints=total, method="SLSQP",
+      options=dict(ftol=1e-16, maxiter=1000),
     )  # fmt: skip
-    assert f(p) <= found.fun + 1e-9
-    np.testing.assert_allclose(p, found.x, atol=2e-3)
+    np.testing.assert_allclose(f(p), found.fun, rtol=1e-9)
+    np.testing.assert_allclose(p, found.x, atol=1e-5)
 
 
 def test_hot_is_uniform_and_cold_fills_the_least_important_first():
