@@ -91,14 +91,18 @@ def batches(config, arm: str, rows: st.Rows, seed: int):
 
 
 def window(batch, parts: int, seed: int):
-  """Of every row's counted tokens one stretch, 1 / parts of them, the same part of all rows."""
+  """Of every row's counted tokens one stretch, 1 / parts of them, which begins at the same share of all rows.
+
+  It goes on at the row's first where it reaches the last, so that all count alike: ends too, without which a student
+  never stops.
+  """
   at = np.random.default_rng([seed, int(batch["inputs"].sum())]).random()
   targets = np.full_like(batch["targets"], -1)
-  for row, (source, out) in enumerate(zip(batch["targets"], targets, strict=True)):
+  for source, out in zip(batch["targets"], targets, strict=True):
     places = np.flatnonzero(source >= 0)
     size = -(-len(places) // parts)
-    own = places[round(at * (len(places) - size)) :][:size]
-    out[own] = batch["targets"][row, own]
+    own = np.roll(places, -int(at * len(places)))[:size]
+    out[own] = source[own]
   return batch | {"targets": targets}
 
 

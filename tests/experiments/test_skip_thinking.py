@@ -63,6 +63,16 @@ def test_a_random_stretch_is_its_share_of_what_counts():
   assert ((out >= 0).sum(axis=1) == 3).all() and (out[out >= 0] == targets[out >= 0]).all()
 
 
+def test_a_random_stretch_has_every_place_alike():
+  """The first and the last too: a stretch that reaches the end goes on at the start."""
+  batch = {"inputs": np.zeros((2, 12), int), "targets": np.where(np.arange(24) % 12 > 2, 7, -1).reshape(2, 12)}
+  drawn = np.array([training.window(batch, 3, seed)["targets"] >= 0 for seed in range(3000)])
+  assert not drawn[..., :3].any() and (drawn.sum(axis=-1) == 3).all()
+  np.testing.assert_allclose(drawn[..., 3:].mean(axis=0), 1 / 3, atol=0.04)
+  begins = drawn[..., 3:] & ~np.roll(drawn[..., 3:], 1, axis=-1)
+  assert (begins.sum(axis=-1) == 1).all()  # one stretch, around the end
+
+
 def test_rivals_leave_out_as_much(config):
   made, tags, _ = training.folds(config, 0)
   fold = made["second"]
