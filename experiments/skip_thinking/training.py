@@ -154,10 +154,15 @@ def base(config, arm: str, seed: int, rate: float, workdir: Path, console):
 
 
 def random_cuts(fold: Fold, chunks: int, seed: int) -> list[st.Cuts]:
+  """Any cuts that leave no chunk empty are as likely; of fewer units than chunks the last chunks are empty."""
   rng = np.random.default_rng(seed)
-  return [
-    (0, *sorted(rng.integers(0, len(one.units) + 1, chunks - 1).tolist()), len(one.units)) for one in fold.samples
-  ]
+
+  def cut(units: int) -> st.Cuts:
+    if units < chunks:
+      return st.average_chunks(units, chunks)
+    return (0, *(1 + np.sort(rng.choice(units - 1, chunks - 1, replace=False))).tolist(), units)
+
+  return [cut(len(one.units)) for one in fold.samples]
 
 
 def searched(config, model, fold: Fold, cuts: list[st.Cuts], tags: st.Tags, file: Path) -> list[st.Cuts]:

@@ -73,6 +73,18 @@ def test_a_random_stretch_has_every_place_alike():
   assert (begins.sum(axis=-1) == 1).all()  # one stretch, around the end
 
 
+def test_random_cuts_leave_no_chunk_empty_where_there_are_units_enough():
+  """Of 6 units in 4 chunks there are 10, all as likely."""
+  one = lambda units: st.Sample([1], [[2]] * units, [3])
+  fold = training.Fold([one(6)] * 3000 + [one(4), one(2), one(0)], [], [])
+  *many, four, two, none = training.random_cuts(fold, 4, 0)
+  kinds, counts = np.unique(many, axis=0, return_counts=True)
+  assert len(kinds) == 10 and (np.diff(kinds) > 0).all() and (kinds[:, [0, -1]] == [0, 6]).all()
+  np.testing.assert_allclose(counts / 3000, 0.1, atol=0.03)
+  assert (four, two, none) == ((0, 1, 2, 3, 4), (0, 1, 2, 2, 2), (0, 0, 0, 0, 0))
+  assert training.random_cuts(fold, 1, 0)[0] == (0, 6)
+
+
 def test_rivals_leave_out_as_much(config):
   made, tags, _ = training.folds(config, 0)
   fold = made["second"]
