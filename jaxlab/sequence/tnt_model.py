@@ -209,7 +209,7 @@ class MemoryModel(nnx.Module):
 def of_local_memories(name: str) -> bool:
   """Whether stage 2 trains a parameter, by its dotted name: of a memory layer, but not its global memory's own."""
   parts = name.split(".")
-  return "mixer" in parts and "whole" not in parts
+  return "mixer" in parts and "global_memory" not in parts
 
 
 @functools.cache

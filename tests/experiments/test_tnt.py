@@ -52,7 +52,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
   row = report.metrics["stages"]
   assert row["untuned"] != row["old"] and row[tnt.TUNED]["loss"] != row["untuned"]
-  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("whole", "local")]
+  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("global_memory", "local_memories.0")]
   assert moves(tnt.TUNED) == [0, 1] and moves(tnt.WHOLE) == [1, 1]
   assert row["curves"]["stage 1"]["1"] == row["untuned"]  # local chunks of 1 and 2 are those of stage 2
   found = report.metrics["speed"]["milliseconds"]

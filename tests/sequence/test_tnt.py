@@ -271,7 +271,7 @@ def test_one_local_memory_that_never_returns_is_titans():
   recall = jax.jit(lambda layer, *given: layer.recall(*given, (4,))[0])
   for shard in (None, 8):
     layer = layer_of(dataclasses.replace(tnt.titans(WIDTH, chunk=4, **SMALL), shard=shard, clip=None))
-    given, own = parts_of(layer, x), layer.local[0]
+    given, own = parts_of(layer, x), layer.local_memories[0]
     out = recall(layer, x, *given)
     for head in range(2):
       one = row((*given, own.gates_of(x)), 1, slice(None), head)
@@ -301,7 +301,7 @@ def test_equal_memories_add_up():
   q, k, v = parts_of(layer, x)
   three = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4, 4, 4)))
   for n in range(3):
-    three.local[n] = layer.local[0]
+    three.local_memories[n] = layer.local_memories[0]
   recall = jax.jit(lambda layer, chunks: layer.recall(x, q, k, v, chunks)[0], static_argnums=1)
   same(recall(three, (4, 4, 4)), 3 * recall(layer, (4,)))
 
@@ -358,15 +358,17 @@ def test_every_shard_teaches_the_common_start_and_stage_two_leaves_the_global_me
   gradient = jax.jit(jax.grad(loss))
   first = jnp.arange(16.0) < 8
   both, *each = (gradient(layer, counts) for counts in (jnp.ones(16), 1.0 * first, 1.0 * ~first))
-  start = lambda g: g.local[0].weights[0][...]
+  start = lambda g: g.local_memories[0].weights[0][...]
   assert all(float(jnp.abs(start(g)).max()) > 1e-6 for g in each)
   same(start(both), start(each[0]) + start(each[1]))
   mask = tnt.local_parameters(layer)
   optimizer = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), jax.tree.map(lambda a: not a, mask)))
   updates, _ = optimizer.update(both, optimizer.init(layer))
   after = optax.apply_updates(layer, updates)
-  same(after.whole, layer.whole, 0)
-  moved = [differ(a, b) for a, b in zip(*(jax.tree.leaves(t.local[0].weights) for t in (after, layer)), strict=True)]
+  same(after.global_memory, layer.global_memory, 0)
+  moved = [
+    differ(a, b) for a, b in zip(*(jax.tree.leaves(t.local_memories[0].weights) for t in (after, layer)), strict=True)
+  ]
   assert all(moved) and differ(after.inputs.weight[...], layer.inputs.weight[...])
 
 
