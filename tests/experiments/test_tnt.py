@@ -83,6 +83,8 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
   assert (
     of(arms.COARSE).local_step == pytest.approx(c.inner.titans / 2) and of(arms.TITANS).local_step == c.inner.titans
   )
+  plain = of(arms.PLAIN)
+  assert (plain.momentum, plain.decay) == (ours.momentum, ours.decay) == (False, False) and plain.shard is None
   assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
   assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
   assert of(arms.WINDOWED) == dataclasses.replace(ours, local_chunks=(), shard=None)
@@ -148,12 +150,28 @@ def test_titans_and_tnt_are_timed_in_chunks_of_their_own(monkeypatch):
   monkeypatch.setattr(timing, "compare", compare)
   found = speed.measure(config, 300)
   each = [(arm, chunks) for arm, chunks, tokens in seen if tokens == config.speed.tokens]
-  one = [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
+  one = [(arms.PLAIN, 8)] + [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
   assert sorted(map(str, each)) == sorted(2 * [str((arm, (n,))) for arm, n in one] + 2 * [str(("Transformer", None))])
   at = {how: seconds[name][0] for name, how in speed.contestants(config).items()}
   assert {int(n): faster for n, (faster, _) in found["same"].items()} == {
     n: at[arms.TITANS, n] / at[arms.TNT, n] for n in (4, 8, 16)
   }
+  assert found["plain"][0] == at[arms.PLAIN, 8] / at[arms.TNT, 8] != found["over"][arms.TNT][0]
+
+
+def test_the_speed_that_is_claimed_is_over_titans_by_the_same_rule():
+  """Where that was timed: results of before say what they have."""
+  config = config_file.get_config("test")
+  rows = {f"{n}": {"median": 3.0} for n in config.speed.lengths}
+  found = {"milliseconds": dict.fromkeys(speed.NAMES, rows), "over": {arms.TNT: [4.0, [3.9, 4.1]]}}
+  before, *_ = tnt.speed_claims(config, found)
+  claim, *_ = tnt.speed_claims(config, found | {"plain": [2.0, [1.9, 2.1]]})
+  assert (before.ours, claim.ours) == (4.0, 2.0) and before.baseline == "Titans 3 ms" and "momentum" not in before.note
+  assert (
+    claim.baseline == "plain Titans 3 ms"
+    and "no momentum and no forgetting, as TNT; over Titans with both 4" in claim.note
+  )
+  assert "2.00x as fast as plain Titans' in" in tnt.finding(config, {"speed": found | {"plain": [2.0, [1.9, 2.1]]}})
 
 
 def test_a_rows_time_has_the_exponent_of_its_length():
