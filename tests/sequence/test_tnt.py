@@ -178,7 +178,23 @@ def test_a_write_takes_its_share_of_the_error():
   after, _ = deep_memory.scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
   error = lambda memory: deep_memory.read(memory, k) - v
   same(error(after), error(memory) - 0.1 * k @ (k.T @ error(memory)))
-  assert float(jnp.square(error(after)).sum()) < 0.9 * float(jnp.square(error(memory)).sum())
+  change, size, before, now = deep_memory.effect(memory, after, k, v)
+  same((before, now), (jnp.square(error(memory)).sum(), jnp.square(error(after)).sum()))
+  same((change, size), (jnp.linalg.norm(after.weights[0] - memory.weights[0]), jnp.linalg.norm(after.weights[0])))
+  assert float(now) < 0.9 * float(before)
+  far, _ = deep_memory.scan(memory, q, k, v, Gates(jnp.full(TIME, 0.5)), chunk=TIME)
+  too_far = deep_memory.effect(memory, far, k, v)
+  assert too_far.after > too_far.before and too_far.change > change
+
+
+def test_what_a_write_did_is_told_of_all_matrices():
+  """Also in 16 bits, in which the sums would be wrong."""
+  memory, after, (_, k, v, _) = memory_of(), memory_of(seed=2), data()
+  flat = lambda memory: jnp.concatenate([w.ravel() for w in memory.weights])
+  found = deep_memory.effect(memory, after, k, v)
+  same(found[:2], (jnp.linalg.norm(flat(after) - flat(memory)), jnp.linalg.norm(flat(after))))
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (memory, after, k, v))
+  assert {a.dtype for a in deep_memory.effect(*half)} == {jnp.dtype("float32")}
 
 
 def test_gradients_are_those_of_finite_differences():
