@@ -145,7 +145,7 @@ class Lab:
     with self.console.training(folder) as progress:
       return loop.train(
         model,
-        packing.batches(self.text.rows(t.length, seed=seed), t.batch),
+        packing.batches(self.text.rows(t.length, seed=seed), t.batch // jax.process_count()),
         loss_of(self.config, chunks),
         optimizer(rate, steps=steps, factor=factor),
         steps=steps,

@@ -237,13 +237,14 @@ def batches(buckets: Buckets, plan: Schedule, *, shard: tuple[int, int] = (0, 1)
     shard: (index, count) of this host, which takes every count-th row.
 
   Raises:
-    InputError: a schedule of other buckets, or more hosts than the longest batch has rows.
+    InputError: a schedule of other buckets, a host that there is not, or rows that do not divide over the hosts.
   """
   index, count = shard
   same = {i: len(order) for i, order in plan.order.items()} == buckets.counts
   require(same, "the schedule is one of other buckets; make it of these buckets' counts")
   fewest = plan.batch_tokens >> max(plan.order)
-  require(count <= fewest, f"{count} hosts share batches of {fewest} rows; raise batch_tokens")
+  require(0 <= index < count, f"shard is {shard}; it must be (index, count) of a host, 0 <= index < count")
+  require(fewest % count == 0, f"{count} hosts share batches of {fewest} rows; make batch_tokens a multiple of as many")
 
   def load(step: int) -> dict[str, np.ndarray]:
     exponent = int(plan.exponent[step])

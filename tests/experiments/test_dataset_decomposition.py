@@ -135,6 +135,21 @@ def test_all_arms_take_as_many_steps_of_as_many_tokens():
     training.rows_of(config, "shuffled", tokens, 0)
 
 
+def test_hosts_share_the_rows_of_every_arm(monkeypatch):
+  config, tokens = config_file.get_config("test"), corpus([300, 17, 90, 200, 45, 64, 33] * 9)
+  for arm in (training.CONCAT, training.BEST_FIT, training.GROW):
+    whole = [batch["inputs"] for batch in training.rows_of(config, arm, tokens, 0)[0]]
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, "process_count", lambda: 2)
+      for i in range(2):
+        patch.setattr(jax, "process_index", lambda i=i: i)
+        mine = [batch["inputs"] for batch in training.rows_of(config, arm, tokens, 0)[0]]
+        for half, batch in zip(mine, whole, strict=True):
+          np.testing.assert_array_equal(half, batch[i::2])
+  with pytest.raises(InputError, match="hosts=3 must divide rows of a batch=8"):
+    data.batches(np.zeros((9, 3)), 8, 0, shard=(0, 3))
+
+
 def test_under_a_document_mask_a_row_has_the_loss_of_its_documents():
   """Whatever comes before them: rotary positions are relative."""
   config, model = config_file.get_config("test"), random_model(configs()["qwen3"])

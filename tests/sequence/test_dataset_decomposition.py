@@ -229,5 +229,13 @@ def test_bad_input():
   buckets = dd.decompose(corpus([100]), low=3, high=4)
   with pytest.raises(InputError, match="the schedule is one of other buckets"):
     dd.batches(buckets, dd.schedule(COUNTS, batch_tokens=64))
-  with pytest.raises(InputError, match="8 hosts share batches of 2 rows"):
-    dd.batches(buckets, dd.schedule(buckets.counts, batch_tokens=32), shard=(0, 8))
+  plan = dd.schedule(buckets.counts, batch_tokens=32)
+  for shard, message in (
+    ((0, 8), "8 hosts share batches of 2 rows"),
+    ((0, 3), "3 hosts share batches of 2 rows"),
+    ((2, 2), r"shard is \(2, 2\)"),
+    ((-1, 2), r"shard is \(-1, 2\)"),
+    ((0, 0), r"shard is \(0, 0\)"),
+  ):
+    with pytest.raises(InputError, match=message):
+      dd.batches(buckets, plan, shard=shard)
