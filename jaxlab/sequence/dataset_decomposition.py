@@ -10,6 +10,7 @@ runs out of its likelier buckets first: with growing odds for shorter ones the s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class Buckets:
       return self.tokens.ids[first : first + size].astype(np.int32)
     return np.concatenate([[self.tokens.bos], self.tokens.ids[first + 1 : first + size]]).astype(np.int32)
 
-  @property
+  @functools.cached_property
   def _begins(self) -> np.ndarray:
     return self.tokens.offsets[:-1] + np.arange(len(self.tokens))
 

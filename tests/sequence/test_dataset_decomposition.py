@@ -84,6 +84,7 @@ def test_sequences_are_those_of_the_documents():
       np.testing.assert_array_equal(buckets.sequence(i, row), whole[start : start + 2**i + 1])
       assert BOS not in buckets.sequence(i, row)[1:]
       used[start : start + 2**i + 1] += 1
+  assert buckets._begins is buckets._begins  # of all documents, so not worked out for every sequence
   assert used.max() == 1 and buckets.left_out == pytest.approx(1 - used.mean()) and buckets.left_out > 0
 
 
