@@ -223,7 +223,12 @@ def test_bad_input():
     (lambda: dd.schedule(COUNTS, batch_tokens=64, curriculum="grow"), "curriculum is 'grow'"),
     (lambda: dd.schedule(COUNTS, batch_tokens=64, curriculum=(1, 2)), "4 buckets need as many positive numbers"),
     (lambda: dd.schedule(COUNTS, batch_tokens=64, curriculum=(1, 2, 0, 1)), "4 buckets need as many positive numbers"),
+    (lambda: dd.schedule(COUNTS, batch_tokens=64, curriculum=2.0), r"the odds are 2\.0; 4 buckets need"),
+    (lambda: dd.schedule(COUNTS | {4: -1}, batch_tokens=64), "none can have fewer than 0"),
     (lambda: dd.schedule(COUNTS, batch_tokens=64, cycles=0), "cycles is 0"),
+    (lambda: dd.average_length([]), "no length to average"),
+    (lambda: dd.average_context([]), "no token to average over"),
+    (lambda: dd.average_context([0, 0]), "no token to average over"),
   ):
     with pytest.raises(InputError, match=message):
       call()
