@@ -279,6 +279,7 @@ def _check(memory: Memory, q, k, v, gates: Gates, chunk, reads, pace):
     f"q {q.shape}, k {k.shape}, v {v.shape} and gates {gates.step.shape} disagree; expected (time, size) three times "
     "and (time,)",
   )
+  require(len(q) > 0, f"there is no token (q {q.shape}); give at least one")
   require_divides("chunk", chunk, "time", len(q))
   rows, columns = memory.weights[0].shape[0], memory.weights[-1].shape[1]
   size = q.shape[1]

@@ -88,6 +88,8 @@ class MemoryConfig:
     _check_chunks(self.local_chunks, self.shard)
     if self.rotary:
       require_divides("2", 2, "memory.head_dim", self.head_dim)
+    for name in ("local_step", "global_step"):
+      require(getattr(self, name) > 0, f"memory.{name} is {getattr(self, name)}; a largest step is positive")
     require(self.clip is None or self.clip > 0, f"memory.clip is {self.clip}; it must be positive, or None")
 
   @property
@@ -272,6 +274,7 @@ class MemoryLayer(nnx.Module):
     o is the sum of what the memories say, in float32 or better.
     """
     c, (batch, time) = self.config, x.shape[:2]
+    require(time > 0, f"rows have no token (x {x.shape}); give at least one")
     span, shard = min(c.global_chunk or time, time), min(c.shard or time, time)
     require_divides("global_chunk", span, "time", time)
     require_divides("shard", shard, "time", time)

@@ -154,6 +154,8 @@ def test_bad_input():
   for call, message in (
     (lambda: dataclasses.replace(shape_of(TNT), depth=0), "model.depth is 0"),
     (lambda: model(TOKENS[:, :20]), "global_chunk=8 must divide time=20"),
+    (lambda: model(TOKENS[:, :0]), "rows have no token"),
+    (lambda: model.prefill(TOKENS[:, :0]), "the prompt has no token"),
     (lambda: model(TOKENS, local_chunks=(1,)), "local_chunks has 1 lengths"),
     (lambda: generate(model, TOKENS, jnp.array([3, 4]), tokens=1, decoder=decoder()), "prompts of one length"),
   ):
