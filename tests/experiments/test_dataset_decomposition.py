@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import dataset_decomposition as config_file
 from experiments.console import Console
-from experiments.dataset_decomposition import best_rate, data, measure, run_name, time_to, training
+from experiments.dataset_decomposition import best_rate, data, few_batches, measure, run_name, time_to, training
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.data.tokens import Tokens
@@ -198,6 +198,16 @@ def test_the_rate_is_the_best_on_the_validation_split():
     run_name("concat", config.shares[0], rate, 0): {"validation": {"mean": value}} for rate, value in loss.items()
   }
   assert best_rate(config, {"runs": runs}, "concat") == config.train.rates[1]
+
+
+def test_buckets_that_cannot_be_in_every_cycle_are_named():
+  config = config_file.get_config("test")
+  config.schedule.cycles, rate = 4, config.train.rates[0]
+  run = {"validation": {"mean": 1.0}, "steps": {"16": 9, "32": 3}}
+  said = few_batches(config, {"runs": {run_name("grow_p2", 1.0, rate, 0): run}})
+  assert said == "; 3 batches of 32 for 4 cycles; 0 batches of 64 for 4 cycles"
+  run["steps"] = {"16": 4, "32": 4, "64": 5}
+  assert few_batches(config, {"runs": {run_name("grow_p2", 1.0, rate, 0): run}}) == ""
 
 
 def test_what_the_claims_are_about_must_be_run(tmp_path):
