@@ -59,7 +59,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         sigma=1.2,
         whole=0.1,  # share of the chapters that are left whole
       ),
-      tokens=pick(test=6000, cpu=256_000, gpu=16_000_000, paper=1_600_000_000),  # of all documents
+      tokens=pick(test=6000, cpu=256_000, gpu=48_000_000, paper=1_600_000_000),  # of all documents
       low=pick(test=4, cpu=5, gpu=8),  # sequences have 2^low .. 2^high tokens
       high=pick(test=6, cpu=9, gpu=13),
       batch_tokens=pick(test=512, cpu=512, gpu=65_536, paper=524_288),
@@ -67,7 +67,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       arms=("concat", "concat_masked", "best_fit_masked", "uniform", "grow_p2"),
       shares=pick(test=(1.0,), cpu=(0.5, 1.0)),  # of the documents; rates are chosen on the first
       train=dict(
-        rates=pick(test=(6e-3,), cpu=(4e-3, 8e-3, 16e-3), gpu=(1e-3, 2e-3, 4e-3)),
+        rates=pick(test=(6e-3,), cpu=(4e-3, 8e-3, 16e-3), gpu=(5e-4, 1e-3, 2e-3, 4e-3)),
         warmup=pick(test=1, cpu=10, gpu=20),
         dtype=pick(cpu="float32", gpu="bfloat16"),
         remat=pick(cpu="none", gpu="dots"),

@@ -93,7 +93,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       train=dict(
         steps=pick(test=2, cpu=250, gpu=300, paper=200_000),
-        trial=pick(test=2, cpu=250, gpu=60, paper=2000),  # steps to choose a rate by
+        trial=pick(test=2, cpu=250, gpu=300, paper=2000),  # steps to choose a rate by
         rates=pick(test=(4e-3,), cpu=(3e-3, 8e-3), gpu=(1e-3, 2e-3), paper=(3.1e-4, 6.25e-4, 1.25e-3, 2.5e-3)),
         batch=pick(test=8, cpu=4, gpu=16, paper=256),
         length=pick(test=48, cpu=192, gpu=2048, paper=8192),  # bytes of a row

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.text import Text, load_text
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_divides
 from jaxlab.data import packing
 from jaxlab.data.packing import Batch
 from jaxlab.data.tokens import Tokens
@@ -135,9 +135,12 @@ def best_fit(tokens: Tokens, length: int) -> np.ndarray:
   return rows
 
 
-def batches(rows: np.ndarray, batch: int, seed: int) -> grain.IterDataset:
-  """Batches of these rows in random order."""
-  return packing.batches(grain.MapDataset.source(rows).seed(seed).shuffle().to_iter_dataset(), batch)
+def batches(rows: np.ndarray, batch: int, seed: int, *, shard: tuple[int, int] = (0, 1)) -> grain.IterDataset:
+  """Batches of these rows in random order; shard: (index, count) of this host, which takes every count-th row."""
+  index, count = shard
+  require_divides("hosts", count, "rows of a batch", batch)
+  mine = grain.MapDataset.source(rows).seed(seed).shuffle()[index::count]
+  return packing.batches(mine.to_iter_dataset(), batch // count)
 
 
 def held_out(source: Source, length: int, count: int) -> Batch:

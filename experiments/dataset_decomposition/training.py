@@ -28,17 +28,20 @@ def masked(arm: str) -> bool:
 
 
 def rows_of(config, arm: str, tokens: Tokens, seed: int) -> tuple[grain.IterDataset, dict[str, int]]:
-  """(batches, {kind of step, as `speed` names it: steps}); as many steps for every arm as the buckets' schedule has."""
+  """(batches of this host, {kind of step, as `speed` names it: steps}); as many steps for every arm as the buckets'
+  schedule has."""
   require_choice("an arm", arm, ARMS)
-  s, longest = config.schedule, 2**config.high
+  s, longest, shard = config.schedule, 2**config.high, (jax.process_index(), jax.process_count())
   buckets = dd.decompose(tokens, low=config.low, high=config.high, seed=config.seed)
   how = dict(cycles=s.cycles, batch_tokens=config.batch_tokens, token_weighted=s.token_weighted, seed=seed)
   plan = dd.schedule(buckets.counts, curriculum=arm if arm in dd.CURRICULA else GROW, **how)
   if arm in dd.CURRICULA:
     exponents, counts = np.unique(plan.exponent, return_counts=True)
-    return dd.batches(buckets, plan), {f"{2 ** int(i)}": int(n) for i, n in zip(exponents, counts, strict=True)}
+    return dd.batches(buckets, plan, shard=shard), {
+      f"{2 ** int(i)}": int(n) for i, n in zip(exponents, counts, strict=True)
+    }
   rows = (data.best_fit if arm == BEST_FIT else data.chunks)(tokens, longest)
-  return data.batches(rows, config.batch_tokens // longest, seed), {kind_of(config, arm): len(plan)}
+  return data.batches(rows, config.batch_tokens // longest, seed, shard=shard), {kind_of(config, arm): len(plan)}
 
 
 def kind_of(config, arm: str) -> str:

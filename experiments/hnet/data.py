@@ -4,9 +4,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlab.core.checks import require_divides
 from jaxlab.data import byte_level, corpora, packing, tokenizer
 from jaxlab.data.corpora import Documents
 from jaxlab.data.tokens import Tokens
@@ -59,8 +61,11 @@ class Corpus:
     return round(length / self.bytes_a_token) if bpe else length
 
   def batches(self, bpe: bool):
-    rows = packing.training_rows(self.tokens(bpe), row=self.length(bpe), seed=self.config.seed)
-    return packing.batches(rows, self.config.train.batch)
+    """Of this host."""
+    c, index, count = self.config, jax.process_index(), jax.process_count()
+    require_divides("hosts", count, "config.train.batch", c.train.batch)
+    rows = packing.training_rows(self.tokens(bpe), row=self.length(bpe), seed=c.seed, shard=(index, count))
+    return packing.batches(rows, c.train.batch // count)
 
   @functools.cached_property
   def held_out(self) -> list[str]:

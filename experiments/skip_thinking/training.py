@@ -91,14 +91,18 @@ def batches(config, arm: str, rows: st.Rows, seed: int):
 
 
 def window(batch, parts: int, seed: int):
-  """Of every row's counted tokens one stretch, 1 / parts of them, the same part of all rows."""
+  """Of every row's counted tokens one stretch, 1 / parts of them, which begins at the same share of all rows.
+
+  It goes on at the row's first where it reaches the last, so that all count alike: ends too, without which a student
+  never stops.
+  """
   at = np.random.default_rng([seed, int(batch["inputs"].sum())]).random()
   targets = np.full_like(batch["targets"], -1)
-  for row, (source, out) in enumerate(zip(batch["targets"], targets, strict=True)):
+  for source, out in zip(batch["targets"], targets, strict=True):
     places = np.flatnonzero(source >= 0)
     size = -(-len(places) // parts)
-    own = places[round(at * (len(places) - size)) :][:size]
-    out[own] = batch["targets"][row, own]
+    own = np.roll(places, -int(at * len(places)))[:size]
+    out[own] = source[own]
   return batch | {"targets": targets}
 
 
@@ -150,10 +154,15 @@ def base(config, arm: str, seed: int, rate: float, workdir: Path, console):
 
 
 def random_cuts(fold: Fold, chunks: int, seed: int) -> list[st.Cuts]:
+  """Any cuts that leave no chunk empty are as likely; of fewer units than chunks the last chunks are empty."""
   rng = np.random.default_rng(seed)
-  return [
-    (0, *sorted(rng.integers(0, len(one.units) + 1, chunks - 1).tolist()), len(one.units)) for one in fold.samples
-  ]
+
+  def cut(units: int) -> st.Cuts:
+    if units < chunks:
+      return st.average_chunks(units, chunks)
+    return (0, *(1 + np.sort(rng.choice(units - 1, chunks - 1, replace=False))).tolist(), units)
+
+  return [cut(len(one.units)) for one in fold.samples]
 
 
 def searched(config, model, fold: Fold, cuts: list[st.Cuts], tags: st.Tags, file: Path) -> list[st.Cuts]:

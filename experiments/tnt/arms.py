@@ -29,6 +29,7 @@ ATTENTION = {
   "Transformer, gated": dict(gated=True),
   "Transformer, sliding window": dict(window=True),
 }
+PLAIN = "plain Titans"  # without momentum and forgetting, as TNT; timed, not trained
 MAMBA, WINDOWED = "Mamba-2", "TNT, attention in a window for local memories"
 ARMS = (TNT, SMALL, WINDOWED, TITANS, COARSE, *TTT, MAMBA, *ATTENTION)
 ABLATIONS = (*(f"without {part}" for part in WITHOUT), *COUNTS)
@@ -53,6 +54,7 @@ def memory_of(config, name: str) -> MemoryConfig | None:
     SMALL: lambda: ours(local_chunks=tuple(c.small)),
     WINDOWED: lambda: ours(local_chunks=(), shard=None),
     TITANS: lambda: titans(m.width, chunk=c.titans, local_step=c.inner.titans, **sizes),
+    PLAIN: lambda: titans(m.width, chunk=c.titans, momentum=False, decay=False, **sizes),
     COARSE: lambda: titans(m.width, chunk=c.coarse, local_step=coarse * c.inner.titans, **sizes),
     **{f"without {part}": functools.partial(ours, **fields) for part, fields in WITHOUT.items()},
     **{name: functools.partial(ours, local_chunks=more[count]) for name, count in COUNTS.items()},
@@ -143,7 +145,7 @@ class Lab:
     with self.console.training(folder) as progress:
       return loop.train(
         model,
-        packing.batches(self.text.rows(t.length, seed=seed), t.batch),
+        packing.batches(self.text.rows(t.length, seed=seed), t.batch // jax.process_count()),
         loss_of(self.config, chunks),
         optimizer(rate, steps=steps, factor=factor),
         steps=steps,

@@ -3,19 +3,19 @@
 import numpy as np
 
 from experiments import timing
-from experiments.tnt.arms import SMALL, TITANS, TNT, fresh, loss_of, optimizer, shape_of
+from experiments.tnt.arms import PLAIN, SMALL, TITANS, TNT, fresh, loss_of, optimizer, shape_of
 from jaxlab.core import mesh as meshes
 from jaxlab.training import loop
 
 LARGE, TRANSFORMER = "TNT, larger chunks", "Transformer"
-NAMES = (TITANS, TNT, LARGE, TRANSFORMER)
+NAMES = (TITANS, PLAIN, TNT, LARGE, TRANSFORMER)
 
 
 def contestants(config) -> dict[str, tuple[str, int]]:
   """{name: (arm, chunk of its one memory)}: those of every run, Titans and TNT at the config's further chunks."""
   s, c = config.speed, config.chunks
   # A Transformer has no chunks, but as many parameters as a TNT that has these.
-  same = {arm: (arm, c.titans) for arm in (TITANS, TNT, TRANSFORMER)}
+  same = {arm: (arm, c.titans) for arm in (TITANS, PLAIN, TNT, TRANSFORMER)}
   found = {name: (TNT, s.large) if name == LARGE else same[name] for name in NAMES}
   more = ((TITANS, s.more.titans), (TNT, s.more.tnt))
   return found | {f"{arm}, chunks of {n}": (arm, n) for arm, chunks in more for n in chunks}
@@ -25,9 +25,9 @@ def measure(config, vocabulary: int) -> dict:
   """Whole steps, optimizer included, in one process and turn by turn. But in "small", TNT has one local memory.
 
   Returns:
-    {"milliseconds": {contestant: {length: median, p10, p90}}, "over": {contestant: [speed over Titans', [p10, p90]]} at
-    the longest, "same": {chunk: [speed of TNT over Titans', both in it, [p10, p90]]} at the longest, "small": [time of
-    a step at small chunks over TNT's, [p10, p90]], both as they are trained}.
+    {"milliseconds": {contestant: {length: median, p10, p90}}, "small": [time of a step at small chunks over TNT's,
+    [p10, p90]], both as they are trained}, and at the longest {"over": {contestant: [speed over Titans', [p10, p90]]},
+    "plain": [TNT's speed over plain Titans', [p10, p90]], "same": {chunk: [over Titans' in it, [p10, p90]]}}.
   """
   s, t, entered = config.speed, config.train, contestants(config)
   found = {name: {} for name in entered}
@@ -46,6 +46,7 @@ def measure(config, vocabulary: int) -> dict:
   return {
     "milliseconds": found,
     "over": {name: as_lists(*faster) for name, faster in over.items()},
+    "plain": as_lists(*times.speedup(TNT, over=PLAIN)),
     "same": {chunk: as_lists(*faster) for chunk, faster in same.items()},
     "small": as_lists(*small),
   }
@@ -67,6 +68,11 @@ def _one_memory(config, arm: str, chunk: int, vocabulary: int, length: int) -> t
   changed.chunks.local, changed.chunks.titans = (chunk,), chunk
   changed.chunks.shard, changed.chunks.whole = s.shard, s.whole
   return step(changed, arm, vocabulary, s.tokens // length, length)
+
+
+def like_for_like(found: dict) -> tuple[str, float, list[float]]:
+  """(rival, speed of TNT's step over its, [p10, p90]): Titans written by TNT's rule, where that was timed."""
+  return (PLAIN, *found["plain"]) if "plain" in found else (TITANS, *found["over"][TNT])
 
 
 def exponent(rows: dict[str, dict]) -> float:

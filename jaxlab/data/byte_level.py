@@ -1,4 +1,8 @@
-"""Bytes as tokens: ids 0..255, of which UTF-8 never uses 254 and 255; they begin and end a document."""
+"""Bytes as tokens: ids 0..255, of which UTF-8 never uses 254 and 255; they begin and end a document.
+
+Data that is no text may have these two bytes: a network cannot tell them from the marks of documents, and what is
+generated ends there.
+"""
 
 from collections.abc import Iterable
 
@@ -30,8 +34,8 @@ def decode(ids: Int[ArrayLike, "time"]) -> bytes:
   return ids.astype(np.uint8).tobytes()
 
 
-def tokens_of(documents: Iterable[str]) -> Tokens:
-  """A corpus by bytes.
+def tokens_of(documents: Iterable[str | bytes]) -> Tokens:
+  """A corpus by bytes, of text or of any data.
 
   Raises:
     InputError: no byte in it.

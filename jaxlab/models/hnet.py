@@ -215,12 +215,15 @@ class HNet(nnx.Module):
       remat: what the backward pass recomputes of the layers: "none", "dots" (all but products with weights) or "full".
 
     Raises:
-      InputError: capacities or boundaries that do not fit the stages.
+      InputError: rows without a token, capacities that do not fit the stages, or boundaries, starts or lengths that do
+        not fit the rows.
     """
     outer = len(self.config.ratios)
     fits = capacities is None or len(capacities) == outer
     require(fits, f"capacities is {capacities}; the model has {outer} stages with chunks")
     require(boundaries is None or outer, "boundaries are given, but the model has no stage with chunks")
+    _check_rows(tokens, tokens.shape, starts=starts, boundaries=boundaries)
+    _check_rows(tokens, tokens.shape[:1], lengths=lengths)
     how = How(capacities, attention, remat, self.config.depth if unroll else 1)
     x, chunks, _ = self.stage(self.embed(tokens), lengths, starts, boundaries, how)
     return x, chunks
@@ -245,9 +248,10 @@ class HNet(nnx.Module):
       lengths: tokens of every row, at least 1; the rest of a row is padding of any kind. None: all of them.
 
     Raises:
-      InputError: prompts longer than the capacity.
+      InputError: prompts without a token or longer than the capacity, or not one length for each row.
     """
     time = tokens.shape[1]
+    _check_rows(tokens, tokens.shape[:1], lengths=lengths)
     require(time <= capacity, f"the prompt has {time} tokens, the capacity is {capacity}; give it room for both")
     lengths = jnp.full(len(tokens), time, jnp.int32) if lengths is None else lengths
     x, _, state = self.stage(self.embed(tokens), lengths, None, None, How(keep=True))
@@ -256,9 +260,21 @@ class HNet(nnx.Module):
   def step(
     self, tokens: Int[Array, "batch"], state: StageState, *, boundaries: Bool[Array, "batch"] | None = None
   ) -> tuple[Float[Array, "batch vocab"], StageState]:
-    """Logits after one more token of every row, and the state with it. Inner stages step in the rows that are cut."""
+    """Logits after one more token of every row, and the state with it. Inner stages step in the rows that are cut.
+
+    Raises:
+      InputError: boundaries that are not one for each row.
+    """
+    _check_rows(tokens[:, None], tokens.shape, boundaries=boundaries)
     x, state = self.stage.step(self.embed(tokens[:, None]), state, jnp.ones(len(tokens), bool), boundaries)
     return self.logits(x)[:, 0], state
+
+
+def _check_rows(tokens, shape: tuple[int, ...], **given) -> None:
+  require(tokens.shape[1] > 0, f"rows have no token (tokens {tokens.shape}); give at least one")
+  for name, array in given.items():
+    if array is not None:
+      require(array.shape == shape, f"{name} has shape {array.shape}; tokens of {tokens.shape} need {shape}")
 
 
 def _drawn(stages: Stage, config: HNetConfig, key: jax.Array) -> Stage:

@@ -76,10 +76,12 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def cast(model, dtype):
-  """A copy for computing: matrices and tables in `dtype`; vectors, mixing, recurrences and chunking as they are."""
+  """A copy for computing: matrices and tables in `dtype`; vectors, mixing, recurrences, chunking and deep memories as
+  they are."""
+  kept = ("_mixing", "recurrence", "chunker", "global_memory", "local_memories")
 
   def one(path, leaf):
-    fine = leaf.ndim < 2 or any(part in jax.tree_util.keystr(path) for part in ("_mixing", "recurrence", "chunker"))
+    fine = leaf.ndim < 2 or any(part in jax.tree_util.keystr(path) for part in kept)
     return leaf if fine or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, model)

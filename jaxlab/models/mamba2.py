@@ -104,7 +104,7 @@ def ssd(
     resets: tokens that begin a document: they read no state of the tokens before.
 
   Raises:
-    InputError: a chunk below 1, or arguments that disagree in their sizes.
+    InputError: a chunk below 1, no token, or arguments that disagree in their sizes.
   """
   batch, time, heads, _ = x.shape
   require_counts(chunk=chunk)
@@ -114,6 +114,7 @@ def ssd(
     f"{sizes} disagree; expected (batch, time, heads, head_dim), (batch, time, heads), (heads,) and twice "
     "(batch, time, state)",
   )
+  require(time > 0, f"rows have no token (x {x.shape}); give at least one")
   x, dt, a, b, c = map(wide, (x, dt, a, b, c))
   chunk = min(chunk, time)
   fill = lambda v: jnp.pad(v, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (v.ndim - 2))

@@ -10,6 +10,7 @@ runs out of its likelier buckets first: with growing odds for shorter ones the s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class Buckets:
       return self.tokens.ids[first : first + size].astype(np.int32)
     return np.concatenate([[self.tokens.bos], self.tokens.ids[first + 1 : first + size]]).astype(np.int32)
 
-  @property
+  @functools.cached_property
   def _begins(self) -> np.ndarray:
     return self.tokens.offsets[:-1] + np.arange(len(self.tokens))
 
@@ -190,12 +191,13 @@ def schedule(
     curriculum: of `CURRICULA`, or the odds of every bucket, the shortest sequences first.
 
   Raises:
-    InputError: an unknown curriculum, odds that are not one positive number a bucket, cycles < 1, tokens that are no
-      multiple of the longest sequence, or fewer sequences than a batch of any bucket.
+    InputError: an unknown curriculum, odds that are not one positive number a bucket, cycles < 1, a negative count,
+      tokens that are no multiple of the longest sequence, or fewer sequences than a batch of any bucket.
   """
   require_counts(batch_tokens=batch_tokens, cycles=cycles)
   exponents = sorted(counts)
   require(bool(exponents), "there are no buckets; give {exponent: sequences}")
+  require(min(counts.values()) >= 0, f"the buckets have {dict(counts)} sequences; none can have fewer than 0")
   longest = 2 ** exponents[-1]
   require(
     batch_tokens % longest == 0, f"batch_tokens is {batch_tokens}; it must be a multiple of {longest}, the longest"
@@ -205,7 +207,7 @@ def schedule(
     curriculum = CURRICULA[curriculum](len(exponents))
   odds = np.asarray(curriculum, np.float64)
   fits = odds.shape == (len(exponents),) and np.isfinite(odds).all() and (odds > 0).all()
-  require(fits, f"the odds are {list(curriculum)}; {len(exponents)} buckets need as many positive numbers")
+  require(fits, f"the odds are {odds.tolist()}; {len(exponents)} buckets need as many positive numbers")
   batches_of = np.array([counts[i] // (batch_tokens >> i) for i in exponents])
   listed = ", ".join(f"{counts[i]} of {2**i}" for i in exponents)
   require(batches_of.sum() > 0, f"no bucket fills a batch of {batch_tokens} tokens: {listed}; give more text")
@@ -237,13 +239,14 @@ def batches(buckets: Buckets, plan: Schedule, *, shard: tuple[int, int] = (0, 1)
     shard: (index, count) of this host, which takes every count-th row.
 
   Raises:
-    InputError: a schedule of other buckets, or more hosts than the longest batch has rows.
+    InputError: a schedule of other buckets, a host that there is not, or rows that do not divide over the hosts.
   """
   index, count = shard
   same = {i: len(order) for i, order in plan.order.items()} == buckets.counts
   require(same, "the schedule is one of other buckets; make it of these buckets' counts")
   fewest = plan.batch_tokens >> max(plan.order)
-  require(count <= fewest, f"{count} hosts share batches of {fewest} rows; raise batch_tokens")
+  require(0 <= index < count, f"shard is {shard}; it must be (index, count) of a host, 0 <= index < count")
+  require(fewest % count == 0, f"{count} hosts share batches of {fewest} rows; make batch_tokens a multiple of as many")
 
   def load(step: int) -> dict[str, np.ndarray]:
     exponent = int(plan.exponent[step])
@@ -255,11 +258,21 @@ def batches(buckets: Buckets, plan: Schedule, *, shard: tuple[int, int] = (0, 1)
 
 
 def average_length(lengths: Sequence[int]) -> float:
-  """sum l / N: what a sequence has."""
+  """sum l / N: what a sequence has.
+
+  Raises:
+    InputError: no sequence.
+  """
+  require(len(lengths) > 0, "there is no length to average; give at least one")
   return float(np.mean(lengths))
 
 
 def average_context(lengths: Sequence[int]) -> float:
-  """sum l (l - 1) / 2 over sum l: how many tokens a token can attend to before itself, on average."""
+  """sum l (l - 1) / 2 over sum l: how many tokens a token can attend to before itself, on average.
+
+  Raises:
+    InputError: no token.
+  """
   lengths = np.asarray(lengths, np.float64)
+  require(lengths.sum() > 0, "there is no token to average over; give a length above 0")
   return float((lengths * (lengths - 1) / 2).sum() / lengths.sum())

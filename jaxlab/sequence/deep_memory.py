@@ -116,6 +116,25 @@ def scan(
   return memory, out.reshape(q.shape)
 
 
+class Effect(NamedTuple):
+  """What a write did: ||W' - W|| and ||W'|| over all matrices, l of the tokens written before it and after."""
+
+  change: Float[Array, ""]
+  size: Float[Array, ""]
+  before: Float[Array, ""]
+  after: Float[Array, ""]
+
+
+def effect(
+  old: Memory, new: Memory, k: Float[Array, "time size"], v: Float[Array, "time size"], *, loss: Loss = squared_error
+) -> Effect:
+  """Of the write of k and v that made `new` of `old`: where steps are too large, l rises and W runs away."""
+  old, new, k, v = jax.tree.map(wide, (old, new, k, v))
+  norm = lambda weights: jnp.sqrt(sum(jnp.square(w).sum() for w in weights))
+  change = jax.tree.map(jnp.subtract, new.weights, old.weights)
+  return Effect(norm(change), norm(new.weights), loss(read(old, k), v), loss(read(new, k), v))
+
+
 class Running(NamedTuple):
   """A memory between two tokens: at the start of the chunk, and as its tokens have written it since."""
 
@@ -260,6 +279,7 @@ def _check(memory: Memory, q, k, v, gates: Gates, chunk, reads, pace):
     f"q {q.shape}, k {k.shape}, v {v.shape} and gates {gates.step.shape} disagree; expected (time, size) three times "
     "and (time,)",
   )
+  require(len(q) > 0, f"there is no token (q {q.shape}); give at least one")
   require_divides("chunk", chunk, "time", len(q))
   rows, columns = memory.weights[0].shape[0], memory.weights[-1].shape[1]
   size = q.shape[1]

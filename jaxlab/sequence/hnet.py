@@ -88,8 +88,9 @@ def capacities(config: HNetConfig, length: int, *, slack: float = 1.5, multiple:
   """Chunks that rows of `length` have room for, by stage: slack length / N, rounded up to a multiple, at most length.
 
   Raises:
-    InputError: a slack of 0 or less.
+    InputError: a slack of 0 or less, a length or a multiple below 1.
   """
+  require_counts(length=length, multiple=multiple)
   require(slack > 0, f"slack is {slack}; give at least 1, the room for what training aims at")
   found, expected = [], length
   for ratio in config.ratios:

@@ -111,11 +111,15 @@ def encode(
     length: tokens of a row; kept: the chunks (1 .. M) a sample has, the others are left out; None: all.
 
   Raises:
-    InputError: cuts that are not a sample's, a tag among its tokens, an empty answer, a chunk kept that there is not,
-      or a sample that is longer than a row.
+    InputError: cuts or kept chunks that are not a sample's, a tag among its tokens, an empty answer, or a sample longer
+      than a row.
   """
   require(len(cuts) == len(samples), f"{len(samples)} samples have {len(cuts)} cuts; each needs its own")
   require(len(samples) > 0, "there is no sample; give at least one")
+  if kept is not None:
+    require(
+      len(kept) == len(samples), f"{len(samples)} samples have {len(kept)} lists of kept chunks; each needs its own"
+    )
   tokens = np.full((len(samples), length), tags.end, np.int32)
   stages = np.full((len(samples), length), -1, np.int8)
   for i, (sample, own) in enumerate(zip(samples, cuts, strict=True)):
@@ -208,12 +212,14 @@ def search(
       larger of the two.
 
   Raises:
-    InputError: a negative threshold, or an unknown score.
+    InputError: a negative threshold, an unknown score, or cuts into different numbers of chunks.
   """
   require_choice("score", score, SCORES)
   require(threshold >= 0, f"threshold is {threshold}; it must be 0 or positive")
   cuts = [tuple(own) for own in cuts]
-  for m in range(1, max(map(len, cuts), default=0) - 1):
+  lengths = sorted({len(own) for own in cuts})
+  require(len(lengths) <= 1, f"cuts have lengths {lengths}; all samples are cut into as many chunks")
+  for m in range(1, sum(lengths) - 1):
     candidates = [
       (i, m, (*own[:m], c, *own[m + 1 :]))
       for i, own in enumerate(cuts)
@@ -236,7 +242,12 @@ def search(
 def student_scores(
   model: LanguageModel, samples: Sequence[Sample], tags: Tags, *, length: int, batch: int = 64
 ) -> Scorer:
-  """What `search` is given of a student: the losses of a chunk's own tokens, tags not among them."""
+  """What `search` is given of a student: the losses of a chunk's own tokens, tags not among them.
+
+  Raises:
+    InputError: a batch below 1.
+  """
+  require_counts(batch=batch)
   special = np.array([tags.question, *tags.stages, tags.answer, tags.end])
 
   def scores(candidates):
@@ -265,7 +276,12 @@ Student = Callable[[Sequence[Sequence[int]]], Sequence[Sequence[int]]]
 
 
 def student(model: LanguageModel, tags: Tags, *, tokens: int, batch: int = 256) -> Student:
-  """A model's greedy continuations of at most `tokens` tokens, in batches of one size."""
+  """A model's greedy continuations of at most `tokens` tokens, in batches of one size.
+
+  Raises:
+    InputError: tokens or a batch below 1.
+  """
+  require_counts(tokens=tokens, batch=batch)
   network = jax.jit(take_apart)(model)
 
   def respond(prompts):
@@ -374,9 +390,11 @@ def balanced(kept: Sequence[Sequence[int]], cuts: Sequence[Cuts], *, full: float
   they have, the rest of those that leave something out. Where there is but one kind: all samples once.
 
   Raises:
-    InputError: a share outside [0, 1).
+    InputError: a share outside [0, 1), no sample, or not one list of kept chunks for each sample's cuts.
   """
   require(0 <= full < 1, f"full is {full}; it must lie in [0, 1)")
+  require(len(cuts) > 0, "there is no sample; give at least one")
+  require(len(kept) == len(cuts), f"{len(cuts)} samples have {len(kept)} lists of kept chunks; each needs its own")
   all_of = np.array([len(own) == len(set(c)) - 1 for own, c in zip(kept, cuts, strict=True)])
   whole, short = np.flatnonzero(all_of), np.flatnonzero(~all_of)
   if not len(whole) or not len(short):

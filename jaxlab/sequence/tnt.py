@@ -88,6 +88,8 @@ class MemoryConfig:
     _check_chunks(self.local_chunks, self.shard)
     if self.rotary:
       require_divides("2", 2, "memory.head_dim", self.head_dim)
+    for name in ("local_step", "global_step"):
+      require(getattr(self, name) > 0, f"memory.{name} is {getattr(self, name)}; a largest step is positive")
     require(self.clip is None or self.clip > 0, f"memory.clip is {self.clip}; it must be positive, or None")
 
   @property
@@ -219,9 +221,9 @@ class MemoryLayer(nnx.Module):
     self.inputs = Linear(into, ("embed", ("heads", c.head_dim)))
     conv = jax.random.uniform(keys[1], (c.taps, 3 * c.inner), minval=-(c.taps**-0.5), maxval=c.taps**-0.5)
     self.conv = nnx.Param(conv, axes=(None, None))
-    self.whole = None if c.global_chunk is None else LearnedMemory(c, c.global_chunk, c.global_step, keys[2])
+    self.global_memory = None if c.global_chunk is None else LearnedMemory(c, c.global_chunk, c.global_step, keys[2])
     local = zip(c.local_chunks, keys[4:], strict=True)
-    self.local = nnx.List([LearnedMemory(c, chunk, c.local_step, key) for chunk, key in local])
+    self.local_memories = nnx.List([LearnedMemory(c, chunk, c.local_step, key) for chunk, key in local])
     self.norm = RMSNorm(c.head_dim, _EPS, True)
     out = jax.random.normal(keys[3], (c.inner, c.width)) / c.inner**0.5
     self.out = Linear(out, (("heads", c.head_dim), "embed"))
@@ -248,7 +250,7 @@ class MemoryLayer(nnx.Module):
     Raises:
       InputError: as `__call__`, and where the prompt ends inside a chunk.
     """
-    if self.whole is not None:
+    if self.global_memory is not None:
       require_divides("global_chunk", self.config.global_chunk, "time", x.shape[1])
     for chunk in self._chunks(local_chunks):
       require_divides("local_chunk", chunk, "time", x.shape[1])
@@ -272,17 +274,18 @@ class MemoryLayer(nnx.Module):
     o is the sum of what the memories say, in float32 or better.
     """
     c, (batch, time) = self.config, x.shape[:2]
+    require(time > 0, f"rows have no token (x {x.shape}); give at least one")
     span, shard = min(c.global_chunk or time, time), min(c.shard or time, time)
     require_divides("global_chunk", span, "time", time)
     require_divides("shard", shard, "time", time)
     whole, total, local, grams = None, 0.0, [], []
-    if self.whole is not None:
-      memorize = _over_heads(deep_memory.scan, self.whole.rule(span, "chunk"))
-      whole, total = memorize(self.whole.memory(), q, k, v, self.whole.gates_of(x))
+    if self.global_memory is not None:
+      memorize = _over_heads(deep_memory.scan, self.global_memory.rule(span, "chunk"))
+      whole, total = memorize(self.global_memory.memory(), q, k, v, self.global_memory.gates_of(x))
     # Shards are rows of their own, which devices may share out.
     cut = lambda a: meshes.constrain(a.reshape(-1, shard, *a.shape[2:]), "stack")
     last = lambda a: a.reshape(batch, -1, *a.shape[1:])[:, -1]
-    for own, chunk in zip(self.local, chunks, strict=True):
+    for own, chunk in zip(self.local_memories, chunks, strict=True):
       chunk = min(chunk, shard)
       queries, keys, values, gates = jax.tree.map(cut, (q, k, v, own.gates_of(x)))
       gram = None
@@ -306,8 +309,8 @@ class MemoryLayer(nnx.Module):
     running = lambda own: Running(rows(own), rows(own))
     conv = jnp.zeros((batch, c.taps - 1, 3 * c.inner), self.inputs.weight.dtype)
     gram = jnp.zeros((batch, c.heads, c.head_dim, c.head_dim), wide(conv).dtype) if c.projection else None
-    whole = None if self.whole is None else running(self.whole)
-    local = tuple(map(running, self.local))
+    whole = None if self.global_memory is None else running(self.global_memory)
+    local = tuple(map(running, self.local_memories))
     return LayerState(jnp.zeros((), jnp.int32), conv, whole, local, (gram,) * len(local))
 
   def step(
@@ -320,12 +323,12 @@ class MemoryLayer(nnx.Module):
     conv = jnp.concatenate([state.conv, u.astype(state.conv.dtype)], axis=1)[:, 1:]
     again = lambda every, new, old: jax.tree.map(lambda a, b: jnp.where(position % every == 0, a, b), new, old)
     whole, total, local, grams = None, 0.0, [], []
-    if self.whole is not None:
+    if self.global_memory is not None:
       move = _over_heads(
-        functools.partial(deep_memory.step, position=position), self.whole.rule(c.global_chunk, "chunk")
+        functools.partial(deep_memory.step, position=position), self.global_memory.rule(c.global_chunk, "chunk")
       )
-      whole, total = move(state.whole, q, k, v, self.whole.gates_of(x))
-    for own, running, gram, chunk in zip(self.local, state.local, state.gram, chunks, strict=True):
+      whole, total = move(state.whole, q, k, v, self.global_memory.gates_of(x))
+    for own, running, gram, chunk in zip(self.local_memories, state.local, state.gram, chunks, strict=True):
       if c.shard is not None:
         running = again(c.shard, Running(own.memory(), own.memory()), running)
       query, key = (turned(a, position % chunk) for a in (q, k)) if c.rotary else (q, k)
@@ -346,10 +349,8 @@ class MemoryLayer(nnx.Module):
   def _chunks(self, local_chunks) -> tuple[int, ...]:
     if local_chunks is None:
       return self.config.local_chunks
-    require(
-      len(local_chunks) == len(self.local),
-      f"local_chunks has {len(local_chunks)} lengths; the layer has {len(self.local)} local memories, one for each",
-    )
+    own, given = len(self.local_memories), len(local_chunks)
+    require(given == own, f"local_chunks has {given} lengths; the layer has {own} local memories, one for each")
     _check_chunks(local_chunks, self.config.shard)
     return tuple(local_chunks)
 
@@ -370,7 +371,7 @@ def local_parameters(layer: MemoryLayer) -> MemoryLayer:
 
   The paper adapts "only the local memory modules"; the projections that feed them count as theirs here.
   """
-  own = lambda path, leaf: not any(getattr(key, "key", getattr(key, "name", None)) == "whole" for key in path)
+  own = lambda path, leaf: not any(getattr(key, "key", getattr(key, "name", None)) == "global_memory" for key in path)
   return jax.tree_util.tree_map_with_path(own, layer)
 
 

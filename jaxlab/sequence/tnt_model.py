@@ -171,7 +171,11 @@ class MemoryModel(nnx.Module):
     """(logits after the last token, the state behind it) of a prompt of any length.
 
     Whole chunks and shards are read at once, what is left of the prompt token by token.
+
+    Raises:
+      InputError: an empty prompt, or chunks as in `MemoryLayer.__call__`.
     """
+    require(tokens.shape[1] > 0, f"the prompt has no token (tokens {tokens.shape}); give at least one")
     at_once = self._at_once(tokens.shape[1], local_chunks)
     x, state = None, self.empty_state(len(tokens))
     if at_once:
@@ -209,7 +213,7 @@ class MemoryModel(nnx.Module):
 def of_local_memories(name: str) -> bool:
   """Whether stage 2 trains a parameter, by its dotted name: of a memory layer, but not its global memory's own."""
   parts = name.split(".")
-  return "mixer" in parts and "whole" not in parts
+  return "mixer" in parts and "global_memory" not in parts
 
 
 @functools.cache

@@ -25,6 +25,14 @@ def test_a_corpus_by_bytes_is_packed_like_any_other():
   assert row[0] == byte_level.BOS and row.dtype == np.int32
 
 
+def test_a_corpus_of_any_bytes_is_what_it_is():
+  """254 and 255 too, which stay where they are."""
+  raw = bytes(range(256))
+  tokens = byte_level.tokens_of([raw, b"\xff\xfe", "né"])
+  assert tokens.document(0).tobytes() == raw and tokens.document(1).tolist() == [255, 254]
+  assert tokens.document(2).tolist() == [110, 195, 169] and tokens.bos == byte_level.BOS
+
+
 def test_other_ids_and_empty_corpora_are_named():
   with pytest.raises(InputError, match=r"ids of bytes lie in 0\.\.255"):
     byte_level.decode(np.array([3, 256]))

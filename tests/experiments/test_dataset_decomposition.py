@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import dataset_decomposition as config_file
 from experiments.console import Console
-from experiments.dataset_decomposition import best_rate, data, measure, run_name, time_to, training
+from experiments.dataset_decomposition import best_rate, data, few_batches, measure, run_name, time_to, training
 from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.data.tokens import Tokens
@@ -135,6 +135,21 @@ def test_all_arms_take_as_many_steps_of_as_many_tokens():
     training.rows_of(config, "shuffled", tokens, 0)
 
 
+def test_hosts_share_the_rows_of_every_arm(monkeypatch):
+  config, tokens = config_file.get_config("test"), corpus([300, 17, 90, 200, 45, 64, 33] * 9)
+  for arm in (training.CONCAT, training.BEST_FIT, training.GROW):
+    whole = [batch["inputs"] for batch in training.rows_of(config, arm, tokens, 0)[0]]
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, "process_count", lambda: 2)
+      for i in range(2):
+        patch.setattr(jax, "process_index", lambda i=i: i)
+        mine = [batch["inputs"] for batch in training.rows_of(config, arm, tokens, 0)[0]]
+        for half, batch in zip(mine, whole, strict=True):
+          np.testing.assert_array_equal(half, batch[i::2])
+  with pytest.raises(InputError, match="hosts=3 must divide rows of a batch=8"):
+    data.batches(np.zeros((9, 3)), 8, 0, shard=(0, 3))
+
+
 def test_under_a_document_mask_a_row_has_the_loss_of_its_documents():
   """Whatever comes before them: rotary positions are relative."""
   config, model = config_file.get_config("test"), random_model(configs()["qwen3"])
@@ -183,6 +198,16 @@ def test_the_rate_is_the_best_on_the_validation_split():
     run_name("concat", config.shares[0], rate, 0): {"validation": {"mean": value}} for rate, value in loss.items()
   }
   assert best_rate(config, {"runs": runs}, "concat") == config.train.rates[1]
+
+
+def test_buckets_that_cannot_be_in_every_cycle_are_named():
+  config = config_file.get_config("test")
+  config.schedule.cycles, rate = 4, config.train.rates[0]
+  run = {"validation": {"mean": 1.0}, "steps": {"16": 9, "32": 3}}
+  said = few_batches(config, {"runs": {run_name("grow_p2", 1.0, rate, 0): run}})
+  assert said == "; 3 batches of 32 for 4 cycles; 0 batches of 64 for 4 cycles"
+  run["steps"] = {"16": 4, "32": 4, "64": 5}
+  assert few_batches(config, {"runs": {run_name("grow_p2", 1.0, rate, 0): run}}) == ""
 
 
 def test_what_the_claims_are_about_must_be_run(tmp_path):

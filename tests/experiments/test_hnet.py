@@ -8,6 +8,7 @@ from configs import hnet as config_file
 from experiments import hnet, results
 from experiments.hnet import arms, data, words
 from experiments.hnet.arms import arm_of
+from jaxlab.core.checks import InputError
 from jaxlab.data import byte_level
 from jaxlab.models import HNet
 from tests.common import run_and_continue
@@ -57,6 +58,21 @@ def test_text_is_perturbed_as_it_is_said():
   assert change("upper case") == text.upper() and change("random case").lower() == text.lower() != change("random case")
   assert 0.8 * len(text) < len(change("letters dropped")) < len(text) < len(change("letters repeated"))
   assert data.cut("né", 2) == "n"
+
+
+def test_hosts_draw_rows_of_their_own(tmp_path, monkeypatch):
+  config = config_file.get_config("test")
+  config.data.path = "docs/*.md"
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  drawn = []
+  for index in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    drawn.append(next(iter(data.Corpus(config, tmp_path).batches(False)))["inputs"])
+  assert drawn[0].shape == drawn[1].shape == (config.train.batch // 2, config.train.length)
+  assert not {row.tobytes() for row in drawn[0]} & {row.tobytes() for row in drawn[1]}
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  with pytest.raises(InputError, match=r"hosts=3 must divide config\.train\.batch=8"):
+    data.Corpus(config, tmp_path).batches(False)
 
 
 def test_words_follow_each_other_without_a_gap():

@@ -63,6 +63,28 @@ def test_a_random_stretch_is_its_share_of_what_counts():
   assert ((out >= 0).sum(axis=1) == 3).all() and (out[out >= 0] == targets[out >= 0]).all()
 
 
+def test_a_random_stretch_has_every_place_alike():
+  """The first and the last too: a stretch that reaches the end goes on at the start."""
+  batch = {"inputs": np.zeros((2, 12), int), "targets": np.where(np.arange(24) % 12 > 2, 7, -1).reshape(2, 12)}
+  drawn = np.array([training.window(batch, 3, seed)["targets"] >= 0 for seed in range(3000)])
+  assert not drawn[..., :3].any() and (drawn.sum(axis=-1) == 3).all()
+  np.testing.assert_allclose(drawn[..., 3:].mean(axis=0), 1 / 3, atol=0.04)
+  begins = drawn[..., 3:] & ~np.roll(drawn[..., 3:], 1, axis=-1)
+  assert (begins.sum(axis=-1) == 1).all()  # one stretch, around the end
+
+
+def test_random_cuts_leave_no_chunk_empty_where_there_are_units_enough():
+  """Of 6 units in 4 chunks there are 10, all as likely."""
+  one = lambda units: st.Sample([1], [[2]] * units, [3])
+  fold = training.Fold([one(6)] * 3000 + [one(4), one(2), one(0)], [], [])
+  *many, four, two, none = training.random_cuts(fold, 4, 0)
+  kinds, counts = np.unique(many, axis=0, return_counts=True)
+  assert len(kinds) == 10 and (np.diff(kinds) > 0).all() and (kinds[:, [0, -1]] == [0, 6]).all()
+  np.testing.assert_allclose(counts / 3000, 0.1, atol=0.03)
+  assert (four, two, none) == ((0, 1, 2, 3, 4), (0, 1, 2, 2, 2), (0, 0, 0, 0, 0))
+  assert training.random_cuts(fold, 1, 0)[0] == (0, 6)
+
+
 def test_rivals_leave_out_as_much(config):
   made, tags, _ = training.folds(config, 0)
   fold = made["second"]

@@ -12,6 +12,7 @@ import pytest
 from configs import tnt as config_file
 from experiments import results, timing, tnt
 from experiments.tnt import arms, recall, speed, windowed
+from jaxlab.core import mesh as meshes
 from jaxlab.sequence.tnt import MemoryConfig, MemoryLayer
 from tests.common import run_and_continue
 
@@ -19,8 +20,10 @@ TRAINED = (arms.TNT, "Transformer")
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
-  """Two arms are measured, and timed are TNT's steps and Titans' shortest; the others are said to be like TNT's: each
-  would be compiled for itself."""
+  """Two arms are measured, Titans' steps are timed, on one device; the others are said to be like these: each would be
+  compiled for itself."""
+  make_mesh = meshes.make_mesh
+  monkeypatch.setattr(meshes, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
   config = config_file.get_config("test")
   config.data.path, config.data.name = "docs/**/*.md", "local_text"
   real, train = (arms.Lab.measured, arms.Lab.at_rate), arms.Lab.train
@@ -41,18 +44,17 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   monkeypatch.setattr(arms.Lab, "at_rate", lambda lab, *given: once(1, lab, *given))
   monkeypatch.setattr(arms.Lab, "train", train_some)
   one = functools.cache(lambda name: recalled(config, name))
-  recalled, each = recall.measure, (recall.DEEP + recall.PROJECTED, recall.TRANSFORMER)
+  recalled, each = recall.measure, (recall.LINEAR + recall.PROJECTED, recall.TRANSFORMER)
   monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
-  timed, real_step = functools.cache(lambda *named: real_step(config, *named)), speed.step
-  said = lambda name, length: name if (name, length) == (arms.TITANS, 32) else arms.TNT
-  monkeypatch.setattr(speed, "step", lambda _, name, words, rows, n: timed(said(name, n), words, rows, n))
+  timed = functools.cache(functools.partial(speed.step, config))
+  monkeypatch.setattr(speed, "step", lambda _, name, words, rows, length: timed(arms.TITANS, words, 16, 32))
   parts = ("arms.Lab.measured", "arms.Lab.at_rate", "stages.measure", "speed.measure", "recall.measure")
   report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
   assert len(report.claims) == 12 and set(report.metrics["arms"]) == set(arms.ARMS)
   row = report.metrics["stages"]
   assert row["untuned"] != row["old"] and row[tnt.TUNED]["loss"] != row["untuned"]
-  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("whole", "local")]
+  moves = lambda name: [factors[name](f"blocks.mixer.{part}.bias") for part in ("global_memory", "local_memories.0")]
   assert moves(tnt.TUNED) == [0, 1] and moves(tnt.WHOLE) == [1, 1]
   assert row["curves"]["stage 1"]["1"] == row["untuned"]  # local chunks of 1 and 2 are those of stage 2
   found = report.metrics["speed"]["milliseconds"]
@@ -83,6 +85,8 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
   assert (
     of(arms.COARSE).local_step == pytest.approx(c.inner.titans / 2) and of(arms.TITANS).local_step == c.inner.titans
   )
+  plain = of(arms.PLAIN)
+  assert (plain.momentum, plain.decay) == (ours.momentum, ours.decay) == (False, False) and plain.shard is None
   assert of("TTT-Linear").layers == 1 and of("TTT-MLP").layers == 2
   assert arms.shape_of(config, "Transformer, sliding window", 300).windows == (c.window - 1,)
   assert of(arms.WINDOWED) == dataclasses.replace(ours, local_chunks=(), shard=None)
@@ -148,12 +152,28 @@ def test_titans_and_tnt_are_timed_in_chunks_of_their_own(monkeypatch):
   monkeypatch.setattr(timing, "compare", compare)
   found = speed.measure(config, 300)
   each = [(arm, chunks) for arm, chunks, tokens in seen if tokens == config.speed.tokens]
-  one = [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
+  one = [(arms.PLAIN, 8)] + [(arms.TITANS, n) for n in (8, 4, 16)] + [(arms.TNT, n) for n in (8, 16, 4)]
   assert sorted(map(str, each)) == sorted(2 * [str((arm, (n,))) for arm, n in one] + 2 * [str(("Transformer", None))])
   at = {how: seconds[name][0] for name, how in speed.contestants(config).items()}
   assert {int(n): faster for n, (faster, _) in found["same"].items()} == {
     n: at[arms.TITANS, n] / at[arms.TNT, n] for n in (4, 8, 16)
   }
+  assert found["plain"][0] == at[arms.PLAIN, 8] / at[arms.TNT, 8] != found["over"][arms.TNT][0]
+
+
+def test_the_speed_that_is_claimed_is_over_titans_by_the_same_rule():
+  """Where that was timed: results of before say what they have."""
+  config = config_file.get_config("test")
+  rows = {f"{n}": {"median": 3.0} for n in config.speed.lengths}
+  found = {"milliseconds": dict.fromkeys(speed.NAMES, rows), "over": {arms.TNT: [4.0, [3.9, 4.1]]}}
+  before, *_ = tnt.speed_claims(config, found)
+  claim, *_ = tnt.speed_claims(config, found | {"plain": [2.0, [1.9, 2.1]]})
+  assert (before.ours, claim.ours) == (4.0, 2.0) and before.baseline == "Titans 3 ms" and "momentum" not in before.note
+  assert (
+    claim.baseline == "plain Titans 3 ms"
+    and "no momentum and no forgetting, as TNT; over Titans with both 4" in claim.note
+  )
+  assert "2.00x as fast as plain Titans' in" in tnt.finding(config, {"speed": found | {"plain": [2.0, [1.9, 2.1]]}})
 
 
 def test_a_rows_time_has_the_exponent_of_its_length():

@@ -320,11 +320,25 @@ def test_impossible_shapes_are_named(change, message):
     dataclasses.replace(CONFIG, **change)
 
 
-def test_requests_that_do_not_fit_are_named(model):
-  with pytest.raises(InputError, match="the model has 2 stages with chunks"):
-    model(TOKENS, capacities=(4,))
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda model: model(TOKENS, capacities=(4,)), "the model has 2 stages with chunks"),
+    (lambda model: model(TOKENS[:1, :0]), r"rows have no token \(tokens \(1, 0\)\)"),
+    (lambda model: model(TOKENS, boundaries=TOKENS[:, 1:] > 3), r"boundaries has shape \(3, 13\); tokens of \(3, 14\)"),
+    (lambda model: model(TOKENS, starts=TOKENS[0] > 3), r"starts has shape \(14,\)"),
+    (lambda model: model(TOKENS, lengths=jnp.array([3])), r"lengths has shape \(1,\); tokens of \(3, 14\) need \(3,\)"),
+    (lambda model: model.prefill(TOKENS, capacity=5), "the prompt has 14 tokens, the capacity is 5"),
+    (lambda model: model.prefill(TOKENS[:, :0], capacity=5), "rows have no token"),
+    (lambda model: model.step(TOKENS[:, 0], None, boundaries=TOKENS > 3), r"boundaries has shape \(3, 14\)"),
+  ],
+)
+def test_requests_that_do_not_fit_are_named(model, call, message):
+  with pytest.raises(InputError, match=message):
+    call(model)
+
+
+def test_a_network_without_chunks_cannot_be_cut():
   flat = HNetConfig("m1", (16,), (0,), (0,), ratios=(), vocab_size=64, head_dim=8)
   with pytest.raises(InputError, match="no stage with chunks"):
     jax.eval_shape(lambda: HNet(flat, jax.random.key(0)))(TOKENS, boundaries=TOKENS > 3)
-  with pytest.raises(InputError, match="the prompt has 14 tokens, the capacity is 5"):
-    model.prefill(TOKENS, capacity=5)

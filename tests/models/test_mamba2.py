@@ -216,6 +216,7 @@ def test_it_starts_with_the_papers_step_sizes_and_decays():
     (lambda: Mamba2Config(vocab_size=8, depth=1, width=24, head_dim=64), r"head_dim=64 must divide .*=48"),
     (lambda: Mamba2Config(vocab_size=8, depth=0, width=32), "model.depth is 0; it must be at least 1"),
     (lambda: ssd(*inputs()[:5], chunk=0), "chunk is 0; it must be at least 1"),
+    (lambda: ssd(*(v[:, :0] if v.ndim > 1 else v for v in inputs()[:5])), "rows have no token"),
     (lambda: ssd(inputs()[0][:, :5], *inputs()[1:5]), "disagree; expected"),
     (lambda: functools.partial(Mamba2(CONFIG, jax.random.key(0)), remat="some")(TOKENS), "remat is 'some'"),
   ],

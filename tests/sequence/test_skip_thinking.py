@@ -283,13 +283,20 @@ WRONG = (
   (lambda: encode([ONE._replace(units=[[2], [], [4]])], [(0, 1, 2, 3)], TAGS, length=20), "empty unit"),
   (lambda: encode([ONE._replace(question=[TAGS.end])], [(0, 1, 2, 3)], TAGS, length=20), "ids of their own"),
   (lambda: encode([ONE], [(0, 1, 2, 3)], TAGS, length=20, kept=[(4,)]), "keeps chunks"),
+  (lambda: encode([ONE], [(0, 1, 2, 3)], TAGS, length=20, kept=[]), "1 samples have 0 lists of kept chunks"),
   (lambda: skip_thinking.batches(encode([ONE], [(0, 1, 2, 3)], TAGS, length=20), batch=2), "1 samples"),
   (lambda: skip_thinking.batches(encode([ONE], [(0, 1, 2, 3)], TAGS, length=20), batch=1, stages="one"), "stages"),
   (lambda: skip_thinking.search(None, [], threshold=-1), "threshold"),
   (lambda: skip_thinking.search(None, [], score="sum"), "score"),
+  (lambda: skip_thinking.search(None, [(0, 1, 3), (0, 1, 2, 3)]), r"cuts have lengths \[3, 4\]"),
+  (lambda: skip_thinking.student_scores(None, [ONE], TAGS, length=20, batch=0), "batch is 0; it must"),
+  (lambda: skip_thinking.student(None, TAGS, tokens=4, batch=0), "batch is 0; it"),
+  (lambda: skip_thinking.student(None, TAGS, tokens=0), "tokens is 0"),
   (lambda: skip_thinking.keep(None, [ONE], [(0, 1, 2, 3)], TAGS, probe="x"), "probe"),
   (lambda: skip_thinking.keep(None, [ONE], [(0, 1, 2, 3)], TAGS, protected=(4,)), "protected"),
   (lambda: skip_thinking.balanced([(1,)], [(0, 1)], full=1.0), "full"),
+  (lambda: skip_thinking.balanced([], []), "there is no sample"),
+  (lambda: skip_thinking.balanced([(1,)], [(0, 1), (0, 1)]), "2 samples have 1 lists"),
 )
 
 

@@ -82,6 +82,9 @@ def tokenwise(memory, q, k, v, gates, *, chunk, reads="token", pace=None, clip=N
   return Memory(now, momentum if memory.momentum else None, memory.norm), jnp.stack(out)
 
 
+scan = jax.jit(deep_memory.scan, static_argnames=("chunk", "reads", "clip", "loss"))
+
+
 def row(tree, *at):
   return jax.tree.map(lambda a: a[at], tree)
 
@@ -105,15 +108,19 @@ def differ(a, b):
   return float(jnp.abs(a - b).max()) > 1e-4
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("form", ["linear", "mlp"])
-@pytest.mark.parametrize("chunk", [1, 4, TIME])
+@pytest.mark.parametrize(
+  ("form", "rule", "chunk"),
+  [
+    *itertools.product(("linear", "mlp"), RULES, (4,)),
+    *itertools.product(("mlp",), ("plain", "titans"), (1, TIME)),
+  ],
+)
 def test_the_dual_form_and_the_steps_are_the_definition(form, rule, chunk):
   """Outputs, and weights and momentum at the end; chunks of one token are the rule token by token."""
   memory = memory_of(form, momentum="momentum" in RULES[rule])
   given = data(gates=RULES[rule])
   expected = tokenwise(memory, *given, chunk=chunk)
-  same(jax.jit(lambda *a: deep_memory.scan(*a, chunk=chunk))(memory, *given), expected)
+  same(scan(memory, *given, chunk=chunk), expected)
   if chunk != TIME:
     same(by_steps(memory, *given, chunk=chunk), expected)
 
@@ -133,7 +140,7 @@ def test_so_it_is_for_ttt_and_with_every_option(how):
     options["pace"] = 1 / jnp.arange(1.0, 5)
   memory = memory_of(form, momentum=momentum, ttt=ttt)
   expected = tokenwise(memory, *given, chunk=4, **options)
-  same(deep_memory.scan(memory, *given, chunk=4, **options), expected)
+  same(scan(memory, *given, chunk=4, **options), expected)
   same(by_steps(memory, *given, chunk=4, **options), expected)
 
 
@@ -144,7 +151,7 @@ def test_one_chunk_is_one_step_of_full_batch_descent():
     for key, value, step in zip(k, v, gates.step, strict=True)
   )
   expected = jax.tree.map(lambda w, g: w - g, memory.weights, jax.grad(loss)(memory.weights))
-  same(deep_memory.scan(memory, q, k, v, gates, chunk=TIME)[0].weights, expected)
+  same(scan(memory, q, k, v, gates, chunk=TIME)[0].weights, expected)
 
 
 def test_open_and_closed_gates():
@@ -152,8 +159,8 @@ def test_open_and_closed_gates():
   memory, (q, k, v, gates) = memory_of(), data()
   zeros = memory._replace(momentum=jax.tree.map(jnp.zeros_like, memory.weights))
   open_ = Gates(gates.step, jnp.ones(TIME), jnp.zeros(TIME))
-  after, out = deep_memory.scan(zeros, q, k, v, open_, chunk=4)
-  expected, plain = deep_memory.scan(memory, q, k, v, gates, chunk=4)
+  after, out = scan(zeros, q, k, v, open_, chunk=4)
+  expected, plain = scan(memory, q, k, v, gates, chunk=4)
   same((after.weights, out), (expected.weights, plain))
   closing = Gates(gates.step, jnp.ones(TIME).at[5].set(0.0), jnp.full(TIME, 0.9).at[6].set(0.0))
   memory = memory_of(momentum=True)
@@ -166,19 +173,35 @@ def test_only_a_gradient_that_reads_the_weights_depends_on_the_chunk():
   """A linear memory under the Hebbian loss -v.f(k) gives the same for any chunk; the squared error does not."""
   hebbian = lambda prediction, v: -(prediction * v).sum()
   memory, given = memory_of("linear", momentum=True), data(gates=RULES["titans"])
-  run = lambda chunk, loss: deep_memory.scan(memory, *given, chunk=chunk, loss=loss)
+  run = lambda chunk, loss: scan(memory, *given, chunk=chunk, loss=loss)
   for chunk in (3, TIME):
     same(run(chunk, hebbian), run(1, hebbian))
-    assert differ(run(chunk, deep_memory.squared_error)[1], run(1, deep_memory.squared_error)[1])
+  assert differ(run(3, deep_memory.squared_error)[1], run(1, deep_memory.squared_error)[1])
 
 
 def test_a_write_takes_its_share_of_the_error():
   """Of a linear memory a chunk leaves (I - 2 theta K K') of the error."""
   memory, (q, k, v, _) = memory_of("linear"), data()
-  after, _ = deep_memory.scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
+  after, _ = scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
   error = lambda memory: deep_memory.read(memory, k) - v
   same(error(after), error(memory) - 0.1 * k @ (k.T @ error(memory)))
-  assert float(jnp.square(error(after)).sum()) < 0.9 * float(jnp.square(error(memory)).sum())
+  change, size, before, now = deep_memory.effect(memory, after, k, v)
+  same((before, now), (jnp.square(error(memory)).sum(), jnp.square(error(after)).sum()))
+  same((change, size), (jnp.linalg.norm(after.weights[0] - memory.weights[0]), jnp.linalg.norm(after.weights[0])))
+  assert float(now) < 0.9 * float(before)
+  far, _ = scan(memory, q, k, v, Gates(jnp.full(TIME, 0.5)), chunk=TIME)
+  too_far = deep_memory.effect(memory, far, k, v)
+  assert too_far.after > too_far.before and too_far.change > change
+
+
+def test_what_a_write_did_is_told_of_all_matrices():
+  """Also in 16 bits, in which the sums would be wrong."""
+  memory, after, (_, k, v, _) = memory_of(), memory_of(seed=2), data()
+  flat = lambda memory: jnp.concatenate([w.ravel() for w in memory.weights])
+  found = deep_memory.effect(memory, after, k, v)
+  same(found[:2], (jnp.linalg.norm(flat(after) - flat(memory)), jnp.linalg.norm(flat(after))))
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (memory, after, k, v))
+  assert {a.dtype for a in deep_memory.effect(*half)} == {jnp.dtype("float32")}
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -271,7 +294,7 @@ def test_one_local_memory_that_never_returns_is_titans():
   recall = jax.jit(lambda layer, *given: layer.recall(*given, (4,))[0])
   for shard in (None, 8):
     layer = layer_of(dataclasses.replace(tnt.titans(WIDTH, chunk=4, **SMALL), shard=shard, clip=None))
-    given, own = parts_of(layer, x), layer.local[0]
+    given, own = parts_of(layer, x), layer.local_memories[0]
     out = recall(layer, x, *given)
     for head in range(2):
       one = row((*given, own.gates_of(x)), 1, slice(None), head)
@@ -301,7 +324,7 @@ def test_equal_memories_add_up():
   q, k, v = parts_of(layer, x)
   three = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4, 4, 4)))
   for n in range(3):
-    three.local[n] = layer.local[0]
+    three.local_memories[n] = layer.local_memories[0]
   recall = jax.jit(lambda layer, chunks: layer.recall(x, q, k, v, chunks)[0], static_argnums=1)
   same(recall(three, (4, 4, 4)), 3 * recall(layer, (4,)))
 
@@ -351,22 +374,24 @@ def test_a_prompt_is_read_at_once_and_gone_on_from(length, projection):
 
 
 def test_every_shard_teaches_the_common_start_and_stage_two_leaves_the_global_memory():
-  layer, x = layer_of(), tokens(16, rows=1)
+  layer, x = layer_of(dataclasses.replace(CONFIG, local_chunks=(4,))), tokens(16, rows=1)
   weights = jnp.array(np.random.default_rng(0).normal(size=x.shape))
 
   loss = lambda layer, counts: (counts[:, None] * weights * layer(x)).sum()
   gradient = jax.jit(jax.grad(loss))
   first = jnp.arange(16.0) < 8
   both, *each = (gradient(layer, counts) for counts in (jnp.ones(16), 1.0 * first, 1.0 * ~first))
-  start = lambda g: g.local[0].weights[0][...]
+  start = lambda g: g.local_memories[0].weights[0][...]
   assert all(float(jnp.abs(start(g)).max()) > 1e-6 for g in each)
   same(start(both), start(each[0]) + start(each[1]))
   mask = tnt.local_parameters(layer)
   optimizer = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), jax.tree.map(lambda a: not a, mask)))
   updates, _ = optimizer.update(both, optimizer.init(layer))
   after = optax.apply_updates(layer, updates)
-  same(after.whole, layer.whole, 0)
-  moved = [differ(a, b) for a, b in zip(*(jax.tree.leaves(t.local[0].weights) for t in (after, layer)), strict=True)]
+  same(after.global_memory, layer.global_memory, 0)
+  moved = [
+    differ(a, b) for a, b in zip(*(jax.tree.leaves(t.local_memories[0].weights) for t in (after, layer)), strict=True)
+  ]
   assert all(moved) and differ(after.inputs.weight[...], layer.inputs.weight[...])
 
 
@@ -477,6 +502,10 @@ def test_bad_input():
     (lambda: dataclasses.replace(CONFIG, local_chunks=(), global_chunk=None), "remembers nothing"),
     (lambda: dataclasses.replace(CONFIG, projection="all"), "memory.projection is 'all'"),
     (lambda: dataclasses.replace(CONFIG, clip=0.0), "memory.clip is 0.0"),
+    (lambda: dataclasses.replace(CONFIG, local_step=-1.0), "memory.local_step is -1.0"),
+    (lambda: dataclasses.replace(CONFIG, global_step=0.0), "memory.global_step is 0.0"),
+    (lambda: run(memory, q[:0], k[:0], v[:0], Gates(gates.step[:0])), r"there is no token \(q \(0, 4\)\)"),
+    (lambda: layer(x[:, :0]), r"rows have no token \(x \(2, 0, 10\)\)"),
     (lambda: layer(x[:, :20]), "global_chunk=8 must divide time=20"),
     (lambda: layer_of(dataclasses.replace(CONFIG, global_chunk=4))(x[:, :20]), "shard=8 must divide time=20"),
     (lambda: layer.prefill(x[:, :4]), "global_chunk=8 must divide time=4"),
