@@ -56,7 +56,7 @@ class Plan(NamedTuple):
   @property
   def capacity(self) -> int:
     """Chunks that the cache has room for: those of the longest group, rounded up to a power of two."""
-    return 1 << (max(map(len, self.groups)) - 1).bit_length()
+    return common.rung(max(map(len, self.groups)))
 
 
 def pack(lengths: Sequence[int], chunk: int) -> Plan:
@@ -135,33 +135,37 @@ def schedule(chunks: int, keep: int) -> list[tuple[str, int]]:
 
 
 class Cost(NamedTuple):
-  """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it sees).
+  """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it meets).
 
-  Chunks are padded, so all cost a whole one; so are keys: a query meets those of its own chunk and those before it, or
-  the whole cache where attention hides the rest of it by a mask, as `gradient`'s does.
+  Counted is what `gradient` runs. Chunks are padded, so all cost a whole one; the queries of one meet the keys of
+  `common.rung` chunks, its own and those before it among them; a backward costs two forwards, and where a sequence is
+  cut its attention runs forward once more.
   """
 
   call: float = 0.0
   token: float = 1.0
   pair: float = 0.0
 
-  def forward(self, chunk: int, place: int) -> float:
+  def attention(self, chunk: int, place: int) -> float:
     """Of the chunk with `place` chunks of its group before it."""
-    return self.call + self.token * chunk + self.pair * chunk * chunk * (place + 1)
+    return self.pair * chunk * chunk * common.rung(place + 1)
 
-  def group(self, chunk: int, chunks: int, keep: int, capacity: int | None = None) -> float:
-    """Forwards, backwards at twice their cost, and what is run again, of a group.
+  def forward(self, chunk: int, place: int) -> float:
+    return self.call + self.token * chunk + self.attention(chunk, place)
 
-    Args:
-      capacity: chunks of a cache that the queries of a cut sequence meet whole.
-    """
-    last = None if capacity is None or chunks == 1 else capacity - 1
-    times = [self.forward(chunk, place if last is None else last) for place in range(chunks)]
-    return 3 * sum(times) + sum(times[: max(0, chunks - keep)])
+  def passes(self, chunk: int, chunks: int) -> tuple[list[float], list[float]]:
+    """(forward, backward) of every chunk of a group."""
+    forward = [self.forward(chunk, place) for place in range(chunks)]
+    again = [self.attention(chunk, place) if chunks > 1 else 0.0 for place in range(chunks)]
+    return forward, [2 * one + more for one, more in zip(forward, again, strict=True)]
+
+  def group(self, chunk: int, chunks: int, keep: int) -> float:
+    """Of all that `schedule` has a group do."""
+    forward, backward = self.passes(chunk, chunks)
+    return sum(forward) + sum(backward) + sum(forward[: max(0, chunks - keep)])
 
   def groups(self, plan: Plan, keep: int) -> list[float]:
-    """Of every group of a plan, as `gradient` runs it."""
-    return [self.group(plan.chunk, len(group), keep, plan.capacity) for group in plan.groups]
+    return [self.group(plan.chunk, len(group), keep) for group in plan.groups]
 
 
 def balance(plan: Plan, ranks: int, *, keep: int = 1, cost: Cost = Cost()) -> list[list[int]]:
@@ -298,7 +302,8 @@ def gradient(
   Each device runs the programs of its ranks by itself, with the whole model; gradients are summed over devices once.
 
   Args:
-    attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`.
+    attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`; keys are those
+      of the chunk, or where a sequence is cut of 1, 2, 4, ... chunks, its own and those before it among them.
     remat: as of `transformer.sequential`, within a chunk; "dots" and "full" keep a copy of the cache for every layer.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
@@ -346,7 +351,9 @@ def _run(params, frozen, batch, total, *, how, model_of):
 
   shared = dict(model_of=model_of, frozen=frozen, total=total)
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
-  own_loss = functools.partial(common.transformer_loss, how=(masked_attention(attend), remat), **shared)
+  own_loss = functools.partial(
+    common.transformer_loss, how=(common.over_prefix(masked_attention(attend)), remat), **shared
+  )
   model = jax.eval_shape(model_of, params, *frozen)
   c, wide = model.config, jnp.promote_types(jnp.result_type(float), jnp.float32)
   cache = (jnp.zeros((c.depth, 1, batch["cache"].shape[1], c.kv_heads, c.head_dim), model.dtype),) * 2
@@ -382,10 +389,15 @@ def _run(params, frozen, batch, total, *, how, model_of):
   def again(carry, start, ids):
     return kept(carry, start, ids[:1])
 
+  ways = {_PACKED: packed, _FORWARD: forward, _KEPT: kept} | ({_AGAIN: again} if program.shape[2] > 3 else {})
+
   def line(carry, at):
+    # Loops of one step or none write where they read; a switch would have cache and `back` a second time.
     what, start, ids = at
-    ways = (lambda carry, *_: carry, packed, forward, kept, *[again] * (ids.size > 1))
-    return jax.lax.switch(what, ways, carry, start, ids), None
+    for own, way in ways.items():
+      count = (what == own).astype(jnp.int32)
+      carry = jax.lax.fori_loop(0, count, lambda _, carry, way=way: way(carry, start, ids), carry)
+    return carry, None
 
   carry = jnp.zeros((), wide), cache, (common.zeros(params), common.zeros(cache))
   (loss, _, (gradient, _)), _ = jax.lax.scan(line, carry, (what, start, ids))
