@@ -55,8 +55,13 @@ def value_and_grad(
     order: which chunks pass 2 visits, in descending order; None: all.
     active: of these, the ones it does not leave out.
     direct, relay: s1 and s2.
+
+  Raises:
+    InputError: a cache without room for all chunks, the last of which would overwrite others.
   """
   count = len(jax.tree.leaves(parts)[0])
+  room = min(a.shape[axis] for a in jax.tree.leaves(cache))
+  require(room >= count * chunk, f"the cache has {room} positions; {count} chunks of {chunk} need {count * chunk}")
   part_of = lambda i: jax.tree.map(lambda a: a[i], parts)
 
   def fill(carry, i):
@@ -94,7 +99,12 @@ def choose(
   Args:
     last: the last chunk is always one of them, the others are drawn from those before it: for answers at the end of a
       prompt. s1 and s2 then weigh the last chunk too much.
+
+  Raises:
+    InputError: an unknown sampling, or `visited` that is not 1 .. chunks.
   """
+  require_choice("sampling", sampling, SAMPLING)
+  require(1 <= visited <= chunks, f"visited is {visited}; it must be 1 to {chunks}, the number of chunks")
   order, active = jnp.arange(chunks - 1, -1, -1), None
   if sampling == "bernoulli":
     active = jax.random.bernoulli(key, visited / chunks, (chunks,))

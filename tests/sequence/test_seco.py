@@ -303,3 +303,14 @@ def test_bad_input():
       by_chunks(model, batch, **how)
   with pytest.raises(InputError, match="models that smear embeddings"):
     by_chunks(model_of(configs()["nanochat"]), batch, chunk=8)
+  key = jax.random.key(0)
+  for visited, sampling, message in (
+    (0, "uniform", "visited is 0; it must be 1 to 4"),
+    (9, "bernoulli", "visited is 9; it must be 1 to 4"),
+    (2, "gauss", "sampling is 'gauss'"),
+  ):
+    with pytest.raises(InputError, match=message):
+      seco.choose(key, 4, visited, sampling, last=True)
+  cache = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 47))
+  with pytest.raises(InputError, match="the cache has 47 positions; 6 chunks of 8 need 48"):
+    seco.value_and_grad(None, model, cache, jnp.zeros((6, 1)), chunk=8)
