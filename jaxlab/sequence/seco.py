@@ -73,9 +73,11 @@ def value_and_grad(
   (loss, cache), _ = jax.lax.scan(fill, (jnp.zeros((), wide), cache), jnp.arange(count))
 
   def visit(carry, i):
+    # The cache is handed on, with its entries written once more: one that stays as it is would be copied.
+    cache, sums = carry
     pieces = [(part_of(i), i * chunk)]
     how = dict(chunk=chunk, direct=direct, relay=relay, axis=axis)
-    return common.backward(chunk_loss, params, cache, carry, pieces, **how)[2]
+    return common.backward(chunk_loss, params, cache, sums, pieces, **how)[1:]
 
   def step(carry, at):
     i, here = at
@@ -86,7 +88,7 @@ def value_and_grad(
   order = jnp.arange(count - 1, -1, -1) if order is None else order
   here = jnp.ones(len(order), bool) if active is None else active
   sums = common.zeros(params), common.zeros(cache)
-  (gradient, _), _ = jax.lax.scan(step, sums, (order, here))
+  (_, (gradient, _)), _ = jax.lax.scan(step, (cache, sums), (order, here))
   return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
 
@@ -127,7 +129,8 @@ def gradient(
 ) -> GradientFn:
   """SeCO, or SpaCO where some chunks are visited, as `training.loop.train(gradient_fn=...)` takes it.
 
-  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks.
+  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks. All rows of a
+  batch visit the same chunks, so that a visit is of whole chunks of the batch; a draw for each of 4 rows was no better.
 
   Args:
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
