@@ -38,7 +38,8 @@ def sequences(ids: np.ndarray, sizes: np.ndarray, start: int = 0) -> list[Batch]
 
 
 def fresh(config, vocabulary: int, seed: int = 0, *, dtype: str | None = None):
-  shape = config.shape.to_dict() | dict(vocab_size=vocabulary, context=max(config.longest))
+  context = max(*config.longest, config.curve.longest, max(config.times) * config.chunk)
+  shape = config.shape.to_dict() | dict(vocab_size=vocabulary, context=context)
   return _fresh(TransformerConfig(**shape), seed, dtype or config.dtype)
 
 

@@ -309,14 +309,16 @@ def gradient(
 
   Raises:
     InputError: a batch that has no program, a model that smears embeddings, whose chunks would need the token before
-      them, or a mesh that splits more than the batch.
+      them, sequences beyond the model's context (as far as the size of the cache says so: always where the context is
+      1, 2, 4, ... chunks), or a mesh that splits more than the batch.
   """
 
   def run(params, batch, step, key, *frozen):
     del step, key
     require("program" in batch, f"the batch has {', '.join(batch)}; ChunkFlow's are made by chunkflow.materialize")
     config = jax.eval_shape(model_of, params, *frozen).config
-    require(not config.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+    chunk, room = batch["segments"].shape[2], batch["cache"].shape[1]
+    common.require_readable(config, room // 2 + 1 if room > chunk else 1)  # the least that a cache so large is made for
     batch = jax.tree.map(jnp.asarray, batch)
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)
     each = functools.partial(_run, how=(attend, remat), model_of=model_of)

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlab.core.checks import require
 from jaxlab.models.attention import AttentionFn, Cache
+from jaxlab.models.config import TransformerConfig
 from jaxlab.models.transformer import Transformer, sequential
 from jaxlab.training import losses
 
@@ -32,6 +34,14 @@ def transformer_loss(params, cache, part, start, *, model_of, frozen, total, how
   x, side, _ = model.embed(inputs, Cache(*cache, jnp.asarray(start, jnp.int32), None))
   x, backout, _, cache = sequential(model, x, side, attention=attention, cache=cache, remat=remat)
   return losses.token_losses(model, (x, backout), targets).sum() / total, cache
+
+
+def require_readable(config: TransformerConfig, length: int) -> None:
+  """Raises InputError unless the model reads sequences of `length` tokens chunk by chunk."""
+  require(not config.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+  require(length >= 1, "the sequences have no tokens; give them one or more")
+  beyond = f"sequences are longer than the model's context of {config.context} tokens"
+  require(length <= config.context, f"{beyond}; cut them, or give the model a longer context")
 
 
 def rung(chunks: int) -> int:

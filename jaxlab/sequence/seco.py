@@ -140,8 +140,8 @@ def gradient(
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
-    InputError: sizes below 1, an unknown sampling, more chunks visited than there are, or a model that smears
-      embeddings, whose chunks would need the token before them.
+    InputError: sizes below 1, an unknown sampling, more chunks visited than there are, rows of no tokens or beyond the
+      model's context, or a model that smears embeddings, whose chunks would need the token before them.
   """
   require_counts(chunk=chunk, visited=1 if visited is None else visited)
   require_choice("sampling", sampling, SAMPLING)
@@ -151,7 +151,7 @@ def gradient(
     del step
     model = jax.eval_shape(model_of, params, *frozen)
     c, (rows, time) = model.config, batch["inputs"].shape
-    require(not c.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+    common.require_readable(c, time)
     count = -(-time // chunk)
     require(visited is None or visited <= count, f"visited is {visited}; the sequence has {count} chunks of {chunk}")
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)

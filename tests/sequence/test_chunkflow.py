@@ -404,6 +404,10 @@ def test_bad_input():
     (lambda: chunkflow.batches(rows, batch=3, chunk=C), "batch is 3; there are 2 sequences"),
     (lambda: run(model, {"inputs": 1, "targets": 2}, 0, None), "the batch has inputs, targets; ChunkFlow's are made"),
     (lambda: run(random_model(configs()["nanochat"]), batch, 0, None), "models that smear embeddings"),
+    (
+      lambda: run(random_model(dataclasses.replace(CONFIG, context=2 * C)), batch, 0, None),
+      "context of 16 tokens; cut",
+    ),
     (lambda: pipeline.simulate([], stages=2), "groups are needed"),
     (lambda: pipeline.simulate([[1], []], stages=2), "groups are needed"),
     (lambda: pipeline.simulate([[1, 0]], stages=2), "seconds of every chunk's forward must be positive"),

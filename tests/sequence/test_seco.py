@@ -331,6 +331,10 @@ def test_bad_input():
       by_chunks(model, batch, **how)
   with pytest.raises(InputError, match="models that smear embeddings"):
     by_chunks(model_of(configs()["nanochat"]), batch, chunk=8)
+  with pytest.raises(InputError, match="longer than the model's context of 47 tokens; cut them"):
+    by_chunks(model_of(dataclasses.replace(CONFIG, context=TIME - 1)), batch, chunk=8)
+  with pytest.raises(InputError, match="the sequences have no tokens"):
+    by_chunks(model, text(time=0), chunk=8)
   key = jax.random.key(0)
   for visited, sampling, message in (
     (0, "uniform", "visited is 0; it must be 1 to 4"),
