@@ -29,7 +29,8 @@ def example() -> dict:
 
 def fitted(config, vocabulary: int) -> dict:
   """Seconds of a chunk's forward and backward as call + token * n + pair * n^2, by least squares over chunks of several
-  sizes: {"cost": [call, token, pair], "error": largest relative}."""
+  sizes: {"cost": [call, token, pair], "error": largest relative}. Attention is causal: where a kernel skips what comes
+  later, a pair under a chunk's mask costs up to twice what is found."""
   model, runs = speed.fresh(config, vocabulary), {}
   for size in config.sizes:
     arm = arms.arm(config, "one", chunk=size)
