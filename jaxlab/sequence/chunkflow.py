@@ -391,15 +391,10 @@ def _run(params, frozen, batch, total, *, how, model_of):
   def again(carry, start, ids):
     return kept(carry, start, ids[:1])
 
-  ways = {_PACKED: packed, _FORWARD: forward, _KEPT: kept} | ({_AGAIN: again} if program.shape[2] > 3 else {})
-
   def line(carry, at):
-    # Loops of one step or none write where they read; a switch would have cache and `back` a second time.
     what, start, ids = at
-    for own, way in ways.items():
-      count = (what == own).astype(jnp.int32)
-      carry = jax.lax.fori_loop(0, count, lambda _, carry, way=way: way(carry, start, ids), carry)
-    return carry, None
+    ways = (lambda carry, *_: carry, packed, forward, kept, *[again] * (ids.size > 1))
+    return jax.lax.switch(what, ways, carry, start, ids), None
 
   carry = jnp.zeros((), wide), cache, (common.zeros(params), common.zeros(cache))
   (loss, _, (gradient, _)), _ = jax.lax.scan(line, carry, (what, start, ids))

@@ -117,7 +117,7 @@ def simulate(
 
 class Memory(NamedTuple):
   """Bytes of a stage: fixed for weights, gradients and optimizer; of a chunk's token for its activations; of a cached
-  token for keys, values and what comes back to them: in float32 4 to 5 times its keys and values, by `gradient`."""
+  token for keys, values and what comes back to them: in float32 6 times its keys and values, by `gradient`."""
 
   fixed: float
   activation: float
