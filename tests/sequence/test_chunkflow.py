@@ -344,7 +344,7 @@ def test_the_best_sizes_are_chosen():
 
 
 def test_memory_grows_by_the_cache_alone():
-  """By 6 times a position's keys and values in float32: they are kept and summed, both again where the program branches,
+  """By 6 times a position's keys and values in float32: they are kept and summed, both again at branches,
   held by the layers and sent back. The attention has no scores; jax's has one layer's, a chunk times the cache."""
   config, chunk = dataclasses.replace(CONFIG, depth=8), 16
   model = random_model(config)
