@@ -75,7 +75,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         longest=pick(test=1024, cpu=262_144),
         chunks=pick(test=(128, 256), cpu=(2048, 4096, 8192, 16_384, 32_768)),
         keeps=pick(test=(1, 2), cpu=(1, 2, 4, 8, 16)),
-        limits=pick(test=(256,), cpu=(32_768,)),  # tokens whose activations the last stage may hold, C * K
+        limits=pick(test=(256,), cpu=(32_768,)),  # C * K is no more: tokens whose activations the last stage holds
       ),
       tuning=dict(  # of config.model
         parameters="all",  # or "lora"

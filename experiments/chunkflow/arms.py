@@ -26,7 +26,6 @@ ARMS = {
   "chunkflow": "ChunkFlow",
   "apart": "chunks without what is before them",
 }
-WHOLE = ("one", "sorted", "packed")  # that run a long sequence at once
 
 
 class Arm(NamedTuple):

@@ -1,10 +1,11 @@
 """Stages that wait for each other, in simulated time at measured costs."""
 
-import time
+import functools
 
 import jax
 import numpy as np
 
+from experiments import timing
 from experiments.chunkflow import arms, speed
 from jaxlab.sequence.chunkflow import Cost, pack
 from jaxlab.sequence.chunkflow_pipeline import Memory, choose, simulate
@@ -28,19 +29,16 @@ def example() -> dict:
 
 def fitted(config, vocabulary: int) -> dict:
   """Seconds of a chunk's forward and backward as call + token * n + pair * n^2, by least squares over chunks of several
-  sizes: {"cost": [call, token, pair], "error": largest relative}."""
-  model, points = speed.fresh(config, vocabulary), []
+  sizes: {"cost": [call, token, pair], "error": largest relative}. Attention is causal: where a kernel skips what comes
+  later, a pair under a chunk's mask costs up to twice what is found."""
+  model, runs = speed.fresh(config, vocabulary), {}
   for size in config.sizes:
     arm = arms.arm(config, "one", chunk=size)
     one = {name: np.zeros(size, np.int32) for name in ("inputs", "targets")}
     steps = [(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare([one])]
-    jax.block_until_ready(arms.run(arm, model, steps, size))
-    times = []
-    for _ in range(config.repetitions):
-      start = time.perf_counter()
-      jax.block_until_ready(arms.run(arm, model, steps, size))
-      times.append(time.perf_counter() - start)
-    points.append((steps[0][1]["inputs"].shape[1], float(np.median(times)) / 3))
+    runs[steps[0][1]["inputs"].shape[1]] = functools.partial(arms.run, arm, model, steps, size)
+  times = timing.compare(runs, repetitions=config.repetitions, warmup=1)
+  points = [(size, times.median(size) / 3) for size in runs]
   sizes, seconds = np.array(points).T
   table = np.stack([np.ones_like(sizes), sizes, sizes**2], axis=1) / seconds[:, None]
   cost, *_ = np.linalg.lstsq(table, np.ones_like(seconds), rcond=None)
@@ -53,13 +51,9 @@ def simulated(config, fit: dict) -> dict:
   p, cost = config.pipeline, Cost(*(value / config.pipeline.stages for value in fit["cost"]))
   sizes = speed.lengths(config.batch, p.longest, config.seed).tolist()
   memory = Memory(0.0, 1.0, 0.0)  # in tokens of activations
-  rows = {}
-  for limit in p.limits:
-    options = choose(
-      sizes, chunks=p.chunks, keeps=p.keeps, cost=cost, memory=memory, limit=(p.stages - 1) * max(p.chunks) + limit,
-      stages=p.stages,
-    )  # fmt: skip
-    rows[f"{limit}"] = [choice._asdict() for choice in options]
+  how = dict(cost=cost, memory=memory, limit=float("inf"), stages=p.stages)
+  options = choose(sizes, chunks=p.chunks, keeps=p.keeps, **how)
+  rows = {f"{limit}": [one._asdict() for one in options if one.chunk * one.keep <= limit] for limit in p.limits}
   whole = [[cost.call + cost.token * n + cost.pair * n * n] for n in sorted(sizes, reverse=True)]
   trace = simulate(whole, stages=p.stages)
   packed = [[cost.forward(p.longest, 0)] for _ in pack(sizes, p.longest).groups]

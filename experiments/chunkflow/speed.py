@@ -2,12 +2,12 @@
 
 import functools
 import itertools
-import time
 
 import jax
 import numpy as np
 import optax
 
+from experiments import timing
 from experiments.chunkflow import arms
 from jaxlab.core.precision import exactly
 from jaxlab.data.packing import Batch, split_row
@@ -38,7 +38,8 @@ def sequences(ids: np.ndarray, sizes: np.ndarray, start: int = 0) -> list[Batch]
 
 
 def fresh(config, vocabulary: int, seed: int = 0, *, dtype: str | None = None):
-  shape = config.shape.to_dict() | dict(vocab_size=vocabulary, context=max(config.longest))
+  context = max(*config.longest, config.curve.longest, max(config.times) * config.chunk)
+  shape = config.shape.to_dict() | dict(vocab_size=vocabulary, context=context)
   return _fresh(TransformerConfig(**shape), seed, dtype or config.dtype)
 
 
@@ -54,30 +55,35 @@ def batches(config, ids, longest: int) -> list[list[Batch]]:
   return [sequences(ids, own, int(start)) for own, start in zip(sizes, starts, strict=False)]
 
 
-def measure(config, ids, vocabulary: int, name: str, longest: int, how: dict) -> dict:
-  """{"seconds": a global batch, "tokens": a second, "temporary", "peak": bytes}. Every shape is compiled and run once
-  before the clock starts."""
-  model = fresh(config, vocabulary)
-  arm = arms.arm(config, name, **how)
-  prepared, totals = [], []
-  for batch in batches(config, ids, longest):
-    prepared.append([(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare(batch)])
-    totals.append(sum(int((one["targets"] >= 0).sum()) for one in batch))
-  temporary = arms.temporary_bytes(arm, model, itertools.chain(*prepared), 1)
-  jax.block_until_ready([arms.run(arm, model, steps, total) for steps, total in zip(prepared, totals, strict=True)][-1])
-  seconds = []
+def measure(config, ids, vocabulary: int, longest: int, contestants: dict[str, dict], console) -> dict:
+  """{label: {"seconds": of all global batches, every repetition; "tokens": a second, at the median; "temporary": bytes;
+  "micro_steps": of a batch}}.
+
+  Args:
+    contestants: {label, which an arm's name begins: how it is made}. Repetitions alternate, and every shape is compiled
+      and run once before the clock starts.
+  """
+  model, data, found, runs = fresh(config, vocabulary), batches(config, ids, longest), {}, {}
+  totals = [sum(int((one["targets"] >= 0).sum()) for one in batch) for batch in data]
+  for label, how in contestants.items():
+    console.say(f"{label}, longest {longest}")
+    arm = arms.arm(config, label.split()[0], **how)
+    prepared = [[(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare(batch)] for batch in data]
+    found[label] = {
+      "temporary": arms.temporary_bytes(arm, model, itertools.chain(*prepared), 1),
+      "micro_steps": float(np.mean([len(steps) for steps in prepared])),
+    }
+    runs[label] = functools.partial(_all, arm, model, prepared, totals)
+  times = timing.compare(runs, repetitions=config.repetitions, warmup=1)
+  for label, row in found.items():
+    row |= {"seconds": times.seconds[label].tolist(), "tokens": sum(totals) / times.median(label)}
+  return found
+
+
+def _all(arm, model, prepared, totals):
   for steps, total in zip(prepared, totals, strict=True):
-    start = time.perf_counter()
-    jax.block_until_ready(arms.run(arm, model, steps, total))
-    seconds.append(time.perf_counter() - start)
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return {
-    "seconds": sum(seconds) / len(seconds),
-    "tokens": sum(totals) / sum(seconds),
-    "temporary": temporary,
-    "peak": stats.get("peak_bytes_in_use", 0),
-    "micro_steps": float(np.mean([len(steps) for steps in prepared])),
-  }
+    last = arms.run(arm, model, steps, total)
+  return last
 
 
 def curve(config, ids, vocabulary: int, name: str, console) -> dict:

@@ -38,7 +38,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     console.say("drawing gradients")
     tokens = subject()[2].split("validation")
     batch = packing.evaluation_batches(tokens, row=config.gradients.length, batch=1, limit=1)[0]
-    return gradients.measure(config, original(), batch)
+    model = long_finetuning.stretched(original(), config.gradients.length, config.tuning.rope)
+    return gradients.measure(config, model, batch)
 
   def kept(parameters: str, method: str, rate: float, seed: int) -> tuple[str, dict]:
     name = run_name(parameters, method, rate, seed)

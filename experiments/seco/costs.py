@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments import timing
-from experiments.long_finetuning import backpropagation, over_cache
+from experiments.long_finetuning import backpropagation, over_cache, stretched
 from jaxlab.models import Transformer
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.sequence import seco
@@ -58,8 +58,9 @@ def measure(config, model: Transformer, console) -> dict:
     console.say(f"gradients of {length} tokens")
     ids = rng.integers(0, model.config.vocab_size, (1, length + 1)).astype(np.int32)
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+    long = stretched(model, length, "none")
     contestants = {
-      name: timing.Steady(functools.partial(_called, gradient_fn), model, batch, jax.random.key(0))
+      name: timing.Steady(functools.partial(_called, gradient_fn), long, batch, jax.random.key(0))
       for name, gradient_fn in gradients_of(config, length).items()
     }
     timing.compile_all(contestants)

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from experiments.long_finetuning import backpropagation, evaluate, finetuned, held_out, over_cache, rows
+from experiments.long_finetuning import backpropagation, evaluate, finetuned, held_out, over_cache, rows, stretched
 from experiments.seco.gradients import limited
 from experiments.text import Text
 from jaxlab.core import mesh as meshes
@@ -39,6 +39,7 @@ def run(config, parameters, method, model: Transformer, text: Text, *, rate, see
   t = config.tuning.copy_and_resolve_references()
   t.parameters = parameters
   how = dict(rate=rate, seed=seed, mesh=meshes.make_mesh(config.mesh.to_dict()), workdir=workdir)
+  model = stretched(model, t.length, t.rope)
   with console.training(workdir.name) as progress:
     made = finetuned(t, model, rows(text, t, seed), gradient_of(t, method), **how, progress=progress)
   return {split: evaluate(made, held_out(text, t, split, t.judged))["loss"] for split in ("validation", "test")}

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
   @property
   def capacity(self) -> int:
     """Chunks that the cache has room for: those of the longest group, rounded up to a power of two."""
-    return 1 << (max(map(len, self.groups)) - 1).bit_length()
+    return common.rung(max(map(len, self.groups)))
 
 
 def pack(lengths: Sequence[int], chunk: int) -> Plan:
@@ -135,33 +135,37 @@ def schedule(chunks: int, keep: int) -> list[tuple[str, int]]:
 
 
 class Cost(NamedTuple):
-  """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it sees).
+  """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it meets).
 
-  Chunks are padded, so all cost a whole one; so are keys: a query meets those of its own chunk and those before it, or
-  the whole cache where attention hides the rest of it by a mask, as `gradient`'s does.
+  Counted is what `gradient` runs. Chunks are padded, so all cost a whole one; the queries of one meet the keys of
+  `common.rung` chunks, its own and those before it among them; a backward costs two forwards, and where a sequence is
+  cut its attention runs forward once more.
   """
 
   call: float = 0.0
   token: float = 1.0
   pair: float = 0.0
 
-  def forward(self, chunk: int, place: int) -> float:
+  def attention(self, chunk: int, place: int) -> float:
     """Of the chunk with `place` chunks of its group before it."""
-    return self.call + self.token * chunk + self.pair * chunk * chunk * (place + 1)
+    return self.pair * chunk * chunk * common.rung(place + 1)
 
-  def group(self, chunk: int, chunks: int, keep: int, capacity: int | None = None) -> float:
-    """Forwards, backwards at twice their cost, and what is run again, of a group.
+  def forward(self, chunk: int, place: int) -> float:
+    return self.call + self.token * chunk + self.attention(chunk, place)
 
-    Args:
-      capacity: chunks of a cache that the queries of a cut sequence meet whole.
-    """
-    last = None if capacity is None or chunks == 1 else capacity - 1
-    times = [self.forward(chunk, place if last is None else last) for place in range(chunks)]
-    return 3 * sum(times) + sum(times[: max(0, chunks - keep)])
+  def passes(self, chunk: int, chunks: int) -> tuple[list[float], list[float]]:
+    """(forward, backward) of every chunk of a group."""
+    forward = [self.forward(chunk, place) for place in range(chunks)]
+    again = [self.attention(chunk, place) if chunks > 1 else 0.0 for place in range(chunks)]
+    return forward, [2 * one + more for one, more in zip(forward, again, strict=True)]
+
+  def group(self, chunk: int, chunks: int, keep: int) -> float:
+    """Of all that `schedule` has a group do."""
+    forward, backward = self.passes(chunk, chunks)
+    return sum(forward) + sum(backward) + sum(forward[: max(0, chunks - keep)])
 
   def groups(self, plan: Plan, keep: int) -> list[float]:
-    """Of every group of a plan, as `gradient` runs it."""
-    return [self.group(plan.chunk, len(group), keep, plan.capacity) for group in plan.groups]
+    return [self.group(plan.chunk, len(group), keep) for group in plan.groups]
 
 
 def balance(plan: Plan, ranks: int, *, keep: int = 1, cost: Cost = Cost()) -> list[list[int]]:
@@ -298,20 +302,23 @@ def gradient(
   Each device runs the programs of its ranks by itself, with the whole model; gradients are summed over devices once.
 
   Args:
-    attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`.
+    attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`; keys are those
+      of the chunk, or where a sequence is cut of 1, 2, 4, ... chunks, its own and those before it among them.
     remat: as of `transformer.sequential`, within a chunk; "dots" and "full" keep a copy of the cache for every layer.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
     InputError: a batch that has no program, a model that smears embeddings, whose chunks would need the token before
-      them, or a mesh that splits more than the batch.
+      them, sequences beyond the model's context (as far as the size of the cache says so: always where the context is
+      1, 2, 4, ... chunks), or a mesh that splits more than the batch.
   """
 
   def run(params, batch, step, key, *frozen):
     del step, key
     require("program" in batch, f"the batch has {', '.join(batch)}; ChunkFlow's are made by chunkflow.materialize")
     config = jax.eval_shape(model_of, params, *frozen).config
-    require(not config.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+    chunk, room = batch["segments"].shape[2], batch["cache"].shape[1]
+    common.require_readable(config, room // 2 + 1 if room > chunk else 1)  # the least that a cache so large is made for
     batch = jax.tree.map(jnp.asarray, batch)
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)
     each = functools.partial(_run, how=(attend, remat), model_of=model_of)
@@ -346,7 +353,9 @@ def _run(params, frozen, batch, total, *, how, model_of):
 
   shared = dict(model_of=model_of, frozen=frozen, total=total)
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
-  own_loss = functools.partial(common.transformer_loss, how=(masked_attention(attend), remat), **shared)
+  own_loss = functools.partial(
+    common.transformer_loss, how=(common.over_prefix(masked_attention(attend)), remat), **shared
+  )
   model = jax.eval_shape(model_of, params, *frozen)
   c, wide = model.config, jnp.promote_types(jnp.result_type(float), jnp.float32)
   cache = (jnp.zeros((c.depth, 1, batch["cache"].shape[1], c.kv_heads, c.head_dim), model.dtype),) * 2

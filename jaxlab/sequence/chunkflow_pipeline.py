@@ -39,7 +39,13 @@ class Trace(NamedTuple):
     return 1 - self.useful / self.makespan
 
 
-def simulate(groups: Sequence[Sequence[float]], *, stages: int, keep: int = 1, backward: float = 2.0) -> Trace:
+def simulate(
+  groups: Sequence[Sequence[float]],
+  *,
+  stages: int,
+  keep: int = 1,
+  backward: float | Sequence[Sequence[float]] = 2.0,
+) -> Trace:
   """State-aware 1F1B: every chunk is a micro-batch, and chunks of one sequence wait for each other.
 
   Stage s may hold activations of (stages - 1 - s) + K chunks; the first N - K chunks of a group hold none and run
@@ -50,20 +56,25 @@ def simulate(groups: Sequence[Sequence[float]], *, stages: int, keep: int = 1, b
 
   Args:
     groups: seconds of a stage's forward of every chunk, group by group in the order in which they enter.
-    backward: cost of a backward in forwards.
+    backward: cost of a backward in forwards; or the seconds of every chunk's, as `groups`.
 
   Raises:
     InputError: counts below 1, no chunks, an empty group, or times that are not positive.
   """
   require_counts(stages=stages, keep=keep)
   require(len(groups) > 0 and all(len(group) > 0 for group in groups), "groups are needed, each of a chunk or more")
-  times = np.array([time for group in groups for time in group], float)
+  flat = lambda groups: np.array([time for group in groups for time in group], float)
+  times = flat(groups)
   require(np.isfinite(times).all() and (times > 0).all(), "the seconds of every chunk's forward must be positive")
-  require(backward > 0, f"backward is {backward}; it must be a positive number of forwards")
+  pulls = times * backward if isinstance(backward, int | float) else flat(backward)
+  require(
+    pulls.shape == times.shape and (pulls > 0).all(),
+    f"backward is {backward!r:.60}; it must be a positive number of forwards, or the seconds of every chunk's",
+  )
   place = [(i, len(group)) for group in groups for i in range(len(group))]
   drops = np.array([i < count - keep for i, count in place])
   follows = np.array([i + 1 < count for i, count in place])  # another chunk of its group comes behind it
-  cost = times * (backward + drops)
+  cost = pulls + times * drops
   count = len(times)
   sent, back = np.zeros((stages + 1, count), bool), np.zeros((stages + 1, count), bool)  # into, and from, a stage: done
   sent[0], back[stages] = True, True
@@ -101,12 +112,12 @@ def simulate(groups: Sequence[Sequence[float]], *, stages: int, keep: int = 1, b
   busy = np.zeros(stages)
   for task in tasks:
     busy[task.stage] += task.end - task.start
-  return Trace(now, busy, float(times.sum() * (1 + backward)), tuple(tasks))
+  return Trace(now, busy, float(times.sum() + pulls.sum()), tuple(tasks))
 
 
 class Memory(NamedTuple):
   """Bytes of a stage: fixed for weights, gradients and optimizer; of a chunk's token for its activations; of a cached
-  token for keys, values and what comes back to them, which one device's `gradient` holds 5.5 times over in float32."""
+  token for keys, values and what comes back to them: in float32 6 times its keys and values, by `gradient`."""
 
   fixed: float
   activation: float
@@ -158,9 +169,10 @@ def choose(
       if size > limit:
         continue
       shares = [share for share in balance(plan, ranks, keep=keep, cost=cost) if share]
-      timed = lambda g: [cost.forward(chunk, place) for place in range(len(plan.groups[g]))]  # noqa: B023
+      passes = [cost.passes(chunk, len(group)) for group in plan.groups]
       # A share is in no order: dependent groups enter first, the longest before the others, as the plan has them.
-      traces = [simulate([timed(g) for g in sorted(share)], stages=stages, keep=keep) for share in shares]
+      pairs = [zip(*(passes[g] for g in sorted(share)), strict=True) for share in shares]
+      traces = [simulate(forward, stages=stages, keep=keep, backward=backward) for forward, backward in pairs]
       slowest = max(traces, key=lambda trace: trace.makespan)
       bubble = 1 - sum(trace.useful for trace in traces) / ranks / slowest.makespan
       found.append(Choice(chunk, keep, slowest.makespan, bubble, size))

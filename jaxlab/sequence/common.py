@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab.models.attention import Cache
+from jaxlab.core.checks import require
+from jaxlab.models.attention import AttentionFn, Cache
+from jaxlab.models.config import TransformerConfig
 from jaxlab.models.transformer import Transformer, sequential
 from jaxlab.training import losses
 
@@ -32,6 +34,51 @@ def transformer_loss(params, cache, part, start, *, model_of, frozen, total, how
   x, side, _ = model.embed(inputs, Cache(*cache, jnp.asarray(start, jnp.int32), None))
   x, backout, _, cache = sequential(model, x, side, attention=attention, cache=cache, remat=remat)
   return losses.token_losses(model, (x, backout), targets).sum() / total, cache
+
+
+def require_readable(config: TransformerConfig, length: int) -> None:
+  """Raises InputError unless the model reads sequences of `length` tokens chunk by chunk."""
+  require(not config.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+  require(length >= 1, "the sequences have no tokens; give them one or more")
+  beyond = f"sequences are longer than the model's context of {config.context} tokens"
+  require(length <= config.context, f"{beyond}; cut them, or give the model a longer context")
+
+
+def rung(chunks: int) -> int:
+  """The first of 1, 2, 4, 8, ... that is as large: how many chunks of a cache `over_prefix` reads of so many."""
+  return 1 << (chunks - 1).bit_length()
+
+
+def over_prefix(attention: AttentionFn) -> AttentionFn:
+  """Attention of a chunk over the shortest prefix of the cache, of 1, 2, 4, ... chunks, that has it and what is before
+  it: it multiplies less than twice what it must, where a mask over the whole cache multiplies all.
+
+  Only what is given to it is kept for the backward pass, which runs it forward once more: what the prefixes keep would
+  have as many shapes, and a place each in every layer.
+
+  Args:
+    attention: its queries are a chunk, its `start` a multiple of that, one for all rows.
+  """
+
+  def shortest(q, k, v, *, window, start):
+    chunk, keys = q.shape[1], k.shape[1]
+    sizes = [min(chunk << i, keys) for i in range(rung(-(-keys // chunk)).bit_length())]
+    over = lambda n: lambda q, k, v, start: attention(q, k[:, :n], v[:, :n], window=window, start=start)
+    back = lambda way: lambda q, k, v, start, out: jax.vjp(lambda q, k, v: way(q, k, v, start), q, k, v)[1](out)
+    place = lambda start: (start + chunk > jnp.array(sizes[:-1], jnp.int32)).sum()
+    ways = [over(n) for n in sizes]
+
+    @jax.custom_vjp
+    def attend(q, k, v, start):
+      return jax.lax.switch(place(start), ways, q, k, v, start)
+
+    def pull(given, out):
+      return *jax.lax.switch(place(given[-1]), [back(way) for way in ways], *given, out), None
+
+    attend.defvjp(lambda *given: (attend(*given), given), pull)
+    return attend(q, k, v, start)
+
+  return shortest
 
 
 def zeros(tree):

@@ -55,8 +55,13 @@ def value_and_grad(
     order: which chunks pass 2 visits, in descending order; None: all.
     active: of these, the ones it does not leave out.
     direct, relay: s1 and s2.
+
+  Raises:
+    InputError: a cache without room for all chunks, the last of which would overwrite others.
   """
   count = len(jax.tree.leaves(parts)[0])
+  room = min(a.shape[axis] for a in jax.tree.leaves(cache))
+  require(room >= count * chunk, f"the cache has {room} positions; {count} chunks of {chunk} need {count * chunk}")
   part_of = lambda i: jax.tree.map(lambda a: a[i], parts)
 
   def fill(carry, i):
@@ -68,9 +73,11 @@ def value_and_grad(
   (loss, cache), _ = jax.lax.scan(fill, (jnp.zeros((), wide), cache), jnp.arange(count))
 
   def visit(carry, i):
+    # The cache is handed on, with its entries written once more: one that stays as it is would be copied.
+    cache, sums = carry
     pieces = [(part_of(i), i * chunk)]
     how = dict(chunk=chunk, direct=direct, relay=relay, axis=axis)
-    return common.backward(chunk_loss, params, cache, carry, pieces, **how)[2]
+    return common.backward(chunk_loss, params, cache, sums, pieces, **how)[1:]
 
   def step(carry, at):
     i, here = at
@@ -81,7 +88,7 @@ def value_and_grad(
   order = jnp.arange(count - 1, -1, -1) if order is None else order
   here = jnp.ones(len(order), bool) if active is None else active
   sums = common.zeros(params), common.zeros(cache)
-  (gradient, _), _ = jax.lax.scan(step, sums, (order, here))
+  (_, (gradient, _)), _ = jax.lax.scan(step, (cache, sums), (order, here))
   return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
 
@@ -94,7 +101,12 @@ def choose(
   Args:
     last: the last chunk is always one of them, the others are drawn from those before it: for answers at the end of a
       prompt. s1 and s2 then weigh the last chunk too much.
+
+  Raises:
+    InputError: an unknown sampling, or `visited` that is not 1 .. chunks.
   """
+  require_choice("sampling", sampling, SAMPLING)
+  require(1 <= visited <= chunks, f"visited is {visited}; it must be 1 to {chunks}, the number of chunks")
   order, active = jnp.arange(chunks - 1, -1, -1), None
   if sampling == "bernoulli":
     active = jax.random.bernoulli(key, visited / chunks, (chunks,))
@@ -117,7 +129,8 @@ def gradient(
 ) -> GradientFn:
   """SeCO, or SpaCO where some chunks are visited, as `training.loop.train(gradient_fn=...)` takes it.
 
-  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks.
+  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks. All rows of a
+  batch visit the same chunks, so that a visit is of whole chunks of the batch; a draw for each of 4 rows was no better.
 
   Args:
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
@@ -127,8 +140,8 @@ def gradient(
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
-    InputError: sizes below 1, an unknown sampling, more chunks visited than there are, or a model that smears
-      embeddings, whose chunks would need the token before them.
+    InputError: sizes below 1, an unknown sampling, more chunks visited than there are, rows of no tokens or beyond the
+      model's context, or a model that smears embeddings, whose chunks would need the token before them.
   """
   require_counts(chunk=chunk, visited=1 if visited is None else visited)
   require_choice("sampling", sampling, SAMPLING)
@@ -138,7 +151,7 @@ def gradient(
     del step
     model = jax.eval_shape(model_of, params, *frozen)
     c, (rows, time) = model.config, batch["inputs"].shape
-    require(not c.smear, "models that smear embeddings cannot be read in chunks here; train them with a loss_fn")
+    common.require_readable(c, time)
     count = -(-time // chunk)
     require(visited is None or visited <= count, f"visited is {visited}; the sequence has {count} chunks of {chunk}")
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)

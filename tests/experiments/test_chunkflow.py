@@ -67,6 +67,7 @@ def test_the_fit_of_a_chunks_cost_is_used_as_it_is(config):
   fit = {"cost": [0.0, 4e-6, 0.0]}
   found = pipeline.simulated(config, fit)
   (rows,) = found["choices"].values()
+  assert {(row["chunk"], row["keep"]) for row in rows} == {(128, 1), (128, 2), (256, 1)}  # C K of 256 at most
   one = rows[0]
   assert one["seconds"] <= found["whole"]["seconds"] and 0 < one["bubble"] < 1
   assert Cost(*fit["cost"]).forward(128, 5) == pytest.approx(512e-6)

@@ -12,7 +12,8 @@ import pytest
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
-from jaxlab.sequence import common, seco
+from jaxlab.models.attention import masked_attention
+from jaxlab.sequence import chunkflow, common, seco
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
 from tests.common import configs, random_model
@@ -42,14 +43,15 @@ def flat(tree):
   return np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(tree)])
 
 
-def precise(q, k, v, *, window, start):
+def masked(q, k, v, *, mask):
   """Attention in float64: the library's takes its softmax in float32."""
   q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-  query, key = jnp.arange(q.shape[1])[:, None] + start, jnp.arange(k.shape[1])
-  see = (key <= query) & (True if window is None else key >= query - window)
   score = jnp.einsum("btgrd,bsgd->bgrts", q, k) / math.sqrt(q.shape[-1])
-  weight = jax.nn.softmax(jnp.where(see, score, -jnp.inf), axis=-1)
+  weight = jax.nn.softmax(jnp.where(mask[:, :, None], score, -jnp.inf), axis=-1)
   return jnp.einsum("bgrts,bsgd->btgrd", weight, v).reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+precise = masked_attention(masked)
 
 
 def loss_of(model, batch):
@@ -240,23 +242,49 @@ def test_the_last_chunk_is_visited_where_asked():
   close(alone, order([1], direct=2.0), 1e-10)
 
 
+def test_chunkflow_is_the_same_gradient(six):
+  """With K = 1 of one sequence, by a program of its own."""
+  run, _ = six
+  model, batch = model_of(dataclasses.replace(CONFIG, depth=2)), text(rows=1)
+  row = {name: array[0] for name, array in batch.items()}
+  made = chunkflow.materialize(chunkflow.pack([TIME], TIME // 6), [row])
+  theirs = jax.jit(lambda model: chunkflow.gradient(attend=masked)(model, made, 0, None)[1])(model)
+  close(run(np.arange(6)[::-1].copy()), flat(theirs))
+
+
+def test_nothing_is_sent_to_a_cache_from_the_chunk_on():
+  """Exactly: its own entries and the room behind them are written and masked; what is before it gets something."""
+  model, batch = model_of(dataclasses.replace(CONFIG, depth=2)), text(rows=1)
+  c, start, stop = model.config, 16, 24
+  filled = jax.random.normal(jax.random.key(0), (2, c.depth, 1, TIME, c.kv_heads, c.head_dim))
+  part = batch["inputs"][:, start:stop], batch["targets"][:, start:stop]
+  how = dict(model_of=lambda model: model, frozen=(), total=1, how=(precise, "none"))
+  loss = lambda cache: common.transformer_loss(model, tuple(cache), part, start, **how)[0]
+  size = np.abs(jax.jit(jax.grad(loss))(filled)).max(axis=(1, 2, 4, 5))
+  assert (size[:, start:] == 0).all() and (size[:, :start] > 1e-9).all()
+
+
 def test_memory_grows_by_the_cache_alone():
-  """From 512 to 2048 tokens in chunks of 128, in float32: by keys, values, their gradients and copies of these."""
+  """From 512 to 2048 tokens in chunks of 128, in float32: by 4 times keys and values and 6 times those of a layer. They
+  are kept, held by the layers, sent back and summed. The attention has no scores; jax's has those of a chunk."""
   with jax.enable_x64(False):
-    model = random_model(CONFIG)
-    c = model.config
+    c = dataclasses.replace(CONFIG, context=2048)
+    model = random_model(c)
+
+    def attend(q, k, v, *, window, start):
+      state = jnp.einsum("bshd,bshe->bhde", k, v)
+      return jnp.einsum("bthd,bhde->bthe", q, jnp.repeat(state, c.q_heads // c.kv_heads, axis=1))
 
     def temporaries(time, way):
       batch = jax.tree.map(jnp.asarray, text(rows=1, time=time))
       return jax.jit(way).lower(model, batch).compile().memory_analysis().temp_size_in_bytes
 
-    chunks = lambda model, batch: seco.gradient(chunk=128)(model, batch, 0, jax.random.key(0))
-    whole = lambda model, batch: jax.value_and_grad(lambda m: losses.language_model_loss(m, batch)[0])(model)
-    ours, naive = ([temporaries(time, way) for time in (512, 2048)] for way in (chunks, whole))
-    cache = 2 * c.depth * c.kv_heads * c.head_dim * 4 * (2048 - 512)
-    scores = 4 * c.q_heads * 128 * (2048 - 512)  # of a chunk, in every layer
-    assert ours[1] - ours[0] < 8 * cache + 8 * c.depth * scores and naive[1] > 3.5 * naive[0]
-    assert naive[1] > 2 * ours[1]
+    chunks = lambda model, batch: seco.gradient(chunk=128, attention=attend)(model, batch, 0, jax.random.key(0))
+    plain = lambda m, batch: losses.token_losses(m, m.hidden(batch["inputs"], attention=attend), batch["targets"]).sum()
+    ours, naive = ([temporaries(time, way) for time in (512, 2048)] for way in (chunks, jax.grad(plain)))
+    layer = 2 * c.kv_heads * c.head_dim * 4
+    assert ours[1] - ours[0] < (2048 - 512) * layer * (4 * c.depth + 6)
+    assert naive[1] > 3.5 * naive[0] and naive[1] > 2 * ours[1]
 
 
 def test_a_run_trains_by_it_on_eight_devices_too(tmp_path):
@@ -303,3 +331,18 @@ def test_bad_input():
       by_chunks(model, batch, **how)
   with pytest.raises(InputError, match="models that smear embeddings"):
     by_chunks(model_of(configs()["nanochat"]), batch, chunk=8)
+  with pytest.raises(InputError, match="longer than the model's context of 47 tokens; cut them"):
+    by_chunks(model_of(dataclasses.replace(CONFIG, context=TIME - 1)), batch, chunk=8)
+  with pytest.raises(InputError, match="the sequences have no tokens"):
+    by_chunks(model, text(time=0), chunk=8)
+  key = jax.random.key(0)
+  for visited, sampling, message in (
+    (0, "uniform", "visited is 0; it must be 1 to 4"),
+    (9, "bernoulli", "visited is 9; it must be 1 to 4"),
+    (2, "gauss", "sampling is 'gauss'"),
+  ):
+    with pytest.raises(InputError, match=message):
+      seco.choose(key, 4, visited, sampling, last=True)
+  cache = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 47))
+  with pytest.raises(InputError, match="the cache has 47 positions; 6 chunks of 8 need 48"):
+    seco.value_and_grad(None, model, cache, jnp.zeros((6, 1)), chunk=8)
