@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       longest=pick(test=(256,), cpu=(1024, 2048), gpu=(65_536,), paper=(32_768, 65_536)),
       batch=pick(test=4, cpu=32, gpu=64),  # sequences of a global batch
-      batches=pick(test=1, cpu=2, gpu=6, paper=20),
+      batches=pick(test=1, cpu=2, gpu=4, paper=20),
       chunk=chunk,
       settings=pick(  # (chunk, K) of ChunkFlow
         test=((128, 1),),
@@ -69,7 +69,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         held_out=pick(test=1, cpu=4, gpu=16),
       ),
       sizes=pick(test=(128, 256), cpu=(128, 256, 512, 1024, 2048), gpu=(1024, 2048, 4096, 8192, 16_384, 32_768)),
-      repetitions=pick(test=1, cpu=3, gpu=5),
+      repetitions=pick(test=1, cpu=3),
       pipeline=dict(
         stages=4,
         longest=pick(test=1024, cpu=262_144),
