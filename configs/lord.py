@@ -75,14 +75,25 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Methods with their budget: a share of the parameters, or bits a weight.
       methods=dict(
         base=pick(
-          test=METHODS,
-          cpu=(*METHODS, *MORE, "lord 0.9", "lord 0.85", "lord 0.7", "svd_llm 0.9", "svd_llm 0.7", "gptq 3", "rtn 3"),
-          gpu=(*METHODS, *MORE, *SWEPT),
+          test=(*METHODS, *RANKED),
+          cpu=(
+            *METHODS,
+            *RANKED,
+            *MORE,
+            "lord 0.9",
+            "lord 0.85",
+            "lord 0.7",
+            "svd_llm 0.9",
+            "svd_llm 0.7",
+            "gptq 3",
+            "rtn 3",
+          ),
+          gpu=(*METHODS, *RANKED, *MORE, *SWEPT),
         ),
         others=pick(
           test=METHODS,
           cpu=("lord 0.9", "lord 0.8", "svd_llm 0.9", "svd_llm 0.8", "rtn 4"),
-          gpu=(*METHODS, *MORE, *SWEPT),
+          gpu=(*METHODS, *RANKED, *MORE, *SWEPT),
         ),
       ),
       group=pick(test=8, cpu=32),  # of weights with a scale
@@ -118,6 +129,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
 
 
 METHODS = ("lord 0.8", "uniform 0.8", "uncentred 0.8", "svd_llm 0.8", "asvd 0.8", "lord+rtn 0.8", "rtn 4", "gptq 4")
+RANKED = ("svd_llm_ranked 0.8", "asvd_ranked 0.8")  # at ranks chosen as LoRD's are
 MORE = ("svd 0.8", "lord+bitstack 0.8", "bitstack 1")
 SWEPT = (
   *(f"{name} {budget}" for name in ("lord", "svd_llm", "asvd", "svd") for budget in (0.95, 0.9, 0.85, 0.7)),

@@ -28,11 +28,22 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
   """
   model, text, batch = subject.model, subject.calibration, sizes(config.text, subject).batch
   multiple = config.sweep.multiple
+  shares, loss = sizes(config.sweep, subject), selection_loss(subject)
   plain = functools.cache(lambda: lord.decompose(model, text, centre=False, batch=batch))
   full = functools.cache(lambda how: svd.decompose(model, text, _SVDS[how], batch=batch))
 
   def at_ranks(bases, budget):
     return lord.truncate(model, bases, lord.choose(bases, table, budget=budget))
+
+  @functools.cache
+  def swept_svd(how):
+    rivals = lord.of_factors(full(how))
+    return rivals, lord.sweep(model, rivals, loss, shares=shares, multiple=multiple)
+
+  def at_own_ranks(how, budget):
+    """Ranks by type of map, chosen by loss as LoRD's are."""
+    rivals, found = swept_svd(how)
+    return lord.truncate(model, rivals, lord.choose(rivals, found, budget=budget))
 
   def stacked(model, blocks):
     return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
@@ -58,6 +69,7 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     }
     | rivals(config, subject)
     | {how: lambda budget, how=how: svd.truncate(model, full(how), budget=budget) for how in _SVDS}
+    | {f"{how}_ranked": functools.partial(at_own_ranks, how) for how in _SVDS}
   )
 
 

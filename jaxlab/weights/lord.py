@@ -114,6 +114,17 @@ def decompose(
   return layer_by_layer(model, tokens, visit, batch=batch)
 
 
+def of_factors(full: Mapping[str, Factored]) -> dict[str, Basis]:
+  """Factors whose first ones are those of a lower rank (`svd.decompose`), for `sweep`, `choose` and `truncate`: ranks
+  of other decompositions, chosen alike. They have no eigenvalues and no means."""
+  found = {}
+  for name, one in full.items():
+    down, up = one.down[...], one.up[...]
+    none, mean = jnp.zeros(down.shape[:-2] + down.shape[-1:]), jnp.zeros(up.shape[:-2] + up.shape[-1:])
+    found[name] = Basis(down, up, none, mean, None if one.bias is None else one.bias[...])
+  return found
+
+
 def _or_zero(bias: Array | None):
   return 0 if bias is None else bias
 

@@ -12,7 +12,7 @@ from jaxlab.training import lora
 from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
-METHODS = (*config_file.METHODS, "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+METHODS = (*config_file.METHODS, "svd_llm_ranked 0.8", "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
 
 
 @pytest.fixture
@@ -34,7 +34,9 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
   dense, *others = rows
   assert dense["share"] == 1 and all(row["bytes"] < dense["bytes"] for row in others)
   of = {row["method"]: row for row in others}
-  assert all(of[name]["share"] <= 0.8 for name in ("lord", "uniform", "uncentred", "svd_llm", "asvd", "svd"))
+  assert all(
+    of[name]["share"] <= 0.8 for name in ("lord", "uniform", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
+  )
   assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
 
 

@@ -12,7 +12,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.models import maps
 from jaxlab.weights import svd
 from jaxlab.weights.calibration import Moments, moments
-from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, sweep, truncate, uniform
+from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, of_factors, sweep, truncate, uniform
 from tests.common import configs, random_model, random_tokens
 
 SHAPES = [(24, 32), (24, 24), (32, 24)]
@@ -224,6 +224,9 @@ def test_a_rival_at_a_budget(made):
   small = svd.truncate(model, full, budget=0.5)
   size = maps.bytes_of(maps.named(small.blocks)) / maps.bytes_of(maps.named(model.blocks))
   assert 0.35 < size <= 0.5
+  bases = of_factors(full)
+  ranks = {name: one.down.shape[-1] for name, one in maps.named(small.blocks).items()}
+  np.testing.assert_array_equal(truncate(model, bases, ranks)(TOKENS), small(TOKENS))
   with pytest.raises(InputError, match="leaves q no rank"):
     svd.truncate(model, full, budget=0.01)
   with pytest.raises(InputError, match="budget is 1"):
