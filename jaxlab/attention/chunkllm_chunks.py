@@ -200,8 +200,12 @@ def chunk_mass(q, keys, ids, own, *, start, chunks: int, sink: int, window: int 
 
 
 def best_chunks(scores: Float[Array, "*batch chunks"], count: Int[Array, "*batch"], most: int):
-  """bool like scores: the `count` largest ones above -inf, at most `most`; of equal ones the later."""
+  """bool like scores: the `count` largest ones above -inf, at most `most`; of equal ones the later.
+
+  What is no number is the largest, so that it is read and seen in the answer.
+  """
   most = min(most, scores.shape[-1])
+  scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
   value, index = jax.lax.top_k(scores[..., ::-1], most)
   taken = (jnp.arange(most) < count[..., None]) & (value > -jnp.inf)
   return jnp.put_along_axis(jnp.zeros(scores.shape, bool), scores.shape[-1] - 1 - index, taken, -1, inplace=False)

@@ -139,7 +139,7 @@ def compact(
   last: int = 0,
   implementation: str | None = None,
 ) -> paged.Method:
-  """The method for a paged cache; decoding, and the first chunk, are dense.
+  """The method for a paged cache; decoding, the first chunk and layers that look back a window are dense.
 
   Args:
     select: one of `selection`, `dhsa_blocks` or `seer_gate.seer`, its options bound, for all layers or one for each;
@@ -165,7 +165,7 @@ def compact(
 
   def attend(q, k, v, view: paged.View, memory):
     time, page = q.shape[1], view.keys.shape[2]
-    if time == 1:
+    if time == 1 or view.window is not None:  # a window is few blocks already
       return paged.attend_densely(q, k, v, view, memory)
     require_divides("the page", page, "the chunk", time)
     require(jnp.ndim(view.start) == 0, "chunks of rows that start at positions of their own cannot be selected for")
@@ -231,7 +231,7 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
 
   def attend(q, k, v, view: paged.View, memory):
     time = q.shape[1]
-    if time == 1:
+    if time == 1 or view.window is not None:
       return paged.attend_densely(q, k, v, view, memory)
     keys, values = (paged.rows(pool, view.table) for pool in (view.keys, view.values))
     capacity = keys.shape[2]

@@ -43,6 +43,7 @@ def flash_prefill(
   first `sink` blocks, and the `window` blocks that end with the query's own.
   """
   mass = block_mass(q, means, past=past, block=block)
+  mass = jnp.where(jnp.isnan(mass), jnp.inf, mass)  # what is no number is read, and seen in the answer
   behind = blocks_behind(past, mass.shape[2], means.shape[2], block)
   near = (behind < window) | (jnp.arange(means.shape[2]) < sink)
   # What the row's sum divides by is the same on both sides.

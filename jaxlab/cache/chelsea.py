@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxlab.cache.chelsea_merging import compress, kept, schedule
-from jaxlab.cache.entries import PAGE, Entries, attend_centroids, attend_entries, attend_parts
+from jaxlab.cache.entries import (
+  PAGE,
+  Entries,
+  attend_centroids,
+  attend_entries,
+  attend_parts,
+  require_whole_context,
+)
 from jaxlab.core.checks import require
 from jaxlab.kernels.paged_attention import combine, gpu
 from jaxlab.models import paged
@@ -94,6 +101,7 @@ def chelsea(
     return jax.vmap(jax.vmap(functools.partial(merging, **budget(layer))))(entries)
 
   def empty(config, *, batch, capacity, page, dtype):
+    require_whole_context(config, capacity)
     if not during_prefill:
       return ()
     blank = jnp.zeros(batch, jnp.int32)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.core.checks import require
 from jaxlab.kernels.paged_attention import paged_attention
+from jaxlab.models.config import TransformerConfig
 
 PAGE = 64  # entries that the kernel reads at once
 
@@ -20,6 +22,14 @@ class Entries(NamedTuple):
   keys: Array
   values: Array
   size: Array
+
+
+def require_whole_context(config: TransformerConfig, capacity: int) -> None:
+  """Raises InputError where a layer looks back a window shorter than the cache: what leaves it could not be known."""
+  require(
+    all(window is None or window >= capacity for window in config.windows),
+    "layers of this model look back a window, in which entries would have to keep their places; take another method",
+  )
 
 
 def attend_entries(

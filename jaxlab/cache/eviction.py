@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlab.cache.entries import Entries, attend_entries
+from jaxlab.cache.entries import Entries, attend_entries, require_whole_context
 from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.compaction import Compaction, Compactor
@@ -249,8 +249,12 @@ def _method(
       mine = dataclasses.replace(mine, score=mine.score + weight)
     return out, (*memory[: view.layer], mine, *memory[view.layer + 1 :])
 
+  def checked(config, *, capacity, **sizes):
+    require_whole_context(config, capacity)
+    return empty(config, capacity=capacity, **sizes)
+
   in_pages = _in_pages(score, keep) if look is None and not slide and not callable(keep) else None
-  return paged.Method(attend, empty, ready, in_pages=in_pages)
+  return paged.Method(attend, checked, ready, in_pages=in_pages)
 
 
 def _in_pages(score: Callable, keep: float) -> Compactor:

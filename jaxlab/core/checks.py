@@ -1,5 +1,7 @@
 """Input checks. One line: what is wrong, what was expected, what to do."""
 
+import functools
+import warnings
 from collections.abc import Collection
 
 
@@ -49,3 +51,9 @@ def require_key(key: object) -> None:
 def plain(*names: str) -> str:
   """Foreign names as part of a line: the first four, quoted where one is long or has characters that do not print."""
   return ", ".join(name if name.isprintable() and len(name) < 80 else f"{name!r:.80}" for name in names[:4])
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+  """Says once in a process what is slower, or takes more memory, than one would expect."""
+  warnings.warn(message, stacklevel=3)

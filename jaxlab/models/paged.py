@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
@@ -237,11 +238,15 @@ def step(
   """Logits of the next tokens and the state with them; the caller sees to it that they fit the pages.
 
   Raises:
-    InputError: several tokens at a position that may not be the first, for a method that reads a prompt as one chunk.
+    InputError: several tokens at a position that may not be the first, for a method that reads a prompt as one chunk;
+      or tokens beyond the pages, unless a transformation hides how many there are.
   """
   behind = tokens.shape[1] == 1 or state.length.ndim == 1
   require(behind or not method.whole, "this method reads a prompt as one chunk: call prefill for it, then step")
   after = state.length + tokens.shape[1]
+  if state.pools and not isinstance(after, jax.core.Tracer):
+    room, most = state.table.shape[1] * state.page, int(np.max(after))
+    require(most <= room, f"{most} tokens do not fit into pages for {room}; give more capacity")
   *found, state = hidden(network, tokens, state, jnp.broadcast_to(after, tokens.shape[:1]), method)
   return network.model.logits(*found), dataclasses.replace(state, length=after)
 
@@ -374,12 +379,15 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
       see &= place[:, None, None, None] >= query - window
     # Pages may hold anything past a row's length, also what is not a number.
     value = jnp.where((place <= last)[None, :, :, None], value, 0)
+    if sizes is not None:
+      counts = jnp.swapaxes(sizes[:, here], 0, 1).reshape(batch, kv_heads, 1, 1, each * page)
+      see &= counts > 0  # an empty entry's score must not be the largest
     score = jnp.einsum("btkgd,kbsd->bkgts", grouped, key, preferred_element_type=wide) / size**0.5
     score = jnp.where(see, score, _LOWEST)
     top = jnp.maximum(m, score.max(axis=-1))
     weight = jnp.where(see, jnp.exp(score - top[..., None]), 0)
     if sizes is not None:
-      weight *= jnp.swapaxes(sizes[:, here], 0, 1).reshape(batch, kv_heads, 1, 1, each * page)
+      weight *= counts
     fade = jnp.exp(m - top)
     sums = jnp.einsum("bkgts,kbsd->bkgtd", weight.astype(value.dtype), value, preferred_element_type=wide)
     return fade[..., None] * o + sums, top, fade * l + weight.sum(axis=-1)

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxlab.core.checks import require, require_choice, require_divides
+from jaxlab.core.checks import require, require_choice, require_divides, warn_once
 from jaxlab.kernels.block_mass import pallas
 
 IMPLEMENTATIONS = (None, "reference", "triton", "mosaic_tpu")
@@ -37,7 +37,9 @@ def block_mass(q, means, *, past, block: int, implementation=None, interpret=Fal
   require_divides("block", block, "queries", q.shape[2])
   if implementation is None:
     implementation = {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "reference")
-    implementation = implementation if pallas.supports(q, block, implementation) else "reference"
+    if implementation != "reference" and not pallas.supports(q, block, implementation):
+      warn_once(f"no kernel takes blocks of {block} and {q.shape[3]} channels in {q.dtype}: XLA writes all products")
+      implementation = "reference"
   problem = q, means.astype(q.dtype), jnp.asarray(past, jnp.int32)
   if implementation == "reference":
     return _reference(*problem, block)

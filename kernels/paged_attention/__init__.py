@@ -9,8 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxlab.core.checks import require, require_choice
+from jaxlab.core.checks import require, require_choice, warn_once
 from jaxlab.kernels.paged_attention import cudnn, gpu, tpu
 
 KERNELS = {"cudnn": cudnn, "triton": gpu, "mosaic_tpu": tpu}
@@ -62,6 +63,8 @@ def paged_attention(
     sizes is None or sizes.shape == keys.shape[:2],
     f"sizes must be given as (pages, page) {keys.shape[:2]}",
   )
+  require(jnp.issubdtype(q.dtype, jnp.floating), f"q holds {q.dtype}; attention is of floating-point numbers")
+  _check_table(table, count, len(keys))
   problem = q, keys, values, table, count.astype(jnp.int32), jnp.asarray(start, jnp.int32), sizes
   if implementation is None:
     implementation = _best(problem, heads)
@@ -82,11 +85,29 @@ def paged_attention(
   return combine(out, total)
 
 
+def _check_table(table, count, pages: int) -> None:
+  """Of values that no transformation hides: those of a compiled program cannot be looked at."""
+  if isinstance(table, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+    return
+  table, count = np.asarray(table), np.asarray(count)
+  ordered = (count[:, 0] >= 0) & (count[:, 0] <= count[:, 1]) & (count[:, 1] <= table.shape[1])
+  require(
+    ordered.all(), f"count must be (open, all), 0 <= open <= all <= {table.shape[1]}; it is {count.tolist()!s:.80}"
+  )
+  read = table[np.arange(table.shape[1]) < count[:, 1:]]
+  inside = ((read >= 0) & (read < pages)).all()
+  require(inside, f"the table names pages {read.min(initial=0)}..{read.max(initial=0)}; there are 0..{pages - 1}")
+
+
 def _best(problem, heads: int) -> str:
   if jax.default_backend() == "gpu":
     if problem[0].shape[1] >= _PREFILL * heads and cudnn.preferred(*problem):
       return "cudnn"
-    return "triton" if gpu.supports(*problem) else "reference"
+    if gpu.supports(*problem):
+      return "triton"
+    shape, page = problem[0].shape, problem[1].shape[1]
+    warn_once(f"no kernel takes pages of {page} and {shape[2]} channels in {problem[0].dtype}: XLA copies all pages")
+    return "reference"
   return "mosaic_tpu" if jax.default_backend() == "tpu" and tpu.supports(*problem) else "reference"
 
 
@@ -135,11 +156,11 @@ def _reference(q, keys, values, table, count, start, sizes, *, heads: int):
   # Pages may hold anything past a row's last token, also what is not a number.
   value = jnp.where((place <= last)[:, 0, :, None], read(values), 0)
   score = jnp.einsum("rqd,rkd->rqk", q, read(keys), preferred_element_type=wide) / math.sqrt(size)
+  tokens = 1.0 if sizes is None else sizes[table].reshape(rows, 1, -1)
+  see &= tokens > 0  # an empty entry's score must not be the largest
   score = jnp.where(see, score, LOWEST)
   top = score.max(axis=-1, keepdims=True)
-  weight = jnp.where(see, jnp.exp(score - top), 0)
-  if sizes is not None:
-    weight = weight * sizes[table].reshape(rows, 1, -1)
+  weight = jnp.where(see, jnp.exp(score - top) * tokens, 0)
   total = weight.sum(axis=-1)
   out = jnp.einsum("rqk,rkd->rqd", weight.astype(value.dtype), value, preferred_element_type=wide)
   some = total > 0

@@ -71,11 +71,14 @@ def _kernel(q, keys, values, table, count, start, *rest, heads: int, block: int,
       score = jnp.where(see, score, _LOWEST)
       # A page may hold anything past the last token, also what is not a number.
       value = jnp.where((place <= jnp.max(at))[:, None], value, jnp.zeros((), value.dtype))
+    counts = [tokens_of[where] for tokens_of in sizes]
+    for count_of in counts:  # an empty entry's score must not be the largest
+      score = jnp.where(count_of[None] > 0, score, _LOWEST)
     top = jnp.maximum(m, jnp.max(score, axis=1))
     weight = jnp.exp2(score - top[:, None])
     weight = jnp.where(see, weight, 0.0) if masked else weight
-    for tokens_of in sizes:
-      weight = weight * tokens_of[where][None]
+    for count_of in counts:
+      weight = weight * count_of[None]
     fade = jnp.exp2(m - top)
     return fade[:, None] * o + dot(weight.astype(value.dtype), value), top, fade * l + jnp.sum(weight, axis=1)
 

@@ -79,6 +79,8 @@ def _kernel(table, count, start, q, keys, values, *rest, heads: int, capacity: i
     value = jnp.where((here <= latest) | (j < opened), values[...], jnp.zeros((), values.dtype))
     across = (((1,), (1,)), ((), ()))
     score = jax.lax.dot_general(q[...], keys[...], across, preferred_element_type=jnp.float32) / math.sqrt(size)
+    for tokens_of in sizes:  # an empty entry's score must not be the largest
+      see &= tokens_of[...] > 0
     score = jnp.where(see, score, _LOWEST)
     top = jnp.maximum(m[:, :1], jnp.max(score, axis=1, keepdims=True))
     weight = jnp.where(see, jnp.exp(score - top), 0.0)
