@@ -64,6 +64,12 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         tokens=pick(test=16, cpu=400, gpu=2000),  # at most, of an answer
         growth=(2, 2, 8),  # of leaves, direct, chain: at most so many times the prompt's length
       ),
+      worlds=dict(
+        entities=pick(test=40, cpu=300),
+        facts=pick(test=6, cpu=12),  # told with a question
+        asked=3,  # questions after the same facts, in training
+        hops=pick(test=(2, 3), cpu=(2, 3, 4)),
+      ),
       retrieval=dict(documents=pick(test=40, cpu=5000), questions=pick(test=5, cpu=500)),
       pretrained=dict(model="smollm2", count=pick(test=0, cpu=4, gpu=100), lists=4, words=2, tokens=48),
     )
