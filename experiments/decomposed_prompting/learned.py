@@ -138,7 +138,7 @@ class Examples:
     ids, counted, stream = [], [], self._stream(rng)
     while len(ids) < length:
       question, answer = next(stream)
-      ids += question + answer
+      ids += (*question, *answer)
       counted += [False] * len(question) + [True] * len(answer)
     return np.array(ids[:length], np.int32), np.array(counted[:length])
 
