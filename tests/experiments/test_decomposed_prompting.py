@@ -99,7 +99,9 @@ def test_what_was_published_before_there_were_worlds_is_still_told(config, tmp_p
   metrics = experiment.measure(config, tmp_path, tmp_path, Console())
   old = {name: part for name, part in metrics.items() if name not in ("worlds", "delimiter")}
   assert len(experiment.claims(config, old)) == len(experiment.claims(config, metrics)) - 2
-  assert "semi-colon" not in repr(experiment.claims(config, old)) and "hop gets" not in experiment.finding(config, old)
+  assert "semi-colon" not in repr(experiment.claims(config, old)) and "over worlds" not in experiment.finding(
+    config, old
+  )
   assert "semi-colon" in repr(experiment.claims(config, metrics))
 
 
