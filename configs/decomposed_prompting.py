@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       train=dict(
         steps=pick(test=2, cpu=700, gpu=800, paper=2000),
-        batch=pick(test=2, cpu=12, gpu=128),
+        batch=pick(test=8, cpu=12, gpu=128),
         length=pick(test=48, cpu=128, gpu=512),
         seeds=pick(cpu=1, gpu=3),
         scale=pick(cpu=1.5, gpu=1.0),
