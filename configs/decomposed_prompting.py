@@ -9,7 +9,7 @@ prompted too.
   python -m experiments.run --config=configs/decomposed_prompting.py:cpu --workdir=runs/decomposed_prompting
 
 --config.data.path=DIR adds test sets (JSON as in the authors' repository) to what symbolic leaves answer. Scale cpu:
-some eleven minutes on two cores. Scale gpu: three seeds of 5 M parameters. What was found is in
+some ten minutes on two cores. Scale gpu: three seeds of 5 M parameters. What was found is in
 results/decomposed_prompting.
 """
 
