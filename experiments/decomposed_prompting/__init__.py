@@ -1,7 +1,7 @@
 """Decomposed prompting: programs over leaves that are functions, small trained models, or a pretrained one.
 
 A module here is a part of the run: `shapes` has the published programs, `learned` trains models on generated tasks,
-`pretrained` prompts a checkpoint, `retrieval` searches hop by hop.
+`worlds` answers questions of several hops, `pretrained` prompts a checkpoint, `retrieval` searches hop by hop.
 """
 
 import functools
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import figures, results
-from experiments.decomposed_prompting import evaluation, learned, pretrained, retrieval, shapes
+from experiments.decomposed_prompting import evaluation, learned, pretrained, retrieval, shapes, worlds
 from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.core.checks import require
@@ -30,15 +30,30 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   e = config.eval
   require(e.lists and e.words, "eval.lists and eval.words need at least one size each")
   part = functools.partial(results.part, workdir)
-  tests = generated_tests(config)
+  seeds = range(config.seed, config.seed + config.train.seeds)
+  tests, unseen = generated_tests(config), unseen_delimiter(config)
   found = {"programs": part("programs", lambda: symbolic(config, tests, console))}
   found["retrieval"] = part("retrieval", lambda: retrieval.measure(config))
   found["learned"] = {
     way: {
-      f"{seed}": part(f"{way}.{seed}", lambda w=way, s=seed: learn(config, w, s, tests, workdir, console))
-      for seed in range(config.seed, config.seed + config.train.seeds)
+      f"{seed}": part(f"learned.{way}.{seed}", lambda w=way, s=seed: learn(config, w, s, tests, workdir, console))
+      for seed in seeds
     }
     for way in WAYS
+  }
+  found["delimiter"] = {
+    way: {
+      f"{seed}": part(f"delimiter.{way}.{seed}", lambda w=way, s=seed: learn(config, w, s, unseen, workdir, console))
+      for seed in seeds
+    }
+    for way in learned.MODELS
+  }
+  found["worlds"] = {"functions": part("worlds.functions", lambda: worlds.by_functions(config))} | {
+    arm: {
+      f"{seed}": part(f"worlds.{arm}.{seed}", lambda a=arm, s=seed: worlds.measure(config, a, s, workdir, console))
+      for seed in seeds
+    }
+    for arm in worlds.ARMS
   }
   if config.pretrained.count:
     names = [f"reverse {config.pretrained.lists}", f"letters {config.pretrained.words}"]
@@ -55,6 +70,13 @@ def generated_tests(config) -> dict[str, list[tuple[str, str]]]:
     np.random.default_rng([config.seed, size]), kind, size, config.eval.count, vocabulary
   )
   return {f"{kind} {size}": make(kind, size) for kind, size in sizes}
+
+
+def unseen_delimiter(config) -> dict[str, list[tuple[str, str]]]:
+  """Letters of as many words as training has, or the fewest, with the delimiter that it never has."""
+  size = learned.WORDS if learned.WORDS in config.eval.words else min(config.eval.words)
+  rng, vocabulary = np.random.default_rng([config.seed, size]), learned.words(config, held_out=True)
+  return {f"letters {size}": shapes.generated(rng, "letters", size, config.eval.count, vocabulary, (shapes.HELD_OUT,))}
 
 
 def english(config, kind: str, size: str) -> list[tuple[str, str]]:
@@ -96,9 +118,9 @@ def learn(config, way: str, seed: int, tests: dict, workdir: Path, console) -> d
   return {"right": right, "leaves": tally.shares()}
 
 
-def mean(metrics: dict, kind: str, test: str) -> float:
+def mean(metrics: dict, kind: str, test: str, of: str = "learned") -> float:
   """Over the seeds."""
-  return float(np.mean([found["right"][test] for found in metrics["learned"][kind].values()]))
+  return float(np.mean([found["right"][test] for found in metrics[of][kind].values()]))
 
 
 def longest(config, beyond: str) -> str:
@@ -119,7 +141,9 @@ def claims(config, metrics: dict) -> list[Claim]:
     pick(found["right"][test] for found in metrics["learned"][kind].values()) for pick in (min, max)
   )
   programs, found = metrics["programs"], metrics["retrieval"]
-  of_all = [row["right"] for rows in programs.values() for row in rows.values()]
+  rows = {name: row for rows in programs.values() for name, row in rows.items()}
+  if "worlds" in metrics:
+    rows |= {f"worlds {name}": row for name, row in metrics["worlds"]["functions"].items()}
   reversals = {int(name.split()[1]): row["calls"] for name, row in programs["tests"].items() if "reverse" in name}
   leaves = {
     name: float(np.mean([f["leaves"].get(name, 0) for f in metrics["learned"]["leaves"].values()]))
@@ -150,7 +174,8 @@ def claims(config, metrics: dict) -> list[Claim]:
       ours=100 * (at("leaves", letters) - at("chain", letters)), threshold=20.0,
       baseline=f"chain {at('chain', letters):.3g}, at once {at('direct', letters):.3g}",
       note=f"trained on at most {learned.WORDS} words; decomposed {table(metrics, 'leaves', 'letters')}; chain "
-      f"{table(metrics, 'chain', 'letters')}; at once {table(metrics, 'direct', 'letters')}",
+      f"{table(metrics, 'chain', 'letters')}; at once {table(metrics, 'direct', 'letters')}"
+      f"{delimiter_note(metrics)}",
     ),
     Claim(
       "Share of its own questions that the weakest trained leaf answers rightly", "", "higher",
@@ -164,9 +189,9 @@ def claims(config, metrics: dict) -> list[Claim]:
       note=f"BM25, {found['documents']} documents, {found['questions']} questions, {found['answered']:.3g} answered",
     ),
     Claim(
-      "Share right with every leaf a function, worst test", "", "higher", ours=min(of_all), threshold=1.0,
-      baseline="none",
-      note="; ".join(f"{name} {row['right']:.3g}" for rows in programs.values() for name, row in rows.items()),
+      "Share right with every leaf a function, worst test", "", "higher", threshold=1.0,
+      ours=min(row["right"] for row in rows.values()), baseline="none",
+      note="; ".join(f"{name} {row['right']:.3g}" for name, row in rows.items()),
     ),
     Claim(
       "Model calls of a reversal over the count of the program, distance from 1, worst size", "", "lower",
@@ -175,7 +200,56 @@ def claims(config, metrics: dict) -> list[Claim]:
       note=", ".join(f"{n}: {calls:.4g}" for n, calls in reversals.items()),
     ),
   ]  # fmt: skip
-  return made + pretrained_claims(config, metrics.get("pretrained"))
+  return made + world_claims(config, metrics) + pretrained_claims(config, metrics.get("pretrained"))
+
+
+def delimiter_note(metrics: dict) -> str:
+  """What becomes of a delimiter that no training example has."""
+  if "delimiter" not in metrics:
+    return ""
+  (name,) = next(iter(metrics["delimiter"]["leaves"].values()))["right"]
+  share = lambda way: f"{mean(metrics, way, name, of='delimiter'):.0%} ({mean(metrics, way, name):.0%} with those seen)"
+  return (
+    f"; {name.split()[1]} words with {shapes.HELD_OUT}, a delimiter that training never has: decomposed "
+    f"{share('leaves')}, chain {share('chain')}, at once {share('direct')}"
+  )
+
+
+def world_share(config, metrics: dict, arm: str, split: str) -> float:
+  """Over seeds and hops."""
+  return float(np.mean([mean(metrics, arm, f"{split} {hops}", of="worlds") for hops in config.worlds.hops]))
+
+
+def world_claims(config, metrics: dict) -> list[Claim]:
+  if "worlds" not in metrics:
+    return []
+  share = lambda arm, split="compositional": world_share(config, metrics, arm, split)
+  cost = lambda arm, what: np.mean([found[what] for found in metrics["worlds"][arm].values()])
+  by_hops = lambda arm, split: ", ".join(
+    f"{hops}: {mean(metrics, arm, f'{split} {hops}', of='worlds'):.0%}" for hops in config.worlds.hops
+  )
+  told = [
+    f"{label} {by_hops(arm, 'compositional')} (iid {by_hops(arm, 'iid')}), {cost(arm, 'calls'):.3g} calls, "
+    f"{cost(arm, 'read'):.3g} tokens read, {cost(arm, 'written'):.3g} written"
+    for arm, label in worlds.LABELS.items()
+  ]
+  fine, chain = metrics["worlds"]["fine"], metrics["worlds"]["chain"]
+  tests = [f"compositional {hops}" for hops in config.worlds.hops]
+  gains = [100 * float(np.mean([fine[s]["right"][t] - chain[s]["right"][t] for t in tests])) for s in fine]
+  return [
+    Claim(
+      "Questions over worlds with pairs of relations unseen in training: the share right by a handler a hop less that "
+      "by a chain of thought", "points", "higher", ours=100 * (share("fine") - share("chain")), threshold=15.0,
+      baseline=f"chain {share('chain'):.3g}, a handler for two hops {share('coarse'):.3g}, at once "
+      f"{share('direct'):.3g}", spread=(min(gains), max(gains)),
+      note=f"{len(fine)} seeds; with pairs as in training {100 * (share('fine', 'iid') - share('chain', 'iid')):.3g} "
+      f"points; share right by hops: {'; '.join(told)}",
+    ),
+    Claim(
+      "The same, a handler a hop less a handler for two hops", "points", "higher",
+      ours=100 * (share("fine") - share("coarse")), threshold=0.0, baseline=f"{share('coarse'):.3g}",
+    ),
+  ]  # fmt: skip
 
 
 def pretrained_claims(config, found: dict | None) -> list[Claim]:
@@ -204,6 +278,12 @@ def finding(config, metrics: dict) -> str:
     f"words {share('leaves', letters)} and {share('mixed', letters)} (chain {share('chain', letters)}); hop by hop "
     f"BM25 finds both documents of {found['hop by hop']:.0%} of questions (at once {found['at once']:.0%})"
   )
+  if "worlds" in metrics:
+    told = lambda arm: " and ".join(f"{world_share(config, metrics, arm, split):.0%}" for split in worlds.SPLITS[::-1])
+    text += (
+      f"; over worlds with relations paired as never in training and as there, a handler a hop gets {told('fine')}, "
+      f"one for two hops {told('coarse')}, a chain of thought {told('chain')}"
+    )
   if pretrained_found := metrics.get("pretrained"):
     told = lambda how: " and ".join(f"{share:.0%}" for share in pretrained_found[how].values())
     text += f"; {config.pretrained.model} gets {told('decomposed')} decomposed, {told('direct')} at once"
@@ -221,4 +301,17 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
     axis.set_title("list reversal" if task == "reverse" else "letters of words")
   axes[0].legend(fontsize=8)
   caption = "Share right against length, beyond the longest trained on (dotted), on words that were held out"
-  return {figures.save(figure, workdir, "length"): caption}
+  made = {figures.save(figure, workdir, "length"): caption}
+  return made | draw_worlds(config, metrics, workdir) if "worlds" in metrics else made
+
+
+def draw_worlds(config, metrics: dict, workdir: Path) -> dict[str, str]:
+  figure, axes = figures.subplots(2)
+  for axis, split in zip(axes, worlds.SPLITS, strict=True):
+    for arm, label in worlds.LABELS.items():
+      shares = [mean(metrics, arm, f"{split} {hops}", of="worlds") for hops in config.worlds.hops]
+      axis.plot(config.worlds.hops, shares, "o-", label=label)
+    axis.set(xlabel="hops", ylabel="share right", ylim=(-0.03, 1.03), xticks=config.worlds.hops)
+    axis.set_title("pairs of relations as in training" if split == "iid" else "with a pair that training never has")
+  axes[0].legend(fontsize=8)
+  return {figures.save(figure, workdir, "worlds"): "Share right of questions over generated worlds against their hops"}

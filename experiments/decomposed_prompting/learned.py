@@ -7,7 +7,7 @@ An example is "<tag><question>><answer>." in characters; tags are capital letter
 import json
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -78,7 +78,7 @@ def _example(tag: str, question: str, answer: str) -> str:
 
 
 def _how(rng) -> str:
-  return rng.choice([name for name in _SIGNS if name != "a semi-colon"])
+  return rng.choice(shapes.SEEN)
 
 
 def _position(rng, names) -> str:
@@ -115,11 +115,13 @@ def _unrolled(items: list[str]) -> str:
 
 
 class Examples:
-  """Endless batches of rows full of examples one after the other; only answers count."""
+  """Endless batches of rows full of examples one after the other; only answers count.
 
-  def __init__(self, config, kind: str, seed: int):
-    self._config, self._kind, self._seed, self._next = config, kind, seed, 0
-    self._vocabulary = words(config, held_out=False)
+  `stream(rng)` gives the examples of a row: pairs (ids of the question, ids of the answer).
+  """
+
+  def __init__(self, config, kind: str, seed: int, stream: Callable[[random.Random], Iterator]):
+    self._config, self._kind, self._seed, self._stream, self._next = config, kind, seed, stream, 0
 
   def __iter__(self):
     return self
@@ -133,12 +135,11 @@ class Examples:
     return {"inputs": inputs[:, :-1], "targets": np.where(counted[:, 1:], inputs[:, 1:], -1)}
 
   def _row(self, rng, length: int):
-    ids, counted = [], []
+    ids, counted, stream = [], [], self._stream(rng)
     while len(ids) < length:
-      text = example(rng, self._kind, self._vocabulary)
-      question = text.index(">") + 1
-      ids += [_ID[character] for character in text]
-      counted += [False] * question + [True] * (len(text) - question)
+      question, answer = next(stream)
+      ids += (*question, *answer)
+      counted += [False] * len(question) + [True] * len(answer)
     return np.array(ids[:length], np.int32), np.array(counted[:length])
 
   def get_state(self) -> dict:
@@ -148,17 +149,30 @@ class Examples:
     self._next = state["next"]
 
 
-def trained(config, kind: str, seed: int, workdir: Path, console) -> Callable[[list[str]], list[str]]:
-  """`ask(questions) -> answers` of the model `kind`, trained for config.train.steps."""
+def examples(config, kind: str, seed: int) -> Examples:
+  """What a model of characters is trained on."""
+  vocabulary = words(config, held_out=False)
+
+  def stream(rng):
+    while True:
+      text = example(rng, kind, vocabulary)
+      ids, cut = [_ID[character] for character in text], text.index(">") + 1
+      yield ids[:cut], ids[cut:]
+
+  return Examples(config, kind, seed, stream)
+
+
+def fitted(config, kind: str, seed: int, data: Examples, vocab_size: int, workdir: Path, console):
+  """A network for `answered`, trained for config.train.steps; a workdir that has it gives it back."""
   t = config.train
-  shape = config.shape.to_dict() | dict(vocab_size=len(ALPHABET), context=t.length)
+  shape = config.shape.to_dict() | dict(vocab_size=vocab_size, context=t.length)
   model = Transformer(TransformerConfig(**shape), jax.random.key(seed))
   tokens = t.batch * t.length
   rates = dict(scale=t.scale, warmup=t.warmup, warmdown=t.warmdown)
   with console.training(f"{kind}, seed {seed}") as progress:
     model = train(
       model,
-      Examples(config, kind, seed),
+      data,
       lambda model, batch, step, key: losses.language_model_loss(model, batch),
       muon_adamw(model.config, steps=t.steps, batch_tokens=tokens, **rates),
       steps=t.steps,
@@ -168,26 +182,36 @@ def trained(config, kind: str, seed: int, workdir: Path, console) -> Callable[[l
       checkpoint_every=t.checkpoint_every,
       progress=progress,
     )
-  network = jax.jit(take_apart)(model)
+  return jax.jit(take_apart)(model)
+
+
+def answered(config, network, prompts: list[tuple[int, ...]], *, growth: int, stop: int) -> list[list[int]]:
+  """New ids of each prompt up to `stop`; none where it was not met in `growth` times the prompt's padded length.
+
+  Prompts go by length, so that few shapes are compiled: batches of one size, of prompts of one power of two.
+  """
+  found, size = {}, config.eval.batch
+  by_length = {}
+  for prompt in dict.fromkeys(prompts):
+    by_length.setdefault(power_of_two(len(prompt)), []).append(prompt)
+  for length, group in by_length.items():
+    limit = min(config.eval.tokens, growth * length)
+    for at in range(0, len(group), size):
+      part = group[at : at + size]
+      padded = part + [part[-1]] * (size - len(part))
+      for prompt, row in zip(part, complete(network, padded, tokens=limit, stop=(stop,), stretch=16), strict=False):
+        found[prompt] = row.tokens[:-1] if row.tokens[-1] == stop else []
+  return [found[prompt] for prompt in prompts]
+
+
+def trained(config, kind: str, seed: int, workdir: Path, console) -> Callable[[list[str]], list[str]]:
+  """`ask(questions) -> answers` of the model of characters `kind`; an answer without an end is empty."""
+  network = fitted(config, kind, seed, examples(config, kind, seed), len(ALPHABET), workdir, console)
 
   def ask(questions: list[str]) -> list[str]:
-    """Answers by length, so that few shapes are compiled: batches of one size, of prompts of one power of two."""
-    found, size = {}, config.eval.batch
-    by_length = {}
-    for question in dict.fromkeys(questions):
-      by_length.setdefault(power_of_two(len(question)), []).append(question)
-    for length, group in by_length.items():
-      limit = min(config.eval.tokens, config.eval.growth[MODELS.index(kind)] * length)
-      for at in range(0, len(group), size):
-        part = group[at : at + size]
-        prompts = [[_ID.get(character, 0) for character in question] for question in part]
-        prompts += [prompts[-1]] * (size - len(prompts))
-        for question, row in zip(
-          part, complete(network, prompts, tokens=limit, stop=(STOP,), stretch=16), strict=False
-        ):
-          text = "".join(ALPHABET[token] for token in row.tokens)
-          found[question] = text.removesuffix(".") if text.endswith(".") else ""
-    return [found[question] for question in questions]
+    prompts = [tuple(_ID.get(character, 0) for character in question) for question in questions]
+    rows = answered(config, network, prompts, growth=config.eval.growth[MODELS.index(kind)], stop=STOP)
+    return ["".join(ALPHABET[token] for token in row) for row in rows]
 
   return ask
 

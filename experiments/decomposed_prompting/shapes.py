@@ -13,6 +13,8 @@ from jaxlab.tasks.decomposed_prompting import Decomposer, Leaf
 from jaxlab.tasks.programs import END
 
 DELIMITERS = {"a space": " ", "a comma": ",", "a semi-colon": ";", "nothing": ""}
+HELD_OUT = "a semi-colon"  # no training example has it
+SEEN = tuple(name for name in DELIMITERS if name != HELD_OUT)
 BASE = 4  # lists with fewer items are reversed at once
 
 
@@ -129,7 +131,9 @@ def model_calls(n: int) -> int:
   return 4 if n < BASE else 11 + model_calls(n // 2) + model_calls(n - n // 2)
 
 
-def generated(rng: np.random.Generator, kind: str, size: int, count: int, words: list[str]) -> list[tuple[str, str]]:
+def generated(
+  rng: np.random.Generator, kind: str, size: int, count: int, words: list[str], delimiters: tuple[str, ...] = SEEN
+) -> list[tuple[str, str]]:
   """(question, answer): `kind` "reverse" with `size` items, or "letters" with as many words, at any position."""
   found = []
   for _ in range(count):
@@ -137,7 +141,7 @@ def generated(rng: np.random.Generator, kind: str, size: int, count: int, words:
     if kind == "reverse":
       found.append((reverse_question(chosen), ", ".join(chosen[::-1])))
       continue
-    how = str(rng.choice([name for name in DELIMITERS if name != "a semi-colon"]))
+    how = str(rng.choice(delimiters))
     position = int(rng.integers(1, min(map(len, chosen)) + 1)) if rng.random() < 0.8 else "last"
     letters = [word[-1] if position == "last" else word[position - 1] for word in chosen]
     found.append((letters_question(chosen, position, how), DELIMITERS[how].join(letters)))

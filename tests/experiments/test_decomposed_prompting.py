@@ -1,8 +1,11 @@
 """The experiment of decomposed prompting: its questions, its models' characters, and a run with leaves that know."""
 
+import functools
 import importlib
+import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from configs import decomposed_prompting as config_file
 from experiments import results
 from experiments.console import Console
-from experiments.decomposed_prompting import evaluation, learned, pretrained, retrieval, shapes
+from experiments.decomposed_prompting import evaluation, learned, pretrained, retrieval, shapes, worlds
 from jaxlab.core.checks import InputError
 from jaxlab.tasks.decomposed_prompting import Answer, Question
 from tests.common import run_and_continue
@@ -50,14 +53,58 @@ def knows(config, kind):
   return lambda questions: [one(question) for question in questions]
 
 
+def knows_worlds(config, network, prompts, *, growth, stop):
+  """As `learned.answered` by a model that looks the facts of its prompt up, and nothing else."""
+  spelt = config.worlds.letters
+
+  def one(prompt):
+    tokens = [worlds.TOKENS[i] for i in prompt]
+    at = next(i for i, token in enumerate(tokens) if token in ("qa", *worlds.LEAVES))
+    name = lambda i: "".join(tokens[i : i + spelt])
+    context = tuple(f"{name(i)} {tokens[i + spelt]} {name(i + spelt + 1)}" for i in range(0, at, 2 * spelt + 1))
+    words, entity = tokens[-2 - spelt : at : -1], "".join(tokens[-1 - spelt : -1])
+    (found,) = worlds.symbolic([Question(worlds.asked(words, entity), context)])
+    return list(worlds.ids(f"= {found.value}"))
+
+  return [one(prompt) for prompt in prompts]
+
+
 def test_models_that_know_answer_everything_so_the_characters_carry_all_there_is(config, tmp_path, monkeypatch):
   monkeypatch.setattr(learned, "trained", lambda config, kind, seed, workdir, console: knows(config, kind))
-  report = run_and_continue("decomposed_prompting", tmp_path, monkeypatch, "learn", "symbolic", "retrieval.measure")
-  for found in report.metrics["learned"].values():
-    assert all(share == 1 for share in found["0"]["right"].values())
+  monkeypatch.setattr(learned, "fitted", lambda *arguments: None)
+  monkeypatch.setattr(learned, "answered", knows_worlds)
+  measures = ("learn", "symbolic", "retrieval.measure", "worlds.measure", "worlds.by_functions")
+  report = run_and_continue("decomposed_prompting", tmp_path, monkeypatch, *measures)
+  for part in ("learned", "delimiter"):
+    for found in report.metrics[part].values():
+      assert all(share == 1 for share in found["0"]["right"].values())
   leaves = report.metrics["learned"]["leaves"]["0"]["leaves"]
   assert set(leaves.values()) == {1} and set(report.metrics["learned"]["mixed"]["0"]["leaves"]) < set(leaves)
-  assert [claim.holds for claim in report.claims[-2:]] == [True, True]
+  assert [claim.holds for claim in report.claims[6:8]] == [True, True]
+  assert all(row["right"] == 1 for row in report.metrics["worlds"]["functions"].values())
+  for arm in worlds.ARMS:
+    found = report.metrics["worlds"][arm]["0"]
+    assert set(found["right"]) == {f"{split} {hops}" for split in worlds.SPLITS for hops in (2, 3)}
+    assert set(found["right"].values()) == {1}
+  # Of 2 and 3 hops: a line a step and the last, and a leaf a step.
+  assert [report.metrics["worlds"][arm]["0"]["calls"] for arm in worlds.ARMS] == [6, 4, 1, 1]
+  assert report.claims[-2].ours == 0 and report.claims[-1].holds
+  assert "letters 2" in report.metrics["delimiter"]["leaves"]["0"]["right"] and len(report.figures) == 2
+
+
+def test_what_was_published_before_there_were_worlds_is_still_told(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(learned, "trained", lambda config, kind, seed, workdir, console: knows(config, kind))
+  monkeypatch.setattr(learned, "fitted", lambda *arguments: None)
+  monkeypatch.setattr(learned, "answered", knows_worlds)
+  experiment = importlib.import_module("experiments.decomposed_prompting")
+  metrics = experiment.measure(config, tmp_path, tmp_path, Console())
+  old = {name: part for name, part in metrics.items() if name not in ("worlds", "delimiter")}
+  assert len(experiment.claims(config, old)) == len(experiment.claims(config, metrics)) - 2
+  assert "semi-colon" not in repr(experiment.claims(config, old))
+  assert "over worlds" not in experiment.finding(config, old)
+  assert "semi-colon" in repr(experiment.claims(config, metrics))
+  for file in tmp_path.glob(f"*{results.PART}"):  # as a published run is restored
+    functools.reduce(dict.__getitem__, file.name.removesuffix(results.PART).split("."), metrics)
 
 
 def test_examples_are_what_a_model_that_knows_would_say(config):
@@ -74,7 +121,7 @@ def test_examples_are_what_a_model_that_knows_would_say(config):
 def test_words_that_are_held_out_are_in_no_example_and_only_answers_count(config):
   held, free = (set(learned.words(config, held_out=out)) for out in (True, False))
   assert held and free and not held & free
-  batch = next(learned.Examples(config, "leaves", 0))
+  batch = next(learned.examples(config, "leaves", 0))
   shape = (config.train.batch, config.train.length)
   assert batch["inputs"].shape == batch["targets"].shape == shape
   text = "".join(learned.ALPHABET[i] for i in batch["inputs"][0])
@@ -98,6 +145,46 @@ def test_leaves_that_break_off_or_write_nonsense_fail_their_question_alone():
     "the model wrote 'a1b'",
   ]
   assert found[2] == Answer([["a", 1], ["b", 2]])
+
+
+@pytest.mark.parametrize("arm", worlds.ARMS)
+def test_answers_over_worlds_follow_from_the_facts_and_held_out_pairs_are_in_no_example(config, arm):
+  before, seen = (), set()
+  for question, answer in itertools.islice(worlds.examples(config, arm, random.Random(0)), 300):
+    *facts, tag = re.split(r" ?(?=\b(?:qa|\w+_qa)\b)", question)
+    if facts[0]:
+      words = facts[0].split()
+      before = tuple(" ".join(words[i : i + 3]) for i in range(0, len(words), 3))
+      assert len(set(before)) == len(before) == config.worlds.facts
+    tag, *words, entity, end = tag.split()
+    words.reverse()
+    relations = [worlds.RELATION_OF[word] for word in words]
+    assert not worlds.held_out(relations) and len(relations) <= worlds.ARMS[arm] and end == ">"
+    assert tag == (worlds.LEAF_OF[words[0]] if arm == "fine" else "qa")
+    (found,) = worlds.symbolic([Question(worlds.asked(words, entity), before)])
+    *steps, last = answer.removesuffix(" .").split()
+    assert found.value == last and bool(steps) == (arm != "direct")
+    if steps:
+      assert steps[-1] == "=" and steps[1:-1:3] == words and steps[0] == entity and steps[2:-1:3][-1] == last
+    seen.update(itertools.pairwise(relations))
+  assert arm == "fine" or len(seen) > 40
+
+
+def test_compositional_questions_always_have_a_held_out_pair(config):
+  config.eval.count = 40
+  for name, pairs in worlds.tests(config).items():
+    split, hops = name.split()
+    for question, answer in pairs:
+      words, _ = worlds.read(question.text)
+      assert worlds.held_out([worlds.RELATION_OF[word] for word in words]) == (split == "compositional")
+      assert len(words) == int(hops) and worlds.symbolic([question]) == [Answer(answer)]
+  assert sum(worlds.held_out(pair) for pair in itertools.product(range(8), repeat=2)) == 16
+
+
+def test_a_world_of_more_entities_than_names_is_refused(config):
+  config.worlds.entities = 10_000
+  with pytest.raises(InputError, match=r"worlds\.entities is 10000; it must lie in 2\.\.21"):
+    worlds.tests(config)
 
 
 def test_given_test_sets_are_read_or_named(tmp_path):
