@@ -329,6 +329,7 @@ def test_of_equal_chunks_the_later_is_chosen_and_the_newest_always():
   assert taken(5, keep=0.6) == [0, 3, 4] and taken(5, keep=0.2) == [4] and taken(0, keep=0.5) == []
   assert taken(5, keep=1.0) == [0, 1, 2, 3, 4] and taken(5, keep=1.0, most=2) == [0, 4]
   assert best_chunks(jnp.array([1.0, -jnp.inf, 1.0]), jnp.int32(3), 3).tolist() == [True, False, True]
+  assert best_chunks(jnp.array([1.0, jnp.nan, 2.0]), jnp.int32(2), 3).tolist() == [False, True, True]
   two = jnp.array([[[3.0, 2.0, 1.0, 0.0]], [[0.0, 2.0, 1.0, 0.0]]])  # 0, 1 and 3; 1, 2 and 3
   voted = pick(two, jnp.array([4]), keep=0.75, vote=True)
   assert voted.tolist() == [[[False, True, True, True]]] * 2  # a tie of 0 and 2

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -166,6 +167,14 @@ def test_flash_prefill_is_its_formula():
     assert chosen[b, h, i].tolist() == kept
 
 
+def test_a_key_that_is_no_number_is_read():
+  """So that it is seen in the answer instead of stepped around."""
+  q, k, *_ = problem()
+  poisoned = block_means(k, BLOCK).at[:, :, 2].set(jnp.nan)
+  chosen = flash_prefill(q, poisoned, past=16, block=BLOCK, alpha=0.3, sink=1, window=1)
+  assert chosen[:, :, :, 2].all()
+
+
 def test_x_attention_is_its_formula():
   q, _, k, _, _ = problem()
   chosen = select("x_attention", q, k, 16)
@@ -254,10 +263,13 @@ def test_flex_prefill_tells_heads_by_how_well_means_predict_them():
   assert (aware != not_aware).any()
 
 
+@pytest.mark.parametrize("windows", [None, (3, None, 5)])
 @pytest.mark.parametrize("method", [*ALL, "quoka"])
-def test_at_full_budget_generation_is_the_dense_one(method):
-  """Rows of different lengths; chunks that the prompts do not fill."""
-  model = random_model(configs()["qwen3"])
+def test_at_full_budget_generation_is_the_dense_one(method, windows):
+  """Rows of different lengths; chunks that the prompts do not fill; layers that look back a window."""
+  if windows and method not in ("flash_prefill", "quoka"):
+    pytest.skip("the way of layers with a window is the same for all selectors")
+  model = random_model(dataclasses.replace(configs()["qwen3"], depth=3, layer_windows=windows))
   net, prompts, lengths = jax.jit(inference.take_apart)(model), random_tokens(2, 21), np.array([21, 10])
   chosen = quoka(queries=1.0, budget=1.0) if method == "quoka" else compact(ALL[method])
   found = generate(net, prompts, lengths, tokens=3, decoder=paged.decoder(chosen, chunk=8, page=4))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlab.cache import eviction
+from jaxlab.cache.chelsea import chelsea
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, inference, paged
 from tests.common import configs, random_model, random_tokens
@@ -100,6 +101,15 @@ def test_with_everything_kept_generation_is_the_plain_one(name):
   decoder = paged.decoder(METHODS[name](keep=1.0, **growing), chunk=8, page=4)
   found = generate(network(), random_tokens(2, TIME), LENGTHS, tokens=5, decoder=decoder)
   np.testing.assert_array_equal(found, generate(network(), random_tokens(2, TIME), LENGTHS, tokens=5))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "chelsea"])
+def test_layers_that_look_back_a_window_are_refused(method):
+  """Among fewer entries nobody would know which are still inside."""
+  model = random_model(dataclasses.replace(configs()["qwen3"], depth=2, layer_windows=(5, None)))
+  chosen = chelsea(keep=1.0) if method == "chelsea" else METHODS[method](keep=1.0)
+  with pytest.raises(InputError, match="layers of this model look back a window"):
+    generate(model, random_tokens(1, 20), tokens=2, decoder=paged.decoder(chosen, chunk=8, page=4))
 
 
 def slid(name, q, k, tokens, row, head, length, held, new):

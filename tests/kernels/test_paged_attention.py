@@ -1,4 +1,5 @@
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
-from jaxlab.kernels.paged_attention import cudnn, paged_attention
+from jaxlab.kernels.paged_attention import _best, cudnn, paged_attention
 from jaxlab.models.attention import dot_product_attention
 from tests.common import interpreted
 
@@ -98,6 +99,20 @@ def test_entries_that_stand_for_several_tokens_weigh_as_many(implementation, spl
   assert not np.asarray(out[1]).any() and np.isneginf(total[1]).all() and np.isfinite(out).all()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton", "mosaic_tpu"])
+def test_empty_entries_hide_no_others_however_small_their_scores(implementation):
+  """Centroids with logits of -100 beside empty places, whose keys are zeros."""
+  q, keys, values, table, count, start = problem(2, heads=4, tokens=1)
+  there = jnp.arange(keys.shape[1]) < 8
+  q = jnp.ones_like(q)
+  keys = jnp.where(there[:, None], -100 / keys.shape[2] ** 0.5, jnp.zeros_like(keys))
+  sizes = jnp.broadcast_to(jnp.where(there, 4.0, 0.0), keys.shape[:2])
+  arrays = q, keys, jnp.full_like(values, 7.0), table, jnp.broadcast_to(jnp.array([1, 1]), count.shape), start
+  out, total = run(arrays, 4, implementation, sizes)
+  np.testing.assert_allclose(out, 7.0, rtol=1e-5)
+  np.testing.assert_allclose(total, -100 + np.log(8 * 4), rtol=1e-5)
+
+
 @pytest.mark.parametrize("heads, tokens, page", [(1, 128, 64), (4, 96, 32), (4, 200, 128)])
 def test_cudnn_equals_the_reference(heads, tokens, page):
   """At positions within a page, too; where there is a GPU that has it."""
@@ -139,6 +154,32 @@ def test_it_lowers_for_tpus_and_for_cuda():
     for name, platform, call in ("mosaic_tpu", "tpu", "tpu_custom_call"), ("triton", "cuda", "triton"):
       kernel = jax.jit(functools.partial(paged_attention, heads=2, implementation=name))
       assert call in kernel.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_tables_and_numbers_that_cannot_be_are_named():
+  q, keys, values, table, count, start = problem(0, tokens=5, page=4, size=8)
+  for arrays, message in (
+    (
+      (q, keys, values, table.at[0, 0].set(99), count.at[0].set(2), start),
+      r"the table names pages .*99; there are 0\.\.13",
+    ),
+    ((q, keys, values, table, count.at[0, 1].set(CAPACITY + 1), start), f"<= all <= {CAPACITY}"),
+    ((q, keys, values, table, count.at[0].set(jnp.array([3, 2])), start), "it is \\[\\[3, 2\\]"),
+    ((q.astype(jnp.int8), keys, values, table, count, start), "q holds int8"),
+  ):
+    with pytest.raises(InputError, match=message):
+      paged_attention(*arrays, heads=2, implementation="reference")
+
+
+def test_where_no_kernel_serves_it_is_said_once(monkeypatch):
+  """Head sizes that are no power of two, on a GPU."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  q, *rest = problem(0, heads=1, tokens=1, size=24)
+  with pytest.warns(UserWarning, match="no kernel takes pages of 16 and 24 channels in float32"):
+    assert _best((q, *rest, None), 1) == "reference"
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    _best((q, *rest, None), 1)
 
 
 def test_what_it_cannot_do_is_named():

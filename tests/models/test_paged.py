@@ -137,3 +137,11 @@ def test_wrong_sizes_are_named():
     paged.decoder(chunk=0)
   with pytest.raises(InputError, match="the prompt has 9 tokens, the cache room for 8"):
     paged.prefill(network("qwen3"), random_tokens(1, 9), capacity=8)
+
+
+def test_a_token_beyond_the_pages_is_refused():
+  net = jax.jit(inference.take_apart)(random_model(configs()["qwen3"]))
+  prompt = random_tokens(1, 8)
+  _, state = paged.prefill(net, prompt, capacity=8, chunk=4, page=4)
+  with pytest.raises(InputError, match="9 tokens do not fit into pages for 8; give more capacity"):
+    paged.step(net, prompt[:, :1], state)
