@@ -18,6 +18,8 @@ from jaxlab.core.checks import require, require_choice
 from jaxlab.data import packing
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import Affine, Factored, Product, SharedBasis
+from jaxlab.models.packed_maps import Quantised, SignStack, Sparse
 from jaxlab.training import losses
 from jaxlab.training.lora import Adapted
 from jaxlab.weights.bitstack import bytes_in_use
@@ -79,21 +81,21 @@ def stored(model, dtype="bfloat16"):
 def _matrix(one: nnx.Module) -> np.ndarray:
   """W of a stacked map without its bias, float32, made on the host where a program for every rank would be compiled."""
   wide = lambda a: np.asarray(a[...], np.float32)
-  if isinstance(one, (Linear, maps.Affine)):
+  if isinstance(one, (Linear, Affine)):
     return wide(one.weight)
-  if isinstance(one, maps.Factored):
+  if isinstance(one, Factored):
     return wide(one.down) @ wide(one.up)
-  if isinstance(one, maps.Product):
+  if isinstance(one, Product):
     return _matrix(one.down) @ _matrix(one.up)
   if isinstance(one, Adapted):
     return _matrix(one.inner) + wide(one.a) @ wide(one.b)
-  if isinstance(one, maps.Quantised | maps.Sparse | maps.SharedBasis):
+  if isinstance(one, Quantised | Sparse | SharedBasis):
     return np.asarray(jax.jit(type(one).weight)(one), np.float32)
   weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
   return weight if one.scale is None else weight / wide(one.scale)[:, :, None]
 
 
-_stacks = jax.jit(jax.vmap(maps.SignStack.weight))
+_stacks = jax.jit(jax.vmap(SignStack.weight))
 
 
 def restored(model: Transformer, like: Transformer | None = None) -> Transformer:
@@ -111,7 +113,7 @@ def restored(model: Transformer, like: Transformer | None = None) -> Transformer
       shape = own.weight.shape if isinstance(own, Linear) else own.shape
       weight = np.pad(weight, [(0, n - m) for n, m in zip(shape, weight.shape, strict=True)])
       bias = np.pad(bias, [(0, 0), (0, shape[2] - bias.shape[1])])
-    forms[name] = maps.Affine(weight, bias)
+    forms[name] = Affine(weight, bias)
   made = with_maps(model, forms)
   if like is not None:
     made.config = made.blocks.config = like.config

@@ -31,6 +31,7 @@ from jaxlab.models.hnet import HNet
 from jaxlab.models.hnet_config import HNetConfig
 from jaxlab.models.layers import rope_frequencies
 from jaxlab.models.mamba2 import Mamba2, Mamba2Config
+from jaxlab.models.packed_maps import SignStack
 from jaxlab.models.transformer import Transformer
 from jaxlab.models.vocabulary import Vocabulary, load_vocabulary
 
@@ -288,7 +289,7 @@ def _parts(model) -> dict[str, list[tuple[int, str]]]:
 
 def _most_in_use(model: Transformer) -> dict[str, np.ndarray]:
   """{parameter: the blocks that each layer holds} of every count of blocks in use."""
-  stacks = {name: one for name, one in maps.parts(model.blocks).items() if isinstance(one, maps.SignStack)}
+  stacks = {name: one for name, one in maps.parts(model.blocks).items() if isinstance(one, SignStack)}
   return {f"blocks.{name}.count": np.array(one.held or one.u.shape[-3]) for name, one in stacks.items()}
 
 

@@ -31,6 +31,7 @@ from jaxlab.models.block import (
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.experts import TiledExperts
 from jaxlab.models.layers import Steps
+from jaxlab.models.map_forms import UNEVEN
 from jaxlab.models.transformer import Transformer
 
 Pair = tuple[Array, Array]  # keys and values
@@ -99,7 +100,7 @@ def _of_layer(block: Block, layer: int) -> Block:
   """That layer's block without what fills up its experts and stacks."""
   if isinstance(block.mlp, TiledExperts):
     block.mlp = block.mlp.of_layer(layer)
-  stacks = {name: one for name, one in maps.parts(block).items() if isinstance(one, maps.UNEVEN)}
+  stacks = {name: one for name, one in maps.parts(block).items() if isinstance(one, UNEVEN)}
   return maps.replaced(block, {name: one.of_layer(layer) for name, one in stacks.items()}) if stacks else block
 
 

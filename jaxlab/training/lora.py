@@ -3,9 +3,9 @@
   W' = W + scale A B,   A: (inputs, rank) random,   B: (rank, outputs) zero at first,   scale = alpha / rank.
 
 The adapters are a tree of their own: a loss merges them into the model it is given, an optimizer and a checkpoint see
-nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.maps`) they stay as
-they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for both
-factors.
+nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.map_forms`) they stay
+as they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for
+both factors.
 
   lora = init(model, key, rank=16)
   loss = lambda lora, batch: language_model_loss(merge(model, lora), batch)
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from jaxlab.core.checks import require
 from jaxlab.models import LanguageModel, LanguageModelConfig
 from jaxlab.models.layers import Linear
-from jaxlab.models.maps import FORMS
+from jaxlab.models.map_forms import FORMS
 
 
 @jax.tree_util.register_dataclass

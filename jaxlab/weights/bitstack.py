@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
-from jaxlab.models.maps import Factored, Product, SignStack, pack_signs
+from jaxlab.models.map_forms import Factored, Product
+from jaxlab.models.packed_maps import SignStack, pack_signs
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 from jaxlab.weights.svd import triplets

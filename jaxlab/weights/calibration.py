@@ -21,6 +21,7 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.block import Block, Side
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import Affine
 
 _SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
 
@@ -169,7 +170,7 @@ def matrix(name: str, one: nnx.Module) -> Array:
   Raises:
     InputError: a map of another form, which a method that takes weights apart cannot start from.
   """
-  plain = isinstance(one, Linear | maps.Affine)
+  plain = isinstance(one, Linear | Affine)
   require(plain, f"{name} is a {type(one).__name__}, compressed before; give a model whose maps are plain")
   return one.weight[...]
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import InputError, require, require_choice, require_counts
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import SharedBasis
 from jaxlab.weights.calibration import require_transformer, with_maps
 
 WRITE = ("o", "mlp.down")  # maps whose outputs, not inputs, are of the residual stream
@@ -327,7 +328,7 @@ def compress(
   for name, of in made.items():
     rest = {layer: (0, None, upright(name, w)) for layer, w in enumerate(dense[name]) if layer not in of}
     ordered = [(rest | of)[layer] for layer in range(len(dense[name]))]
-    forms[name] = maps.SharedBasis.of_layers(ordered, writes=name in WRITE)
+    forms[name] = SharedBasis.of_layers(ordered, writes=name in WRITE)
   return with_maps(model, forms), groups
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_choice
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import Factored
+from jaxlab.models.map_forms import Factored
 from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, require_transformer, with_maps
 
 _LEAST = 4  # calibration tokens for every output at least

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.core.checks import require, require_choice, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
+from jaxlab.models.packed_maps import sparse
 from jaxlab.training.losses import mean_loss, token_losses
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 
@@ -229,7 +230,7 @@ def gradient(model: Transformer, tokens: Int[Array, "rows time"], *, batch: int 
 
 def stored_sparse(model: Transformer) -> Transformer:
   """The same function with every map as a bit a weight and the weights that are not 0: what a file then takes."""
-  return with_maps(model, {name: maps.sparse(one.weight[...]) for name, one in _plain(model).items()})
+  return with_maps(model, {name: sparse(one.weight[...]) for name, one in _plain(model).items()})
 
 
 def _plain(model: Transformer) -> dict[str, Linear]:

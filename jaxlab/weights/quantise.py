@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
-from jaxlab.models.maps import Affine, Factored, Product, Quantised, pack_codes
+from jaxlab.models.map_forms import Affine, Factored, Product
+from jaxlab.models.packed_maps import Quantised, pack_codes
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 

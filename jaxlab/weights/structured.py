@@ -22,6 +22,7 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.block import Block
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import Affine
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer
 
 ENDS = ("o", "mlp.down")  # the maps that read a group's outputs
@@ -328,7 +329,7 @@ def sliced(model: Transformer, keep: Groups, biases: Mapping[str, Array] | None 
     block = slice_block(jax.tree.map(lambda a: a[layer], host), heads[layer], neurons[layer])  # noqa: B023
     for name, bias in (biases or {}).items():
       weight = maps.named(block)[name].weight[...]
-      block = maps.replaced(block, {name: maps.Affine(weight, np.asarray(bias[layer], weight.dtype))})
+      block = maps.replaced(block, {name: Affine(weight, np.asarray(bias[layer], weight.dtype))})
     blocks.append(block)
   return joined(model, blocks)
 
@@ -349,7 +350,7 @@ def slice_block(block: Block, heads, neurons) -> Block:
     kept = rows.get(name, neurons)
     cut = lambda a, kept=kept, end=name in ENDS: np.asarray(a)[kept] if end else np.asarray(a)[:, kept]
     weight = cut(one.weight[...])
-    made[name] = maps.Affine(weight, one.bias[...]) if isinstance(one, maps.Affine) else Linear(weight, one.weight.axes)
+    made[name] = Affine(weight, one.bias[...]) if isinstance(one, Affine) else Linear(weight, one.weight.axes)
   block = maps.replaced(block, made)
   sizes = dict(kv_heads=int(heads.sum()), q_heads=int(heads.sum()) * (c.q_heads // c.kv_heads))
   block.config = dataclasses.replace(c, **sizes, mlp_width=int(neurons.sum()))

@@ -27,6 +27,7 @@ from jaxlab.models import Transformer, maps
 from jaxlab.models.block import Block, Side
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import Affine
 from jaxlab.weights import calibration, structured
 from jaxlab.weights.calibration import Moments, moments
 from jaxlab.weights.structured import ENDS, Groups, Least, counts
@@ -387,7 +388,5 @@ def _replaced(block: Block, found, heads, neurons, biases: bool) -> Block:
     if weight is not None:
       weight = _host(weight.astype(own[name].weight.dtype))
       affine = bias is not None and biases
-      made[name] = (
-        maps.Affine(weight, _host(bias.astype(weight.dtype))) if affine else Linear(weight, own[name].weight.axes)
-      )
+      made[name] = Affine(weight, _host(bias.astype(weight.dtype))) if affine else Linear(weight, own[name].weight.axes)
   return structured.slice_block(maps.replaced(block, made), heads, neurons)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require
 from jaxlab.models import Transformer, maps
-from jaxlab.models.maps import Factored
+from jaxlab.models.map_forms import Affine, Factored
 from jaxlab.weights.calibration import Moments, layer_by_layer, matrix, with_maps
 
 _TINY = 1e-6
@@ -82,7 +82,7 @@ def decompose(
 
   def visit(layer, block, inputs):
     chosen = {name: one for name, one in maps.named(block).items() if name in names}
-    bias = lambda one: one.bias[...] if isinstance(one, maps.Affine) else None
+    bias = lambda one: one.bias[...] if isinstance(one, Affine) else None
     return {name: Factored(*made(matrix(name, one), inputs[name]), bias(one)) for name, one in chosen.items()}
 
   return layer_by_layer(model, tokens, visit, batch=batch)

@@ -28,7 +28,7 @@ def bitstack_matmul(
   """The product with the first `count` blocks, summed in float32, in the dtype of x; the count compiles nothing.
 
   Args:
-    signs: row by row, the most significant bit first, 1 for +1 (`models.maps.pack_signs`).
+    signs: row by row, the most significant bit first, 1 for +1 (`models.packed_maps.pack_signs`).
     implementation: "reference" (XLA), "triton" or "mosaic_tpu"; None takes the kernel of the device where it takes
       these shapes: up to 8 rows, a multiple of 8 inputs, outputs in 16s (Triton) or 128s (TPU).
     interpret: run the kernel in Pallas' interpreter, on any machine.

@@ -5,6 +5,7 @@ from configs import concat_svd as config_file
 from experiments import results
 from experiments.concat_svd import data
 from jaxlab.models import hub, maps
+from jaxlab.models.map_forms import SharedBasis
 from tests.common import run_and_continue
 
 
@@ -28,7 +29,7 @@ def test_ones_own_model_becomes_a_folder(two_layers, tmp_path, monkeypatch):
   (found,) = report.metrics["compressed"].values()
   small = hub.load(tmp_path / "compressed")
   assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"]
-  assert any(isinstance(one, maps.SharedBasis) for one in maps.named(small.blocks).values())
+  assert any(isinstance(one, SharedBasis) for one in maps.named(small.blocks).values())
   assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
 
 

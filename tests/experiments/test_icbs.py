@@ -9,6 +9,7 @@ from experiments import compressing, results
 from experiments.icbs import ancestor, language, pictures
 from jaxlab.core.checks import InputError
 from jaxlab.models import hub, maps
+from jaxlab.models.packed_maps import Sparse
 from tests.common import run_and_continue
 
 
@@ -66,8 +67,8 @@ def test_ones_own_model_becomes_a_folder(config, tiny_checkpoint, tmp_path, monk
   small = hub.load(tmp_path / "compressed")
   assert maps.bytes_of(small) == found["bytes"]["compressed"] < found["bytes"]["original"]
   for one in maps.named(small.blocks).values():
-    weight = np.asarray(jax.jit(maps.Sparse.weight)(one), np.float32)
-    assert isinstance(one, maps.Sparse) and abs((weight != 0).mean() - 0.5) < 0.01
+    weight = np.asarray(jax.jit(Sparse.weight)(one), np.float32)
+    assert isinstance(one, Sparse) and abs((weight != 0).mean() - 0.5) < 0.01
   assert [claim.name.split()[0] for claim in report.claims] == ["Perplexity", "Bytes"]
 
 

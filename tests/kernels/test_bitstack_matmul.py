@@ -6,7 +6,7 @@ from jax import export
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.bitstack_matmul import bitstack_matmul
-from jaxlab.models.maps import SignStack, pack_signs
+from jaxlab.models.packed_maps import SignStack, pack_signs
 from tests.common import interpreted
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from jaxlab.core.checks import InputError
 from jaxlab.models import maps
+from jaxlab.models.map_forms import Factored, Product
+from jaxlab.models.packed_maps import SignStack, sparse
 from jaxlab.training import lora
 from jaxlab.weights.quantise import rtn
 from tests.common import configs, random_model, random_tokens
@@ -57,11 +59,11 @@ def test_beside_a_map_in_another_form_there_is_an_adapter(form):
   down, up = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 32, 8), (6, 8, 64)))
   bits = lambda w: jax.vmap(lambda w: rtn(w, bits=4, group=8))(w)
   made = {
-    "factored": lambda: maps.Factored(down, up, up[:, 0]),
+    "factored": lambda: Factored(down, up, up[:, 0]),
     "quantised": lambda: bits(down @ up),
-    "product": lambda: maps.Product(bits(down), bits(up), rank=8),
-    "sign_stack": lambda: maps.SignStack.empty((6,), 32, 64, blocks=2, rank=1, scaled=False),
-    "sparse": lambda: maps.sparse(jnp.where(rng.random((6, 32, 64)) < 0.3, down @ up, 0)),
+    "product": lambda: Product(bits(down), bits(up), rank=8),
+    "sign_stack": lambda: SignStack.empty((6,), 32, 64, blocks=2, rank=1, scaled=False),
+    "sparse": lambda: sparse(jnp.where(rng.random((6, 32, 64)) < 0.3, down @ up, 0)),
   }[form]()
   assert made.kind == form and made.shape == (6, 32, 64)
   model = maps.with_blocks(MODEL, maps.replaced(MODEL.blocks, {"mlp.up": made}))

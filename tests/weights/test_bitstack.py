@@ -11,6 +11,7 @@ import pytest
 from experiments.compressing import left_out
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, hub, maps
+from jaxlab.models.packed_maps import SignStack, pack_signs, unpack_signs
 from jaxlab.weights import bitstack, lord
 from jaxlab.weights.bitstack import absolute_value_decomposition as avd
 from jaxlab.weights.quantise import quantise
@@ -30,9 +31,9 @@ def rebuilt(signs, u, v, count):
 def test_signs_are_packed_in_the_published_order(n):
   x = np.random.default_rng(n).normal(size=(3, n)).astype(np.float32)
   x[0, :2] = 0, -1
-  packed = maps.pack_signs(x)
+  packed = pack_signs(x)
   assert packed.shape == (3, -(-n // 8)) and packed[0, 0] >> 6 == 0b10  # the first entry is the highest bit, 0 is +1
-  np.testing.assert_array_equal(maps.unpack_signs(packed, n), np.where(x < 0, -1, 1))
+  np.testing.assert_array_equal(unpack_signs(packed, n), np.where(x < 0, -1, 1))
 
 
 def test_every_block_takes_the_energy_of_its_singular_values():
@@ -188,7 +189,7 @@ def test_the_published_order_of_bits_and_back(shape):
   """One run of bits over all rows: a row that ends inside a byte is followed by the next one."""
   rng = np.random.default_rng(0)
   weight = rng.normal(size=shape).astype(np.float32)
-  one = maps.SignStack(*avd(jnp.asarray(weight), blocks=2, rank=3)[:3], None, jnp.int32(2))
+  one = SignStack(*avd(jnp.asarray(weight), blocks=2, rank=3)[:3], None, jnp.int32(2))
   blocks = bitstack.to_published(one)
   np.testing.assert_array_equal(np.unpackbits(blocks[0]["sign"])[: weight.size], (weight >= 0).ravel())
   back = bitstack.from_published(blocks)

@@ -13,6 +13,8 @@ from jaxlab.core.checks import InputError
 from jaxlab.evaluation.methods import subject
 from jaxlab.models import Mamba2Config, generate, hub, maps
 from jaxlab.models.block import layer_slice
+from jaxlab.models.map_forms import Affine
+from jaxlab.models.packed_maps import SignStack, pack_codes, unpack_codes
 from jaxlab.weights import bitstack, heapr, pruning, struprune, svd
 from jaxlab.weights.calibration import Moments, layer_by_layer, merge, moments, rows_of, with_maps
 from jaxlab.weights.lord import decompose, factors, masked, truncate
@@ -94,7 +96,7 @@ def compressed(model, form):
     return quantise(model, TOKENS, rtn, bits=3, group=16, batch=16)
   if form == "biased":
     weight = maps.named(model.blocks)["o"].weight[...]
-    added = maps.Affine(weight, jnp.full((len(weight), weight.shape[2]), 0.1))
+    added = Affine(weight, jnp.full((len(weight), weight.shape[2]), 0.1))
     return quantise(with_maps(model, {"o": added}), TOKENS, rtn, bits=4, group=16, batch=16)
   bases = decompose(model, TOKENS, batch=16)
   return truncate(quantise(model, TOKENS, rtn, bits=4, group=8, batch=16), bases, {"mlp.gate": 12})
@@ -132,9 +134,9 @@ def test_a_compressed_model_runs_under_snlp(model):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_codes_are_packed_without_loss(bits):
   codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 16, 3)).astype(np.uint8)
-  packed = maps.pack_codes(codes, bits)
+  packed = pack_codes(codes, bits)
   assert packed.shape == (2, 2 * bits, 3)
-  np.testing.assert_array_equal(maps.unpack_codes(packed, bits), codes)
+  np.testing.assert_array_equal(unpack_codes(packed, bits), codes)
 
 
 def test_rows_are_windows_of_the_text():
@@ -157,7 +159,7 @@ def test_wrong_input_is_one_line(model, tmp_path):
   with pytest.raises(InputError, match="the calibration text has 3 tokens; one row takes 9"):
     rows_of(np.arange(3), rows=1, time=9)
   with pytest.raises(InputError, match="bits times inputs"):
-    maps.pack_codes(np.zeros((3, 2), np.uint8), 3)
+    pack_codes(np.zeros((3, 2), np.uint8), 3)
   hub.save(compressed(model, "factored"), tmp_path)
   file = tmp_path / "config.json"
   config = json.loads(file.read_text())
@@ -190,7 +192,7 @@ STARTS = {
 def test_what_no_method_starts_from_is_one_line(model, method):
   """A model compressed before, rows without tokens, another kind of network."""
   begin = STARTS[method]
-  packed = with_maps(model, {"k": maps.SignStack.empty((4,), 32, 32, blocks=1, rank=1, scaled=True)})
+  packed = with_maps(model, {"k": SignStack.empty((4,), 32, 32, blocks=1, rank=1, scaled=True)})
   named = {"struprune": "plain matrices", "heapr": "no experts"}.get(method, "k is a SignStack")
   with pytest.raises(InputError, match=named):
     begin(packed, TOKENS)
@@ -210,7 +212,7 @@ def test_moments_are_a_tree_of_arrays():
 def test_a_map_of_low_rank_keeps_the_bias_of_the_map(model, centre):
   """At full rank the function is the same: what was pruned before has biases that make up for what is gone."""
   weight = maps.named(model.blocks)["o"].weight[...]
-  added = maps.Affine(weight, jax.random.normal(jax.random.key(1), (len(weight), weight.shape[2])))
+  added = Affine(weight, jax.random.normal(jax.random.key(1), (len(weight), weight.shape[2])))
   biased = with_maps(model, {"o": added})
   one = decompose(biased, TOKENS, batch=16, centre=centre)["o"]
   full = {"o": factors(one, one.up.shape[-2], dtype=jnp.float32)}

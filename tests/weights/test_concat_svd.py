@@ -16,6 +16,7 @@ from experiments import compressing
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, hub, maps
 from jaxlab.models.layers import Linear
+from jaxlab.models.map_forms import SharedBasis
 from jaxlab.weights import concat_svd
 from jaxlab.weights.calibration import with_maps
 from jaxlab.weights.concat_svd import METHODS, bound, cluster, relative_error
@@ -248,7 +249,7 @@ def test_a_model_whose_maps_share_a_basis_gives_what_its_matrices_give(original,
   with jax.enable_x64(False):
     model, groups = concat_svd.compress(original, rank=8, eps=0.01)
     forms = maps.named(model.blocks)
-    assert {type(one) for one in forms.values()} == {maps.SharedBasis}
+    assert {type(one) for one in forms.values()} == {SharedBasis}
     assert all(one.groups[0] and one.groups[1] and not one.groups[2] for one in forms.values())
     tokens = np.random.default_rng(1).integers(0, 64, (2, 9)).astype(np.int32)
     logits, found = np.asarray(original(tokens)), np.asarray(model(tokens))

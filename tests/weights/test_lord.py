@@ -10,6 +10,7 @@ import pytest
 
 from jaxlab.core.checks import InputError
 from jaxlab.models import maps
+from jaxlab.models.layers import Linear
 from jaxlab.weights import svd
 from jaxlab.weights.calibration import Moments, moments
 from jaxlab.weights.lord import Basis, basis, choose, decompose, factors, masked, of_factors, sweep, truncate, uniform
@@ -180,7 +181,7 @@ def test_no_map_grows(made):
   model, bases = made
   shrinks = lambda rank: maps.bytes_of(truncate(model, bases, {"mlp.up": rank})) < maps.bytes_of(model)
   assert shrinks(20) and not shrinks(21)
-  assert isinstance(maps.named(truncate(model, bases, {"mlp.up": 21}).blocks)["mlp.up"], maps.Linear)
+  assert isinstance(maps.named(truncate(model, bases, {"mlp.up": 21}).blocks)["mlp.up"], Linear)
   assert bases["mlp.up"].cost(20, bias=True) == 20 * 96 + 64 and bases["mlp.up"].cost(30, bias=True) == 32 * 64
 
 

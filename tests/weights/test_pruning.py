@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import hub, maps
+from jaxlab.models import hub, maps, packed_maps
 from jaxlab.weights import pruning
 from jaxlab.weights.calibration import moments
 from jaxlab.weights.pruning import keep, keep_n_of_m, prune, sparsegpt, stored_sparse, wanda
@@ -130,7 +130,7 @@ def test_a_folder_has_the_bytes_that_are_counted(model, tmp_path):
   np.testing.assert_allclose(again(TOKENS[:2]), small(TOKENS[:2]), atol=1e-5)
   size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
   assert 0 < size - maps.bytes_of(sparse) < 10_000
-  assert maps.sparse(jnp.zeros((2, 3, 5))).shape == (2, 3, 5)
+  assert packed_maps.sparse(jnp.zeros((2, 3, 5))).shape == (2, 3, 5)
 
 
 def test_wrong_input_is_one_line(model):

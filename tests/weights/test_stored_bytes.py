@@ -9,7 +9,8 @@ import pytest
 from jaxlab.core.checks import InputError
 from jaxlab.models import TransformerConfig, generate, hub, inference, maps
 from jaxlab.models.config import Experts
-from jaxlab.models.maps import SignStack
+from jaxlab.models.layers import Linear
+from jaxlab.models.packed_maps import SignStack
 from jaxlab.weights import bitstack, heapr, lord, pruning, structured
 from jaxlab.weights.quantise import quantise, rtn
 from jaxlab.weights.structured import Groups
@@ -62,7 +63,7 @@ def small(method: str, model, bases, stacks):
     masked = {
       name: one.weight[...] * (rng.random(one.weight.shape) < 0.4) for name, one in maps.named(model.blocks).items()
     }
-    plain = {name: maps.Linear(w, ("embed", "mlp")) for name, w in masked.items()}
+    plain = {name: Linear(w, ("embed", "mlp")) for name, w in masked.items()}
     return pruning.stored_sparse(maps.with_blocks(model, maps.replaced(model.blocks, plain)))
   if method == "struprune":
     scores = Groups(rng.random((2, 2)), rng.random((2, 64)))

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, hub, inference, maps
+from jaxlab.models.map_forms import Affine
 from jaxlab.training import lora
 from jaxlab.weights import structured
 from jaxlab.weights.calibration import layer_by_layer
@@ -41,7 +42,7 @@ def pair(model):
   rng = np.random.default_rng(1)
   biases = {name: rng.normal(size=(3, model.config.width)).astype(np.float32) for name in structured.ENDS}
   one = structured.masked(model, keep)
-  ends = {name: maps.Affine(maps.named(one.blocks)[name].weight[...], jnp.asarray(b)) for name, b in biases.items()}
+  ends = {name: Affine(maps.named(one.blocks)[name].weight[...], jnp.asarray(b)) for name, b in biases.items()}
   return structured.sliced(model, keep, biases), maps.with_blocks(one, maps.replaced(one.blocks, ends))
 
 

@@ -1,0 +1,209 @@
+"""Linear maps in few bits: whole numbers with scales, stacks of signs, and a bit for every entry with those that stay.
+
+Each is a form as in `map_forms`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from jaxlab.core.checks import require, require_divides
+from jaxlab.kernels.bitstack_matmul import reference
+
+
+class Quantised(nnx.Module):
+  """y = x W + b, W = scale (code - zero): whole numbers of `bits` bits, groups of inputs with a scale and a zero each.
+
+  codes: (*stack, bits inputs / 8, outputs), packed along the inputs, least significant bit first; scale: (*stack,
+  inputs / group, outputs); zero: like scale, uint8; b: (*stack, outputs) or None.
+  """
+
+  kind = "quantised"
+
+  def __init__(self, codes: UInt8[Array, "*stack packed outputs"], scale, zero, *, bits: int, bias=None):
+    self.bits = bits
+    self.codes = nnx.Param(codes, axes=(None, None))
+    self.scale = nnx.Param(scale, axes=(None, None))
+    self.zero = nnx.Param(zero, axes=(None, None))
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in float32."""
+    code = unpack_codes(self.codes[...], self.bits)
+    scale, zero = self.scale[...].astype(jnp.float32), self.zero[...]
+    *stack, groups, outputs = scale.shape
+    grouped = code.reshape(*stack, groups, -1, outputs).astype(jnp.float32) - zero[..., None, :]
+    return (grouped * scale[..., None, :]).reshape(code.shape)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = x @ self.weight().astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, packed, outputs = self.codes.shape
+    return (*stack, packed * 8 // self.bits, outputs)
+
+  @property
+  def spec(self) -> dict:
+    return {"bits": self.bits, "groups": self.scale.shape[-2], "bias": self.bias is not None}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, bits: int, groups: int, bias: bool = False) -> "Quantised":
+    zeros = lambda rows, dtype: jnp.zeros((*stack, rows, outputs), dtype)
+    codes = zeros(bits * inputs // 8, jnp.uint8)
+    added = jnp.zeros((*stack, outputs)) if bias else None
+    return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits, bias=added)
+
+
+class SignStack(nnx.Module):
+  """y = (x / s) W^T,  W = sum_{i < count} S_i * (U_i V_i): blocks of signs, each with a matrix of low rank.
+
+  signs: uint8 (*stack, blocks, outputs, ceil(inputs / 8)), row by row, the most significant bit first, 1 for +1; u:
+  (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
+  folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing;
+  held: the blocks that each layer of a stack has, where others have more: the rest are zeros, which no file holds.
+  """
+
+  kind = "sign_stack"
+
+  def __init__(
+    self, signs: UInt8[Array, "*stack blocks outputs bytes"], u, v, scale, count: Int[Array, "*stack"], held=None
+  ):
+    self.held = held
+    self.signs = nnx.Param(signs, axes=(None, None, None))
+    self.u = nnx.Param(u, axes=(None, None, None))
+    self.v = nnx.Param(v, axes=(None, None, None))
+    self.scale = None if scale is None else nnx.Param(scale, axes=(None,))
+    self.count = nnx.Param(count, axes=())
+
+  def weight(self) -> Float[Array, "outputs inputs"]:
+    """W in float32, block after block, of a map that is not stacked."""
+    return reference.weight(self.signs[...], self.u[...], self.v[...], self.count[...])
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    x = x if self.scale is None else x / self.scale[...].astype(x.dtype)
+    return x @ self.weight().T.astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, _, outputs, _ = self.u.shape
+    return (*stack, self.v.shape[-1], outputs)
+
+  @property
+  def spec(self) -> dict:
+    own = {"blocks": self.u.shape[-3], "rank": self.u.shape[-1], "scaled": self.scale is not None}
+    return own if self.held is None else own | {"held": list(self.held)}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, blocks: int, rank: int, scaled: bool, held=None) -> "SignStack":
+    right = held is None or (isinstance(held, list) and [len(held)] == [*stack] and max(held) == blocks)
+    require(right, f"compression: held is {held!r:.80}; it must say of every layer how many of {blocks} blocks it has")
+    zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
+    signs = zeros(jnp.uint8, blocks, outputs, -(-inputs // 8))
+    u, v = zeros(jnp.float16, blocks, outputs, rank), zeros(jnp.float16, blocks, rank, inputs)
+    scale = zeros(jnp.float16, inputs) if scaled else None
+    return cls(signs, u, v, scale, zeros(jnp.int32), held=held and tuple(held))
+
+  def of_layer(self, layer: int) -> "SignStack":
+    """That layer alone, given without a leading axis, with the blocks it has."""
+    if self.held is None:
+      return self
+    signs, u, v = (one[...][: self.held[layer]] for one in (self.signs, self.u, self.v))
+    return SignStack(signs, u, v, None if self.scale is None else self.scale[...], self.count[...])
+
+  @property
+  def stored_sizes(self) -> dict[str, list[int]]:
+    """{parameter of a stack: leading size of every layer's own part}, what files hold of it."""
+    uneven = self.held is not None and self.count.ndim
+    return {name: list(self.held) for name in ("signs", "u", "v")} if uneven else {}
+
+
+class Sparse(nnx.Module):
+  """y = x W, most entries of W being 0: a bit for every entry and the values of those that are kept.
+
+  bits: uint8 (*stack, ceil(inputs outputs / 8)), entries row after row, the most significant bit first; values:
+  (*stack, kept), in the same order, then zeros where another map of the stack keeps more. It saves bytes, not time: W
+  is made again where it is used.
+  """
+
+  kind = "sparse"
+
+  def __init__(
+    self, bits: UInt8[Array, "*stack bytes"], values: Float[Array, "*stack kept"], inputs: int, outputs: int
+  ):
+    self.inputs, self.outputs = inputs, outputs
+    self.bits = nnx.Param(bits, axes=(None,))
+    self.values = nnx.Param(values, axes=(None,))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in the dtype of the values."""
+    bits = jnp.unpackbits(self.bits[...], axis=-1, count=self.inputs * self.outputs)
+    place = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
+    values = self.values[...]
+    found = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[-1] - 1), axis=-1)
+    return jnp.where(bits == 1, found, 0).reshape(*bits.shape[:-1], self.inputs, self.outputs)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    return x @ self.weight().astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.bits.shape[:-1], self.inputs, self.outputs)
+
+  @property
+  def spec(self) -> dict:
+    return {"kept": self.values.shape[-1]}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, kept: int) -> "Sparse":
+    bits = jnp.zeros((*stack, -(-inputs * outputs // 8)), jnp.uint8)
+    return cls(bits, jnp.zeros((*stack, kept)), inputs, outputs)
+
+
+def sparse(weight: Float[Array, "*stack inputs outputs"]) -> Sparse:
+  """The entries that are not 0, and where they are."""
+  *stack, inputs, outputs = weight.shape
+  flat = np.asarray(weight).reshape(-1, inputs * outputs)
+  kept = flat != 0
+  values = np.zeros((len(flat), max(1, int(kept.sum(axis=-1).max()))), flat.dtype)
+  for row, mask, found in zip(flat, kept, values, strict=True):
+    found[: mask.sum()] = row[mask]
+  bits = np.packbits(kept, axis=-1)
+  return Sparse(jnp.asarray(bits.reshape(*stack, -1)), jnp.asarray(values.reshape(*stack, -1)), inputs, outputs)
+
+
+def pack_signs(x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
+  """One bit an entry, 1 for x >= 0; the last byte is filled with 0."""
+  return jnp.packbits(x >= 0, axis=-1)
+
+
+def unpack_signs(packed: UInt8[Array, "*rows bytes"], n: int) -> Float[Array, "*rows n"]:
+  """+1 and -1 of `pack_signs`, float32."""
+  return jnp.unpackbits(packed, axis=-1, count=n).astype(jnp.float32) * 2 - 1
+
+
+def pack_codes(codes: UInt8[Array, "*stack inputs outputs"], bits: int) -> UInt8[Array, "*stack packed outputs"]:
+  """Whole numbers below 2^bits, `bits` bits each one after the other along the inputs.
+
+  Raises:
+    InputError: bits outside 1..8, or inputs whose bits fill no whole number of bytes.
+  """
+  require(1 <= bits <= 8, f"bits is {bits}; it must be 1..8")
+  *stack, inputs, outputs = codes.shape
+  require_divides("8", 8, "bits times inputs", bits * inputs)
+  bit = (codes[..., :, None, :] >> jnp.arange(bits, dtype=jnp.uint8)[:, None]) & 1
+  byte = bit.reshape(*stack, -1, 8, outputs) << jnp.arange(8, dtype=jnp.uint8)[:, None]
+  return byte.sum(axis=-2).astype(jnp.uint8)
+
+
+def unpack_codes(packed: UInt8[Array, "*stack packed outputs"], bits: int) -> UInt8[Array, "*stack inputs outputs"]:
+  """The inverse of `pack_codes`."""
+  *stack, _, outputs = packed.shape
+  bit = (packed[..., :, None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
+  code = bit.reshape(*stack, -1, bits, outputs) << jnp.arange(bits, dtype=jnp.uint8)[:, None]
+  return code.sum(axis=-2).astype(jnp.uint8)
