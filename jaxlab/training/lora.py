@@ -3,8 +3,8 @@
   W' = W + scale A B,   A: (inputs, rank) random,   B: (rank, outputs) zero at first,   scale = alpha / rank.
 
 The adapters are a tree of their own: a loss merges them into the model it is given, an optimizer and a checkpoint see
-nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.map_forms`) they stay
-as they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for
+nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.map_forms`) they
+stay as they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for
 both factors.
 
   lora = init(model, key, rank=16)
