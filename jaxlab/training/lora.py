@@ -4,8 +4,8 @@
 
 The adapters are a tree of their own: a loss merges them into the model it is given, an optimizer and a checkpoint see
 nothing else, and the merged model is an ordinary one. Beside a map that is not one matrix (`models.map_forms`) they
-stay as they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter for
-both factors.
+stay as they are: in few bits that is QLoRA (Dettmers et al. 2023, arXiv 2305.14314), on maps of low rank one adapter
+for both factors.
 
   lora = init(model, key, rank=16)
   loss = lambda lora, batch: language_model_loss(merge(model, lora), batch)
