@@ -27,7 +27,7 @@ def supports(q, block: int, implementation: str) -> bool:
   return fits and q.dtype.itemsize in (2, 4)
 
 
-def block_mass(q, means, past, block: int, implementation: str, interpret: bool):
+def block_mass(q, means, past, real, block: int, implementation: str, interpret: bool):
   """As `jaxlab.kernels.block_mass.block_mass`."""
   batch, heads, queries, size = q.shape
   kv_heads, blocks = means.shape[1:3]
@@ -35,12 +35,13 @@ def block_mass(q, means, past, block: int, implementation: str, interpret: bool)
   means = jnp.pad(means, ((0, 0), (0, 0), (0, tiles * _MEANS - blocks), (0, 0)))
   on_tpu = implementation == "mosaic_tpu"
   on_gpu = triton.CompilerParams(num_warps=8 if block >= 128 else 4, num_stages=1)
-  number = pl.BlockSpec(memory_space=pltpu.SMEM) if on_tpu else pl.BlockSpec((1,), lambda *_: (0,))
+  numbers = lambda count: pl.BlockSpec(memory_space=pltpu.SMEM) if on_tpu else pl.BlockSpec((count,), lambda *_: (0,))
   out = pl.pallas_call(
-    functools.partial(_kernel, block=block),
+    functools.partial(_kernel, block=block, heads=heads),
     grid=(batch * heads, rows, tiles),
     in_specs=[
-      number,
+      numbers(1),
+      numbers(batch),
       pl.BlockSpec((None, block, size), lambda h, i, j: (h, i, 0)),
       pl.BlockSpec((None, _MEANS, size), lambda h, i, j: (jax.lax.div(h, group), j, 0)),
     ],
@@ -49,20 +50,21 @@ def block_mass(q, means, past, block: int, implementation: str, interpret: bool)
     compiler_params=pltpu.CompilerParams(dimension_semantics=3 * ("parallel",)) if on_tpu else on_gpu,
     interpret=interpret,
     name="block_mass",
-  )(past.reshape(1), q.reshape(batch * heads, queries, size), means.reshape(batch * kv_heads, -1, size))
+  )(past.reshape(1), real, q.reshape(batch * heads, queries, size), means.reshape(batch * kv_heads, -1, size))
   return out[:, :, 0, :blocks].reshape(batch, heads, rows, blocks)
 
 
-def _kernel(past, q, means, out, *, block: int):
+def _kernel(past, real, q, means, out, *, block: int, heads: int):
   i, j = pl.program_id(1), pl.program_id(2)
   size = q.shape[1]
   precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
   across = (((1,), (1,)), ((), ()))
   z = jax.lax.dot_general(q[...], means[...], across, precision=precision, preferred_element_type=jnp.float32)
   shape = (block, _MEANS)
-  query = past[0] + i * block + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  query = i * block + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
   last = (j * _MEANS + jax.lax.broadcasted_iota(jnp.int32, shape, 1) + 1) * block - 1
-  z = jnp.where(query >= last, z / math.sqrt(size), _LOWEST)
+  counts = (past[0] + query >= last) & (query < real[jax.lax.div(pl.program_id(0), heads)])
+  z = jnp.where(counts, z / math.sqrt(size), _LOWEST)
   top = jnp.max(z, axis=0, keepdims=True)
-  mass = jnp.sum(jnp.where(query >= last, jnp.exp(z - top), 0.0), axis=0, keepdims=True)
-  out[...] = jnp.where(mass > 0, top + jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+  mass = jnp.sum(jnp.where(counts, jnp.exp(z - top), 0.0), axis=0, keepdims=True)
+  out[...] = jnp.where(mass == 0, -jnp.inf, top + jnp.log(jnp.where(mass == 0, 1.0, mass)))  # what is no number stays
