@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.attention.dhsa_blocks import top_blocks, vertical_slash_means
 from jaxlab.attention.seer_gate import pooled_keys, seer
-from jaxlab.attention.selection import Selection, block_means, blocks_behind, flash_prefill
+from jaxlab.attention.selection import Selection, block_means, blocks_behind, first_ones, flash_prefill
 from jaxlab.core.checks import require, require_divides
 from jaxlab.kernels.paged_attention import paged_attention
 from jaxlab.models import paged
@@ -143,7 +143,7 @@ def compact(
 
   Args:
     select: one of `selection`, `dhsa_blocks` or `seer_gate.seer`, its options bound, for all layers or one for each;
-      it is given q, the keys or their `SUMMARIES`, past= and block=, the page.
+      it is given q, the keys or their `SUMMARIES`, past=, block=, the page, and real=, the queries that count.
     share: heads that share a table (`block_union`).
     union: False runs every query block on its own blocks instead (`attend_blocks`).
     last: blocks of queries at the end of a prompt, in the chunk that holds it, that see everything and have no part in
@@ -169,15 +169,15 @@ def compact(
       return paged.attend_densely(q, k, v, view, memory)
     require_divides("the page", page, "the chunk", time)
     require(jnp.ndim(view.start) == 0, "chunks of rows that start at positions of their own cannot be selected for")
-    rows = jnp.moveaxis(q, 2, 1)
+    rows, real = jnp.moveaxis(q, 2, 1), real_queries(view, time)
     if summary:
       keys = memory[view.layer]
-      new = summary(jnp.moveaxis(k, 2, 1), page)
+      new = summary(jnp.moveaxis(k, 2, 1), page, real)
       keys = jax.lax.dynamic_update_slice(keys, new.astype(keys.dtype), (0, 0, view.start // page, 0))
       memory = (*memory[: view.layer], keys, *memory[view.layer + 1 :])
     else:
       keys = paged.rows(view.keys, view.table)
-    chosen = of_layer(view.layer)(rows, keys, past=view.start, block=page)
+    chosen = of_layer(view.layer)(rows, keys, past=view.start, block=page, real=real)
     first = _first_dense(view, time, page, last)
     behind = blocks_behind(view.start, *chosen.shape[2:], page)
     chosen &= (jnp.arange(time // page)[:, None] < first[:, None, None, None]) | (behind == 0)
@@ -191,8 +191,14 @@ def compact(
   return paged.Method(attend, empty)
 
 
+def real_queries(view: paged.View, time: int) -> Int[Array, "batch"]:
+  """How many of the `time` new tokens of every row are no padding: the first ones."""
+  return jnp.clip(view.lengths - view.start, 0, time)
+
+
 def _first_dense(view: paged.View, time: int, page: int, last: int) -> Int[Array, "batch"]:
-  """The first query block of every row that sees everything: one of the `last` of a prompt that ends in the chunk."""
+  """The first query block of every row that sees everything, or is padding: one of the `last` of a prompt that ends in
+  the chunk."""
   end = view.lengths - view.start
   first = jnp.maximum(-(-end // page) - last, 0)
   return jnp.where((end > 0) & (end <= time), first, time // page)
@@ -227,7 +233,14 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
 
   c[h, t] = cos(q[h, t], mean_t q[h]);  the share `queries` with the lowest c stays
   S[g, t] = max over those of mean over the group of q / |q| . k[g, t] / |k[g, t]|;  the best `budget` of the past stays
+
+  t are a row's queries that are no padding.
+
+  Raises:
+    InputError: a share outside 0 < queries <= 1 or 0 <= budget <= 1.
   """
+  require(0 < queries <= 1, f"queries is {queries}; the share of queries that choose must lie in 0 < queries <= 1")
+  require(0 <= budget <= 1, f"budget is {budget}; the share of the past must lie in 0 <= budget <= 1")
 
   def attend(q, k, v, view: paged.View, memory):
     time = q.shape[1]
@@ -235,7 +248,7 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
       return paged.attend_densely(q, k, v, view, memory)
     keys, values = (paged.rows(pool, view.table) for pool in (view.keys, view.values))
     capacity = keys.shape[2]
-    score = quoka_scores(jnp.moveaxis(q, 2, 1), keys, max(1, round(queries * time)))
+    score = quoka_scores(jnp.moveaxis(q, 2, 1), keys, queries, real_queries(view, time))
     position = jnp.arange(capacity)
     past = position < view.start
     # The chunk itself always, then the best of the past; as many as `budget` of the past are.
@@ -244,6 +257,7 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
     see = kept[:, :, None] | ((position >= view.start) & (position <= view.start + jnp.arange(time)[:, None]))
     group = q.shape[2] // k.shape[2]
     mask = jnp.repeat(see, group, axis=1)
+    values = jnp.where((position < view.start + time)[:, None], values, 0)  # what is not a number, too, lies past them
     back = lambda a: jnp.moveaxis(a, 1, 2)
     out = jax.nn.dot_product_attention(q, back(keys), back(values), mask=mask, implementation="xla")
     return out, memory
@@ -251,12 +265,19 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
   return paged.Method(attend)
 
 
-def quoka_scores(q, k, count: int) -> Float[Array, "batch kv_heads positions"]:
-  """S[g, t] of `quoka`, from the `count` queries of every head that are least like its mean."""
+def quoka_scores(q, k, share: float, real: Int[Array, "batch"]) -> Float[Array, "batch kv_heads positions"]:
+  """S[g, t] of `quoka`, from the `share` of every head's first `real` queries that is least like their mean."""
   q, k = (a.astype(jnp.float32) for a in (q, k))
   unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
-  alike = (unit(q) * unit(q.mean(axis=2, keepdims=True))).sum(axis=-1)
-  _, index = jax.lax.top_k(-alike, count)
-  picked = jnp.take_along_axis(unit(q), jnp.sort(index, axis=-1)[..., None], axis=2)
-  picked = picked.reshape(q.shape[0], k.shape[1], -1, count, q.shape[3]).mean(axis=2)
-  return jnp.einsum("bgnd,bgtd->bgnt", picked, unit(k), precision=jax.lax.Precision.HIGHEST).max(axis=2)
+  alike = (unit(q) * unit(block_means(q, q.shape[2], real))).sum(axis=-1)
+  alike = jnp.where(first_ones(real, q.shape[2])[..., 0], alike, jnp.inf)
+  count = jnp.maximum(1, jnp.round(share * real)).astype(jnp.int32)[:, None, None]
+  most = max(1, round(share * q.shape[2]))
+  _, index = jax.lax.top_k(-alike, most)
+  kept = jnp.arange(most) < count
+  # In the order of the chunk, which is how a head's queries meet those of its group; after them what does not count.
+  index = jnp.sort(jnp.where(kept, index, q.shape[2]), axis=-1)[..., None]
+  picked = jnp.take_along_axis(unit(q), jnp.minimum(index, q.shape[2] - 1), axis=2)
+  picked = picked.reshape(q.shape[0], k.shape[1], -1, most, q.shape[3]).mean(axis=2)
+  score = jnp.einsum("bgnd,bgtd->bgnt", picked, unit(k), precision=jax.lax.Precision.HIGHEST)
+  return jnp.where(kept[..., None], score, -jnp.inf).max(axis=2)

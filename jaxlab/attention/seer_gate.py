@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.attention.selection import Selection, block_means, blocks_behind, grouped_products
+from jaxlab.attention.selection import Selection, block_means, blocks_behind, first_ones, grouped_products, in_blocks
 from jaxlab.core.checks import require_divides
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import TransformerConfig
@@ -42,10 +42,17 @@ class SeerGate(nnx.Module):
     return tuple(functools.partial(seer, maps=maps, **how) for maps in layers)
 
 
-def pooled_keys(k: Float[Array, "batch kv_heads positions head_dim"], block: int):
-  """The largest, least and mean entries of a block's keys, float32[batch, kv_heads, positions / block, 3 head_dim]."""
-  blocks = k.astype(jnp.float32).reshape(*k.shape[:2], -1, block, k.shape[3])
-  return jnp.concatenate([blocks.max(axis=3), blocks.min(axis=3), blocks.mean(axis=3)], axis=-1)
+def pooled_keys(
+  k: Float[Array, "batch kv_heads positions head_dim"], block: int, real: Int[Array, "batch"] | None = None
+):
+  """The largest, least and mean entries of a block's keys, float32[batch, kv_heads, positions / block, 3 head_dim].
+
+  Of every row the first `real` keys count, all with None; what a block without any has means nothing.
+  """
+  blocks = in_blocks(k, block)
+  if real is not None:
+    blocks = jnp.where(in_blocks(first_ones(real, k.shape[2]), block), blocks, blocks[:, :, :, :1])
+  return jnp.concatenate([blocks.max(axis=3), blocks.min(axis=3), block_means(k, block, real)], axis=-1)
 
 
 def seer(
@@ -54,6 +61,7 @@ def seer(
   *,
   past: Int[Array, ""] | int,
   block: int,
+  real: Int[Array, "batch"] | None = None,
   maps: tuple[Array, Array],
   theta: float,
   tau: float = 5e-4,
@@ -64,15 +72,16 @@ def seer(
   Args:
     pooled: `pooled_keys` of the cache; maps: q and k of the layer.
   """
-  scores = jax.nn.softmax(gate_logits(q, pooled, past=past, block=block, maps=maps, theta=theta), axis=-1)
+  logits = gate_logits(q, pooled, past=past, block=block, real=real, maps=maps, theta=theta)
+  scores = jax.nn.softmax(logits, axis=-1)
   behind = blocks_behind(past, scores.shape[2], scores.shape[3], block)
   return ((scores > tau) | (behind < recent)) & (behind >= 0)
 
 
-def gate_logits(q, pooled, *, past, block: int, maps, theta: float):
+def gate_logits(q, pooled, *, past, block: int, real=None, maps, theta: float):
   """The gate's scores before their softmax, float32[batch, q_heads, query blocks, key blocks]; -inf ahead."""
   project = lambda x, weight: jnp.einsum("bhnd,hdw->bhnw", x, weight, precision=jax.lax.Precision.HIGHEST)
-  queries, keys = project(block_means(q, block), maps[0]), project(pooled, maps[1])
+  queries, keys = project(block_means(q, block, real), maps[0]), project(pooled, maps[1])
   queries = _turned(queries, past + block * jnp.arange(queries.shape[2]), theta)
   keys = _turned(keys, block * jnp.arange(keys.shape[2]), theta)
   logits = grouped_products(queries, keys) / math.sqrt(queries.shape[3])

@@ -4,8 +4,10 @@
 
 `chosen[..., i, j]`: some query of block i is to see keys of block j. Queries are those of the chunk at positions past,
 past + 1, ...; keys are given for a whole cache, and those past the chunk may hold anything. past is a multiple of the
-block. Layout: queries (batch, q_heads, queries, head_dim), keys (batch, kv_heads, positions, head_dim), after RoPE;
-query head h reads key head h // (q_heads / kv_heads). Scores are float32.
+block. `real`, int[batch], says how many queries of every row count, None that all do: those after them, and their keys,
+are padding. They have no part in any choice, and what is chosen for blocks of nothing else means nothing. Layout:
+queries (batch, q_heads, queries, head_dim), keys (batch, kv_heads, positions, head_dim), after RoPE; query head h reads
+key head h // (q_heads / kv_heads). Scores are float32.
 """
 
 import math
@@ -20,9 +22,31 @@ from jaxlab.kernels.block_mass import block_mass
 Selection = Bool[Array, "batch q_heads query_blocks key_blocks"]
 
 
-def block_means(k: Float[Array, "batch kv_heads positions head_dim"], block: int):
-  """Mean key of every block, float32[batch, kv_heads, positions / block, head_dim]."""
-  return k.astype(jnp.float32).reshape(*k.shape[:2], -1, block, k.shape[3]).mean(axis=3)
+def block_means(k: Float[Array, "batch heads positions head_dim"], block: int, real: Int[Array, "batch"] | None = None):
+  """Mean of every block, float32[batch, heads, positions / block, head_dim].
+
+  Of a row its first `real` entries count, all with None; a block without any has zeros.
+  """
+  blocks = in_blocks(k, block)
+  if real is None:
+    return blocks.mean(axis=3)
+  counts = in_blocks(first_ones(real, k.shape[2]), block)
+  return jnp.where(counts, blocks, 0).sum(axis=3) / jnp.maximum(counts.sum(axis=3), 1)
+
+
+def in_blocks(a: Array, block: int) -> Float[Array, "batch heads blocks block size"]:
+  """float32 entries (batch, heads, positions, size), or flags, by block."""
+  wide = a if a.dtype == bool else a.astype(jnp.float32)
+  return wide.reshape(*a.shape[:2], -1, block, a.shape[3])
+
+
+def first_ones(count: Int[Array, "batch"], positions: int) -> Bool[Array, "batch 1 positions 1"]:
+  """Which positions are among the first `count` of their row."""
+  return jnp.arange(positions)[:, None] < count[:, None, None, None]
+
+
+def all_if_none(real: Int[Array, "batch"] | None, q) -> Int[Array, "batch"]:
+  return jnp.full(q.shape[0], q.shape[2]) if real is None else real
 
 
 def flash_prefill(
@@ -31,6 +55,7 @@ def flash_prefill(
   *,
   past: Int[Array, ""] | int,
   block: int,
+  real: Int[Array, "batch"] | None = None,
   alpha: float = 0.06,
   sink: int = 2,
   window: int = 4,
@@ -42,7 +67,7 @@ def flash_prefill(
   over queries t of block i that stand at or past the last key of block j. Kept: s[i, j] >= alpha max_j s[i, j], the
   first `sink` blocks, and the `window` blocks that end with the query's own.
   """
-  mass = block_mass(q, means, past=past, block=block)
+  mass = block_mass(q, means, past=past, block=block, real=real)
   mass = jnp.where(jnp.isnan(mass), jnp.inf, mass)  # what is no number is read, and seen in the answer
   behind = blocks_behind(past, mass.shape[2], means.shape[2], block)
   near = (behind < window) | (jnp.arange(means.shape[2]) < sink)
@@ -50,24 +75,26 @@ def flash_prefill(
   return ((mass >= jnp.log(alpha) + mass.max(axis=-1, keepdims=True)) | near) & (behind >= 0)
 
 
-def x_attention(q, k, *, past, block: int, stride: int = 8, threshold: float = 0.9) -> Selection:
+def x_attention(q, k, *, past, block: int, real=None, stride: int = 8, threshold: float = 0.9) -> Selection:
   """XAttention (arXiv 2503.16428): the mass of a block is the sum over its antidiagonals, `stride` apart.
 
   Kept in every row: block 0 and the diagonal, then the heaviest blocks until they hold `threshold` of the row's mass.
+  Antidiagonals that padding cuts are sums of the products that are left.
   """
   require(block % stride == 0, f"stride is {stride}; it must divide block={block}")
-  folded = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], -1, stride, x.shape[3])
-  rows, columns = folded(q)[..., ::-1, :], folded(k)
+  real = all_if_none(real, q)
+  folded = lambda x, count: in_blocks(jnp.where(first_ones(count, x.shape[2]), x, 0), stride)
+  rows, columns = folded(q, real)[..., ::-1, :], folded(k, past + real)
   flat = lambda x: x.reshape(*x.shape[:3], -1)
   z = grouped_products(flat(rows), flat(columns)) / (math.sqrt(q.shape[3]) * stride)
   row = past // stride + jnp.arange(z.shape[2])
   z = jnp.where(row[:, None] >= jnp.arange(z.shape[3]), z, -jnp.inf)
-  weight = jax.nn.softmax(z, axis=-1)
+  weight = jnp.where(first_ones(-(-real // stride), z.shape[2]), jax.nn.softmax(z, axis=-1), 0)
   each = block // stride
   mass = weight.reshape(*z.shape[:2], z.shape[2] // each, each, z.shape[3] // each, each).sum(axis=(3, 5))
   behind = blocks_behind(past, mass.shape[2], mass.shape[3], block)
   forced = (behind == 0) | ((jnp.arange(mass.shape[3]) == 0) & (behind >= 0))
-  return _cover(mass, threshold * mass.sum(axis=-1, keepdims=True), forced) & (behind >= 0)
+  return _cover(mass, (1 - threshold) * mass.sum(axis=-1, keepdims=True), forced) & (behind >= 0)
 
 
 PATTERNS = ("vertical_slash", "a_shape", "blocks")
@@ -79,6 +106,7 @@ def minference(
   *,
   past,
   block: int,
+  real=None,
   vertical: int = 1000,
   slash: int = 6096,
   last: int = 64,
@@ -105,9 +133,9 @@ def minference(
   require(set(patterns) <= set(PATTERNS), f"patterns are {patterns}; each must be one of {', '.join(PATTERNS)}")
   behind = blocks_behind(past, q.shape[2] // block, k.shape[2] // block, block)
   made = {
-    "vertical_slash": lambda: _crossed(q, k, past, block, vertical, slash, last, sink),
+    "vertical_slash": lambda: _crossed(q, k, past, block, all_if_none(real, q), vertical, slash, last, sink),
     "a_shape": lambda: (jnp.arange(behind.shape[1]) * block < first) | (behind * block < local + block),
-    "blocks": lambda: _best_means(q, k, block, behind, blocks),
+    "blocks": lambda: _best_means(q, k, past, block, all_if_none(real, q), behind, blocks),
   }
   shape = (*q.shape[:2], *behind.shape)
   wanted = {name: jnp.broadcast_to(made[name](), shape) for name in dict.fromkeys(patterns or PATTERNS[:1])}
@@ -135,15 +163,15 @@ def minference_patterns(q, k, *, block: int, past: int, **options) -> tuple[str,
   return tuple(PATTERNS[i] for i in best.tolist())
 
 
-def _best_means(q, k, block: int, behind, count: int):
+def _best_means(q, k, past, block: int, real, behind, count: int):
   """The `count` blocks of the largest product of mean query and mean key, and the own one."""
-  score = grouped_products(block_means(q, block), block_means(k, block))
+  score = grouped_products(block_means(q, block, real), block_means(k, block, past + real))
   return largest(jnp.where(behind >= 0, score, -jnp.inf), count) | (behind == 0)
 
 
-def _crossed(q, k, past, block: int, vertical: int, slash: int, last: int, sink: int):
+def _crossed(q, k, past, block: int, real, vertical: int, slash: int, last: int, sink: int):
   """The blocks that the columns and diagonals of the most attention cross."""
-  columns, diagonals = _vertical_slash(q[:, :, -last:], k, past + q.shape[2] - min(last, q.shape[2]))
+  columns, diagonals, _ = _vertical_slash(*_last_queries(q, last, real), k, past)
   position = jnp.arange(k.shape[2])
   columns = largest(columns, vertical) | (position < sink)
   diagonals = largest(diagonals, slash) | (position == 0)
@@ -157,20 +185,25 @@ def _crossed(q, k, past, block: int, vertical: int, slash: int, last: int, sink:
   return any_column[:, :, None] | crossed[:, :, jnp.maximum(behind, 0)]
 
 
-def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1, budget: int = 1024) -> Selection:
+def flex_prefill(
+  q, k, *, past, block: int, real=None, gamma: float = 0.9, tau: float = 0.1, budget: int = 1024
+) -> Selection:
   """FlexPrefill (arXiv 2502.20766): heads whose block means predict attention choose blocks by them, others by
   columns and diagonals; either until `gamma` of the attention is covered, with at least `budget` tokens.
 
-  A head is of the first kind where sqrt(JSD) of the last query block's attention, true and from means, is under `tau`.
+  A head is of the first kind where sqrt(JSD) of the last `block` queries' attention, true and by means, is below `tau`.
   """
-  tail = q[:, :, -block:]
-  columns, diagonals, weight = _vertical_slash(tail, k, past + q.shape[2] - block, weights=True)
-  blocks, filled = k.shape[2] // block, (past + q.shape[2]) // block
+  real = all_if_none(real, q)
+  tail, place = _last_queries(q, block, real)
+  columns, diagonals, weight = _vertical_slash(tail, place, k, past)
+  blocks, filled = k.shape[2] // block, -(-(past + real) // block)
+  counts = (place >= 0)[:, None, :, None]
+  mean = lambda a: jnp.where(counts, a, 0).sum(axis=2) / jnp.maximum(counts.sum(axis=2), 1)
   per_block = lambda a: a.reshape(*a.shape[:-1], blocks, block).sum(axis=-1)
-  true = per_block(weight).mean(axis=2)
-  means = block_means(k, block)
-  known = jnp.arange(blocks) < filled
-  guess = grouped_products(block_means(tail, tail.shape[2]), means)[:, :, 0] / math.sqrt(q.shape[3])
+  true = mean(per_block(weight))
+  means = block_means(k, block, past + real)
+  known = jnp.arange(blocks) < filled[:, None, None]
+  guess = grouped_products(mean(tail.astype(jnp.float32))[:, :, None], means)[:, :, 0] / math.sqrt(q.shape[3])
   guess = jax.nn.softmax(jnp.where(known, guess, -jnp.inf), axis=-1)
   aware = jnp.sqrt(_divergence(true, guess)) < tau
   behind = blocks_behind(past, q.shape[2] // block, blocks, block)
@@ -189,11 +222,12 @@ def flex_prefill(q, k, *, past, block: int, gamma: float = 0.9, tau: float = 0.1
     forced = (jnp.arange(blocks) == 0) | (behind == 0)
     return across[:, :, None] | along[:, :, jnp.maximum(behind, 0)] | forced
 
-  pooled = block_means(q, block)
-  score = grouped_products(pooled, means) / math.sqrt(q.shape[3])
-  weight = jax.nn.softmax(jnp.where(behind >= 0, score, -jnp.inf), axis=-1) / score.shape[2]
+  score = grouped_products(block_means(q, block, real), means) / math.sqrt(q.shape[3])
+  weight = jax.nn.softmax(jnp.where(behind >= 0, score, -jnp.inf), axis=-1)
+  weight = jnp.where(first_ones(-(-real // block), weight.shape[2]), weight, 0)
   flat = weight.reshape(*weight.shape[:2], 1, -1)
-  by_mass = _cover(flat, gamma, jnp.zeros(flat.shape[2:], bool)).reshape(weight.shape) | vertical_slash(least)
+  left = (1 - gamma) * flat.sum(axis=-1, keepdims=True)
+  by_mass = _cover(flat, left, jnp.zeros(flat.shape[2:], bool)).reshape(weight.shape) | vertical_slash(least)
   return jnp.where(aware[..., None, None], by_mass, vertical_slash()) & (behind >= 0)
 
 
@@ -210,14 +244,21 @@ def blocks_behind(past, query_blocks: int, key_blocks: int, block: int):
   return past // block + jnp.arange(query_blocks)[:, None] - jnp.arange(key_blocks)
 
 
-def _vertical_slash(q, k, start, weights: bool = False):
-  """(mass of every column, mass of every diagonal by its distance from the main one[, attention]) of these queries."""
-  z, query = grouped_products(q, k) / math.sqrt(q.shape[3]), start + jnp.arange(q.shape[2])
-  weight = jax.nn.softmax(jnp.where(query[:, None] >= jnp.arange(k.shape[2]), z, -jnp.inf), axis=-1)
-  place = query[:, None] - jnp.arange(k.shape[2])
-  along = jnp.take_along_axis(weight, jnp.broadcast_to(jnp.maximum(place, 0), weight.shape), axis=-1)
-  found = weight.sum(axis=2), jnp.where(place >= 0, along, 0).sum(axis=2)
-  return (*found, weight) if weights else found
+def _last_queries(q, count: int, real: Int[Array, "batch"]):
+  """(the last `count` queries of every row that count, their places in the chunk: below 0 where there are fewer)."""
+  count = min(count, q.shape[2])
+  place = real[:, None] - count + jnp.arange(count)
+  return jnp.take_along_axis(q, jnp.maximum(place, 0)[:, None, :, None], axis=2), place
+
+
+def _vertical_slash(q, place, k, past):
+  """(mass of every column, mass of every diagonal by its distance from the main one, attention) of `_last_queries`."""
+  z = grouped_products(q, k) / math.sqrt(q.shape[3])
+  offset = past + jnp.maximum(place, 0)[:, None, :, None] - jnp.arange(k.shape[2])
+  weight = jax.nn.softmax(jnp.where(offset >= 0, z, -jnp.inf), axis=-1)
+  weight = jnp.where((place >= 0)[:, None, :, None], weight, 0)
+  along = jnp.take_along_axis(weight, jnp.broadcast_to(jnp.maximum(offset, 0), weight.shape), axis=-1)
+  return weight.sum(axis=2), jnp.where(offset >= 0, along, 0).sum(axis=2), weight
 
 
 def largest(mass, count: Int[Array, "*rows"] | int):
@@ -225,12 +266,15 @@ def largest(mass, count: Int[Array, "*rows"] | int):
   return jnp.argsort(jnp.argsort(-mass, axis=-1), axis=-1) < count
 
 
-def _cover(mass, enough, forced):
-  """Forced entries, then the largest ones, until their sum is `enough`."""
+def _cover(mass, left, forced):
+  """Forced entries, then the largest ones, until the others hold no more than `left`.
+
+  What is left is summed from its least entry: with left = 0 all that has any mass is kept, whatever the rounding.
+  """
   order = jnp.argsort(jnp.where(forced, -jnp.inf, -mass), axis=-1)
   ordered = jnp.take_along_axis(mass, order, axis=-1)
-  before = jnp.cumsum(ordered, axis=-1) - ordered
-  kept = jnp.take_along_axis(before < enough, jnp.argsort(order, axis=-1), axis=-1)
+  rest = jax.lax.cumsum(ordered, axis=ordered.ndim - 1, reverse=True)
+  kept = jnp.take_along_axis(rest > left, jnp.argsort(order, axis=-1), axis=-1)
   return kept | forced
 
 

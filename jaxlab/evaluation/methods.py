@@ -141,6 +141,7 @@ SELECTORS = {
   "seer": _seer,
 }
 _SIMPLE = (bool, int, float, str)
+_OF_A_CHUNK = ("real",)  # what a selector is given beside its options
 
 
 def over_pages(
@@ -222,7 +223,8 @@ def named(text: str) -> tuple[str, dict]:
 def _knobs(function: Callable) -> list[str]:
   """Names of the options a command line can give."""
   parameters = inspect.signature(function).parameters.values()
-  return [p.name for p in parameters if p.default is None or isinstance(p.default, _SIMPLE)]
+  simple = [p.name for p in parameters if p.default is None or isinstance(p.default, _SIMPLE)]
+  return [name for name in simple if name not in _OF_A_CHUNK]
 
 
 def subject(model: Transformer, method: str | None = None, **options) -> Subject:

@@ -32,6 +32,7 @@ from tests.common import configs, random_model, random_tokens
 
 B, HEADS, KV, SIZE, CHUNK, BLOCK, CAPACITY = 2, 4, 2, 16, 16, 4, 48
 TILES, BLOCKS, GROUP = CHUNK // BLOCK, CAPACITY // BLOCK, HEADS // KV
+REAL = (CHUNK, 10)  # queries of the two rows that count, where the second one ends in the chunk
 BY_HEAD = ("a_shape", "blocks", "vertical_slash", "a_shape")
 SELECTORS = {
   "flash_prefill": functools.partial(flash_prefill, alpha=0.3, sink=1, window=1),
@@ -44,7 +45,7 @@ SELECTORS = {
 }
 ALL = {
   "flash_prefill": functools.partial(flash_prefill, alpha=0.0),
-  "x_attention": functools.partial(x_attention, stride=2, threshold=2.0),
+  "x_attention": functools.partial(x_attention, stride=2, threshold=1.0),
   "minference": functools.partial(minference, vertical=CAPACITY),
   "flex_prefill": functools.partial(flex_prefill, budget=CAPACITY),
   "minference by head": functools.partial(
@@ -70,9 +71,15 @@ def problem(seed=0, past=16):
   return q, jnp.where(stale, jnp.nan, k), k, v, view
 
 
-def select(name, q, k, past, options=SELECTORS):
+def select(name, q, k, past, options=SELECTORS, real=None):
   keys = block_means(k, BLOCK) if name == "flash_prefill" else k
-  return options[name](jnp.moveaxis(q, 2, 1), keys, past=past, block=BLOCK)
+  real = None if real is None else jnp.array(real)
+  return options[name](jnp.moveaxis(q, 2, 1), keys, past=past, block=BLOCK, real=real)
+
+
+def tiles_that_count():
+  """(row, head, block of queries) of all blocks with a query that counts."""
+  return [(b, h, i) for b, h, i in np.ndindex(B, HEADS, TILES) if i * BLOCK < REAL[b]]
 
 
 def masked_softmax(q, k, v, see):
@@ -155,11 +162,11 @@ def test_selectors_look_backwards_alone_and_always_at_the_own_block(name, past):
 def test_flash_prefill_is_its_formula():
   q, _, k, _, _ = problem()
   means = np.asarray(block_means(k, BLOCK))
-  chosen = select("flash_prefill", q, k, 16)
-  for b, h, i in np.ndindex(B, HEADS, TILES):
+  chosen = select("flash_prefill", q, k, 16, real=REAL)
+  for b, h, i in tiles_that_count():
     mass = np.zeros(BLOCKS)
     for j in range(BLOCKS):
-      for t in range(i * BLOCK, (i + 1) * BLOCK):
+      for t in range(i * BLOCK, min((i + 1) * BLOCK, REAL[b])):
         if 16 + t >= (j + 1) * BLOCK - 1:
           mass[j] += np.exp(np.asarray(q[b, t, h]) @ means[b, h // GROUP, j] / 4)
     score = mass / mass.sum()
@@ -177,17 +184,19 @@ def test_a_key_that_is_no_number_is_read():
 
 def test_x_attention_is_its_formula():
   q, _, k, _, _ = problem()
-  chosen = select("x_attention", q, k, 16)
+  chosen = select("x_attention", q, k, 16, real=REAL)
   for b, h in np.ndindex(B, HEADS):
-    rows, columns = np.asarray(q[b, :, h]), np.asarray(k[b, h // GROUP])
+    rows = np.where(np.arange(CHUNK)[:, None] < REAL[b], q[b, :, h], 0)
+    columns = np.where(np.arange(CAPACITY)[:, None] < 16 + REAL[b], k[b, h // GROUP], 0)
     score = np.full((CHUNK // 2, CAPACITY // 2), -np.inf)
     for r, c in np.ndindex(score.shape):
       if 8 + r >= c:
         score[r, c] = sum(rows[2 * r + 1 - s] @ columns[2 * c + s] for s in range(2)) / 8
     weight = np.exp(score - score.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
+    weight[-(-REAL[b] // 2) :] = 0
     mass = weight.reshape(TILES, 2, BLOCKS, 2).sum(axis=(1, 3))
-    for i in range(TILES):
+    for i in range(-(-REAL[b] // BLOCK)):
       forced = [0, 4 + i]
       kept, held = set(forced), mass[i, forced].sum()
       for j in np.argsort(-mass[i]):
@@ -197,30 +206,44 @@ def test_x_attention_is_its_formula():
       assert set(np.flatnonzero(chosen[b, h, i]).tolist()) == kept
 
 
+def softmax(a):
+  weight = np.exp(a - a.max(axis=-1, keepdims=True))
+  return weight / weight.sum(axis=-1, keepdims=True)
+
+
+def vertical_slash_by_hand(q, k, at):
+  """(attention of queries at these positions, its sum along every diagonal)."""
+  score = np.asarray(q) @ np.asarray(k).T / 4
+  weight = softmax(np.where(np.arange(len(k)) <= at[:, None], score, -np.inf))
+  return weight, np.array([sum(weight[t, p - o] for t, p in enumerate(at) if p >= o) for o in range(len(k))])
+
+
 def test_minference_keeps_the_blocks_its_columns_and_diagonals_cross():
   q, _, k, _, _ = problem()
-  chosen = select("minference", q, k, 16)
+  chosen = select("minference", q, k, 16, real=REAL)
   for b, h in np.ndindex(B, HEADS):
-    score = np.asarray(q[b, 8:, h]) @ np.asarray(k[b, h // GROUP]).T / 4
-    score = np.where(np.arange(CAPACITY) <= 24 + np.arange(8)[:, None], score, -np.inf)
-    weight = np.exp(score) / np.exp(score).sum(axis=1, keepdims=True)
-    along = np.array([sum(weight[t, 24 + t - o] for t in range(8) if 24 + t >= o) for o in range(CAPACITY)])
+    at = 16 + REAL[b] - 8 + np.arange(8)
+    weight, along = vertical_slash_by_hand(q[b, REAL[b] - 8 : REAL[b], h], k[b, h // GROUP], at)
     columns = {0, *np.argsort(-weight.sum(axis=0))[:2]}
     offsets = {0, *np.argsort(-along)[:2]}
-    for i, j in np.ndindex(TILES, BLOCKS):
+    for i, j in np.ndindex(-(-REAL[b] // BLOCK), BLOCKS):
       pairs = itertools.product(range(16 + i * BLOCK, 16 + (i + 1) * BLOCK), range(j * BLOCK, (j + 1) * BLOCK))
       crossed = any(at - key in offsets for at, key in pairs) or any(c // BLOCK == j for c in columns)
       assert bool(chosen[b, h, i, j]) == (crossed and j <= 4 + i)
 
 
+def means_by_hand(a, count):
+  """Of every block's entries among the first `count`."""
+  return np.array([np.asarray(a[j : min(j + BLOCK, count)]).mean(axis=0) for j in range(0, count, BLOCK)])
+
+
 def test_minference_has_a_pattern_for_every_head():
   """An A of the first 2 tokens and 3 before each query; the 2 blocks of the largest mean product; else as before."""
   q, _, k, _, _ = problem()
-  chosen, plain = (np.asarray(select(name, q, k, 16)) for name in ("minference by head", "minference"))
-  means = lambda a: np.asarray(a).reshape(-1, BLOCK, SIZE).mean(1)
+  chosen, plain = (np.asarray(select(name, q, k, 16, real=REAL)) for name in ("minference by head", "minference"))
   for b, h in np.ndindex(B, HEADS):
-    score = means(q[b, :, h]) @ means(k[b, h // GROUP]).T
-    for i in range(TILES):
+    score = means_by_hand(q[b, :, h], REAL[b]) @ means_by_hand(k[b, h // GROUP], 16 + REAL[b]).T
+    for i in range(-(-REAL[b] // BLOCK)):
       own, first = 4 + i, 16 + i * BLOCK
       expected = {
         "vertical_slash": {*np.flatnonzero(plain[b, h, i])},
@@ -263,6 +286,83 @@ def test_flex_prefill_tells_heads_by_how_well_means_predict_them():
   assert (aware != not_aware).any()
 
 
+def flex_by_hand(q, k, past, gamma, tau):
+  """(whether a head of these queries and keys is query-aware, its choice with a budget of one block)."""
+  end, tiles, own = len(k), -(-len(q) // BLOCK), past // BLOCK
+  tail = np.asarray(q[-BLOCK:])
+  weight, along = vertical_slash_by_hand(tail, k, end - len(tail) + np.arange(len(tail)))
+  by_block = lambda a: np.pad(a, (0, CAPACITY - end)).reshape(BLOCKS, BLOCK).sum(axis=1)
+  columns, diagonals = weight.sum(axis=0), along
+  means = means_by_hand(k, end)
+  true, guess = by_block(columns / len(tail))[: len(means)], softmax(means @ tail.mean(axis=0) / 4)
+  relative = lambda p: (p * np.log(p / ((true + guess) / 2))).sum()
+  aware = np.sqrt((relative(true) + relative(guess)) / 2) < tau
+
+  def heaviest(mass):
+    """As many blocks as the fewest tokens that cover gamma fill; for an aware head one."""
+    tokens = next(n for n in range(1, end + 1) if np.sort(mass)[-n:].sum() >= gamma * mass.sum())
+    return set(np.argsort(-by_block(mass), kind="stable")[: 1 if aware else tokens // BLOCK + 1].tolist())
+
+  across, behind = heaviest(columns), heaviest(diagonals)
+  pairs = [(i, j) for i in range(tiles) for j in range(own + i + 1)]
+  kept = {(i, j) for i, j in pairs if j in across or own + i - j in behind or j in (0, own + i)}
+  if aware:
+    score = means_by_hand(q, len(q)) @ means.T / 4
+    mass = {(i, j): softmax(score[i, : own + i + 1])[j] / tiles for i, j in pairs}
+    held = lambda some: sum(mass[pair] for pair in some)
+    sizes = (list(itertools.combinations(pairs, n)) for n in range(1, len(pairs) + 1))
+    fewest = next(sets for sets in sizes if any(held(some) >= gamma for some in sets))
+    kept |= set(max(fewest, key=held))
+  return aware, kept
+
+
+def test_flex_prefill_is_its_formula_and_no_fewer_blocks_reach_gamma():
+  """By all sets of blocks; heads of both kinds, and of the second row's 8 queries 6 that count."""
+  q, _, k, _, _ = problem(past=24)
+  q = q[:, :8]
+  how = dict(past=24, block=BLOCK, gamma=0.6, tau=0.2, budget=BLOCK)
+  chosen = np.asarray(flex_prefill(jnp.moveaxis(q, 2, 1), k, real=jnp.array([8, 6]), **how))
+  kinds = []
+  for b, h in np.ndindex(B, HEADS):
+    real = (8, 6)[b]
+    aware, kept = flex_by_hand(q[b, :real, h], k[b, h // GROUP, : 24 + real], 24, 0.6, 0.2)
+    kinds.append(aware)
+    assert {(int(i), int(j)) for i, j in np.argwhere(chosen[b, h])} == kept
+  assert 0 < sum(kinds[:HEADS]) < HEADS and 0 < sum(kinds[HEADS:]) < HEADS
+
+
+def test_quoka_is_its_formula():
+  """Of 16 and 10 queries that count, 6 and 4 choose 5 of the 16 past tokens."""
+  q, _, k, v, view = problem()
+  view = view._replace(lengths=16 + jnp.array(REAL))
+  found, _ = quoka(queries=0.4, budget=0.3).attend(q, k[:, :, :CHUNK].swapaxes(1, 2), v, view, ())
+  unit = lambda a: np.asarray(a) / np.linalg.norm(a, axis=-1, keepdims=True)
+  see = np.zeros((B, HEADS, CHUNK, CAPACITY), bool)
+  for b, g in np.ndindex(B, KV):
+    picked = []
+    for h in range(g * GROUP, (g + 1) * GROUP):
+      rows = np.asarray(q[b, : REAL[b], h])
+      alike = unit(rows) @ unit(rows.mean(axis=0))
+      picked.append(unit(rows)[np.sort(np.argsort(alike)[: (6, 4)[b]])])
+    score = (np.mean(picked, axis=0) @ unit(k[b, g, :16]).T).max(axis=0)
+    see[b, g * GROUP : (g + 1) * GROUP, :, np.argsort(-score)[:5]] = True
+  see |= np.asarray(causal(16)) & (np.arange(CAPACITY) >= 16)
+  expected, _ = masked_softmax(q, k, v, jnp.asarray(see))
+  for b, real in enumerate(REAL):
+    np.testing.assert_allclose(found[b, :real], expected[b, :real], rtol=1e-5, atol=1e-5)
+  for wrong in dict(queries=0.0), dict(queries=1.5), dict(budget=-0.1), dict(budget=1.1):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is "):
+      quoka(**wrong)
+
+
+def test_x_attention_at_threshold_1_keeps_all_that_has_mass():
+  """However little beside what the rest adds up to in float32: masses down to 1e-29 are there."""
+  q, _, k, _, _ = problem()
+  kept = x_attention(jnp.moveaxis(15 * q, 2, 1), k, past=16, block=BLOCK, stride=2, threshold=1.0)
+  causal_blocks = np.arange(BLOCKS) <= 4 + np.arange(TILES)[:, None]
+  np.testing.assert_array_equal(kept, np.broadcast_to(causal_blocks, kept.shape))
+
+
 @pytest.mark.parametrize("windows", [None, (3, None, 5)])
 @pytest.mark.parametrize("method", [*ALL, "quoka"])
 def test_at_full_budget_generation_is_the_dense_one(method, windows):
@@ -297,7 +397,7 @@ def test_the_last_blocks_of_a_prompt_see_everything_and_widen_no_union(union):
   second = own | ((jnp.arange(TILES)[:, None] == 1) & (jnp.arange(BLOCKS) <= 5))
 
   def attend(chosen, **how):
-    select = lambda q, keys, past, block: jnp.broadcast_to(chosen, (B, HEADS, TILES, BLOCKS))
+    select = lambda q, keys, past, block, real: jnp.broadcast_to(chosen, (B, HEADS, TILES, BLOCKS))
     return compact(select, union=union, **how).attend(q, q[:, :, ::GROUP], v, view, ())[0]
 
   plain, found, narrow = attend(second), attend(second, last=2), attend(own)

@@ -11,7 +11,19 @@ from jaxlab.attention.dhsa_blocks import top_blocks, vertical_slash, vertical_sl
 from jaxlab.attention.selection import block_means
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, inference, paged
-from tests.attention.test_compact_attention import BLOCK, BLOCKS, CHUNK, GROUP, HEADS, TILES, B, problem
+from tests.attention.test_compact_attention import (
+  BLOCK,
+  BLOCKS,
+  CHUNK,
+  GROUP,
+  HEADS,
+  REAL,
+  TILES,
+  B,
+  problem,
+  tiles_that_count,
+  vertical_slash_by_hand,
+)
 from tests.common import configs, random_model, random_tokens
 
 PATTERNS = {
@@ -22,48 +34,43 @@ PATTERNS = {
 }
 
 
-def select(name, q, k, past, density, tiles=2):
-  keys = k if name == "vs" else block_means(k, BLOCK)
+def select(name, q, k, past, density, tiles=2, real=REAL):
+  real = jnp.array(real)
+  keys = k if name == "vs" else block_means(k, BLOCK, past + real)
   compiled = jax.jit(functools.partial(PATTERNS[name], block=BLOCK, density=density, tiles=tiles))
-  return np.asarray(compiled(jnp.moveaxis(q, 2, 1), keys, past=past))
-
-
-def softmax(a):
-  weight = np.exp(a - a.max(axis=-1, keepdims=True))
-  return weight / weight.sum(axis=-1, keepdims=True)
+  return np.asarray(compiled(jnp.moveaxis(q, 2, 1), keys, past=past, real=real))
 
 
 def expected(name, q, k, past, density, tiles=2):
-  """The choice from its definition, of every head and page of queries."""
+  """The choice from its definition, of every head and page of queries with one that counts."""
   chosen = np.zeros((B, HEADS, TILES, BLOCKS), bool)
-  filled = (past + CHUNK) // BLOCK
-  kept = int(np.ceil(np.float32(density) * filled))
   best = lambda a, count: np.argsort(-np.asarray(a), kind="stable")[:count]
-  for b, h, i in np.ndindex(B, HEADS, TILES):
-    rows, keys = np.asarray(q[b, :, h]), np.asarray(k[b, h // GROUP])
-    means = keys.reshape(BLOCKS, BLOCK, -1).mean(axis=1)
+  for b, h, i in tiles_that_count():
+    pages, end = -(-REAL[b] // BLOCK), past + REAL[b]
+    filled = past // BLOCK + pages
+    kept = int(np.ceil(np.float32(density) * filled))
+    rows, keys = np.asarray(q[b, : REAL[b], h]), np.asarray(k[b, h // GROUP, :end])
+    means = np.array([keys[j : j + BLOCK].mean(axis=0) for j in range(0, end, BLOCK)])
     group = i // tiles
-    newest, own = past // BLOCK + min((group + 1) * tiles, TILES) - 1, past // BLOCK + i
+    newest, own = past // BLOCK + min((group + 1) * tiles, pages) - 1, past // BLOCK + i
     mean = lambda group: rows[group * tiles * BLOCK : (group + 1) * tiles * BLOCK].mean(axis=0)  # noqa: B023
     if name in ("topk", "A"):
       score = means[: newest + 1] @ mean(group)
       score[[0, newest] if name == "A" else []] = np.inf
       wanted = set(best(score, kept).tolist())
     elif name == "vsb":
-      columns = best(means[:filled] @ mean((TILES - 1) // tiles), (kept + 1) // 2).tolist()
+      columns = best(means @ mean((pages - 1) // tiles), (kept + 1) // 2).tolist()
       wanted = {*columns, *(newest - (filled - 1 - j) for j in columns)}
     else:
-      last = tiles * BLOCK
-      at = past + CHUNK - last + np.arange(last)
-      score = rows[-last:] @ keys[: past + CHUNK].T / 4
-      weight = softmax(np.where(np.arange(past + CHUNK) <= at[:, None], score, -np.inf))
-      along = [sum(weight[t, at[t] - o] for t in range(last) if at[t] >= o) for o in range(past + CHUNK)]
+      last = min(tiles * BLOCK, REAL[b])
+      at = end - last + np.arange(last)
+      weight, along = vertical_slash_by_hand(rows[-last:], keys, at)
       half = kept * BLOCK // 2
       offsets = {0, *best(along, half).tolist()}
       mine = past + i * BLOCK + np.arange(BLOCK)
       wanted = {int(c) // BLOCK for c in best(weight.sum(axis=0), half)}
       wanted |= {int(t - o) // BLOCK for t in mine for o in offsets if t >= o}
-    if newest + 1 <= kept or (name in ("vs", "vsb") and group == (TILES - 1) // tiles):
+    if newest + 1 <= kept or (name in ("vs", "vsb") and group == (pages - 1) // tiles):
       wanted = set(range(own + 1))
     chosen[b, h, i, [j for j in wanted | {own} if 0 <= j <= own]] = True
   return chosen
@@ -72,11 +79,14 @@ def expected(name, q, k, past, density, tiles=2):
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("past", [16, 32])
 def test_patterns_are_their_definitions(name, past):
-  """Whatever lies past the chunk; pages that no whole number of groups holds."""
+  """Whatever lies past the chunk; pages that no whole number of groups holds; a row that ends in the chunk."""
   q, stale, k, *_ = problem(past=past)
   for tiles in (2, 3):
-    chosen = select(name, q, stale, past, 0.25, tiles)
-    np.testing.assert_array_equal(chosen, expected(name, q, k, past, 0.25, tiles))
+    chosen, sought = select(name, q, stale, past, 0.25, tiles), expected(name, q, k, past, 0.25, tiles)
+    for at in tiles_that_count():
+      np.testing.assert_array_equal(chosen[at], sought[at])
+    whole = select(name, q, stale, past, 0.25, tiles, real=(CHUNK, CHUNK))
+    np.testing.assert_array_equal(whole[0], sought[0])
     causal = np.arange(BLOCKS) <= past // BLOCK + np.arange(TILES)[:, None]
     np.testing.assert_array_equal(select(name, q, stale, past, 1.0, tiles), np.broadcast_to(causal, chosen.shape))
     assert chosen.sum() < B * HEADS * causal.sum()

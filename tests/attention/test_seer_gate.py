@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxlab.attention.compact_attention import compact
-from jaxlab.attention.seer_gate import SeerGate, attention_by_block, gate_loss, pooled_keys, seer
+from jaxlab.attention.seer_gate import SeerGate, attention_by_block, gate_logits, gate_loss, pooled_keys, seer
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, inference, paged
 from tests.common import configs, random_model, random_tokens
@@ -49,6 +49,22 @@ def test_scores_above_tau_and_the_last_blocks_are_kept():
   # A chunk in the middle of the row is scored as the same queries are in the whole.
   later = seer(q[:, :, 8:], pooled, past=8, block=4, maps=maps, theta=gate.theta, tau=0.3)
   np.testing.assert_array_equal(later, keep(0.3)[:, :, 2:])
+
+
+def test_what_padding_pools_to_is_left_out():
+  """Of 10 queries and keys that count; in a block, copies of what it is pooled to change nothing."""
+  q, k = arrays()
+  gate = SeerGate(CONFIG, jax.random.key(1), width=8)
+  pooled = pooled_keys(k, 4, jnp.array([16, 10]))
+  last = k[1, :, 8:10]
+  expected = jnp.concatenate([last.max(axis=1), last.min(axis=1), last.mean(axis=1)], axis=-1)
+  np.testing.assert_allclose(pooled[1, :, 2], expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(pooled[0], pooled_keys(k, 4)[0], rtol=1e-6, atol=1e-6)
+  how = dict(past=0, block=4, maps=(gate.q[0], gate.k[0]), theta=gate.theta)
+  filled = q.at[1, :, 10:12].set(q[1, :, 8:10].mean(axis=1, keepdims=True))
+  found, same = gate_logits(q, pooled, real=jnp.array([16, 10]), **how), gate_logits(filled, pooled, **how)
+  np.testing.assert_allclose(found[0], same[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found[1, :, :3], same[1, :, :3], rtol=1e-5, atol=1e-5)
 
 
 def test_training_moves_the_gate_alone_and_towards_the_attention():
