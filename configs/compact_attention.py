@@ -43,9 +43,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       model="",  # one of your own in their place: hf:DIR
       dtype=pick(cpu="float32", gpu="bfloat16"),
       parts=pick(
-        test=("executions", "choices", "accuracy", "losses"),
-        cpu=("choices", "accuracy", "losses"),
-        gpu=("executions", "accuracy", "losses", "choices"),
+        test=("executions", "choices", "unions", "accuracy", "losses"),
+        cpu=("choices", "unions", "accuracy", "losses"),
+        gpu=("executions", "accuracy", "losses", "choices", "unions"),
       ),
       data=dict(name="stdlib_code", path="", split="test"),  # a path to local text, or a tfds name
       chunk=pick(test=64, cpu=128, gpu=512),
@@ -89,6 +89,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
             "seer 0.0005",
           ),
         ),
+      ),
+      unions=dict(  # of the first method of `choices` on its prompts, by chunk and the heads that share a table
+        subjects=pick(cpu=("base", "smollm2")),
+        chunks=pick(test=(32, 64), cpu=(64, 128, 256), gpu=(256, 512, 1024), paper=(512, 1024, 2048)),
       ),
       accuracy=dict(
         subjects=pick(cpu=("base",), gpu=("base", "smollm2")),

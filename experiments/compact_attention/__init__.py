@@ -15,7 +15,7 @@ from experiments.report import rounded
 from experiments.results import Claim
 from jaxlab.attention.seer_gate import SeerGate, gate_loss
 
-EXECUTIONS, CHOICES, ACCURACY, LOSSES = "executions", "choices", "accuracy", "losses"
+EXECUTIONS, CHOICES, UNIONS, ACCURACY, LOSSES = "executions", "choices", "unions", "accuracy", "losses"
 OURS = "compact"
 
 
@@ -41,6 +41,10 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     console.say(f"what selectors choose in {name}")
     return choosing.measure(config, all_subjects()[name], gate(name, config.choices.methods))
 
+  def united(name: str) -> dict:
+    console.say(f"what unions of chunks and heads read in {name}")
+    return choosing.unions(config, all_subjects()[name], gate(name, config.choices.methods[:1]))
+
   def asked(name: str) -> dict:
     methods = config.accuracy.methods
     found = choosing.decoders(methods, config, gate(name, methods))
@@ -57,7 +61,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     console.say(long_context.table(rows, ("decoder", "loss", "difference", "error")))
     return {"rows": rows}
 
-  metrics, of = {}, {ACCURACY: asked, LOSSES: read, CHOICES: chosen}
+  metrics, of = {}, {ACCURACY: asked, LOSSES: read, CHOICES: chosen, UNIONS: united}
   for kind in config.parts:
     if kind == EXECUTIONS:
       run = lambda case: _executed(config, case, all_subjects, console)
@@ -95,6 +99,7 @@ def claims(config, metrics: dict) -> list[Claim]:
   made += accuracy_claims(metrics[ACCURACY]) if ACCURACY in metrics else []
   made += loss_claims(metrics[LOSSES]) if LOSSES in metrics else []
   made += choice_claims(metrics[CHOICES]) if CHOICES in metrics else []
+  made += union_claims(metrics[UNIONS]) if UNIONS in metrics else []
   return made
 
 
@@ -230,6 +235,25 @@ def choice_claims(found: dict) -> list[Claim]:
       ours=max(growth.values()), threshold=3.0, paper=2.92,
       note="; ".join(f"{subject}: {row['before']:.1%} to {row['after']:.1%}" for subject, row in first.items()),
     ),
+  ]  # fmt: skip
+
+
+def union_claims(found: dict) -> list[Claim]:
+  """Of the union of all heads that share a key head; those of fewer are in the note."""
+  growth, notes = [], []
+  for subject, measured in found.items():
+    rows = sorted(measured["rows"], key=lambda row: (row["chunk"], row["share"]))
+    largest = [row for row in rows if row["share"] == rows[-1]["share"]]
+    first, last = largest[0], largest[-1]
+    growth.append(last["past"] / first["past"])
+    each = ", ".join(f"{row['past']:.1%} ({row['chunk']}, {row['share']})" for row in rows)
+    notes.append(f"{subject}, {measured['method']}: {each}")
+  return [
+    Claim(
+      f"How many times as much of the past a chunk of {last['chunk']} reads as one of {first['chunk']}, most of the "
+      "models", "x", "lower", ours=max(growth), threshold=1.5, baseline=f"chunks of {first['chunk']}",
+      note="read by unions of (queries, heads): " + "; ".join(notes),
+    )
   ]  # fmt: skip
 
 

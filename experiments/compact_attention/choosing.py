@@ -95,15 +95,34 @@ def measure(config, subject: Subject, gate: SeerGate | None = None) -> dict:
   s = config.choices
   layers = captured(subject.network, prompts(subject, task=s.task, length=s.length, count=s.rows))
 
-  def of(text: str) -> dict:
-    rules, each = selector(text, config, gate), []
-    for i, (q, k) in enumerate(layers):
-      rule, arrays = _rule(rules[i] if isinstance(rules, tuple) else rules)
-      each.append(_statistics(q, k, arrays, select=rule, chunk=config.chunk, block=config.page))
-    mean = {name: float(np.mean([row[name] for row in each])) for name in each[0] if name != "least_gain"}
-    return mean | {"least_gain": float(min(row["least_gain"] for row in each))}
-
+  of = lambda text: _over_layers(selector(text, config, gate), layers, chunk=config.chunk, block=config.page)
   return dict(zip(s.methods, overlapped(of, s.methods), strict=True))
+
+
+def unions(config, subject: Subject, gate: SeerGate | None = None) -> dict:
+  """{"method": the first of `choices.methods`, "rows": what `measure` has, by chunk and the heads that share a table}:
+  chunks of `unions.chunks` tokens, every divisor of the heads that share a key head."""
+  s, text = config.choices, config.choices.methods[0]
+  layers = captured(subject.network, prompts(subject, task=s.task, length=s.length, count=s.rows))
+  group = layers[0][0].shape[1] // layers[0][1].shape[1]
+  cases = [(chunk, n) for chunk in config.unions.chunks for n in range(1, group + 1) if group % n == 0]
+
+  def of(case: tuple[int, int]) -> dict:
+    chunk, share = case
+    found = _over_layers(selector(text, config, gate), layers, chunk=chunk, block=config.page, share=share)
+    return {"chunk": chunk, "share": share} | found
+
+  return {"method": text, "rows": list(overlapped(of, cases))}
+
+
+def _over_layers(rules: Callable | tuple[Callable, ...], layers: list[tuple], **how) -> dict:
+  """Means of `_statistics` over the layers, and the least gain."""
+  each = []
+  for i, (q, k) in enumerate(layers):
+    rule, arrays = _rule(rules[i] if isinstance(rules, tuple) else rules)
+    each.append(_statistics(q, k, arrays, select=rule, **how))
+  mean = {name: float(np.mean([row[name] for row in each])) for name in each[0] if name != "least_gain"}
+  return mean | {"least_gain": float(min(row["least_gain"] for row in each))}
 
 
 def _rule(select: Callable) -> tuple[Callable, dict]:
@@ -119,8 +138,8 @@ def _seer(**options):
   return functools.partial(seer, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("select", "chunk", "block"))
-def _statistics(q, k, arrays, *, select, chunk: int, block: int) -> dict:
+@functools.partial(jax.jit, static_argnames=("select", "chunk", "block", "share"))
+def _statistics(q, k, arrays, *, select, chunk: int, block: int, share: int | None = None) -> dict:
   summary = summary_of(select)
   keys = summary(k, block) if summary else k
   position = jnp.arange(k.shape[2])
@@ -128,8 +147,8 @@ def _statistics(q, k, arrays, *, select, chunk: int, block: int) -> dict:
   def one(past):
     rows = jax.lax.dynamic_slice_in_dim(q, past, chunk, axis=2)
     chosen = select(rows, keys, past=past, block=block, **arrays)
-    union = block_union(chosen, kv_heads=k.shape[1], past=past // block)
-    union = jnp.repeat(union, q.shape[1] // k.shape[1], axis=1)[:, :, None]
+    union = block_union(chosen, kv_heads=k.shape[1], past=past // block, share=share)
+    union = jnp.repeat(union, q.shape[1] // union.shape[1], axis=1)[:, :, None]
     causal = position <= past + jnp.arange(chunk)[:, None]
     score = jnp.where(causal, grouped_products(rows, k) / q.shape[3] ** 0.5, -jnp.inf)
     weight = jax.nn.softmax(score, axis=-1)

@@ -1,9 +1,13 @@
+import functools
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from configs import compact_attention as config_file
 from experiments.compact_attention import choosing, executing
+from jaxlab.attention.selection import block_means, flash_prefill
 from jaxlab.core.checks import InputError
 from jaxlab.models.attention import dot_product_attention
 from tests.common import run_and_continue
@@ -12,12 +16,41 @@ from tests.common import run_and_continue
 def test_everything_is_measured_once_of_a_users_model_too(tiny_checkpoint, tmp_path, monkeypatch):
   config = config_file.get_config("test")
   config.model, config.data.path = f"hf:{tiny_checkpoint}", "docs/*.md"
-  measures = ("executing.measure", "choosing.measure", "beside.trained", "long_context.accuracy", "long_context.losses")
+  measures = (
+    "executing.measure",
+    "choosing.measure",
+    "choosing.unions",
+    "beside.trained",
+    "long_context.accuracy",
+    "long_context.losses",
+  )
   report = run_and_continue("compact_attention", tmp_path, monkeypatch, *measures, config=config)
-  assert set(report.metrics) == {"executions", "choices", "accuracy", "losses"} and len(report.figures) == 3
+  assert set(report.metrics) == {"executions", "choices", "unions", "accuracy", "losses"} and len(report.figures) == 3
   (chosen,) = report.metrics["choices"].values()
-  for row in chosen.values():
+  (unions,) = report.metrics["unions"].values()
+  for row in [*chosen.values(), *unions["rows"]]:
     assert 0 < row["before"] <= row["after"] <= 1 and row["mass_before"] <= row["mass_after"] <= 1 + 1e-5
+
+
+def test_a_union_reads_more_the_more_heads_and_queries_share_it():
+  """Means over layers, chunks and heads, against unions made one by one."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, heads: 3 * jax.random.normal(key, (1, heads, 64, 8))
+  layers = [(draw(keys[i], 4), draw(keys[i + 1], 2)) for i in (0, 2)]
+  select = functools.partial(flash_prefill, alpha=0.7, sink=0, window=1)
+  found = {
+    (chunk, share): choosing._over_layers(select, layers, chunk=chunk, block=4, share=share)["past"]
+    for chunk in (16, 32)
+    for share in (1, 2)
+  }
+  for (chunk, share), past in found.items():
+    shares = []
+    for (q, k), start in itertools.product(layers, range(chunk, 64, chunk)):
+      chosen = select(q[:, :, start : start + chunk], block_means(k, 4), past=start, block=4)
+      wanted = np.asarray(chosen).any(axis=2).reshape(4 // share, share, 16).any(axis=1)
+      shares.append(wanted[:, : start // 4].mean())
+    assert past == pytest.approx(np.mean(shares), abs=1e-6)
+  assert found[16, 1] < min(found[16, 2], found[32, 1]) and max(found[16, 2], found[32, 1]) < found[32, 2]
 
 
 SHAPE = dict(length=256, chunk=64, block=16, heads=4, kv_heads=2, size=16, dtype="float32")
