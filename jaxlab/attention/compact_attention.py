@@ -150,13 +150,19 @@ def compact(
       the union; with SeerAttention's gate 2 of 64 as published.
 
   Raises:
-    InputError: last is negative.
+    InputError: last is negative; selectors of layers read different `SUMMARIES`; or, once the layers are known, there
+      is not one for each.
   """
   require(last >= 0, f"last is {last}; the number of dense query blocks at a prompt's end cannot be negative")
-  of_layer = lambda layer: select[layer] if isinstance(select, tuple) else select
-  summary = summary_of(of_layer(0))
+  per_layer = isinstance(select, tuple)
+  of_layer = lambda layer: select[layer] if per_layer else select
+  kinds = {summary_of(one) for one in (select if per_layer else (select,))}
+  require(len(kinds) == 1, "the selectors of the layers must all read keys, or all the same summary of them")
+  (summary,) = kinds
 
   def empty(config, *, batch, capacity, page, dtype):
+    if per_layer:
+      require(len(select) == config.depth, f"{len(select)} selectors for {config.depth} layers; give one for each")
     if summary is None:
       return ()
     keys = jax.ShapeDtypeStruct((batch, config.kv_heads, capacity, config.head_dim), dtype)

@@ -20,7 +20,7 @@ from jaxlab.attention.selection import (
   largest,
   minference,
 )
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_counts
 
 
 def top_blocks(
@@ -41,8 +41,9 @@ def top_blocks(
     ends: the first block and the newest are among them, whatever their scores ("A", for its shape).
 
   Raises:
-    InputError: a density outside 0 < density <= 1.
+    InputError: a density outside 0 < density <= 1, or no tile.
   """
+  require_counts(tiles=tiles)
   real = all_if_none(real, q)
   rows, behind = _rows(q, past, means.shape[2], block, real, tiles)
   score = grouped_products(rows, means)
@@ -58,6 +59,7 @@ def vertical_slash(q, k, *, past, block: int, real=None, density: float = 0.125,
   that the last `tiles` pages of queries pay. These see everything ("vs"). `compact_attention.density` says how many
   blocks that makes.
   """
+  require_counts(tiles=tiles)
   real = all_if_none(real, q)
   kept = _kept(past, block, real, density)
   half = kept[..., 0] * block // 2
@@ -71,6 +73,7 @@ def vertical_slash_means(q, means, *, past, block: int, real=None, density: floa
 
   There is one row of scores: what is large in it is a column and, at its distance from the newest block, a diagonal.
   """
+  require_counts(tiles=tiles)
   real = all_if_none(real, q)
   rows, behind = _rows(q, past, means.shape[2], block, real, tiles)
   last = _last_row(block, real, tiles)[:, None, None, None]

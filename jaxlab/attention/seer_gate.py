@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlab.attention.selection import Selection, block_means, blocks_behind, first_ones, grouped_products, in_blocks
+from jaxlab.attention.selection import (
+  Selection,
+  block_means,
+  blocks_behind,
+  first_ones,
+  grouped_products,
+  in_blocks,
+  require_none_negative,
+)
 from jaxlab.core.checks import require_divides
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import TransformerConfig
@@ -71,7 +79,11 @@ def seer(
 
   Args:
     pooled: `pooled_keys` of the cache; maps: q and k of the layer.
+
+  Raises:
+    InputError: a negative tau or recent.
   """
+  require_none_negative(tau=tau, recent=recent)
   logits = gate_logits(q, pooled, past=past, block=block, real=real, maps=maps, theta=theta)
   scores = jax.nn.softmax(logits, axis=-1)
   behind = blocks_behind(past, scores.shape[2], scores.shape[3], block)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.core.checks import require
+from jaxlab.core.checks import require, require_counts, require_divides
 from jaxlab.kernels.block_mass import block_mass
 
 Selection = Bool[Array, "batch q_heads query_blocks key_blocks"]
@@ -26,6 +26,9 @@ def block_means(k: Float[Array, "batch heads positions head_dim"], block: int, r
   """Mean of every block, float32[batch, heads, positions / block, head_dim].
 
   Of a row its first `real` entries count, all with None; a block without any has zeros.
+
+  Raises:
+    InputError: a block that does not divide the positions.
   """
   blocks = in_blocks(k, block)
   if real is None:
@@ -36,6 +39,7 @@ def block_means(k: Float[Array, "batch heads positions head_dim"], block: int, r
 
 def in_blocks(a: Array, block: int) -> Float[Array, "batch heads blocks block size"]:
   """float32 entries (batch, heads, positions, size), or flags, by block."""
+  require_divides("block", block, "positions", a.shape[2])
   wide = a if a.dtype == bool else a.astype(jnp.float32)
   return wide.reshape(*a.shape[:2], -1, block, a.shape[3])
 
@@ -66,7 +70,11 @@ def flash_prefill(
 
   over queries t of block i that stand at or past the last key of block j. Kept: s[i, j] >= alpha max_j s[i, j], the
   first `sink` blocks, and the `window` blocks that end with the query's own.
+
+  Raises:
+    InputError: a negative alpha, sink or window.
   """
+  require_none_negative(alpha=alpha, sink=sink, window=window)
   mass = block_mass(q, means, past=past, block=block, real=real)
   mass = jnp.where(jnp.isnan(mass), jnp.inf, mass)  # what is no number is read, and seen in the answer
   behind = blocks_behind(past, mass.shape[2], means.shape[2], block)
@@ -80,8 +88,14 @@ def x_attention(q, k, *, past, block: int, real=None, stride: int = 8, threshold
 
   Kept in every row: block 0 and the diagonal, then the heaviest blocks until they hold `threshold` of the row's mass.
   Antidiagonals that padding cuts are sums of the products that are left.
+
+  Raises:
+    InputError: a block that does not divide queries and keys, a stride that does not divide the block, or a threshold
+      outside 0 <= threshold <= 1.
   """
-  require(block % stride == 0, f"stride is {stride}; it must divide block={block}")
+  _require_whole_blocks(q, k, block)
+  require(stride > 0 and block % stride == 0, f"stride is {stride}; it must divide block={block}")
+  require(0 <= threshold <= 1, f"threshold is {threshold}; it must lie in 0 <= threshold <= 1")
   real = all_if_none(real, q)
   folded = lambda x, count: in_blocks(jnp.where(first_ones(count, x.shape[2]), x, 0), stride)
   rows, columns = folded(q, real)[..., ::-1, :], folded(k, past + real)
@@ -127,8 +141,12 @@ def minference(
     patterns: of every head; none: vertical_slash for all.
 
   Raises:
-    InputError: an unknown pattern, or not one for each head.
+    InputError: an unknown pattern, or not one for each head; a negative count, or no last query; a block that does not
+      divide queries and keys.
   """
+  _require_whole_blocks(q, k, block)
+  require_none_negative(vertical=vertical, slash=slash, sink=sink, first=first, local=local, blocks=blocks)
+  require_counts(last=last)
   require(len(patterns) in (0, q.shape[1]), f"{len(patterns)} patterns for {q.shape[1]} query heads; give one for each")
   require(set(patterns) <= set(PATTERNS), f"patterns are {patterns}; each must be one of {', '.join(PATTERNS)}")
   behind = blocks_behind(past, q.shape[2] // block, k.shape[2] // block, block)
@@ -149,7 +167,11 @@ def minference_patterns(q, k, *, block: int, past: int, **options) -> tuple[str,
   Args:
     q, k: of a prompt to judge by, as `minference`, whose options say what each pattern may read: give those of as many
       blocks. Known where the function runs: not under jit.
+
+  Raises:
+    InputError: as `minference`.
   """
+  _require_whole_blocks(q, k, block)
   score = grouped_products(q, k) / math.sqrt(q.shape[3])
   see = jnp.arange(k.shape[2]) <= past + jnp.arange(q.shape[2])[:, None]
   weight = jax.nn.softmax(jnp.where(see, score, -jnp.inf), axis=-1)
@@ -192,7 +214,13 @@ def flex_prefill(
   columns and diagonals; either until `gamma` of the attention is covered, with at least `budget` tokens.
 
   A head is of the first kind where sqrt(JSD) of the last `block` queries' attention, true and by means, is below `tau`.
+
+  Raises:
+    InputError: a gamma outside 0 < gamma <= 1, a negative tau or budget; a block that does not divide queries and keys.
   """
+  _require_whole_blocks(q, k, block)
+  require(0 < gamma <= 1, f"gamma is {gamma}; it must lie in 0 < gamma <= 1")
+  require_none_negative(tau=tau, budget=budget)
   real = all_if_none(real, q)
   tail, place = _last_queries(q, block, real)
   columns, diagonals, weight = _vertical_slash(tail, place, k, past)
@@ -229,6 +257,17 @@ def flex_prefill(
   left = (1 - gamma) * flat.sum(axis=-1, keepdims=True)
   by_mass = _cover(flat, left, jnp.zeros(flat.shape[2:], bool)).reshape(weight.shape) | vertical_slash(least)
   return jnp.where(aware[..., None, None], by_mass, vertical_slash()) & (behind >= 0)
+
+
+def _require_whole_blocks(q, k, block: int):
+  require_divides("block", block, "queries", q.shape[2])
+  require_divides("block", block, "keys", k.shape[2])
+
+
+def require_none_negative(**numbers):
+  """Raises InputError if one of them is negative or no number; traced ones pass."""
+  for name, number in numbers.items():
+    require(isinstance(number, jax.Array) or number >= 0, f"{name} is {number}; it cannot be negative")
 
 
 def grouped_products(q, k):

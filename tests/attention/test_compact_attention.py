@@ -18,6 +18,8 @@ from jaxlab.attention.compact_attention import (
   page_table,
   quoka,
 )
+from jaxlab.attention.dhsa_blocks import top_blocks
+from jaxlab.attention.seer_gate import seer
 from jaxlab.attention.selection import (
   block_means,
   flash_prefill,
@@ -418,7 +420,42 @@ def test_density_counts_causal_pairs():
   np.testing.assert_allclose(density(jnp.ones((B, HEADS, TILES, BLOCKS), bool), 4), 1.0)
 
 
-def test_wrong_sizes_are_named():
+@pytest.mark.parametrize(
+  "select, wrong",
+  [
+    (flash_prefill, dict(alpha=-0.1)),
+    (flash_prefill, dict(window=-1)),
+    (x_attention, dict(stride=3)),
+    (x_attention, dict(stride=0)),
+    (x_attention, dict(stride=2, threshold=1.1)),
+    (minference, dict(vertical=-1)),
+    (minference, dict(last=0)),
+    (flex_prefill, dict(gamma=0.0)),
+    (flex_prefill, dict(budget=-1)),
+    (seer, dict(maps=(), theta=1e4, tau=-1.0)),
+    (top_blocks, dict(tiles=0)),
+  ],
+)
+def test_wrong_options_are_named(select, wrong):
   q, k, *_ = problem()
-  with pytest.raises(InputError, match="stride is 3"):
-    x_attention(jnp.moveaxis(q, 2, 1), k, past=16, block=4, stride=3)
+  name, value = list(wrong.items())[-1]
+  with pytest.raises(InputError, match=f"{name} is {value}"):
+    select(jnp.moveaxis(q, 2, 1), k, past=16, block=BLOCK, **wrong)
+
+
+@pytest.mark.parametrize("call", [x_attention, minference, minference_patterns, flex_prefill])
+def test_blocks_divide_queries_and_keys(call):
+  q, k, *_ = problem()
+  q = jnp.moveaxis(q, 2, 1)
+  for arrays, name in ((q[:, :, :14], k), "queries=14"), ((q, k[:, :, :46]), "keys=46"):
+    with pytest.raises(InputError, match=f"block=4 must divide {name}"):
+      call(*arrays, past=16, block=BLOCK)
+  with pytest.raises(InputError, match="block=5 must divide positions=48"):
+    block_means(k, 5)
+
+
+def test_selectors_of_layers_are_counted_and_of_one_kind():
+  with pytest.raises(InputError, match="all the same summary"):
+    compact((flash_prefill, x_attention))
+  with pytest.raises(InputError, match="1 selectors for "):
+    compact((x_attention,)).empty(configs()["qwen3"], batch=1, capacity=8, page=4, dtype=jnp.float32)
