@@ -46,7 +46,9 @@ def entry_bytes(subject) -> int:
 
 
 def mergings(config, keep: float) -> dict[str, Decoder]:
-  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries."""
+  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries in a layer they merge,
+  but for other chunks, which leave another rest.
+  """
   by = lambda merging, **options: of_chelsea(config, keep, merging=merging, **options)
   made = {
     "Chelsea": of_chelsea(config, keep),
@@ -60,6 +62,7 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
     "k-means": by(k_means),
     "rescaled keys": by(functools.partial(compress, rescale=True)),
     "no counts": of_chelsea(config, keep, size_bias=False),
+    "first layers whole": of_chelsea(config, keep, skip_layers=(0, 1)),
     "merged while read": paged.decoder(
       chelsea(keep=keep, during_prefill=True, **config.method.to_dict()), chunk=256, page=64
     ),
