@@ -46,8 +46,9 @@ def entry_bytes(subject) -> int:
 
 
 def mergings(config, keep: float) -> dict[str, Decoder]:
-  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries in a layer they merge,
-  but for other chunks, which leave another rest.
+  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries in a layer they merge.
+
+  Then Chelsea at the other shares, and at other chunks, which leave another rest unmerged.
   """
   by = lambda merging, **options: of_chelsea(config, keep, merging=merging, **options)
   made = {
@@ -68,6 +69,7 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
     ),
   }
   made = {name: made[name] for name in config.mergings.compared}
+  made |= {f"Chelsea {share:g}": of_chelsea(config, share) for share in config.keeps if share != keep}
   return made | {f"chunks of {size}": of_chelsea(config, keep, chunk=size) for size in config.mergings.chunks}
 
 
