@@ -19,7 +19,7 @@ ABOUT = About(
 )
 
 
-COMPARED = ("Chelsea", "any half proposes", "the first half proposes", "no chunks", "no counts")
+COMPARED = ("Chelsea", "any half proposes", "the first half proposes", "no chunks", "no counts", "first layers whole")
 OTHERS = ("twice the rounds", "neighbours", "by chance", "into the nearest kept", "k-means", "rescaled keys")
 
 
@@ -48,7 +48,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # chunk: tokens merged among themselves; sink, recent: those kept as they are.
       method=dict(chunk=pick(test=16, cpu=64, gpu=128), sink=4, recent=pick(test=16, cpu=32, gpu=128)),
       keep=0.25,  # of what is between the first and the recent tokens; the claims are about it
-      keeps=pick(test=(0.25,), cpu=(0.5, 0.25, 0.2), gpu=(0.5, 0.33, 0.25, 0.2)),
+      keeps=pick(test=(0.25,), cpu=(0.5, 0.33, 0.25, 0.2)),
       rivals=pick(test=("snapkv",), cpu=("streaming_llm", "h2o", "snapkv", "keydiff")),
       losses=dict(
         base=read(
@@ -86,7 +86,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           documents=pick(test=2, cpu=8, gpu=32),
           batch=pick(test=2, cpu=8, gpu=32),
         ),
-        chunks=pick(cpu=(), gpu=(32, 256)),
+        chunks=pick(test=(), cpu=(32, 128), gpu=(32, 64, 256)),
       ),
       # Questions that all wait; the cache has room for `sequences` of them as they are.
       serving=dict(

@@ -46,7 +46,10 @@ def entry_bytes(subject) -> int:
 
 
 def mergings(config, keep: float) -> dict[str, Decoder]:
-  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries."""
+  """Chelsea and what it is compared with as a way of merging, all of which leave as many entries in a layer they merge.
+
+  Then Chelsea at the other shares, and at other chunks, which leave another rest unmerged.
+  """
   by = lambda merging, **options: of_chelsea(config, keep, merging=merging, **options)
   made = {
     "Chelsea": of_chelsea(config, keep),
@@ -60,11 +63,13 @@ def mergings(config, keep: float) -> dict[str, Decoder]:
     "k-means": by(k_means),
     "rescaled keys": by(functools.partial(compress, rescale=True)),
     "no counts": of_chelsea(config, keep, size_bias=False),
+    "first layers whole": of_chelsea(config, keep, skip_layers=(0, 1)),
     "merged while read": paged.decoder(
       chelsea(keep=keep, during_prefill=True, **config.method.to_dict()), chunk=256, page=64
     ),
   }
   made = {name: made[name] for name in config.mergings.compared}
+  made |= {f"Chelsea {share:g}": of_chelsea(config, share) for share in config.keeps if share != keep}
   return made | {f"chunks of {size}": of_chelsea(config, keep, chunk=size) for size in config.mergings.chunks}
 
 
@@ -77,33 +82,34 @@ def twice_the_rounds(config, keep: float) -> dict:
   return {"keep": next(share for share in np.linspace(keep, keep / 4, 200).tolist() if fits(share)), "rounds": rounds}
 
 
-def without_chunks(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
+def without_chunks(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None, count=None) -> Entries:
   """Bipartite soft matching of all entries at once (ToMe, Bolya et al. 2023, arXiv 2210.09461)."""
-  return compress(entries, keep=keep, chunk=len(entries.size), rounds=rounds)
+  return compress(entries, keep=keep, chunk=len(entries.size), rounds=rounds, count=count)
 
 
-def into_nearest(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
+def into_nearest(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None, count=None) -> Entries:
   """The entries least like the mean stay, the others are merged into the one of them that is most like each.
 
   After D2O (Wan et al. 2024, arXiv 2406.13035), its scores of attention replaced by those of KeyDiff, which, as all of
   these do, knows no query.
   """
-  count = kept(len(entries.size), keep, chunk, rounds)
+  places, clusters = _clusters(len(entries.size), keep, chunk, rounds, count)
   unit, full = _unit(entries.keys), entries.size > 0
   mean = _unit(jnp.where(full[:, None], unit, 0).sum(axis=0))
-  _, at = jax.lax.top_k(jnp.where(full, -(unit @ mean), -jnp.inf), count)
-  at = jnp.sort(at)
-  alike = jnp.where(full[at], unit @ unit[at].T, -jnp.inf)
-  cluster = jnp.argmax(alike, axis=1).at[at].set(jnp.arange(count))
-  return _means(entries, cluster, count)
+  _, at = jax.lax.top_k(jnp.where(full, -(unit @ mean), -jnp.inf), places)
+  number = jnp.arange(places)
+  at = jnp.sort(jnp.where(number < clusters, at, len(full)))  # those past the end are none
+  alike = jnp.where((number < clusters) & full[at], unit @ unit[at].T, -jnp.inf)
+  cluster = jnp.argmax(alike, axis=1).at[at].set(number)
+  return _means(entries, cluster, places)
 
 
-def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None) -> Entries:
+def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int | None = None, count=None) -> Entries:
   """Lloyd's iterations from entries at equal distances: clusters of any reach, too slow to make while decoding."""
-  count = kept(len(entries.size), keep, chunk, rounds)
-  full = entries.size > 0
+  places, clusters = _clusters(len(entries.size), keep, chunk, rounds, count)
+  full, number = entries.size > 0, jnp.arange(places)
   keys = jnp.where(full[:, None], entries.keys, 0).astype(jnp.float32)
-  start = jnp.arange(count) * len(full) // max(count, 1)
+  start = number * (len(full) if count is None else count) // jnp.maximum(clusters, 1)
 
   def nearest(centre, size):
     away = jnp.square(centre).sum(axis=1) - 2 * keys @ centre.T
@@ -111,11 +117,20 @@ def k_means(entries: Entries, *, keep: float, chunk: int, rounds: int | None = N
 
   def once(_, carry):
     centre, size = carry
-    found = _means(entries._replace(keys=keys), nearest(centre, size), count)
+    found = _means(entries._replace(keys=keys), nearest(centre, size), places)
     return jnp.where(found.size[:, None] > 0, found.keys, centre), found.size
 
-  centre, size = jax.lax.fori_loop(0, _ITERATIONS, once, (keys[start], entries.size[start]))
-  return _means(entries, nearest(centre, size), count)
+  begin = keys[start], jnp.where(number < clusters, entries.size[start], 0)
+  centre, size = jax.lax.fori_loop(0, _ITERATIONS, once, begin)
+  return _means(entries, nearest(centre, size), places)
+
+
+def _clusters(n: int, keep: float, chunk: int, rounds: int | None, count):
+  """(places for them, how many) of n entries or, where it is given, of the first `count`."""
+  if count is None:
+    return (kept(n, keep, chunk, rounds),) * 2
+  left = np.array([kept(i, keep, chunk, rounds) for i in range(n + 1)])
+  return int(left.max()), jnp.asarray(left)[count]
 
 
 def _means(entries: Entries, cluster, count: int) -> Entries:

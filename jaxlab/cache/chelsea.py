@@ -43,7 +43,7 @@ from jaxlab.models.inference import Network
 class Layer:
   """The cache of one layer: centroids (batch, kv_heads, places, ...), first and recent tokens as they were.
 
-  `used` places of the centroids are taken, of every row; `filled` recent ones.
+  `used` places of a row's centroids are taken, `filled` of its recent ones.
   """
 
   body: Entries
@@ -80,8 +80,9 @@ def chelsea(
       part of the prompt sees of an earlier one is centroids. The cache is never whole.
     most: centroids that a head has at most, for a cache that does not grow: where more would come, one more round, of
       half, is run on those there are. None: any number.
-    merging: (entries, keep=, chunk=, rounds=) -> `kept(n, keep, chunk, rounds)` entries in the place of n, for one
-      head.
+    merging: (entries, keep=, chunk=, rounds=, count=) -> at most `kept(n, keep, chunk, rounds)` entries in the place
+      of n, for one head, exactly where `count` is None. Otherwise n is `count`, an array: they lie in the first places,
+      and empty places may follow what is returned.
     implementation: of a token's attention over the centroids, as in `kernels.paged_attention`; None: its kernel on a
       GPU, `attend_entries` elsewhere.
 
@@ -95,10 +96,16 @@ def chelsea(
     one = kept(chunk, 1.0 if skip_layers else keep, chunk, rounds)
     least = next(n for n in range(one, 4 * (one + chunk)) if kept(n, 0.5, chunk) + one <= n)
     require(most >= least, f"most is {most}; half of it and a merged chunk must fit, take at least {least}")
-  halve = lambda entries: jax.vmap(jax.vmap(functools.partial(merging, keep=0.5, chunk=chunk, rounds=None)))(entries)
 
-  def squeeze(layer: int, entries: Entries) -> Entries:
-    return jax.vmap(jax.vmap(functools.partial(merging, **budget(layer))))(entries)
+  def by_head(entries: Entries, count, **how) -> Entries:
+    """Every row is merged as if it were alone: by its own number of entries, where it is given."""
+    one = lambda e, n: merging(e, count=n, **how)
+    return jax.vmap(jax.vmap(one, (0, None)), (0, None if count is None else 0))(entries, count)
+
+  halve = functools.partial(by_head, keep=0.5, chunk=chunk, rounds=None)
+
+  def squeeze(layer: int, entries: Entries, count=None) -> Entries:
+    return by_head(entries, count, **budget(layer))
 
   def empty(config, *, batch, capacity, page, dtype):
     require_whole_context(config, capacity)
@@ -137,20 +144,22 @@ def chelsea(
 
       place = jnp.arange(chunks * chunk)
       body = part(valid(place, (taken * chunk)[:, None]), lambda a: a[:, :, sink : sink + chunks * chunk])
-      body = squeeze(i, body)
-      while most is not None and body.size.shape[2] > most:
-        body = halve(body)
-      taken_up = body.size.shape[2]
-      places = taken_up + later * kept(chunk, **budget(i))
-      room = _whole_pages(places if most is None else min(places, most)) - taken_up
-      body = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, room), *[(0, 0)] * (a.ndim - 3))), body)
+      body = squeeze(i, body, taken * chunk)
+      own = [kept(n * chunk, **budget(i)) for n in range(chunks + 1)]  # of rows with n chunks
+      used = jnp.array(own, jnp.int32)[taken]
+      while most is not None and max(own) > most:
+        less = _resized(halve(body, used), body.size.shape[2])
+        body = _of_rows(used > most, less, body)
+        own = [kept(n, 0.5, chunk) if n > most else n for n in own]
+        used = jnp.array(own, jnp.int32)[taken]
+      places = max(own) + later * kept(chunk, **budget(i))
+      body = _resized(_resized(body, max(own)), _whole_pages(places if most is None else min(places, most)))
       first = part(valid(jnp.arange(sink), state.length[:, None]), lambda a: a[:, :, :sink])
       begin = sink + taken * chunk
       filled = jnp.maximum(state.length - begin, 0)
       window = jnp.arange(recent + chunk)
       at = jnp.minimum(begin[:, None] + window, capacity - 1)
       gather = lambda a: jnp.take_along_axis(a, at[:, None, :, None], axis=2)
-      used = jnp.full(len(taken), taken_up, jnp.int32)
       return Layer(body, first, part(valid(window, filled[:, None]), gather), used, filled)
 
     memory = tuple(layer(i, pair) for i, pair in enumerate(state.pools))
@@ -223,6 +232,19 @@ def _whole_pages(places: int) -> int:
   return -(-places // PAGE) * PAGE
 
 
+def _resized(entries: Entries, places: int) -> Entries:
+  """With the first `places` places, empty ones where there are fewer."""
+  fit = lambda a: jnp.pad(
+    a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), *[(0, 0)] * (a.ndim - 3))
+  )
+  return jax.tree.map(fit, entries)
+
+
+def _of_rows(rows, new, old):
+  """The arrays of `new` in these rows, those of `old` in the others."""
+  return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (b.ndim - 1)), a.astype(b.dtype), b), new, old)
+
+
 def _append(layer: Layer, keys, values, begin: Int[Array, "batch"], end) -> tuple[Layer, Array]:
   """(with the tokens (batch, time, kv_heads, head_dim) at positions begin, begin + 1, ... before end, among the
   first or behind the recent ones; bool[batch, time, entries]: which of first, body and recent each sees)."""
@@ -251,7 +273,6 @@ def _merge_oldest(layer: Layer, length: int, chunk: int, squeeze, halve, most: i
   """Rows with `length` recent tokens or more have their oldest chunk merged into the body, which is halved before where
   it would get more than `most` entries."""
   full = layer.filled >= length
-  choose = lambda new, old: jnp.where(full.reshape(-1, *[1] * (new.ndim - 1)), new, old)
   oldest = lambda: jax.tree.map(lambda a: a[:, :, :chunk], layer.recent)
   merged = jax.eval_shape(squeeze, oldest())
   count = merged.size.shape[2]
@@ -259,7 +280,7 @@ def _merge_oldest(layer: Layer, length: int, chunk: int, squeeze, halve, most: i
   def move(recent: Entries):
     shift = lambda a: jnp.concatenate([a[:, :, chunk:], jnp.zeros_like(a[:, :, :chunk])], axis=2)
     new = jax.tree.map(lambda a, like: a.astype(like.dtype), squeeze(oldest()), layer.body)
-    return new, jax.tree.map(lambda a: choose(shift(a), a), recent)
+    return new, _of_rows(full, jax.tree.map(shift, recent), recent)
 
   def stay(recent: Entries):
     return jax.tree.map(lambda a, like: jnp.zeros(a.shape, like.dtype), merged, layer.body), recent
@@ -286,8 +307,6 @@ def _merge_oldest(layer: Layer, length: int, chunk: int, squeeze, halve, most: i
 def _halved(rows, halve, most: int, body: Entries, used):
   """The body with the first `most` places of these rows halved, and how many places of all rows are then used."""
   places = body.size.shape[2]
-  merged = halve(jax.tree.map(lambda a: a[:, :, :most], body))
+  merged = halve(jax.tree.map(lambda a: a[:, :, :most], body), None)
   count = merged.size.shape[2]
-  fill = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, places - count), *[(0, 0)] * (a.ndim - 3)))
-  mine = lambda new, old: jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), fill(new).astype(old.dtype), old)
-  return jax.tree.map(mine, merged, body), jnp.where(rows, count, used)
+  return _of_rows(rows, _resized(merged, places), body), jnp.where(rows, count, used)

@@ -7,7 +7,7 @@ A prompt is read densely; then every key head keeps the share `keep` of the entr
 `slide` every later token takes the place of the entry that is worth least, otherwise the cache grows.
 
   streaming_llm  the first tokens and the last                                     Xiao et al. 2023, arXiv 2309.17453
-  h2o            mean attention of all queries that see a key; half are the last   Zhang et al. 2023, arXiv 2306.14048
+  h2o            attention of all queries so far, summed; half are the last        Zhang et al. 2023, arXiv 2306.14048
   snapkv         attention of the last queries, averaged along the row             Li et al. 2024, arXiv 2404.14469
   keydiff        keys that are least like the mean of all                          Park et al. 2025, arXiv 2504.15364
   pyramidkv      SnapKV's scores; lower layers keep more, upper ones less          Cai et al. 2024, arXiv 2406.02069
@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab.cache.entries import Entries, attend_entries, require_whole_context
@@ -104,13 +105,13 @@ def keydiff(*, keep: float = 0.25) -> paged.Method:
   return _method(score, keep=keep)
 
 
-def snapkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5) -> paged.Method:
+def snapkv(*, keep: float = 0.25, window: int = 32, kernel: int = 7) -> paged.Method:
   """The last `window` tokens, and those that their queries attend to most, averaged over `kernel` neighbours."""
   _require_share(keep)
-  return _snapkv(lambda layer, layers, time: keep, window, kernel)
+  return _snapkv(keep, window, kernel)
 
 
-def _snapkv(share: Callable[[int, int, int], float], window: int, kernel: int) -> paged.Method:
+def _snapkv(keep: float | Callable, window: int, kernel: int) -> paged.Method:
   require(kernel % 2 == 1, f"kernel is {kernel}; it must be odd, so that it has a middle")
 
   def empty(config, *, batch, capacity, page, dtype):
@@ -135,10 +136,10 @@ def _snapkv(share: Callable[[int, int, int], float], window: int, kernel: int) -
     padded = jnp.pad(jnp.where(body, mean, 0), ((0, 0), (0, 0), (kernel // 2, kernel // 2)))
     return sum(padded[..., i : i + count] for i in range(kernel)) / kernel
 
-  return _method(score, keep=share, empty=empty, look=look, recent=lambda used: jnp.minimum(window, used))
+  return _method(score, keep=keep, empty=empty, look=look, recent=lambda used: jnp.minimum(window, used))
 
 
-def pyramidkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5, beta: float = 20.0) -> paged.Method:
+def pyramidkv(*, keep: float = 0.25, window: int = 32, kernel: int = 7, beta: float = 20.0) -> paged.Method:
   """`snapkv` whose lower layers keep more: of n entries beside the window, on average over the layers, the first keeps
   (2 - 1 / beta) n and the last n / beta, evenly in between; where that is more than there are, all, and the last more.
 
@@ -148,17 +149,21 @@ def pyramidkv(*, keep: float = 0.25, window: int = 64, kernel: int = 5, beta: fl
   _require_share(keep)
   require(beta >= 1, f"beta is {beta}; the last layer keeps 1 / beta of the mean, so it must be at least 1")
 
-  def share(layer, layers, time):
-    mean, most = max(keep * time - window, 0), max(time - window, 0)
-    least = max(mean / beta, 2 * mean - most)
+  def held(layer, layers, lengths):
+    mean, most = np.maximum(keep * lengths - window, 0), np.maximum(lengths - window, 0)
+    least = np.maximum(mean / beta, 2 * mean - most)
     depth = layer / (layers - 1) if layers > 1 else 0.5
-    return min(keep * time, window) / time + (2 * mean - least + 2 * (least - mean) * depth) / time
+    return np.minimum(keep * lengths, window) + 2 * mean - least + 2 * (least - mean) * depth
 
-  return _snapkv(share, window, kernel)
+  return _snapkv(held, window, kernel)
 
 
 def h2o(*, keep: float = 0.25, slide: bool = True) -> paged.Method:
-  """Half of the budget the last tokens, half the keys that the prompt's and later queries attend to most."""
+  """Half of the budget the last tokens, half the keys that the prompt's and later queries attend to most.
+
+  A key's score is the sum of its attention weights over all queries since it was read, each query's a mean over the
+  query heads that read the key head. A sum and no mean: a decoded token, one query, counts as one of the prompt's does.
+  """
 
   def empty(config, *, batch, capacity, page, dtype):
     return tuple(jnp.zeros((batch, config.kv_heads, capacity), jnp.float32) for _ in range(config.depth))
@@ -169,12 +174,8 @@ def h2o(*, keep: float = 0.25, slide: bool = True) -> paged.Method:
     real = (query < view.lengths[:, None])[:, None, None, :, None]
     return seen + jnp.where(real, weight, 0).sum(axis=3).mean(axis=2)
 
-  def score(keys, seen, length):
-    position = jnp.arange(keys.shape[2])
-    return seen / jnp.maximum(length[:, None, None] - position, 1)
-
   return _method(
-    score,
+    lambda keys, seen, length: seen,
     keep=keep,
     slide=slide,
     empty=empty,
@@ -188,7 +189,7 @@ def h2o(*, keep: float = 0.25, slide: bool = True) -> paged.Method:
 def _method(
   score: Callable,
   *,
-  keep: float | Callable[[int, int, int], float],
+  keep: float | Callable[[int, int, np.ndarray], np.ndarray],
   slide: bool = False,
   empty: Callable = lambda config, **sizes: (),
   look: Callable | None = None,
@@ -199,7 +200,7 @@ def _method(
   """A method from its score(keys, what `look` gathered, lengths): float32[batch, kv_heads, positions].
 
   Args:
-    keep: share of the entries; or of a layer's, from its number, that of all, and the prompt's tokens.
+    keep: share of the entries; or how many of a layer's, from its number, that of all, and tokens of prompts.
     look: (q, k, view, what it gathered of this layer before) -> what it has gathered, chunk by chunk.
     attended: the score is attention, to which later queries add.
     fresh: view -> float32[batch], the score of a new token; by default its position.
@@ -213,9 +214,10 @@ def _method(
     room = 0 if slide else capacity - time
 
     def layer(i, pair):
-      mine = keep(i, len(state.pools), time) if callable(keep) else keep
-      places = max(1, math.floor(mine * time))
-      kept = jnp.maximum(jnp.floor(mine * state.length), 1).astype(jnp.int32)
+      lengths = np.arange(time + 1)
+      held = keep(i, len(state.pools), lengths) if callable(keep) else keep * lengths
+      held = np.maximum(np.floor(held), 1).astype(np.int32)  # by a row's own length
+      places, kept = int(held.max()), jnp.asarray(held)[state.length]
       keys, values = (paged.rows(pool, state.table) for pool in pair)
       worth = score(keys, state.memory[i] if state.memory else None, state.length)
       place, length = jnp.arange(capacity), state.length[:, None, None]

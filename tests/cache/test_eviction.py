@@ -9,6 +9,7 @@ from jaxlab.cache import eviction
 from jaxlab.cache.chelsea import chelsea
 from jaxlab.core.checks import InputError
 from jaxlab.models import generate, inference, paged
+from tests.cache.common import assert_rows_are_alone
 from tests.common import configs, random_model, random_tokens
 
 LENGTHS, TIME, WINDOW = np.array([21, 13]), 21, 4
@@ -55,8 +56,8 @@ def held(name, keep, length, layer=0):
   """Entries of a row in one of two layers."""
   if name != "pyramidkv":
     return int(keep * length)
-  mean = keep * TIME - WINDOW
-  return int((WINDOW + (mean / 4, mean * 2 - mean / 4)[1 - layer]) / TIME * length + 1e-9)
+  mean = keep * length - WINDOW
+  return int(WINDOW + (mean / 4, mean * 2 - mean / 4)[1 - layer])
 
 
 def expected(name, q, k, row, head, keep):
@@ -75,8 +76,8 @@ def expected(name, q, k, row, head, keep):
   weight = attention(q, k, row, head, length)
   if name == "h2o":
     recent = int(keep * length / 2)
-    mean = weight.sum(1).mean(0) / (length - np.arange(length))
-    heavy = np.argsort(-mean[: length - recent])[: count - recent]
+    total = weight.sum(1).mean(0)
+    heavy = np.argsort(-total[: length - recent])[: count - recent]
     return {*heavy.tolist(), *range(length - recent, length)}
   body = length - WINDOW
   mean = np.pad(weight[:, body:, :body].mean(1), ((0, 0), (1, 1)))
@@ -93,6 +94,11 @@ def test_what_is_kept_is_what_the_definition_says(name):
     found = np.asarray(state.memory[0].position[row, head])[full]
     assert len(found) == held(name, 0.5, LENGTHS[row]) and set(found.tolist()) == expected(name, q, k, row, head, 0.5)
     np.testing.assert_allclose(state.memory[0].entries.keys[row, head][full], k[row, found, head], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_among_longer_ones_is_the_row_alone(name):
+  assert_rows_are_alone(network(), paged.decoder(METHODS[name](keep=0.5), chunk=8, page=4))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -115,11 +121,11 @@ def test_layers_that_look_back_a_window_are_refused(method):
 def slid(name, q, k, tokens, row, head, length, held, new):
   """Positions held after each of `new` tokens, from the definitions: the entry worth least goes, but for the last ones.
 
-  H2O's worth is the mean attention in the prompt and what later queries add; SepLLM's that of separators, then age.
+  H2O's worth is the attention of all queries, the prompt's and later ones, summed; SepLLM's separators', then age.
   """
   held, sets = set(held), []
   of_prompt = attention(q, k, row, head, length)
-  heavy = {j: of_prompt[..., j].sum() / 2 / (length - j) for j in range(length)}
+  heavy = {j: of_prompt[..., j].sum() / 2 for j in range(length)}
   count = len(held)
   recent = {"streaming_llm": 1, "h2o": count // 2, "sepllm": min(LOCAL, count - SINK)}[name]
   sink = {"streaming_llm": 4, "h2o": 0, "sepllm": SINK}[name]

@@ -92,8 +92,9 @@ def evicted(network, tokens, method):
 
 @pytest.mark.parametrize("name", PRESSES)
 def test_the_same_positions_are_kept_and_the_same_tokens_made(models, name):
-  """H2O holds half of its budget for the last tokens, which the nearest press, whose scores are H2O's, does not: what
-  it keeps of the others are that press's best. With scores that differ by rounding a position in 500 may differ."""
+  """H2O holds half of its budget for the last tokens, which the nearest press does not, and that press divides a key's
+  attention by the queries that see it, where H2O sums: what is kept of the others are the press's best by such sums.
+  With scores that differ by rounding a position in 500 may differ."""
   network, theirs, tokens = models
   kept, scores, made = pressed(theirs, tokens, PRESSES[name]())
   found, own = evicted(network, tokens, METHODS[name])
@@ -101,7 +102,8 @@ def test_the_same_positions_are_kept_and_the_same_tokens_made(models, name):
     time, count = tokens.shape[1], int(KEEP * tokens.shape[1])
     recent = int(KEEP * time / 2)
     best = lambda row: set(np.argsort(-row[: time - recent], kind="stable")[: count - recent].tolist())
-    expected = [[best(row) | {*range(time - recent, time)} for row in layer] for layer in scores]
+    sums = [layer * np.arange(time, 0, -1) for layer in scores]
+    expected = [[best(row) | {*range(time - recent, time)} for row in layer] for layer in sums]
   else:
     expected = kept
   pairs = [(a, b) for mine, other in zip(found, expected, strict=True) for a, b in zip(mine, other, strict=True)]
