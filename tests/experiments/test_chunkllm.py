@@ -1,8 +1,13 @@
+import jax
 import numpy as np
 
 from configs import chunkllm as config_file
 from experiments import results
+from experiments.chunkllm.decoders import ABLATIONS, EARLY, LATE, compared, named
 from experiments.chunkllm.training import sentence_tokens
+from experiments.long_context import documents, subjects
+from jaxlab.attention.chunkllm import Adapted
+from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.data import tokenizer
 from tests.common import run_and_continue
 
@@ -20,6 +25,20 @@ def test_everything_is_measured_once(two_layers, tmp_path, monkeypatch):
   assert rows["sliding window"]["read"] == rows["ChunkLLM 0.4"]["read"]
   assert set(report.metrics["adapters"]) == {name} and (tmp_path / f"adapters.{name}" / "checkpoints").is_dir()
   assert report.metrics["speed"]["keeps"].keys() == {"0.4"}
+
+
+def test_every_ablation_is_a_decoder_of_its_own_and_more_tokens_end_a_chunk_at_a_lower_threshold(two_layers, tmp_path):
+  config = config_file.get_config("test")
+  config.model, config.data.path, config.data.split = f"hf:{two_layers}", "docs/*.md", "train"
+  (one,) = subjects(config, tmp_path)
+  adapters = ChunkAdapters(one.network.model.config, jax.random.key(0), hidden=16, size=8)
+  adapters.w[...] = adapters.w[...] / 4  # probabilities on both sides of 0.2 and 0.8
+  network = Adapted(one.network.model, one.network.blocks, adapters)
+  made = compared(config, 6.0, (named(0.4), *ABLATIONS))
+  assert len(set(made.values())) == 1 + len(ABLATIONS)
+  prompt = documents(one.tokens, 1, 96)
+  count = lambda name: int(made[name].prefill(network, prompt, capacity=128)[1].memory.count[0])
+  assert count(LATE) < count(named(0.4)) < count(EARLY)
 
 
 def test_sentences_are_found_in_tokens_of_any_kind():
