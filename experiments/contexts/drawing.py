@@ -25,8 +25,9 @@ def positions(found: dict, workdir: Path) -> dict[str, str]:
     for i, name in enumerate(names):
       rows = [row for row in of["losses"] if row["decoder"] == name]
       x, y, error = (np.array([row[key] for row in rows]) for key in ("position", "difference", "error"))
-      axis.errorbar(x * (1 + 0.01 * i), y, error, fmt="o-", ms=3, capsize=2, label=name)
+      axis.errorbar(x + 0.008 * i * max(x), y, error, fmt="o-", ms=3, capsize=2, label=name)
     axis.axhline(0, color="grey", lw=0.8)
-    axis.set(title=model, xlabel="tokens before", ylabel="loss over dense, nats", xscale="log")
+    axis.set_xticks(x)
+    axis.set(title=model, xlabel="tokens before", ylabel="loss over dense, nats")
     axis.legend(fontsize=7)
   return {figures.save(figure, workdir, "positions"): "Loss of text over dense attention's by the tokens before it"}
