@@ -32,6 +32,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
   ours = tuple(f"dhsa {share}" for share in (tight, middle, wide))
   static = tuple(f"blocks {share}" for share in (tight, middle, wide))
   others = tuple(f"{kind} {tight}" for kind in ("mean", "oracle", "even", "random"))
+  caches = tuple(f"{kind} {tight}" for kind in ("streaming_llm", "h2o", "pyramidkv"))
   return ml_collections.ConfigDict(
     dict(
       paper="dhsa",
@@ -56,6 +57,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         apart=pick(test=4, cpu=8),
         theta=-20.0,  # no threshold: logits of a predictor that was trained for minutes rarely pass the published 1.1
         instruction=pick(test=16, cpu=16),
+        observed=pick(test=4, cpu=8, gpu=64),  # last queries that PyramidKV scores keys by
       ),
       predictor=dict(
         subjects=pick(test=("base",), cpu=("base", "smollm2")),
@@ -78,9 +80,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=8, gpu=20),
         methods=pick(
-          test=(ours[0], static[0], others[2]),
-          cpu=(ours[0], static[0], ours[2], others[2]),
-          gpu=(*ours, *static, *others),
+          test=(ours[0], static[0], others[2], caches[1]),
+          cpu=(ours[0], static[0], ours[2], others[2], *caches),
+          gpu=(*ours, *static, *others, *caches),
         ),
       ),
       losses=dict(

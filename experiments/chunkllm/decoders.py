@@ -9,6 +9,8 @@ from jaxlab.models.generate import Decoder
 DENSE = "dense"
 FIXED, EVERY, TRUE, CHANCE, WINDOW = "fixed chunks", "every token", "true attention", "by chance", "sliding window"
 RAW, SEPARATORS = "undistilled", "separators"
+VOTE, EARLY, LATE = "all layers by vote", "ends at 0.2", "ends at 0.8"  # probabilities of a token that ends a chunk
+ABLATIONS = (FIXED, EVERY, TRUE, CHANCE, RAW, VOTE, EARLY, LATE)
 _MARKS = ",.;:?!\n"
 
 
@@ -26,6 +28,9 @@ def compared(config, mean: float, names: tuple[str, ...]) -> dict[str, Decoder]:
     TRUE: main | dict(choose="oracle"),
     CHANCE: main | dict(choose="random"),
     RAW: main | dict(choose="raw"),
+    VOTE: main | dict(cross_layer="vote"),
+    EARLY: main | dict(threshold=0.2),
+    LATE: main | dict(threshold=0.8),
   }
   one = lambda name: special.get(name) or dict(keep=float(name.split()[1]))
   return {name: paged.decoder(chunk=256, page=64) if name == DENSE else decoder(**how | one(name)) for name in names}

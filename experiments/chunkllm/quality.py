@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, RAW, TRUE, compared, holding, named
+from experiments.chunkllm.decoders import ABLATIONS, DENSE, EVERY, FIXED, compared, holding, named
 from experiments.chunkllm.training import sizes_of
 from experiments.long_context import Subject, accuracy, documents, padded, paired
 from experiments.overlap import overlapped
 from jaxlab.attention.chunkllm import Chunks, retention
 from jaxlab.attention.chunkllm_chunks import best_chunks, chunk_ends, chunk_ids
-from jaxlab.attention.chunkllm_training import teacher_attention
+from jaxlab.attention.chunkllm_training import candidates, teacher_attention
 from jaxlab.evaluation.long_context import continuation, own_loss
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.inference import run_layers
@@ -25,7 +25,7 @@ def losses_of(config, subject: Subject, mean: float) -> list[dict]:
   read = sizes_of(config.losses, subject.name)
   rows = documents(subject.tokens, read.documents, read.prompt + read.rest, seed=config.seed)
   keeps = tuple(map(named, config.keeps if mine else (config.keep,)))
-  names = (DENSE, *keeps, *((FIXED, EVERY, TRUE, CHANCE, RAW) if mine else ()))
+  names = (DENSE, *keeps, *(ABLATIONS if mine else ()))
 
   def measured(decoder) -> tuple[np.ndarray, float]:
     run = lambda i: _losses(subject.network, padded(rows[i : i + read.batch], read.batch), read.prompt, decoder)
@@ -64,7 +64,8 @@ def questions_of(config, subject: Subject, mean: float, share: float) -> list[di
 
 
 def consistency_of(config, subject: Subject, label) -> dict:
-  """Overlap (Jaccard) of the chunks that consecutive tokens attend to most, by the model's own attention.
+  """Overlap (Jaccard) of the chunks that consecutive tokens attend to most, by the model's own attention, of those that
+  the first of them would choose from.
 
   Returns:
     {"within": where both lie in one chunk, "across": where a chunk ends between them, "layers": both in every layer}.
@@ -83,18 +84,21 @@ def _overlaps(network, rows, labels, how: dict):
   @jax.jit
   def run(network, rows, labels):
     size = functools.partial(chunk_ends, min_chunk=how["min_chunk"], max_chunk=how["max_chunk"])
-    ids = chunk_ids(jax.vmap(lambda row: size(row, time))(labels))
+    ends = jax.vmap(lambda row: size(row, time))(labels)
+    ids, choice = chunk_ids(ends), candidates(ends)[:, :-1]
     x, side, _ = network.model.embed(rows)
     sums = []
 
     def attend(layer, _, x, q, k, v, window):
-      target = teacher_attention(q, k, ids, chunks=chunks, sink=how["sink"], window=window)
-      before = jnp.arange(chunks) < ids[..., None]
-      best = best_chunks(jnp.where(before, target, -jnp.inf), jnp.full(ids.shape, how["top"]), how["top"])
-      both, either = best[:, 1:] & best[:, :-1], best[:, 1:] | best[:, :-1]
-      overlap = both.sum(axis=-1) / jnp.maximum(either.sum(axis=-1), 1)
+      mass = teacher_attention(q, k, ids, ids, chunks=chunks, sink=how["sink"], window=window)
+      # Of both the chunks that the first would choose from: one that is always read would be in every overlap.
+      before = jnp.arange(chunks) < choice[..., None]
+      pair = [jnp.where(before, a, 0) for a in (mass[:, :-1], mass[:, 1:])]
+      number = jnp.full(choice.shape, how["top"])
+      first, second = (best_chunks(jnp.where(before, a, -jnp.inf), number, how["top"]) for a in pair)
+      overlap = (first & second).sum(axis=-1) / jnp.maximum((first | second).sum(axis=-1), 1)
       # With no more chunks than are chosen there is no choice.
-      real = (ids[:, :-1] > how["top"]) & (target[:, 1:].sum(axis=-1) > 0) & (target[:, :-1].sum(axis=-1) > 0)
+      real = (choice > how["top"]) & (pair[0].sum(axis=-1) > 0) & (pair[1].sum(axis=-1) > 0)
       same = ids[:, 1:] == ids[:, :-1]
       sums.extend(
         jnp.where(real & kind, a, 0).sum() for kind in (same, ~same) for a in (overlap, jnp.ones_like(overlap))

@@ -8,12 +8,16 @@ import jax
 from experiments.long_context import parse
 from jaxlab.attention.dhsa import block_sparse, dhsa, sliding_window
 from jaxlab.attention.dhsa_boundaries import attention_ratio, evenly, randomly
+from jaxlab.cache import eviction
 from jaxlab.core.checks import require
 from jaxlab.models import paged
 from jaxlab.models.generate import power_of_two
 
 DENSE, OURS, BLOCKS = "dense", "dhsa", "blocks"
-KINDS = (OURS, "mean", "max", "oracle", "even", "random", "two_layers", BLOCKS, "block_oracle", "tokens", "window")
+PROMPT = (OURS, "mean", "max", "oracle", "even", "random", "two_layers", BLOCKS, "block_oracle", "tokens", "window")
+CACHES = ("streaming_llm", "h2o", "pyramidkv")  # that read a prompt densely and keep the budget of it
+KINDS = (*PROMPT, *CACHES)
+_PART = 256  # tokens of a prompt that a cache reads at once: H2O holds their attention to all others
 
 
 def decoders(methods, config, score: Callable, *, longest: int) -> dict:
@@ -25,8 +29,20 @@ def decoders(methods, config, score: Callable, *, longest: int) -> dict:
   """
   # A prompt is read as one chunk, and padded to a power of two.
   how = dict(chunk=power_of_two(longest, config.page), page=config.page)
-  made = {text: _method(*parse(text), config.select, score, longest) for text in methods}
-  return {DENSE: paged.decoder(**how)} | {text: paged.decoder(method, **how) for text, method in made.items()}
+  parts = how | dict(chunk=min(_PART, how["chunk"]))
+
+  def made(text: str):
+    kind, share = parse(text)
+    if kind in CACHES:
+      return paged.decoder(_cache(kind, share, config.select), **parts)
+    return paged.decoder(_method(kind, share, config.select, score, longest), **how)
+
+  return {DENSE: paged.decoder(**how)} | {text: made(text) for text in methods}
+
+
+def _cache(kind: str, share: float, s) -> paged.Method:
+  options = {"streaming_llm": dict(sink=s.sink), "h2o": {}, "pyramidkv": dict(window=s.observed)}
+  return eviction.METHODS[kind](keep=share, **options[kind])
 
 
 def _method(kind: str, share: float, s, score: Callable, longest: int) -> paged.Method:

@@ -201,7 +201,7 @@ def chunkllm(
       places = min(places, span(sink) + most * span(max_chunk) + span(local + max_chunk))
     if choose == "oracle":
       own = jnp.take_along_axis(ids, state.length[:, None] - 1, axis=1)
-      see = functools.partial(chunk_mass, ids=ids, own=own, start=state.length - 1, chunks=chunks, sink=sink)
+      see = functools.partial(chunk_mass, ids=ids, below=own, start=state.length - 1, chunks=chunks, sink=sink)
       windows = network.model.config.windows
       queries = state.memory.queries[:, :, None]
       seen = lambda i, pool: see(queries[i], paged.rows(pool, state.table), window=windows[i])[:, 0]

@@ -173,15 +173,15 @@ def chunk_means(content: Float[Array, "batch time heads head_dim"], ids, length,
   return (add(jnp.where(real[..., None, None], content, 0), index) / size)[:, :chunks]
 
 
-def chunk_mass(q, keys, ids, own, *, start, chunks: int, sink: int, window: int | None = None):
-  """Attention of queries to every chunk before their own, mean over the heads, without the first `sink` tokens.
+def chunk_mass(q, keys, ids, below, *, start, chunks: int, sink: int, window: int | None = None):
+  """Attention of queries to each of the first `below` chunks, mean over the heads, without the first `sink` tokens.
 
-    mass[t, c] = 1/H sum_h sum_{j in c, j >= sink} softmax_j(q_t^h . k_j / sqrt(d)),  c < own[t]
+    mass[t, c] = 1/H sum_h sum_{j in c, j >= sink} softmax_j(q_t^h . k_j / sqrt(d)),  c < below[t]
 
   Args:
     q: (batch, time, q_heads, head_dim) at positions start, start + 1, ..., start of all rows or of each.
     keys: (batch, kv_heads, positions, head_dim); ids: int32[batch, positions], their chunks.
-    own: int32[batch, time], the queries' chunks; window: as in `AttentionFn`.
+    below: int32[batch, time], as many chunks as a query counts; window: as in `AttentionFn`.
 
   Returns:
     float32[batch, time, chunks].
@@ -196,7 +196,7 @@ def chunk_mass(q, keys, ids, own, *, start, chunks: int, sink: int, window: int 
   weight = jax.nn.softmax(jnp.where(see, score, -jnp.inf), axis=-1).mean(axis=1)
   weight = jnp.where(place >= sink, weight, 0)
   summed = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=chunks))(jnp.swapaxes(weight, 1, 2), ids)
-  return jnp.where(jnp.arange(chunks) < own[..., None], jnp.swapaxes(summed, 1, 2), 0)
+  return jnp.where(jnp.arange(chunks) < below[..., None], jnp.swapaxes(summed, 1, 2), 0)
 
 
 def best_chunks(scores: Float[Array, "*batch chunks"], count: Int[Array, "*batch"], most: int):

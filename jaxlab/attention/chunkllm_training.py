@@ -4,7 +4,9 @@
   (loss, parts), grads = jax.value_and_grad(adapter_loss, has_aux=True)(adapters, network, tokens, labels)
 
 The chunk adapter learns the labels; the QK adapters learn, in every layer, how the frozen layer's attention divides
-among the chunks before a token's own: KL(teacher || adapter), which punishes what is missed.
+among the chunks that a token would choose from: KL(teacher || adapter), which punishes what is missed. Those are the
+chunks that ended, with this token at the latest, but for the newest of them, which decoding always reads, as it does
+the open one and the first tokens: to learn them would be learning what is never used.
 """
 
 import re
@@ -32,7 +34,7 @@ from jaxlab.core.checks import require, require_counts, require_divides
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.inference import Network, run_layers
 
-_LEAST_MASS = 1e-4  # attention to chunks before the own one; rows with less say nothing about them
+_LEAST_MASS = 1e-4  # attention to the chunks to choose from; rows with less say nothing about them
 _END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|\Z)|[。！？]+["'”’）」』]*|\S(?=\s*\n\s*\n)|\S(?=\s*\Z)""")
 _SPACE = re.compile(r"\s*")
 _ABBREVIATION = re.compile(
@@ -132,6 +134,7 @@ def adapter_loss(
   chunks = max(1, time // min_chunk)
   ends = jax.vmap(lambda wanted: chunk_ends(wanted, time, min_chunk=min_chunk, max_chunk=max_chunk))(labels)
   ids, (last, _) = chunk_ids(ends), jax.vmap(lambda row: chunk_table(row, chunks))(ends)
+  choice = candidates(ends)
   x, side, _ = network.model.embed(tokens)
   boundary, found = [], []
 
@@ -140,12 +143,12 @@ def adapter_loss(
     inputs = adapters.inputs(rows, keys, given)
     if layer == 1:
       boundary.append(boundary_loss(adapters.ends(given), labels, balance=balance))
-    target = teacher_attention(rows, keys, ids, chunks=chunks, sink=sink, block=block, window=window)
+    target = teacher_attention(rows, keys, ids, choice, chunks=chunks, sink=sink, block=block, window=window)
     queries, content = (adapters.content(a, jnp.arange(time)) for a in inputs)
     means = chunk_means(content, ids, jnp.full(len(ids), time), chunks)
     content = adapters.joined(jnp.take_along_axis(content, last[..., None, None], axis=1), means)
     scores = chunk_scores(adapters.queries(queries, layer), adapters.keys(content, layer))
-    found.append((distillation_loss(scores, target, ids), recall(scores, target, ids, top)))
+    found.append((distillation_loss(scores, target, choice), recall(scores, target, choice, top)))
     return dot_product_attention(q, k, v, window=window, start=0)
 
   run_layers(network, x, side, attend)
@@ -161,13 +164,23 @@ def boundary_loss(logits: Float[Array, "batch time"], labels: Bool[Array, "batch
   return (losses * jnp.where(labels, heavier, 1)).mean()
 
 
-def teacher_attention(q, k, ids, *, chunks: int, sink: int = 4, block: int = 128, window: int | None = None):
-  """`chunk_mass` of a whole row, every query's summing to 1, or 0 where it attends to these chunks with less than 1e-4.
+def candidates(ends: Bool[Array, "batch time"]) -> Int[Array, "batch time"]:
+  """How many chunks, the oldest, every token would choose from: those that ended before it or with it, less one.
+
+  The newest of them is always read.
+  """
+  return jnp.maximum(chunk_ids(ends) + ends - 1, 0)
+
+
+def teacher_attention(q, k, ids, choice, *, chunks: int, sink: int = 4, block: int = 128, window: int | None = None):
+  """`chunk_mass` of a whole row's queries to their first `choice` chunks, every query's summing to 1, or 0 where it
+  attends to these with less than 1e-4.
 
   `block` queries at a time, so that no attention map of the whole row is kept.
 
   Args:
-    q, k: (batch, time, heads, head_dim) after RoPE; ids: int32[batch, time], the chunks.
+    q, k: (batch, time, heads, head_dim) after RoPE; ids: int32[batch, time], the chunks; choice: int32[batch, time],
+      of `candidates`.
 
   Returns:
     float32[batch, time, chunks].
@@ -175,10 +188,10 @@ def teacher_attention(q, k, ids, *, chunks: int, sink: int = 4, block: int = 128
   batch, time, heads, size = q.shape
   keys = jnp.swapaxes(k, 1, 2)
   blocks = jnp.moveaxis(q.reshape(batch, -1, block, heads, size), 1, 0)
-  own = jnp.moveaxis(ids.reshape(batch, -1, block), 1, 0)
+  below = jnp.moveaxis(choice.reshape(batch, -1, block), 1, 0)
   how = dict(chunks=chunks, sink=sink, window=window)
   one = lambda part: chunk_mass(part[0], keys, ids, part[1], start=part[2], **how)
-  mass = jax.lax.map(one, (blocks, own, jnp.arange(0, time, block)))
+  mass = jax.lax.map(one, (blocks, below, jnp.arange(0, time, block)))
   mass = jnp.moveaxis(mass, 0, 1).reshape(batch, time, chunks)
   total = mass.sum(axis=-1, keepdims=True)
   enough = total >= _LEAST_MASS
@@ -186,10 +199,10 @@ def teacher_attention(q, k, ids, *, chunks: int, sink: int = 4, block: int = 128
 
 
 def distillation_loss(
-  scores: Float[Array, "batch time chunks"], target: Float[Array, "batch time chunks"], ids: Int[Array, "batch time"]
+  scores: Float[Array, "batch time chunks"], target: Float[Array, "batch time chunks"], choice: Int[Array, "batch time"]
 ) -> Float[Array, ""]:
-  """Mean KL(target || softmax of the scores over the chunks before the own) of the queries that have a target."""
-  before = jnp.arange(scores.shape[2]) < ids[..., None]
+  """Mean KL(target || softmax of the scores over the first `choice` chunks) of the queries that have a target."""
+  before = jnp.arange(scores.shape[2]) < choice[..., None]
   real = target.sum(axis=-1) > 0
   # Rows without a chunk are left finite, as their gradient would be NaN otherwise.
   logits = jnp.where(before, scores, jnp.where(real[..., None], -jnp.inf, 0))
@@ -198,11 +211,11 @@ def distillation_loss(
   return jnp.where(real, losses, 0).sum() / jnp.maximum(real.sum(), 1)
 
 
-def recall(scores, target, ids, top: int) -> Float[Array, ""]:
+def recall(scores, target, choice, top: int) -> Float[Array, ""]:
   """|best `top` by score and by target| / top, mean over queries with a target and more than `top` chunks to choose
   from (of fewer all are chosen); NaN where there is no such query."""
-  before = jnp.arange(scores.shape[2]) < ids[..., None]
-  number = jnp.full(ids.shape, top)
+  before = jnp.arange(scores.shape[2]) < choice[..., None]
+  number = jnp.full(choice.shape, top)
   best = [best_chunks(jnp.where(before, a, -jnp.inf), number, top) for a in (scores, target)]
-  real = (ids > top) & (target.sum(axis=-1) > 0)
+  real = (choice > top) & (target.sum(axis=-1) > 0)
   return jnp.where(real, (best[0] & best[1]).sum(axis=-1) / top, 0).sum() / real.sum()

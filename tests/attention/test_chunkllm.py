@@ -220,6 +220,21 @@ def test_with_every_chunk_or_only_the_open_one_all_logits_are_the_dense_ones(opt
   assert (np.asarray(states[-1].memory.count) == 0).all() == ("threshold" in options)
 
 
+def test_while_no_chunk_ends_a_token_reads_the_first_tokens_and_those_since_the_newest_choice():
+  """Chunks of 13 tokens: row 0 has two and keeps the newer, from 13 on; row 1 has one, and reads everything."""
+  logits, states = decode(threshold=1.0, min_chunk=13, max_chunk=13, grain=1)
+  see = np.broadcast_to(np.tri(CAPACITY, dtype=bool), (2, 2, CAPACITY, CAPACITY)).copy()
+  see[:, 0, LENGTHS[0] :, SMALL["sink"] : 13] = False
+  expected = masked_forward(see)[0]
+  before_an_end = 12  # row 0's third chunk ends at 38, row 1's second at 25
+  for row, length in enumerate(LENGTHS):
+    mine = slice(length, length + before_an_end)
+    np.testing.assert_allclose(logits[row, :before_an_end], expected[row, mine], rtol=1e-4, atol=1e-4)
+  share = np.mean([(LENGTHS + i + 1 - [11, 0]) / (LENGTHS + i + 1) for i in range(before_an_end)], axis=0)
+  np.testing.assert_allclose(retention(states[before_an_end]), share, rtol=1e-5)
+  assert np.abs(logits[0, :before_an_end] - decode(keep=1.0)[0][0, :before_an_end]).max() > 1e-2
+
+
 def prompt_sets(x, q, k, row, *, keep, sink, local, min_chunk, max_chunk):
   """bool[queries, keys] of the second layer, written out from the definition."""
   a, (asked, told) = adapters(), (before_rope(heads)[1, row] for heads in (q, k))
@@ -335,7 +350,7 @@ def test_of_equal_chunks_the_later_is_chosen_and_the_newest_always():
   assert voted.tolist() == [[[False, True, True, True]]] * 2  # a tie of 0 and 2
 
 
-def teacher_by_einsum(q, k, ids, chunks, sink, window):
+def teacher_by_einsum(q, k, ids, choice, chunks, sink, window):
   time = q.shape[1]
   score = np.einsum("bqhd,bkhd->bhqk", q, np.repeat(k, 2, axis=2)) / 4
   at = np.arange(time)
@@ -344,18 +359,25 @@ def teacher_by_einsum(q, k, ids, chunks, sink, window):
   weight = np.exp(score - score.max(-1, keepdims=True))
   weight = np.where(at >= sink, weight / weight.sum(-1, keepdims=True), 0).mean(1)
   mass = np.einsum("bqk,bkc->bqc", weight, ids[..., None] == np.arange(chunks))
-  return np.where(np.arange(chunks) < ids[..., None], mass, 0)
+  return np.where(np.arange(chunks) < choice[..., None], mass, 0)
+
+
+def choice_by_hand(ends):
+  """Of every token the number of chunks to choose from: all that ended by then but the newest, which is read anyway."""
+  return np.array([[max(0, sum(row[: t + 1]) - 1) for t in range(len(row))] for row in np.asarray(ends)])
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_the_teacher_is_the_attention_to_chunks_before_the_own(window):
+def test_the_teacher_is_the_attention_to_the_chunks_that_a_token_chooses_from(window):
   keys = jax.random.split(jax.random.key(0), 3)
   q, k = jax.random.normal(keys[0], (2, 24, 4, 16)), jax.random.normal(keys[1], (2, 24, 2, 16))
-  ids = np.asarray(chunk_ids(jax.random.bernoulli(keys[2], 0.3, (2, 24))))
+  ends = jax.random.bernoulli(keys[2], 0.5, (2, 24))
+  ids, choice = np.asarray(chunk_ids(ends)), choice_by_hand(ends)
+  np.testing.assert_array_equal(training.candidates(ends), choice)
   k = k.at[1, :8].multiply(-1e3)  # rows of almost no attention to their chunks
-  teacher = jax.jit(functools.partial(training.teacher_attention, chunks=12, sink=2, block=8, window=window))
-  found = np.asarray(teacher(q, k, ids))
-  mass = teacher_by_einsum(*map(np.asarray, (q, k)), ids, 12, 2, window)
+  teacher = jax.jit(functools.partial(training.teacher_attention, chunks=24, sink=2, block=8, window=window))
+  found = np.asarray(teacher(q, k, ids, choice))
+  mass = teacher_by_einsum(*map(np.asarray, (q, k)), ids, choice, 24, 2, window)
   total = mass.sum(-1, keepdims=True)
   expected = np.where(total >= 1e-4, mass / np.maximum(total, 1e-4), 0)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -365,10 +387,10 @@ def test_the_teacher_is_the_attention_to_chunks_before_the_own(window):
 
 
 def test_the_divergence_is_0_for_the_teacher_itself_and_recall_counts_hits():
-  ids = jnp.array([[0, 1, 2, 3, 4]])
-  target = jax.random.uniform(jax.random.key(0), (1, 5, 4)) * (jnp.arange(4) < ids[..., None])
+  choice = jnp.array([[0, 1, 2, 3, 4]])
+  target = jax.random.uniform(jax.random.key(0), (1, 5, 4)) * (jnp.arange(4) < choice[..., None])
   target = target / jnp.maximum(target.sum(-1, keepdims=True), 1e-9)
-  loss = jax.jit(jax.value_and_grad(lambda scores: training.distillation_loss(scores, target, ids)))
+  loss = jax.jit(jax.value_and_grad(lambda scores: training.distillation_loss(scores, target, choice)))
   value, slope = loss(jnp.log(target + 1e-30))
   np.testing.assert_allclose(value, 0, atol=1e-6)
   np.testing.assert_allclose(slope, 0, atol=1e-6)
@@ -377,9 +399,44 @@ def test_the_divergence_is_0_for_the_teacher_itself_and_recall_counts_hits():
   uniform = [np.sum(row[: i + 1] * np.log(row[: i + 1] * (i + 1))) for i, row in enumerate(share)]
   np.testing.assert_allclose(value, np.mean(uniform), rtol=1e-5)
   assert np.isfinite(slope).all() and np.abs(slope).max() > 1e-3
-  of = jax.jit(lambda scores: training.recall(scores, target, ids, 2))
+  of = jax.jit(lambda scores: training.recall(scores, target, choice, 2))
   assert of(target) == 1.0
   assert of(-target) == 0.25  # of three chunks two are chosen, one of them right; of four none
+
+
+def test_loss_and_recall_leave_out_what_is_always_read_and_slope_as_differences_do():
+  """Of a whole model, from its queries and keys: no first token, no open chunk, nor the newest that has ended."""
+  net, a, tokens, top = network(), adapters(), whole_rows()[:, :32], 2
+  labels = tokens % 5 == 0
+  see = np.broadcast_to(np.tri(CAPACITY, dtype=bool), (2, 2, CAPACITY, CAPACITY))
+  q, k = (np.asarray(a)[:, :, :32] for a in masked_forward(see)[2:])
+  ends = jax.vmap(lambda row: chunk_ends(row, 32, min_chunk=2, max_chunk=6))(labels)
+  ids, choice, (asked, told) = np.asarray(chunk_ids(ends)), choice_by_hand(ends), (before_rope(a) for a in (q, k))
+  divergence, shares = [], []
+  for layer in range(2):
+    target = teacher_by_einsum(q[layer], k[layer], ids, choice, 16, 2, None)
+    each = []
+    for row, t in np.ndindex(2, 32):
+      if (number := choice[row, t]) == 0:
+        continue
+      last = np.flatnonzero(ends[row])[:number]
+      mine = compressed(asked[layer, row, t], a.q1[layer], a.q2[layer])
+      score = np.array([mine @ compressed(told[layer, row, e], a.k1[layer], a.k2[layer]) for e in last]) / 8**0.5
+      true = target[row, t, :number] / target[row, t].sum()
+      each.append(true @ (np.log(true) - score + np.log(np.exp(score).sum())))
+      if number > top:
+        shares.append(len({*np.argsort(-score)[:top]} & {*np.argsort(-true)[:top]}) / top)
+    divergence.append(np.mean(each))
+  how = dict(sink=2, min_chunk=2, max_chunk=6, top=top, block=32)
+  loss = jax.jit(lambda made: training.adapter_loss(made, net, tokens, labels, **how))
+  _, parts = loss(a)
+  np.testing.assert_allclose(parts.distillation, np.mean(divergence), rtol=1e-3)
+  np.testing.assert_allclose(parts.recall, np.mean(shares), rtol=1e-3)
+  slope = jax.jit(jax.grad(lambda made: loss(made)[0]))(a)
+  moved = lambda step: jax.tree.map(lambda x, d: x + step * d, a, slope)
+  steep = sum(float(jnp.square(d).sum()) for d in jax.tree.leaves(slope))
+  step = 0.02 / steep
+  np.testing.assert_allclose((loss(moved(step))[0] - loss(moved(-step))[0]) / (2 * step), steep, rtol=0.02)
 
 
 @functools.cache
