@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from matplotlib import ticker
+
 from experiments import figures
 from experiments.sarathi.profile import marginal
 from experiments.sarathi.serve import ORCA, OURS, QUANTILES, balance
@@ -42,8 +44,11 @@ def draw(config, metrics_: dict, workdir: Path) -> dict[str, str]:
   load = max(config.online.loads)
   for row in found["online"]:
     if row["load"] == load:
-      right.plot(row["tbt"], QUANTILES, label=row["policy"].replace("_", " "))
-  right.set(xlabel="seconds between tokens", ylabel="%", xscale="log")
+      right.plot([1000 * seconds for seconds in row["tbt"]], QUANTILES, label=row["policy"].replace("_", " "))
+  right.set(xlabel="milliseconds between tokens", ylabel="%", xscale="log")
+  right.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  right.xaxis.set_major_formatter("{x:g}")
+  right.xaxis.set_minor_formatter("")
   right.legend(fontsize=8)
   return captions | {
     figures.save(figure, workdir, "waiting"): f"Left: a pipeline of {config.bubbles.stages} stages, simulated with the "
