@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       longest=pick(test=(256,), cpu=(1024, 2048), gpu=(65_536,), paper=(32_768, 65_536)),
       batch=pick(test=4, cpu=32, gpu=64),  # sequences of a global batch
-      batches=pick(test=1, cpu=2, gpu=4, paper=20),
+      batches=pick(test=1, cpu=2, paper=20),
       chunk=chunk,
       settings=pick(  # (chunk, K) of ChunkFlow
         test=((128, 1),),
@@ -61,9 +61,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       windows=pick(test=(), cpu=("none",), gpu=()),  # all packed to the longest: as many products as its square
       times=pick(test=(2, 4), cpu=(4, 8, 16, 32), gpu=(4, 8, 16)),  # chunks of the sequences whose memory is compared
       curve=dict(
-        steps=pick(test=2, cpu=60, gpu=120, paper=300),
+        steps=pick(test=2, cpu=60, gpu=80, paper=300),
         batch=pick(test=2, cpu=8, gpu=32),
-        longest=pick(test=256, cpu=1024, gpu=8192),
+        longest=pick(test=256, cpu=1024, gpu=4096),
         chunk=pick(test=128, cpu=128, gpu=1024),
         rate=1e-3,
         held_out=pick(test=1, cpu=4, gpu=16),

@@ -64,7 +64,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ratios=pick(test=(3,), cpu=(3, 9, 27), gpu=(10, 30, 60), paper=(5, 10, 16, 30, 60, 100, 200)),
         requests=pick(test=5, cpu=12, gpu=64, paper=256),
         policies=("sarathi", "sarathi, several prompts", "orca", "request_level", "alternating", "prefill_first"),
-        budgets=pick(test=(6, 8), cpu=(40, 72, 136), gpu=(256, 512, 1024)),
+        budgets=pick(test=(6, 8), cpu=(40, 72, 136), gpu=(512, 1024, 2048)),
       ),
       online=dict(
         loads=pick(test=(0.5,), cpu=(0.7,), gpu=(0.5, 0.8)),

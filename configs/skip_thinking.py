@@ -56,8 +56,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         mlp_width=pick(test=64, cpu=256, gpu=1024),
       ),
       train=dict(
-        steps=pick(test=4, cpu=600, gpu=1200, paper=6000),
-        more=pick(test=4, cpu=150, gpu=400, paper=1500),
+        steps=pick(test=4, cpu=600, gpu=4800, paper=6000),
+        more=pick(test=4, cpu=150, gpu=1200, paper=1500),
         slower=0.3,  # rate of what is trained on, over the rate before
         batch=pick(test=40, cpu=32, gpu=64),
         rates=pick(test=(1e-3,), cpu=(1e-3, 3e-3), paper=(3e-4, 1e-3, 3e-3)),
