@@ -36,7 +36,7 @@ def _losses(found: dict, workdir: Path) -> str:
     others = [row for row in rows if row["decoder"] != DENSE and not row["decoder"].startswith("ChunkLLM")]
     for i, row in enumerate(others):
       x, y, error = point(row)
-      axis.errorbar([x], [y], [error], fmt="sv^D<"[i % 5], color=f"C{1 + i % 5}", label=row["decoder"], capsize=2)
+      axis.errorbar([x], [y], [error], fmt="sv^D<P>"[i % 7], color=f"C{1 + i % 5}", label=row["decoder"], capsize=2)
     axis.axhline(0, color="grey", lw=0.8)
     axis.set(title=model, xlabel="share of the tokens that is read", ylabel="loss over dense, %")
     axis.legend(fontsize=8)
