@@ -57,13 +57,18 @@ def tuples(shape) -> dict:
   return {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def fresh(shape: HNetConfig, seed: int) -> HNet:
+  return HNet(shape, jax.random.key(seed))
+
+
 def train(config, corpus: Corpus, arm: Arm, *, rate: float, steps: int, workdir: Path, console, title: str) -> HNet:
   t, length = config.train, corpus.length(arm.bpe)
   slack = arm.slack or t.slack
   factors = arm.factors or hnet.multipliers(arm.config)
   with console.training(title) as progress:
     return loop.train(
-      jax.jit(lambda: HNet(arm.config, jax.random.key(config.seed)))(),
+      fresh(arm.config, config.seed),
       corpus.batches(arm.bpe),
       hnet.loss_of(arm.config, length, slack=slack, weight=arm.weight, cutter=arm.cutter, remat=t.remat),
       hnet.optimizer(arm.config, rate, steps=steps, factors=factors),

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import timing
-from experiments.hnet.arms import arm_of
-from jaxlab.models import HNet
+from experiments.hnet.arms import arm_of, fresh
 from jaxlab.sequence import hnet
 from jaxlab.training import loop
 
@@ -21,7 +20,7 @@ def measure(config) -> dict:
   for name in NAMES:
     arm = arm_of(config, name)
     loss = hnet.loss_of(arm.config, t.length, slack=t.slack, remat=t.remat)
-    model = loop.cast(HNet(arm.config, jax.random.key(0)), t.dtype)
+    model = loop.cast(fresh(arm.config, 0), t.dtype)
 
     def step(model, inputs, targets, loss=loss):
       return jax.grad(lambda model: loss(model, {"inputs": inputs, "targets": targets}, 0, None)[0])(model)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments.hnet.arms import tuples
-from jaxlab.models import HNet, HNetConfig
+from experiments.hnet.arms import fresh, tuples
+from jaxlab.models import HNetConfig
 from jaxlab.sequence import hnet
 
 
@@ -18,7 +18,7 @@ def measure(config) -> dict:
   """
   w = config.words
   shape = HNetConfig(**tuples(w.shape), **config.mixer)
-  model, optimizer = HNet(shape, jax.random.key(config.seed)), hnet.optimizer(shape, w.rate, steps=w.steps)
+  model, optimizer = fresh(shape, config.seed), hnet.optimizer(shape, w.rate, steps=w.steps)
   loss = hnet.loss_of(shape, w.length, slack=None)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -67,7 +67,7 @@ def measure(config, name: str) -> dict:
       return (jax.tree.map(jnp.add, model, updates), state), None
 
     (model, _), _ = jax.lax.scan(step, (model, optimizer.init(model)), jax.random.split(starts[0], r.steps))
-    return jnp.stack([jnp.stack(judged(model, batch(r.pairs, r.held, key))) for key in starts[1:]])
+    return jax.lax.map(lambda key: jnp.stack(judged(model, batch(r.pairs, r.held, key))), starts[1:])
 
   every = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
   found = np.asarray(

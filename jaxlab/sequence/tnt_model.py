@@ -187,7 +187,8 @@ class MemoryModel(nnx.Module):
     def one(carry, token):
       return self._step(token, carry[1], local_chunks), None
 
-    (x, state), _ = jax.lax.scan(one, (x, state), tokens[:, at_once:].T)
+    if at_once < tokens.shape[1]:
+      (x, state), _ = jax.lax.scan(one, (x, state), tokens[:, at_once:].T)
     return self.logits(x[:, None]), state
 
   def step(

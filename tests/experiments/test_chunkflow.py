@@ -6,6 +6,7 @@ import pytest
 
 from configs import chunkflow as config_file
 from experiments.chunkflow import arms, contestants, fastest, pipeline, speed
+from jaxlab.core.precision import exactly
 from jaxlab.models import hub
 from jaxlab.sequence.chunkflow import Cost
 from tests.common import run_and_continue
@@ -75,7 +76,8 @@ def test_the_fit_of_a_chunks_cost_is_used_as_it_is(config):
 
 def test_rivals_have_the_same_gradient_and_everything_is_measured_once(config, tmp_path, monkeypatch):
   parts = ("speed.agreement", "speed.measure", "speed.growth", "speed.curve", "pipeline.fitted")
-  report = run_and_continue("chunkflow", tmp_path, monkeypatch, *parts, config=config)
+  config.curve.batch = config.batch  # arms share what is compiled for a shape; all as exact as what is compared
+  report = exactly(run_and_continue)("chunkflow", tmp_path, monkeypatch, *parts, config=config)
   rows = report.metrics["speed"]["256"]
   assert set(rows) == set(contestants(config)) and fastest(rows, "one")[0] == "one none"
   apart = report.metrics["agreement"]

@@ -8,14 +8,16 @@ from configs import hnet as config_file
 from experiments import hnet, results
 from experiments.hnet import arms, data, words
 from experiments.hnet.arms import arm_of
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.data import byte_level
-from jaxlab.models import HNet
 from tests.common import run_and_continue
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
-  """One stage is trained; the others are judged as they start, which compiles as much again less."""
+  """One stage is trained, on one device; the others are judged as they start, which compiles as much again less."""
+  make_mesh = meshes.make_mesh
+  monkeypatch.setattr(meshes, "make_mesh", lambda *shape: make_mesh(*(shape or ({"data": 1},)), jax.devices()[:1]))
   config = config_file.get_config("test")
   config.data.path, config.eval.split = "docs/**/*.md", "train"
   config.arms, config.ablations = ("one", *(arm for arm in config_file.ARMS if arm != "one")), ("none", "equal rates")
@@ -26,7 +28,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
     if workdir.name == "one 0.004 2":
       return train(config, corpus, arm, workdir=workdir, **how)
     shutil.copytree(tmp_path / "one 0.004 2", workdir, dirs_exist_ok=True)
-    return jax.jit(lambda: HNet(arm.config, jax.random.key(0)))()
+    return arms.fresh(arm.config, 0)
 
   monkeypatch.setattr(arms, "train", train_one)
   parts = ("arms.measured", "words.measure", "speed.measure")

@@ -63,7 +63,8 @@ ACTIVATION = CASE["rows"] * CASE["length"] * WIDTH * 4  # a device's rows of the
 def sent(axis: str, head_dim: int = 32) -> tuple[list, float]:
   """(collectives of a training step on two devices, those that moved most first; bytes, over the parameters' of every
   microbatch)."""
-  model = Transformer(nanochat(**SHAPE, head_dim=head_dim), jax.random.key(0))
+  shapes = jax.eval_shape(lambda: Transformer(nanochat(**SHAPE, head_dim=head_dim), jax.random.key(0)))
+  model = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   ids = np.zeros((CASE["batch"], CASE["length"] + 1), np.int32)
   compiled, state, *_ = training.prepare(CASE, model, ids, axis, 2)
   found = collectives.collectives(compiled.as_text())

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.data import byte_level, packing
 from jaxlab.models import HNet, HNetConfig
@@ -66,8 +67,9 @@ def test_a_step_moves_each_stage_by_its_own_rate_and_only_matrices_decay(model):
   factors = (2.0, 0.5)
   made = hnet.optimizer(CONFIG, 1e-2, steps=10, factors=factors, warmup=0.0, weight_decay=0.1)
   update = jax.jit(lambda grads: made.update(grads, made.init(model), model)[0])
-  decay = update(jax.tree.map(jnp.zeros_like, model))
-  moved = jax.tree.map(jnp.subtract, update(jax.tree.map(jnp.ones_like, model)), decay)
+  filled = lambda value: jax.tree.map(lambda a: np.full(a.shape, value, a.dtype), model)
+  decay, moved = (jax.tree.map(np.asarray, update(filled(value))) for value in (0, 1))
+  moved = jax.tree.map(np.subtract, moved, decay)
   inner, outer = moved.stage.inner, moved.stage
   for tree, factor in (
     (inner, 0.5),
@@ -136,9 +138,9 @@ def test_a_users_own_text_trains_in_three_lines(tmp_path):
   """The share that is cut comes down from where it starts, and the loss falls."""
   small = jax.jit(lambda: HNet(CONFIG, jax.random.key(0)))()
   rows = packing.training_rows(byte_level.tokens_of(["the cat sat on the mat. " * 20] * 3), row=32, seed=0)
-  seen = []
+  seen, mesh = [], meshes.make_mesh({"data": 1}, jax.devices()[:1])
   loss, made = hnet.loss_of(CONFIG, 32, slack=None), hnet.optimizer(CONFIG, 1e-2, steps=30)
-  options = dict(steps=30, workdir=tmp_path, compute_dtype="float32", progress=seen.append)
+  options = dict(steps=30, workdir=tmp_path, compute_dtype="float32", progress=seen.append, mesh=mesh)
   train(small, packing.batches(rows, 8), loss, made, **options)
   assert seen[-1]["nats"] < seen[0]["nats"] - 1 and seen[-1]["share_0"] < seen[0]["share_0"]
 

@@ -1,6 +1,7 @@
 """The dual form is gradient descent token by token; TNT's memories begin anew, keep to the past, and decode."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -19,6 +20,7 @@ from jaxlab.sequence.deep_memory import Gates, Memory, Running
 TIME, SIZE, WIDTH = 12, 4, 10
 SMALL = dict(heads=2, head_dim=SIZE, expansion=2)
 CONFIG = tnt.MemoryConfig(WIDTH, global_chunk=8, local_chunks=(2, 4), shard=8, **SMALL)
+ONE = dataclasses.replace(CONFIG, local_chunks=(4,))
 FORMS = {"linear": (), "mlp": (6,), "three": (6, 5)}
 RULES = {"plain": (), "decay": ("keep",), "momentum": ("momentum",), "titans": ("keep", "momentum")}
 
@@ -32,9 +34,9 @@ def double():
 def memory_of(form="mlp", *, momentum=False, ttt=False, seed=0):
   random = np.random.default_rng(seed)
   sizes = (SIZE, *FORMS[form], SIZE)
-  draw = lambda: tuple(jnp.array(random.normal(size=(a + ttt, b)) / 2) for a, b in itertools.pairwise(sizes))
+  draw = lambda of: tuple(jnp.array(random.normal(size=(a + ttt, b)) / of) for a, b in itertools.pairwise(sizes))
   norm = (jnp.array(random.uniform(0.5, 1.5, SIZE)), jnp.array(random.normal(size=SIZE))) if ttt else None
-  return Memory(draw(), jax.tree.map(lambda s: s / 10, draw()) if momentum else None, norm)
+  return Memory(draw(2), draw(20) if momentum else None, norm)
 
 
 def data(time=TIME, gates=(), seed=1):
@@ -57,47 +59,55 @@ def predict(weights, norm, x):
   return x + norm[0] * (y - y.mean()) / jnp.sqrt(y.var() + 1e-6) + norm[1]
 
 
+predicted = jax.jit(predict)
+gradient = jax.jit(jax.grad(lambda weights, norm, k, v: jnp.sum((predict(weights, norm, k) - v) ** 2)))
+
+
 def tokenwise(memory, q, k, v, gates, *, chunk, reads="token", pace=None, clip=None):
   """The definition: every token's weights are made, every gradient is one of `jax.grad`."""
+  memory, q, k, v, gates = jax.tree.map(np.asarray, (memory, q, k, v, gates))  # what is not compiled is numpy's
   start = now = memory.weights
-  momentum = memory.momentum or tuple(map(jnp.zeros_like, start))
-  loss = lambda weights, k, v: jnp.sum((predict(weights, memory.norm, k) - v) ** 2)
-  gradient, predicted, out = jax.jit(jax.grad(loss)), jax.jit(predict), []
+  momentum, out = memory.momentum or tuple(map(np.zeros_like, start)), []
 
   def between(share, limit):
     change = [share * (b - a) for a, b in zip(start, now, strict=True)]
     if limit is not None:
-      change = [c * min(1.0, limit / float(jnp.linalg.norm(c))) for c in change]
+      change = [c * min(1.0, limit / np.linalg.norm(c)) for c in change]
     return tuple(a + c for a, c in zip(start, change, strict=True))
 
   for t in range(len(q)):
     keep = 1.0 if gates.keep is None else gates.keep[t]
     eta = 0.0 if gates.momentum is None else gates.momentum[t]
-    momentum = tuple(eta * s - gates.step[t] * g for s, g in zip(momentum, gradient(start, k[t], v[t]), strict=True))
+    slopes = map(np.asarray, gradient(start, memory.norm, k[t], v[t]))
+    momentum = tuple(eta * s - gates.step[t] * g for s, g in zip(momentum, slopes, strict=True))
     now = tuple(keep * w + s for w, s in zip(now, momentum, strict=True))
-    share = 1.0 if pace is None else pace[t % chunk]
-    out.append(predicted(start if reads == "chunk" else between(share, None), memory.norm, q[t]))
+    share = 1.0 if pace is None else float(pace[t % chunk])
+    out.append(np.asarray(predicted(start if reads == "chunk" else between(share, None), memory.norm, q[t])))
     if t % chunk == chunk - 1:
       start = now = between(share, clip)
-  return Memory(now, momentum if memory.momentum else None, memory.norm), jnp.stack(out)
+  return Memory(now, momentum if memory.momentum else None, memory.norm), np.stack(out)
 
 
 scan = jax.jit(deep_memory.scan, static_argnames=("chunk", "reads", "clip", "loss"))
+read, effect = jax.jit(deep_memory.read), jax.jit(deep_memory.effect)
 
 
 def row(tree, *at):
-  return jax.tree.map(lambda a: a[at], tree)
+  return jax.tree.map(lambda a: np.asarray(a)[at], tree)
 
 
+@functools.partial(jax.jit, static_argnames=("chunk", "reads", "clip"))
 def by_steps(memory, q, k, v, gates, **how):
   """`step` over the sequence and the memory that the next chunk would start from."""
-  step = jax.jit(lambda running, parts, t: deep_memory.step(running, *parts, t, **how))
-  running, out = Running(memory, memory), []
-  for t in range(len(q)):
-    running, o = step(running, row((q, k, v, gates), t), t)
-    out.append(o)
-  after, _ = step(running, jax.tree.map(lambda a: 0 * a[0], (q, k, v, gates)), len(q))
-  return after.start, jnp.stack(out)
+
+  def one(carry, parts):
+    running, t = carry
+    running, out = deep_memory.step(running, *parts, t, **how)
+    return (running, t + 1), out
+
+  (running, time), out = jax.lax.scan(one, (Running(memory, memory), 0), (q, k, v, gates))
+  after, _ = one((running, time), jax.tree.map(lambda a: 0 * a[0], (q, k, v, gates)))
+  return after[0].start, out
 
 
 def same(a, b, tolerance=1e-12):
@@ -105,7 +115,7 @@ def same(a, b, tolerance=1e-12):
 
 
 def differ(a, b):
-  return float(jnp.abs(a - b).max()) > 1e-4
+  return float(np.abs(np.asarray(a) - np.asarray(b)).max()) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -146,27 +156,26 @@ def test_so_it_is_for_ttt_and_with_every_option(how):
 
 def test_one_chunk_is_one_step_of_full_batch_descent():
   memory, (q, k, v, gates) = memory_of(), data()
-  loss = lambda weights: sum(
-    step * jnp.sum((predict(weights, None, key) - value) ** 2)
-    for key, value, step in zip(k, v, gates.step, strict=True)
-  )
-  expected = jax.tree.map(lambda w, g: w - g, memory.weights, jax.grad(loss)(memory.weights))
+  one = lambda weights, k, v, step: step * jnp.sum((predict(weights, None, k) - v) ** 2)
+  loss = lambda weights: jax.vmap(one, (None, 0, 0, 0))(weights, k, v, gates.step).sum()
+  expected = jax.jit(lambda weights: jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights)))(memory.weights)
   same(scan(memory, q, k, v, gates, chunk=TIME)[0].weights, expected)
 
 
 def test_open_and_closed_gates():
   """alpha = eta = 0 is the rule without; a gate that closes within a chunk, where products of gates are 0 / 0."""
   memory, (q, k, v, gates) = memory_of(), data()
-  zeros = memory._replace(momentum=jax.tree.map(jnp.zeros_like, memory.weights))
-  open_ = Gates(gates.step, jnp.ones(TIME), jnp.zeros(TIME))
+  zeros = memory._replace(momentum=jax.tree.map(np.zeros_like, memory.weights))
+  open_ = Gates(gates.step, np.ones(TIME), np.zeros(TIME))
   after, out = scan(zeros, q, k, v, open_, chunk=4)
   expected, plain = scan(memory, q, k, v, gates, chunk=4)
   same((after.weights, out), (expected.weights, plain))
-  closing = Gates(gates.step, jnp.ones(TIME).at[5].set(0.0), jnp.full(TIME, 0.9).at[6].set(0.0))
+  at = np.arange(TIME)
+  closing = Gates(gates.step, 1.0 * (at != 5), 0.9 * (at != 6))
   memory = memory_of(momentum=True)
-  run = jax.jit(lambda gates: deep_memory.scan(memory, q, k, v, gates, chunk=4))
-  same(run(closing), tokenwise(memory, q, k, v, closing, chunk=4))
-  assert all(bool(jnp.isfinite(g).all()) for g in jax.grad(lambda gates: run(gates)[1].sum())(closing))
+  same(scan(memory, q, k, v, closing, chunk=4), tokenwise(memory, q, k, v, closing, chunk=4))
+  gradient = jax.jit(jax.grad(lambda gates: deep_memory.scan(memory, q, k, v, gates, chunk=4)[1].sum()))
+  assert all(np.isfinite(g).all() for g in gradient(closing))
 
 
 def test_only_a_gradient_that_reads_the_weights_depends_on_the_chunk():
@@ -183,25 +192,27 @@ def test_a_write_takes_its_share_of_the_error():
   """Of a linear memory a chunk leaves (I - 2 theta K K') of the error."""
   memory, (q, k, v, _) = memory_of("linear"), data()
   after, _ = scan(memory, q, k, v, Gates(jnp.full(TIME, 0.05)), chunk=TIME)
-  error = lambda memory: deep_memory.read(memory, k) - v
+  k, v = map(np.asarray, (k, v))
+  error = lambda memory: np.asarray(read(memory, k)) - v
+  (old,), (new,) = jax.tree.map(np.asarray, (memory.weights, after.weights))
   same(error(after), error(memory) - 0.1 * k @ (k.T @ error(memory)))
-  change, size, before, now = deep_memory.effect(memory, after, k, v)
-  same((before, now), (jnp.square(error(memory)).sum(), jnp.square(error(after)).sum()))
-  same((change, size), (jnp.linalg.norm(after.weights[0] - memory.weights[0]), jnp.linalg.norm(after.weights[0])))
+  change, size, before, now = effect(memory, after, k, v)
+  same((before, now), (np.square(error(memory)).sum(), np.square(error(after)).sum()))
+  same((change, size), (np.linalg.norm(new - old), np.linalg.norm(new)))
   assert float(now) < 0.9 * float(before)
   far, _ = scan(memory, q, k, v, Gates(jnp.full(TIME, 0.5)), chunk=TIME)
-  too_far = deep_memory.effect(memory, far, k, v)
+  too_far = effect(memory, far, k, v)
   assert too_far.after > too_far.before and too_far.change > change
 
 
 def test_what_a_write_did_is_told_of_all_matrices():
   """Also in 16 bits, in which the sums would be wrong."""
   memory, after, (_, k, v, _) = memory_of(), memory_of(seed=2), data()
-  flat = lambda memory: jnp.concatenate([w.ravel() for w in memory.weights])
-  found = deep_memory.effect(memory, after, k, v)
-  same(found[:2], (jnp.linalg.norm(flat(after) - flat(memory)), jnp.linalg.norm(flat(after))))
-  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (memory, after, k, v))
-  assert {a.dtype for a in deep_memory.effect(*half)} == {jnp.dtype("float32")}
+  flat = lambda memory: np.concatenate([np.ravel(w) for w in memory.weights])
+  found = effect(memory, after, k, v)
+  same(found[:2], (np.linalg.norm(flat(after) - flat(memory)), np.linalg.norm(flat(after))))
+  half = jax.tree.map(lambda a: np.asarray(a, jnp.bfloat16), (memory, after, k, v))
+  assert {a.dtype for a in jax.eval_shape(deep_memory.effect, *half)} == {jnp.dtype("float32")}
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -220,35 +231,38 @@ def heads(time, rows=1, count=2, seed=3):
 
 
 def test_queries_are_projected_by_the_running_sum_of_their_window():
-  q, k = heads(24, rows=2)
+  q, k = map(np.asarray, heads(24, rows=2))
   project = jax.jit(
     lambda window, renormalize: tnt.project_queries(q, k, window=window, renormalize=renormalize), static_argnums=(0, 1)
   )
   for window in (24, 8, 1):
-    out, gram = project(window, False)
+    out, gram = map(np.asarray, project(window, False))
     for t in (0, 7, 8, 15, 23):
       seen = k[:, t - t % window : t + 1]
-      same(out[:, t], jnp.einsum("bthi,bthj,bhj->bhi", seen, seen, q[:, t]), 1e-11)
-    same(gram, jnp.einsum("bthi,bthj->bhij", k[:, -window:], k[:, -window:]), 1e-11)
-    same(project(window, True)[0], out / jnp.sqrt(jnp.square(out).sum(axis=-1, keepdims=True) + 1e-6), 1e-11)
+      same(out[:, t], np.einsum("bthi,bthj,bhj->bhi", seen, seen, q[:, t]), 1e-11)
+    same(gram, np.einsum("bthi,bthj->bhij", k[:, -window:], k[:, -window:]), 1e-11)
+    same(project(window, True)[0], out / np.sqrt(np.square(out).sum(axis=-1, keepdims=True) + 1e-6), 1e-11)
 
 
 def test_orthonormal_keys_leave_queries_as_they_are():
-  basis = jnp.linalg.qr(heads(SIZE)[0, 0].transpose(1, 0, 2))[0]  # rows of each head are orthonormal
-  k = jnp.swapaxes(basis, 0, 1)[None]
-  q = heads(SIZE)[1]
-  out, gram = tnt.project_queries(q, k, window=SIZE, renormalize=False)
-  same(gram[0], jnp.tile(jnp.eye(SIZE), (2, 1, 1)))
+  q, k = np.asarray(heads(SIZE)[1]), np.asarray(heads(SIZE)[0])
+  k = np.linalg.qr(k[0].transpose(1, 0, 2))[0].swapaxes(0, 1)[None]  # rows of each head are orthonormal
+  out, gram = jax.jit(lambda q, k: tnt.project_queries(q, k, window=SIZE, renormalize=False))(q, k)
+  same(gram[0], np.tile(np.eye(SIZE), (2, 1, 1)))
   same(out[:, -1], q[:, -1])
-  same(jnp.einsum("hi,hi->h", out[0, 0], k[0, 1]), jnp.zeros(2))  # so far the first key alone
+  same(np.einsum("hi,hi->h", out[0, 0], k[0, 1]), np.zeros(2))  # so far the first key alone
 
 
-def layer_of(config=CONFIG, seed=0):
-  """In float64, with starts far enough from zero that every memory counts."""
-  layer = jax.tree.map(lambda a: a.astype(jnp.float64), tnt.MemoryLayer(config, jax.random.key(seed)))
-  larger = lambda path, a: 10 * a if "weights" in jax.tree_util.keystr(path) else a
-  layer = jax.tree_util.tree_map_with_path(larger, layer)
-  return layer
+@functools.cache
+def shapes_of(config):
+  return jax.eval_shape(lambda: tnt.MemoryLayer(config, jax.random.key(0)))
+
+
+def layer_of(config=CONFIG):
+  """In float64, every parameter far enough from zero that every memory and every gate counts."""
+  random = np.random.default_rng(0)
+  draw = lambda path, a: 0.3 * random.normal(size=a.shape) + ("norm" in jax.tree_util.keystr(path))
+  return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, shapes_of(config)))
 
 
 def tokens(time=24, rows=2, seed=5):
@@ -258,15 +272,17 @@ def tokens(time=24, rows=2, seed=5):
 def change_of(config, at, time=24):
   """Which outputs a change of token `at` reaches."""
   layer, x = layer_of(config), tokens(time, rows=1)
-  run = jax.jit(lambda layer, x: layer(x))
-  moved = jnp.abs(run(layer, x.at[0, at].add(1.0)) - run(layer, x)).max(axis=(0, 2))
+  both = np.concatenate([x, x])
+  both[1, at] += 1.0
+  out = np.asarray(jax.jit(lambda layer, x: layer(x))(layer, both))
+  moved = np.abs(out[1] - out[0]).max(axis=1)
   return np.flatnonzero(moved > 1e-9)
 
 
 @pytest.mark.parametrize("projection", ["shard", "chunk", None])
 def test_local_memories_begin_anew_with_every_shard(projection):
   """A change in a shard changes that shard alone, from there on."""
-  config = dataclasses.replace(CONFIG, global_chunk=None, taps=1, projection=projection)
+  config = dataclasses.replace(ONE, global_chunk=None, taps=1, projection=projection)
   assert list(change_of(config, 10)) == list(range(10, 16))
   assert list(change_of(dataclasses.replace(config, shard=None), 10)) == list(range(10, 24))
 
@@ -282,6 +298,7 @@ def test_no_token_sees_a_later_one(config):
   assert change_of(config, 13).min() == 13
 
 
+@jax.jit
 def parts_of(layer, x):
   c = layer.config
   u = layer.inputs(x)[..., : 3 * c.inner]
@@ -295,10 +312,11 @@ def test_one_local_memory_that_never_returns_is_titans():
   for shard in (None, 8):
     layer = layer_of(dataclasses.replace(tnt.titans(WIDTH, chunk=4, **SMALL), shard=shard, clip=None))
     given, own = parts_of(layer, x), layer.local_memories[0]
-    out = recall(layer, x, *given)
+    out = np.asarray(recall(layer, x, *given))
+    memory, gates = jax.jit(lambda own, x: (own.memory(), own.gates_of(x)))(own, x)
     for head in range(2):
-      one = row((*given, own.gates_of(x)), 1, slice(None), head)
-      same(out[1, :, head], tokenwise(row(own.memory(), head), *one, chunk=4)[1])
+      one = row((*given, gates), 1, slice(None), head)
+      same(out[1, :, head], tokenwise(row(memory, head), *one, chunk=4)[1])
 
 
 def test_queries_and_keys_turn_by_their_place_in_the_chunk():
@@ -306,13 +324,13 @@ def test_queries_and_keys_turn_by_their_place_in_the_chunk():
   config = tnt.ttt(WIDTH, chunk=4, **SMALL)
   layer, x = layer_of(config), tokens(8)
   plain = layer_of(dataclasses.replace(config, rotary=False))
-  q, k, v = parts_of(layer, x)
+  q, k, v = map(np.asarray, parts_of(layer, x))
   recall = jax.jit(lambda layer, *given: layer.recall(*given, (4,))[0])
-  turn = jnp.exp(1j * (jnp.arange(8) % 4)[:, None, None] * jnp.array([1.0, 0.01]))
+  turn = np.exp(1j * (np.arange(8) % 4)[:, None, None] * np.array([1.0, 0.01]))
 
   def turned(a):
     both = (a[..., :2] + 1j * a[..., 2:]) * turn
-    return jnp.concatenate([both.real, both.imag], axis=-1)
+    return np.concatenate([both.real, both.imag], axis=-1)
 
   out = recall(layer, x, q, k, v)
   same(out, recall(plain, x, turned(q), turned(k), v))
@@ -333,8 +351,8 @@ def test_equal_memories_add_up():
   "config",
   [
     CONFIG,
-    dataclasses.replace(CONFIG, projection="chunk", renormalize=False, clip=0.05, momentum=True, decay=True),
-    dataclasses.replace(CONFIG, global_chunk=None, shard=None, rotary=True),
+    dataclasses.replace(ONE, projection="chunk", renormalize=False, clip=0.05, momentum=True, decay=True),
+    dataclasses.replace(ONE, global_chunk=None, shard=None, rotary=True),
     tnt.titans(WIDTH, chunk=4, **SMALL),
     tnt.ttt(WIDTH, chunk=4, layers=2, **SMALL),
   ],
@@ -343,51 +361,55 @@ def test_equal_memories_add_up():
 def test_decoding_is_the_forward(config):
   """Token by token, at the chunks of stage 1 and at chunks of one token."""
   layer, x = layer_of(config), tokens()
-  run = jax.jit(lambda layer, x, chunks: layer(x, local_chunks=chunks), static_argnums=2)
-  step = jax.jit(lambda layer, x, state, chunks: layer.step(x, state, local_chunks=chunks), static_argnums=3)
-  results = []
-  for chunks in (None, (1,) * len(config.local_chunks)):
-    state, out = layer.empty_state(2), []
-    for t in range(x.shape[1]):
-      y, state = step(layer, x[:, t], state, chunks)
-      out.append(y)
-    results.append(run(layer, x, chunks))
-    same(jnp.stack(out, axis=1), results[-1], 1e-11)
-  assert differ(*results)
+
+  def both(layer, x, chunks):
+    move = lambda state, x: layer.step(x, state, local_chunks=chunks)[::-1]
+    out = jax.lax.scan(move, layer.empty_state(2), x.swapaxes(0, 1))[1]
+    return out.swapaxes(0, 1), layer(x, local_chunks=chunks)
+
+  every = None, (1,) * len(config.local_chunks)
+  results = jax.jit(lambda layer, x: [both(layer, x, chunks) for chunks in every])(layer, x)
+  for steps, forward in results:
+    same(steps, forward, 1e-11)
+  assert differ(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize(("length", "projection"), [(8, "shard"), (16, None)])
-def test_a_prompt_is_read_at_once_and_gone_on_from(length, projection):
+@pytest.mark.parametrize(("own", "length", "projection"), [(CONFIG, 8, "shard"), (ONE, 16, None)], ids=["8", "16"])
+def test_a_prompt_is_read_at_once_and_gone_on_from(own, length, projection):
   """At chunks of 8 and of the memories, then token by token in chunks of one: as if all had been steps."""
-  config = dataclasses.replace(CONFIG, shard=16, projection=projection, momentum=True, decay=True)
-  layer, x = layer_of(config), tokens()
-  step = jax.jit(lambda layer, x, state, chunks: layer.step(x, state, local_chunks=chunks), static_argnums=3)
-  y, state = jax.jit(lambda layer, x: layer.prefill(x))(layer, x[:, :length])
-  same(y, jax.jit(lambda layer, x: layer(x))(layer, x[:, :length]))
-  expected = layer.empty_state(2)
-  for t in range(length):
-    _, expected = step(layer, x[:, t], expected, None)
-  for t in range(length, 24):
-    out, state = step(layer, x[:, t], state, (1, 1))
-    y, expected = step(layer, x[:, t], expected, (1, 1))
-    same(out, y)
+  config = dataclasses.replace(own, shard=16, projection=projection, momentum=True, decay=True)
+  ones, x = (1,) * len(own.local_chunks), tokens()
+
+  @jax.jit
+  def run(layer, x):
+    move = lambda chunks: lambda state, x: layer.step(x, state, local_chunks=chunks)[::-1]
+    y, state = layer.prefill(x[:, :length])
+    expected, _ = jax.lax.scan(move(None), layer.empty_state(2), x[:, :length].swapaxes(0, 1))
+    both = jax.tree.map(lambda *a: jnp.stack(a), state, expected)  # steps from either state, side by side
+    out = jax.lax.scan(jax.vmap(move(ones), (0, None)), both, x[:, length:].swapaxes(0, 1))[1]
+    return y, layer(x[:, :length]), out[:, 0], out[:, 1]
+
+  y, forward, after_prompt, after_steps = run(layer_of(config), x)
+  same(y, forward)
+  same(after_prompt, after_steps)
 
 
 def test_every_shard_teaches_the_common_start_and_stage_two_leaves_the_global_memory():
-  layer, x = layer_of(dataclasses.replace(CONFIG, local_chunks=(4,))), tokens(16, rows=1)
+  layer, x = layer_of(ONE), tokens(16, rows=1)
   weights = jnp.array(np.random.default_rng(0).normal(size=x.shape))
 
   loss = lambda layer, counts: (counts[:, None] * weights * layer(x)).sum()
   gradient = jax.jit(jax.grad(loss))
-  first = jnp.arange(16.0) < 8
-  both, *each = (gradient(layer, counts) for counts in (jnp.ones(16), 1.0 * first, 1.0 * ~first))
-  start = lambda g: g.local_memories[0].weights[0][...]
-  assert all(float(jnp.abs(start(g)).max()) > 1e-6 for g in each)
+  first = np.arange(16.0) < 8
+  both, *each = (gradient(layer, counts) for counts in (np.ones(16), 1.0 * first, 1.0 * ~first))
+  start = lambda g: np.asarray(g.local_memories[0].weights[0][...])
+  assert all(np.abs(start(g)).max() > 1e-6 for g in each)
   same(start(both), start(each[0]) + start(each[1]))
   mask = tnt.local_parameters(layer)
   optimizer = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), jax.tree.map(lambda a: not a, mask)))
-  updates, _ = optimizer.update(both, optimizer.init(layer))
-  after = optax.apply_updates(layer, updates)
+  after = jax.jit(lambda layer, g: optax.apply_updates(layer, optimizer.update(g, optimizer.init(layer))[0]))(
+    layer, both
+  )
   same(after.global_memory, layer.global_memory, 0)
   moved = [
     differ(a, b) for a, b in zip(*(jax.tree.leaves(t.local_memories[0].weights) for t in (after, layer)), strict=True)
@@ -437,7 +459,7 @@ def test_devices_share_shards_and_heads_out():
 
 def test_sixteen_bits_outside_thirty_two_inside():
   with jax.enable_x64(False):
-    layer = tnt.MemoryLayer(CONFIG, jax.random.key(0))
+    layer = jax.jit(lambda: tnt.MemoryLayer(CONFIG, jax.random.key(0)))()
     x = jnp.asarray(tokens(), jnp.bfloat16)
     run = jax.jit(lambda layer, x: layer(x))
     y, exact = run(layer, x), run(layer, x.astype(jnp.float32))
@@ -452,7 +474,7 @@ def test_it_learns_to_recall(layers):
     how = dict(heads=2, head_dim=16, expansion=2, layers=layers)
     config = tnt.MemoryConfig(32, global_chunk=None, local_chunks=(4,), shard=12, **how)
     keys = jax.random.split(jax.random.key(0), 4)
-    start = (0.5 * jax.random.normal(keys[0], (16, 32)), tnt.MemoryLayer(config, keys[1]), jnp.zeros((32, 8)))
+    fresh = lambda: (0.5 * jax.random.normal(keys[0], (16, 32)), tnt.MemoryLayer(config, keys[1]), jnp.zeros((32, 8)))
 
     def loss(parameters, key):
       embedding, layer, head = parameters
@@ -474,8 +496,12 @@ def test_it_learns_to_recall(layers):
       updates, state = optimizer.update(gradient, state)
       return (optax.apply_updates(parameters, updates), state), value
 
-    train = jax.jit(lambda start, keys: jax.lax.scan(step, (start, optimizer.init(start)), keys)[1])
-    curve = train(start, jax.random.split(keys[3], 120))
+    @jax.jit
+    def train():
+      start = fresh()
+      return jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(keys[3], 120))[1]
+
+    curve = train()
     assert curve[0] > 1.9 and curve[-10:].mean() < 0.7
 
 
@@ -514,4 +540,4 @@ def test_bad_input():
     (lambda: layer_of(tnt.ttt(WIDTH, chunk=4, **SMALL))(x, local_chunks=(8,)), "has 4 of them at most"),
   ):
     with pytest.raises(InputError, match=message):
-      call()
+      jax.eval_shape(call)
