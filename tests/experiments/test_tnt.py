@@ -20,8 +20,8 @@ TRAINED = (arms.TNT, "Transformer")
 
 
 def test_everything_is_measured_once(tmp_path, monkeypatch):
-  """Two arms are measured, a Transformer's steps are timed, on one device; the others are said to be like these: each
-  would be compiled for itself."""
+  """Two arms are measured, Titans' steps are timed, on one device; the others are said to be like these: each would be
+  compiled for itself."""
   make_mesh = meshes.make_mesh
   monkeypatch.setattr(meshes, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
   config = config_file.get_config("test")
@@ -49,7 +49,7 @@ def test_everything_is_measured_once(tmp_path, monkeypatch):
   recalled, each = recall.measure, (recall.LINEAR + recall.PROJECTED, recall.TRANSFORMER)
   monkeypatch.setattr(recall, "measure", lambda config, name: one(name if name in each else each[0]))
   timed = functools.cache(functools.partial(speed.step, config))
-  monkeypatch.setattr(speed, "step", lambda _, name, words, rows, length: timed(speed.TRANSFORMER, words, 16, 32))
+  monkeypatch.setattr(speed, "step", lambda _, name, words, rows, length: timed(arms.TITANS, words, 16, 32))
   parts = ("arms.Lab.measured", "arms.Lab.at_rate", "stages.measure", "speed.measure", "recall.measure")
   report = run_and_continue("tnt", tmp_path, monkeypatch, *parts, config=config)
   results.write(report, config, tmp_path, 1.0, "command")
