@@ -1,5 +1,6 @@
 """What LoRD and its rivals lose at a share of the parameters or in few bits, and what the calibration text does."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from experiments.lord import tuning
 from experiments.text import Text
 from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
-from jaxlab.weights import bitstack, lord, svd
+from jaxlab.weights import bitstack, lord, svd, svd_search
 from jaxlab.weights.calibration import rows_of
 from jaxlab.weights.quantise import quantise, rtn
 
@@ -45,6 +46,16 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     rivals, found = swept_svd(how)
     return lord.truncate(model, rivals, lord.choose(rivals, found, budget=budget))
 
+  @functools.cache
+  def tried():
+    """ASVD's losses of every map alone, on the first rows of the calibration text."""
+    read = dataclasses.replace(subject, selection=text[: config.sweep.searched])
+    return svd_search.sensitivity(model, full("asvd"), selection_loss(read))
+
+  def searched(budget):
+    """Ranks by map and layer, as ASVD chooses them."""
+    return svd_search.truncate_each(model, full("asvd"), svd_search.search(full("asvd"), tried(), budget=budget))
+
   def stacked(model, blocks):
     return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
 
@@ -65,6 +76,7 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
       "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
       "lord+rtn": lambda budget: quantise(at_ranks(bases, budget), text, rtn, bits=4, group=config.group, batch=batch),
       "lord+bitstack": lambda _: both(),
+      "asvd_searched": searched,
       "bitstack": like_both,
     }
     | rivals(config, subject)

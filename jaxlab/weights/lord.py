@@ -171,8 +171,8 @@ class _Masked(nnx.Module):
     return cut(x) + left.astype(x.dtype)
 
 
-def masked(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str, Int[Array, ""]]) -> Transformer:
-  """`truncate` with ranks that are data; a rank of 0 keeps the dense map."""
+def masked(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str, Int[Array, "*layers"]]) -> Transformer:
+  """`truncate` with ranks that are data, of a map or of each of its layers; a rank of 0 keeps the dense map."""
   forms = {}
   for name, rank in ranks.items():
     one = bases[name]

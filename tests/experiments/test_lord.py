@@ -6,13 +6,14 @@ import pytest
 
 from configs import lord as config_file
 from experiments import compressing, results
-from experiments.lord import quality, tuning
+from experiments.lord import quality, ratios, tuning
 from jaxlab.models import hub, maps
 from jaxlab.training import lora
 from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
-METHODS = (*config_file.METHODS, "svd_llm_ranked 0.8", "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+RANKED = ("svd_llm_ranked 0.8", "asvd_searched 0.8")
+METHODS = (*config_file.METHODS, *RANKED, "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
 
 
 @pytest.fixture
@@ -83,3 +84,11 @@ def test_one_program_judges_every_form(config, tmp_path):
   # Of a model that was of low rank before.
   before = make["lord"](0.8)
   np.testing.assert_allclose(compressing.restored(model, before)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
+
+
+def test_a_rival_is_taken_at_its_best_ranks():
+  rows = [dict(method=name, budget=0.8, perplexity=value) for name, value in (("lord", 6.0), ("asvd", 12.0))]
+  of = lambda *more: ratios({"base": [*rows, *more]}, "lord", "asvd")["base at 0.8"]
+  assert of() == 0.5
+  assert of(dict(method="asvd_searched", budget=0.8, perplexity=8.0)) == 0.75
+  assert of(dict(method="asvd_searched", budget=0.8, perplexity=20.0)) == 0.5
