@@ -15,7 +15,8 @@ from experiments.results import Claim
 
 FRONTIER, TEXTS, TUNING, SPEED = "frontier", "texts", "tuning", "speed"
 TITLES = dict(
-  lord="LoRD", uniform="LoRD, one share", uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
+  lord="LoRD", uniform="LoRD, one share", sequential="LoRD, one share, block after block",
+  uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
   asvd_ranked="ASVD, ranks by loss", svd_llm_ranked="SVD-LLM, ranks by loss", asvd_searched="ASVD, ranks by its search",
   rtn="round to nearest", gptq="GPTQ", bitstack="BitStack",
 ) | {"lord+rtn": "LoRD, then 4 bits", "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip

@@ -14,7 +14,7 @@ from experiments.lord import tuning
 from experiments.text import Text
 from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
-from jaxlab.weights import bitstack, lord, svd, svd_search
+from jaxlab.weights import bitstack, lord, lord_sequential, svd, svd_search
 from jaxlab.weights.calibration import rows_of
 from jaxlab.weights.quantise import quantise, rtn
 
@@ -56,6 +56,11 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     """Ranks by map and layer, as ASVD chooses them."""
     return svd_search.truncate_each(model, full("asvd"), svd_search.search(full("asvd"), tried(), budget=budget))
 
+  def in_order(budget):
+    """One share for all maps, block after block."""
+    ranks = lord.uniform(bases, budget=budget, multiple=multiple)
+    return lord.truncate(model, lord_sequential.decompose(model, text, ranks, batch=batch), ranks)
+
   def stacked(model, blocks):
     return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
 
@@ -76,6 +81,7 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
       "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
       "lord+rtn": lambda budget: quantise(at_ranks(bases, budget), text, rtn, bits=4, group=config.group, batch=batch),
       "lord+bitstack": lambda _: both(),
+      "sequential": in_order,
       "asvd_searched": searched,
       "bitstack": like_both,
     }

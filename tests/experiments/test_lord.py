@@ -13,7 +13,7 @@ from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
 RANKED = ("svd_llm_ranked 0.8", "asvd_searched 0.8")
-METHODS = (*config_file.METHODS, *RANKED, "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+METHODS = (*config_file.METHODS, *RANKED, "sequential 0.8", "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
   assert dense["share"] == 1 and all(row["bytes"] < dense["bytes"] for row in others)
   of = {row["method"]: row for row in others}
   assert all(
-    of[name]["share"] <= 0.8 for name in ("lord", "uniform", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
+    of[name]["share"] <= 0.8
+    for name in ("lord", "uniform", "sequential", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
   )
   assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
 
