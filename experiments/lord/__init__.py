@@ -19,7 +19,8 @@ TITLES = dict(
   uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
   asvd_ranked="ASVD, ranks by loss", svd_llm_ranked="SVD-LLM, ranks by loss", asvd_searched="ASVD, ranks by its search",
   rtn="round to nearest", gptq="GPTQ", bitstack="BitStack",
-) | {"lord+rtn": "LoRD, then 4 bits", "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
+) | {"nf4": "NF4", "lord+rtn": "LoRD, then 4 bits", "lord+nf4": "LoRD, then NF4",
+     "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
 _ONE_PERCENT = 0.01
 
 

@@ -16,7 +16,7 @@ from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.weights import bitstack, lord, lord_sequential, svd, svd_search
 from jaxlab.weights.calibration import rows_of
-from jaxlab.weights.quantise import quantise, rtn
+from jaxlab.weights.quantise import nf4, quantise, rtn
 
 _SVDS = {"svd": svd.plain_svd, "asvd": svd.asvd, "svd_llm": svd.svd_llm}
 
@@ -74,12 +74,17 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     whole = stored(stacked(model, config.blocks))
     return bitstack.at_budget(whole, bitstack.level_order(whole), budget=maps.bytes_of(stored(both())))
 
+  def four_bits(model, how):
+    return quantise(model, text, how, bits=4, group=config.group, batch=batch)
+
   return (
     {
       "lord": lambda budget: at_ranks(bases, budget),
       "uncentred": lambda budget: at_ranks(plain(), budget),
       "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
-      "lord+rtn": lambda budget: quantise(at_ranks(bases, budget), text, rtn, bits=4, group=config.group, batch=batch),
+      "lord+rtn": lambda budget: four_bits(at_ranks(bases, budget), rtn),
+      "lord+nf4": lambda budget: four_bits(at_ranks(bases, budget), nf4),
+      "nf4": lambda _: four_bits(model, nf4),
       "lord+bitstack": lambda _: both(),
       "sequential": in_order,
       "asvd_searched": searched,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.models.layers import Linear
-from jaxlab.models.packed_maps import Quantised, SignStack, Sparse
+from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse
 
 
 class Affine(nnx.Module):
@@ -208,7 +208,8 @@ class Product(nnx.Module):
 
 
 UNEVEN = (SignStack, SharedBasis)  # whose stacks have layers of unequal sizes
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, SharedBasis, Product, Affine)}
+_ALL = (Factored, Quantised, NormalFloat, SignStack, Sparse, SharedBasis, Product, Affine)
+FORMS = {form.kind: form for form in _ALL}
 
 
 def empty_form(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.Module:

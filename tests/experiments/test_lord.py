@@ -13,7 +13,7 @@ from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
 RANKED = ("svd_llm_ranked 0.8", "asvd_searched 0.8")
-METHODS = (*config_file.METHODS, *RANKED, "sequential 0.8", "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+METHODS = (*config_file.METHODS, *RANKED, *config_file.MORE)
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
     of[name]["share"] <= 0.8
     for name in ("lord", "uniform", "sequential", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
   )
+  assert of["nf4"]["bytes"] < of["rtn"]["bytes"] and of["lord+nf4"]["bytes"] < of["lord+rtn"]["bytes"]
   assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
 
 
@@ -77,7 +78,7 @@ def test_one_program_judges_every_form(config, tmp_path):
   bases, table, _ = quality.swept(config, subject)
   make = quality.makers(config, subject, bases, table)
   tokens = subject.calibration[:1]
-  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+bitstack", 0)):
+  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+nf4", 0.8), ("lord+bitstack", 0)):
     model = make[method](budget)
     np.testing.assert_allclose(compressing.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
     stored = compressing.stored(model)
