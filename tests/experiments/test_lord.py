@@ -60,7 +60,7 @@ def test_tuning_learns(config, tmp_path):
   (read,) = compressing.subjects(config, tmp_path).values()
   subject = read()
   bases, table, _ = quality.swept(config, subject)
-  small = quality.makers(config, subject, bases, table)["lord+rtn"](0.8)
+  small = quality.makers(config, subject, bases, table)["lord+nf4"](0.8)
   rows = subject.calibration
   batch = dict(inputs=rows[:, :-1], targets=rows[:, 1:])
   config.tuning.steps, config.tuning.rate = 30, 1e-2
