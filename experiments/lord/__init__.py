@@ -165,7 +165,7 @@ def tuning_claim(found: dict) -> Claim:
   said = ", ".join(f"{name} {one['before']:.4g} to {one['after']:.4g}, {one['bytes'] / 1e6:.3g} MB and "
                    f"{one['adapters'] / 1e6:.3g} M trained" for name, one in found.items())  # fmt: skip
   return Claim(
-    "Perplexity of LoRD in NF4 after tuning adapters over that of whole maps in NF4 before", "ratio", "lower",
+    "Perplexity of LoRD in 4 bits after tuning adapters over that of whole maps in 4 bits before", "ratio", "lower",
     ours=thin["after"] / dense["before"], threshold=1.05, baseline=f"whole maps {dense['before']:.4g}", note=said,
   )  # fmt: skip
 
