@@ -71,6 +71,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         base=pick(test=(0.9, 0.5), cpu=(0.9, 0.7, 0.5, 0.35), gpu=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
         others=pick(test=(0.9, 0.5), cpu=(0.8, 0.4), gpu=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
         multiple=pick(test=8, cpu=32),
+        searched=pick(test=2, cpu=2, gpu=8),  # rows of the calibration text that ASVD's own search reads
       ),
       # Methods with their budget: a share of the parameters, or bits a weight.
       methods=dict(
@@ -129,8 +130,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
 
 
 METHODS = ("lord 0.8", "uniform 0.8", "uncentred 0.8", "svd_llm 0.8", "asvd 0.8", "lord+rtn 0.8", "rtn 4", "gptq 4")
-RANKED = ("svd_llm_ranked 0.8", "asvd_ranked 0.8")  # at ranks chosen as LoRD's are
-MORE = ("svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+RANKED = ("svd_llm_ranked 0.8", "asvd_ranked 0.8", "asvd_searched 0.8")  # at ranks chosen as LoRD's are, or ASVD's way
+MORE = ("svd 0.8", "sequential 0.8", "nf4 4", "lord+nf4 0.8", "lord+bitstack 0.8", "bitstack 1")
 SWEPT = (
   *(f"{name} {budget}" for name in ("lord", "svd_llm", "asvd", "svd") for budget in (0.95, 0.9, 0.85, 0.7)),
   *("uncentred 0.9", "uncentred 0.7", "lord+rtn 0.9", "rtn 8", "rtn 3", "gptq 3", "rtn 2", "gptq 2"),

@@ -15,10 +15,12 @@ from experiments.results import Claim
 
 FRONTIER, TEXTS, TUNING, SPEED = "frontier", "texts", "tuning", "speed"
 TITLES = dict(
-  lord="LoRD", uniform="LoRD, one share", uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
-  asvd_ranked="ASVD, ranks by loss", svd_llm_ranked="SVD-LLM, ranks by loss",
+  lord="LoRD", uniform="LoRD, one share", sequential="LoRD, one share, block after block",
+  uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
+  asvd_ranked="ASVD, ranks by loss", svd_llm_ranked="SVD-LLM, ranks by loss", asvd_searched="ASVD, ranks by its search",
   rtn="round to nearest", gptq="GPTQ", bitstack="BitStack",
-) | {"lord+rtn": "LoRD, then 4 bits", "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
+) | {"nf4": "NF4", "lord+rtn": "LoRD, then 4 bits", "lord+nf4": "LoRD, then NF4",
+     "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
 _ONE_PERCENT = 0.01
 
 
@@ -53,10 +55,11 @@ def claims(config, metrics: dict) -> list[Claim]:
 
 def ratios(by_model: dict, method: str, over: str) -> dict[str, float]:
   """{"model at budget": perplexity over that of the other at the same budget, where both were measured}; the other's
-  ranks are chosen by loss where that was measured and is better."""
+  ranks are chosen by loss, or by its own search, where that was measured and is better."""
   found = {}
   for name, rows in by_model.items():
-    others = sorted((row for row in rows if row["method"] in (over, f"{over}_ranked")), key=lambda r: -r["perplexity"])
+    names = (over, f"{over}_ranked", f"{over}_searched")
+    others = sorted((row for row in rows if row["method"] in names), key=lambda row: -row["perplexity"])
     other = {row["budget"]: row["perplexity"] for row in others}
     mine = [row for row in rows if row["method"] == method and row["budget"] in other]
     found |= {f"{name} at {row['budget']:g}": row["perplexity"] / other[row["budget"]] for row in mine}
@@ -78,8 +81,9 @@ def _worst(name: str, by_model: dict, method: str, over: str, threshold: float, 
   where = max(found, key=found.get)
   model, budget = where.split(" at ")
   say = lambda who: f"{at(by_model[model], who, float(budget))['perplexity']:.4g}"
-  own = [r["perplexity"] for r in by_model[model] if (r["method"], f"{r['budget']:g}") == (f"{over}_ranked", budget)]
-  ranked = "".join(f", {perplexity:.4g} at ranks chosen by loss" for perplexity in own)
+  how = {f"{over}_ranked": "chosen by loss", f"{over}_searched": "of its own search"}
+  own = [row for row in by_model[model] if row["method"] in how and f"{row['budget']:g}" == budget]
+  ranked = "".join(f", {row['perplexity']:.4g} at ranks {how[row['method']]}" for row in own)
   return Claim(
     name, "ratio", "lower", ours=found[where], threshold=threshold, baseline=f"{TITLES[over]} {say(over)}{ranked}",
     note=f"{where}: {say(method)}; " + ", ".join(f"{key} {ratio:.3g}" for key, ratio in found.items())

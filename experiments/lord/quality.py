@@ -1,5 +1,6 @@
 """What LoRD and its rivals lose at a share of the parameters or in few bits, and what the calibration text does."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +14,9 @@ from experiments.lord import tuning
 from experiments.text import Text
 from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
-from jaxlab.weights import bitstack, lord, svd
+from jaxlab.weights import bitstack, lord, lord_sequential, svd, svd_search
 from jaxlab.weights.calibration import rows_of
-from jaxlab.weights.quantise import quantise, rtn
+from jaxlab.weights.quantise import nf4, quantise, rtn
 
 _SVDS = {"svd": svd.plain_svd, "asvd": svd.asvd, "svd_llm": svd.svd_llm}
 
@@ -45,6 +46,21 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     rivals, found = swept_svd(how)
     return lord.truncate(model, rivals, lord.choose(rivals, found, budget=budget))
 
+  @functools.cache
+  def tried():
+    """ASVD's losses of every map alone, on the first rows of the calibration text."""
+    read = dataclasses.replace(subject, selection=text[: config.sweep.searched])
+    return svd_search.sensitivity(model, full("asvd"), selection_loss(read))
+
+  def searched(budget):
+    """Ranks by map and layer, as ASVD chooses them."""
+    return svd_search.truncate_each(model, full("asvd"), svd_search.search(full("asvd"), tried(), budget=budget))
+
+  def in_order(budget):
+    """One share for all maps, block after block."""
+    ranks = lord.uniform(bases, budget=budget, multiple=multiple)
+    return lord.truncate(model, lord_sequential.decompose(model, text, ranks, batch=batch), ranks)
+
   def stacked(model, blocks):
     return bitstack.decompose(model, text, blocks=blocks, rank=config.block_rank, batch=batch)
 
@@ -58,13 +74,20 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
     whole = stored(stacked(model, config.blocks))
     return bitstack.at_budget(whole, bitstack.level_order(whole), budget=maps.bytes_of(stored(both())))
 
+  def four_bits(model, how):
+    return quantise(model, text, how, bits=4, group=config.group, batch=batch)
+
   return (
     {
       "lord": lambda budget: at_ranks(bases, budget),
       "uncentred": lambda budget: at_ranks(plain(), budget),
       "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
-      "lord+rtn": lambda budget: quantise(at_ranks(bases, budget), text, rtn, bits=4, group=config.group, batch=batch),
+      "lord+rtn": lambda budget: four_bits(at_ranks(bases, budget), rtn),
+      "lord+nf4": lambda budget: four_bits(at_ranks(bases, budget), nf4),
+      "nf4": lambda _: four_bits(model, nf4),
       "lord+bitstack": lambda _: both(),
+      "sequential": in_order,
+      "asvd_searched": searched,
       "bitstack": like_both,
     }
     | rivals(config, subject)

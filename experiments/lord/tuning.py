@@ -1,4 +1,4 @@
-"""Adapters of low rank beside maps in 4 bits that stay as they are, whole maps and LoRD's: what they give back."""
+"""QLoRA: adapters of low rank beside maps in NF4 that stay as they are, whole maps and LoRD's: what they give back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,11 @@ from jaxlab.training import lora
 from jaxlab.training.losses import language_model_loss
 from jaxlab.training.optimizers import adam
 from jaxlab.weights import lord
-from jaxlab.weights.quantise import quantise, rtn
+from jaxlab.weights.quantise import nf4, quantise
 
 
 def measure(config, subject: Subject, *, bases, table, cache: Path) -> dict[str, dict]:
-  """{"dense" or "LoRD", in 4 bits: {bytes: of what stays, adapters: numbers trained, before, after: perplexity}}."""
+  """{"dense" or "LoRD", in NF4: {bytes: of what stays, adapters: numbers trained, before, after: perplexity}}."""
   t = config.tuning
   _, _, text = opened(config, str(subject.folder), cache)
   tokens = text.split(config.data.calibration)
@@ -28,7 +28,7 @@ def measure(config, subject: Subject, *, bases, table, cache: Path) -> dict[str,
   thin = lord.truncate(subject.model, bases, lord.choose(bases, table, budget=config.budget))
   found = {}
   for name, model in {"dense": subject.model, "LoRD": thin}.items():
-    small = stored(quantise(model, subject.calibration, rtn, **how))
+    small = stored(quantise(model, subject.calibration, nf4, **how))
     small = jax.tree.map(lambda a: a.astype("float32") if a.dtype == "bfloat16" else a, small)
     rows = packing.batches(packing.training_rows(tokens, row=t.length, seed=config.seed + 1), t.batch)
     adapters = tuned(small, iter(rows), t, jax.random.key(config.seed))

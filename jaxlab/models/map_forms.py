@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.models.layers import Linear
-from jaxlab.models.packed_maps import Quantised, SignStack, Sparse
+from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse
 
 
 class Affine(nnx.Module):
@@ -82,13 +82,16 @@ class SharedBasis(nnx.Module):
   basis: (*stack, rank, width), the width that of the residual stream; coefficients: (*stack, rows, others), rank rows
   and zeros; group: int32 (*stack), the number of the basis from 1 on. A layer of group 0 shares none: its coefficients
   are the map itself, (width, others), or (width, others) of its transpose where the map `writes` the residual stream.
-  A file holds every basis once, and no zeros; in memory a stack has it for every layer.
+  Bases may be of unequal `ranks` (of every layer; 0 for group 0), filled up with zeros. A file holds every basis once,
+  and no zeros; in memory a stack has it for every layer.
   """
 
   kind = "shared_basis"
 
-  def __init__(self, basis, coefficients, group: Int[Array, "*stack"], *, groups: tuple[int, ...], writes: bool):
-    self.groups, self.writes = groups, writes
+  def __init__(
+    self, basis, coefficients, group: Int[Array, "*stack"], *, groups: tuple[int, ...], ranks: tuple[int, ...], writes
+  ):
+    self.groups, self.ranks, self.writes = groups, ranks, writes
     self.basis = nnx.Param(basis, axes=(None, None))
     self.coefficients = nnx.Param(coefficients, axes=(None, None))
     self.group = nnx.Param(group, axes=())
@@ -96,13 +99,14 @@ class SharedBasis(nnx.Module):
   @classmethod
   def of_layers(cls, layers, *, writes: bool) -> "SharedBasis":
     """Of (group, basis (rank, width) or None, coefficients) of every layer, one of which has a basis at least."""
-    rank, width = next(basis.shape for _, basis, _ in layers if basis is not None)
-    rows = max(len(own) for *_, own in layers)
-    bases = [jnp.zeros((rank, width)) if basis is None else jnp.asarray(basis) for _, basis, _ in layers]
-    filled = [jnp.pad(jnp.asarray(own), ((0, rows - len(own)), (0, 0))) for *_, own in layers]
+    width = next(basis.shape[1] for _, basis, _ in layers if basis is not None)
+    bases = [jnp.zeros((0, width)) if basis is None else jnp.asarray(basis) for _, basis, _ in layers]
+    ranks = tuple(map(len, bases))
+    filled = lambda own, rows: jnp.stack([jnp.pad(jnp.asarray(a), ((0, rows - len(a)), (0, 0))) for a in own])
+    own = filled([own for *_, own in layers], max(len(own) for *_, own in layers))
     groups = tuple(group for group, *_ in layers)
-    dtype = filled[0].dtype
-    return cls(jnp.stack(bases).astype(dtype), jnp.stack(filled), jnp.int32(groups), groups=groups, writes=writes)
+    how = dict(groups=groups, ranks=ranks, writes=writes)
+    return cls(filled(bases, max(ranks)).astype(own.dtype), own, jnp.int32(groups), **how)
 
   def weight(self) -> Float[Array, "*stack inputs outputs"]:
     """W in float32."""
@@ -129,7 +133,7 @@ class SharedBasis(nnx.Module):
     turned = lambda a: a.T if self.writes else a
     if not self.groups[layer]:
       return Linear(turned(self.coefficients[...]), ("embed", "embed"))
-    basis, own = self.basis[...], self.coefficients[...][: self.basis.shape[-2]]
+    basis, own = (one[...][: self.ranks[layer]] for one in (self.basis, self.coefficients))
     return Factored(own.T, basis) if self.writes else Factored(basis.T, own)
 
   @property
@@ -142,11 +146,8 @@ class SharedBasis(nnx.Module):
   @property
   def stored_sizes(self) -> dict[str, list[int]]:
     """As of `SignStack`."""
-    rank, width = self.basis.shape[-2:]
-    return {
-      "basis": [rank if group else 0 for group in self.groups],
-      "coefficients": [rank if group else width for group in self.groups],
-    }
+    width = self.basis.shape[-1]
+    return {"basis": list(self.ranks), "coefficients": [rank or width for rank in self.ranks]}
 
   @property
   def stored_names(self) -> dict[str, list[str]]:
@@ -155,16 +156,22 @@ class SharedBasis(nnx.Module):
 
   @property
   def spec(self) -> dict:
-    return {"rank": self.basis.shape[-2], "groups": list(self.groups), "writes": self.writes}
+    most = max(self.ranks)
+    even = all(rank in (0, most) for rank in self.ranks)
+    return {"rank": most if even else list(self.ranks), "groups": list(self.groups), "writes": self.writes}
 
   @classmethod
-  def empty(cls, stack, inputs: int, outputs: int, *, rank: int, groups: list, writes: bool) -> "SharedBasis":
+  def empty(cls, stack, inputs: int, outputs: int, *, rank: int | list, groups: list, writes: bool) -> "SharedBasis":
     right = isinstance(groups, list) and [len(groups)] == [*stack] and any(groups)
     require(right, f"compression: groups is {groups!r:.80}; it must say of every layer which basis it shares, 0: none")
+    ranks = rank if isinstance(rank, list) else [rank if group else 0 for group in groups]
+    right = [bool(one) for one in ranks] == [bool(group) for group in groups]
+    require(right, f"compression: rank is {rank!r:.80}; it must be that of every layer's basis, 0 where there is none")
     width, others = (outputs, inputs) if writes else (inputs, outputs)
-    rows = rank if all(groups) else max(rank, width)
-    basis, own = jnp.zeros((*stack, rank, width)), jnp.zeros((*stack, rows, others))
-    return cls(basis, own, jnp.zeros(stack, jnp.int32), groups=tuple(groups), writes=writes)
+    rows = max(own or width for own in ranks)
+    basis, own = jnp.zeros((*stack, max(ranks), width)), jnp.zeros((*stack, rows, others))
+    group = jnp.zeros(stack, jnp.int32)
+    return cls(basis, own, group, groups=tuple(groups), ranks=tuple(ranks), writes=writes)
 
 
 class Product(nnx.Module):
@@ -201,7 +208,8 @@ class Product(nnx.Module):
 
 
 UNEVEN = (SignStack, SharedBasis)  # whose stacks have layers of unequal sizes
-FORMS = {form.kind: form for form in (Factored, Quantised, SignStack, Sparse, SharedBasis, Product, Affine)}
+_ALL = (Factored, Quantised, NormalFloat, SignStack, Sparse, SharedBasis, Product, Affine)
+FORMS = {form.kind: form for form in _ALL}
 
 
 def empty_form(name: str, fields: Mapping, stack, inputs: int, outputs: int) -> nnx.Module:

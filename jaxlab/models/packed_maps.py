@@ -3,6 +3,9 @@
 Each is a form as in `map_forms`.
 """
 
+import statistics
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -56,6 +59,89 @@ class Quantised(nnx.Module):
     codes = zeros(bits * inputs // 8, jnp.uint8)
     added = jnp.zeros((*stack, outputs)) if bias else None
     return cls(codes, zeros(groups, jnp.float16), zeros(groups, jnp.uint8), bits=bits, bias=added)
+
+
+def _normal_levels() -> tuple[float, ...]:
+  """The 16 levels of NF4: quantiles of the normal at evenly spaced probabilities, eight above 0, seven below, and 0
+  itself, over the largest; the outermost probability lies between those of 15 and of 16 equal shares."""
+  outer = 1 - (1 / 30 + 1 / 32) / 2
+  of = lambda count: [statistics.NormalDist().inv_cdf(outer + (0.5 - outer) * i / count) for i in range(count)]
+  above, below = of(8), of(7)
+  return tuple(level / above[0] for level in (*(-one for one in below), 0.0, *reversed(above)))
+
+
+NORMAL_LEVELS = _normal_levels()
+_MAXIMA = 256  # that share a scale
+
+
+class NormalFloat(nnx.Module):
+  """y = x W + b, W = level[code] m: NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314). A group of
+  inputs of an output has one m, its largest |w|: the mean of all + scale f, f an 8-bit float, a scale for every 256 of
+  them.
+
+  codes: (*stack, inputs / 2, outputs), as of `pack_codes`; maxima: uint8 (*stack, inputs / group, outputs), the bits of
+  f (float8_e4m3fn); scale: float16 (*stack, ceil(groups outputs / 256)); mean: float16 (*stack), both in 16 bits where
+  the paper has 32; b: (*stack, outputs) or None.
+  """
+
+  kind = "normal_float"
+
+  def __init__(self, codes: UInt8[Array, "*stack packed outputs"], maxima, scale, mean, *, bias=None):
+    self.codes = nnx.Param(codes, axes=(None, None))
+    self.maxima = nnx.Param(maxima, axes=(None, None))
+    self.scale = nnx.Param(scale, axes=(None,))
+    self.mean = nnx.Param(mean, axes=())
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in float32."""
+    level = jnp.asarray(NORMAL_LEVELS, jnp.float32)[unpack_codes(self.codes[...], 4)]
+    most = unpack_maxima(self.maxima[...], self.scale[...], self.mean[...])
+    *stack, groups, outputs = most.shape
+    return (level.reshape(*stack, groups, -1, outputs) * most[..., None, :]).reshape(level.shape)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = x @ self.weight().astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    *stack, packed, outputs = self.codes.shape
+    return (*stack, 2 * packed, outputs)
+
+  @property
+  def spec(self) -> dict:
+    return {"groups": self.maxima.shape[-2], "bias": self.bias is not None}
+
+  @classmethod
+  def empty(cls, stack, inputs: int, outputs: int, *, groups: int, bias: bool = False) -> "NormalFloat":
+    zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
+    codes, maxima = zeros(jnp.uint8, inputs // 2, outputs), zeros(jnp.uint8, groups, outputs)
+    scale, mean = zeros(jnp.float16, -(-groups * outputs // _MAXIMA)), zeros(jnp.float16)
+    return cls(codes, maxima, scale, mean, bias=zeros(jnp.float32, outputs) if bias else None)
+
+
+def pack_maxima(most: Float[Array, "groups outputs"]) -> tuple[Array, Array, Array]:
+  """(maxima, scale, mean) of `NormalFloat`."""
+  mean = most.mean().astype(jnp.float16)
+  flat = most.ravel() - mean.astype(jnp.float32)
+  rows = jnp.pad(flat, (0, -flat.size % _MAXIMA)).reshape(-1, _MAXIMA)
+  top = float(jnp.finfo(jnp.float8_e4m3fn).max)
+  scale = jnp.maximum(jnp.abs(rows).max(axis=1) / top, jnp.finfo(jnp.float16).smallest_normal).astype(jnp.float16)
+  # The scale as it is stored may be the smaller one: nothing lies beyond the largest 8-bit float.
+  held = jnp.clip(rows / scale.astype(jnp.float32)[:, None], -top, top).astype(jnp.float8_e4m3fn)
+  bits = jax.lax.bitcast_convert_type(held, jnp.uint8).ravel()[: flat.size]
+  return bits.reshape(most.shape), scale, mean
+
+
+def unpack_maxima(maxima: UInt8[Array, "*stack groups outputs"], scale, mean) -> Float[Array, "*stack groups outputs"]:
+  """The largest |w| of every group, float32, as `NormalFloat` holds it."""
+  *stack, groups, outputs = maxima.shape
+  held = jax.lax.bitcast_convert_type(maxima, jnp.float8_e4m3fn).astype(jnp.float32)
+  each = jnp.repeat(scale.astype(jnp.float32), _MAXIMA, axis=-1)[..., : groups * outputs]
+  most = mean.astype(jnp.float32)[..., None, None] + held * each.reshape(*stack, groups, outputs)
+  return jnp.maximum(most, 0)
 
 
 class SignStack(nnx.Module):

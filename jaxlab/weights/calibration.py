@@ -23,7 +23,7 @@ from jaxlab.models.block import Block, Side
 from jaxlab.models.layers import Linear
 from jaxlab.models.map_forms import Affine
 
-_SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
+SHARED = {"k": "q", "v": "q", "mlp.gate": "mlp.up"}  # map -> the one whose input it shares
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +117,7 @@ def layer_by_layer(
       y, new = _observe(block, x, embed(outer, part)[1], **kind)
       total = new if total is None else _merge(total, new)
       outputs.append(y)
-    inputs = {name: total[_SHARED.get(name, name)] for name in maps.named(block)}
+    inputs = {name: total[SHARED.get(name, name)] for name in maps.named(block)}
     found.append(dict(visit(len(found), block, inputs)))
     if sequential:
       other = maps.replaced(block, found[-1])
@@ -197,11 +197,17 @@ def attend(block: Block, x, side: Side, *, window, row):
 @functools.partial(jax.jit, static_argnames=("window", "row"))
 def _observe(block: Block, x, side: Side, *, window, row):
   """(the block's output, {map: Moments of its input})."""
+  y, seen = read(block, x, side, window=window, row=row)
+  return y, {name: moments(inputs) for name, inputs in seen.items()}
+
+
+def read(block: Block, x, side: Side, *, window, row):
+  """(the block's output, {map: its input}), of maps that share an input one."""
   seen = {}
 
   def tap(name, one):
     def call(inputs):
-      seen[name] = moments(inputs)
+      seen[name] = inputs
       return one(inputs)
 
     return call
@@ -210,7 +216,7 @@ def _observe(block: Block, x, side: Side, *, window, row):
   block = maps.replaced(block, watched)
   inner, attended = attend(block, x, side, window=window, row=row)
   y, _ = block.finish(inner, None, attended, None)
-  return y, {name: seen[name] for name in watched if name not in _SHARED}
+  return y, {name: seen[name] for name in watched if name not in SHARED}
 
 
 def rows_of(tokens, *, rows: int, time: int, seed: int = 0) -> np.ndarray:

@@ -93,12 +93,7 @@ def decompose(
     InputError: fewer than four tokens for every output of the widest basis, whose directions would be noise; a basis
       that is not finite; a map that is no matrix; and as `layer_by_layer`.
   """
-  require_transformer(model)
-  most = max(min(matrix(name, one).shape[-2:]) for name, one in maps.named(model.blocks).items())
-  enough = _LEAST * most
-  require(
-    tokens.size >= enough, f"the calibration text has {tokens.size} tokens; bases of {most} take {enough} or more"
-  )
+  require_enough(model, tokens)
   made = jax.jit(basis, static_argnames="centre")
 
   def visit(layer, block, inputs):
@@ -106,12 +101,27 @@ def decompose(
     for name, one in maps.named(block).items():
       bias = getattr(one, "bias", None)
       own = made(one.weight[...], inputs[name], centre=centre)
-      finite = all(bool(jnp.isfinite(a).all()) for a in (own.down, own.up, own.mean))
-      require(finite, f"the basis of {name}, layer {layer}, holds NaN or infinity; give another calibration text")
+      require_finite(name, layer, own)
       found[name] = dataclasses.replace(own, bias=None if bias is None else bias[...])
     return found
 
   return layer_by_layer(model, tokens, visit, batch=batch)
+
+
+def require_enough(model: Transformer, tokens: Int[Array, "rows time"]) -> None:
+  """Raises InputError for a text too short for the model's bases, or a map that is no matrix."""
+  require_transformer(model)
+  most = max(min(matrix(name, one).shape[-2:]) for name, one in maps.named(model.blocks).items())
+  enough = _LEAST * most
+  require(
+    tokens.size >= enough, f"the calibration text has {tokens.size} tokens; bases of {most} take {enough} or more"
+  )
+
+
+def require_finite(name: str, layer: int, one: Basis) -> None:
+  """Raises InputError for a basis that holds NaN or infinity."""
+  finite = all(bool(jnp.isfinite(a).all()) for a in (one.down, one.up, one.mean))
+  require(finite, f"the basis of {name}, layer {layer}, holds NaN or infinity; give another calibration text")
 
 
 def of_factors(full: Mapping[str, Factored]) -> dict[str, Basis]:
@@ -143,6 +153,15 @@ def truncate(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str,
   A rank at which the factors would take as many numbers as the matrix leaves the map as it is.
 
   Raises:
+    InputError: as `thinner`.
+  """
+  return with_maps(model, thinner(bases, ranks, dtype=model.dtype))
+
+
+def thinner(bases: Mapping[str, Basis], ranks: Mapping[str, int], *, dtype) -> dict[str, Factored]:
+  """The maps at their ranks, without those whose factors would take as many numbers as the matrix.
+
+  Raises:
     InputError: a map without a basis, or a rank outside 1 .. the basis' size.
   """
   forms = {}
@@ -151,10 +170,10 @@ def truncate(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str,
     one = bases[name]
     most = one.up.shape[-2]
     require(1 <= rank <= most, f"rank {rank} of {name}; it must be 1..{most}")
-    made = factors(one, rank, dtype=model.dtype)
+    made = factors(one, rank, dtype=dtype)
     if one.cost(rank, bias=made.bias is not None) < one.weights:
       forms[name] = made
-  return with_maps(model, forms)
+  return forms
 
 
 class _Masked(nnx.Module):
@@ -171,8 +190,8 @@ class _Masked(nnx.Module):
     return cut(x) + left.astype(x.dtype)
 
 
-def masked(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str, Int[Array, ""]]) -> Transformer:
-  """`truncate` with ranks that are data; a rank of 0 keeps the dense map."""
+def masked(model: Transformer, bases: Mapping[str, Basis], ranks: Mapping[str, Int[Array, "*layers"]]) -> Transformer:
+  """`truncate` with ranks that are data, of a map or of each of its layers; a rank of 0 keeps the dense map."""
   forms = {}
   for name, rank in ranks.items():
     one = bases[name]

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.map_forms import Affine, Factored, Product
-from jaxlab.models.packed_maps import Quantised, pack_codes
+from jaxlab.models.packed_maps import NORMAL_LEVELS, NormalFloat, Quantised, pack_codes, pack_maxima, unpack_maxima
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 
@@ -46,6 +47,23 @@ def rtn(weight: Float[Array, "inputs outputs"], x: Moments | None = None, *, bit
   scale, zero = _grid(grouped, bits)
   code = _code(grouped, scale[:, None], zero[:, None], bits).reshape(weight.shape)
   return Quantised(pack_codes(code, bits), scale, zero, bits=bits)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group"))
+def nf4(weight: Float[Array, "inputs outputs"], x: Moments | None = None, *, bits: int = 4, group: int = 64):
+  """QLoRA's NF4 (Dettmers et al. 2023, arXiv 2305.14314): every weight at the nearest of 16 quantiles of the normal
+  times its group's largest, which is quantised in its turn (`NormalFloat`, which is what it gives).
+
+  Raises:
+    InputError: bits that are not 4.
+  """
+  require(bits == 4, f"bits is {bits}; NF4 has 4")
+  grouped = weight.astype(jnp.float32).reshape(-1, group, weight.shape[1])
+  held = pack_maxima(jnp.abs(grouped).max(axis=1))
+  share = grouped / jnp.maximum(unpack_maxima(*held), jnp.finfo(jnp.float32).tiny)[:, None]
+  levels = jnp.asarray(NORMAL_LEVELS, jnp.float32)
+  code = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, share).astype(jnp.uint8).reshape(weight.shape)
+  return NormalFloat(pack_codes(code, 4), *held)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
@@ -166,7 +184,7 @@ def quantise(
   Of a map of low rank both factors are quantised, the second one behind the first.
 
   Args:
-    how: `rtn`, `gptq` or `clipped`, of all maps or by map.
+    how: `rtn`, `nf4`, `gptq` or `clipped`, of all maps or by map.
 
   Raises:
     InputError: bits outside 1..8, a group that does not divide the inputs of a map; and as `layer_by_layer`.
@@ -188,8 +206,9 @@ def quantise(
     if isinstance(one, Linear):
       return made(one.weight[...], x)
     if isinstance(one, Affine):
-      q = made(one.weight[...], x)
-      return Quantised(q.codes[...], q.scale[...], q.zero[...], bits=bits, bias=one.bias[...])
+      other = made(one.weight[...], x)
+      other.bias = nnx.data(nnx.Param(one.bias[...], axes=(None,)))
+      return other
     down = made(one.down[...], x)
     up = made(one.up[...], x.through(down.weight()))
     return Product(down, up, None if one.bias is None else one.bias[...], rank=one.down.shape[-1])

@@ -6,13 +6,14 @@ import pytest
 
 from configs import lord as config_file
 from experiments import compressing, results
-from experiments.lord import quality, tuning
+from experiments.lord import quality, ratios, tuning
 from jaxlab.models import hub, maps
 from jaxlab.training import lora
 from jaxlab.training.losses import language_model_loss
 from tests.common import run_and_continue
 
-METHODS = (*config_file.METHODS, "svd_llm_ranked 0.8", "svd 0.8", "lord+bitstack 0.8", "bitstack 1")
+RANKED = ("svd_llm_ranked 0.8", "asvd_searched 0.8")
+METHODS = (*config_file.METHODS, *RANKED, *config_file.MORE)
 
 
 @pytest.fixture
@@ -35,8 +36,10 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
   assert dense["share"] == 1 and all(row["bytes"] < dense["bytes"] for row in others)
   of = {row["method"]: row for row in others}
   assert all(
-    of[name]["share"] <= 0.8 for name in ("lord", "uniform", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
+    of[name]["share"] <= 0.8
+    for name in ("lord", "uniform", "sequential", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
   )
+  assert of["nf4"]["bytes"] < of["rtn"]["bytes"] and of["lord+nf4"]["bytes"] < of["lord+rtn"]["bytes"]
   assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
 
 
@@ -57,7 +60,7 @@ def test_tuning_learns(config, tmp_path):
   (read,) = compressing.subjects(config, tmp_path).values()
   subject = read()
   bases, table, _ = quality.swept(config, subject)
-  small = quality.makers(config, subject, bases, table)["lord+rtn"](0.8)
+  small = quality.makers(config, subject, bases, table)["lord+nf4"](0.8)
   rows = subject.calibration
   batch = dict(inputs=rows[:, :-1], targets=rows[:, 1:])
   config.tuning.steps, config.tuning.rate = 30, 1e-2
@@ -75,7 +78,7 @@ def test_one_program_judges_every_form(config, tmp_path):
   bases, table, _ = quality.swept(config, subject)
   make = quality.makers(config, subject, bases, table)
   tokens = subject.calibration[:1]
-  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+bitstack", 0)):
+  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+nf4", 0.8), ("lord+bitstack", 0)):
     model = make[method](budget)
     np.testing.assert_allclose(compressing.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
     stored = compressing.stored(model)
@@ -83,3 +86,11 @@ def test_one_program_judges_every_form(config, tmp_path):
   # Of a model that was of low rank before.
   before = make["lord"](0.8)
   np.testing.assert_allclose(compressing.restored(model, before)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
+
+
+def test_a_rival_is_taken_at_its_best_ranks():
+  rows = [dict(method=name, budget=0.8, perplexity=value) for name, value in (("lord", 6.0), ("asvd", 12.0))]
+  of = lambda *more: ratios({"base": [*rows, *more]}, "lord", "asvd")["base at 0.8"]
+  assert of() == 0.5
+  assert of(dict(method="asvd_searched", budget=0.8, perplexity=8.0)) == 0.75
+  assert of(dict(method="asvd_searched", budget=0.8, perplexity=20.0)) == 0.5

@@ -1,16 +1,21 @@
-"""Round to nearest and GPTQ: the grid, the error, the loop against one written out in numpy."""
+"""Round to nearest, NF4 and GPTQ: the grid, the error, the loop against one written out in numpy."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxlab.core.checks import InputError
-from jaxlab.models import maps
+from jaxlab.models import hub, maps
+from jaxlab.models.map_forms import Affine
+from jaxlab.models.packed_maps import NORMAL_LEVELS, NormalFloat, unpack_maxima
+from jaxlab.training import lora
 from jaxlab.weights import lord
-from jaxlab.weights.calibration import moments
-from jaxlab.weights.quantise import awq, clipped, gptq, quantise, rtn
+from jaxlab.weights.calibration import moments, with_maps
+from jaxlab.weights.quantise import awq, clipped, gptq, nf4, quantise, rtn
 from tests.common import configs, random_model, random_tokens
 
 TOKENS = random_tokens(16, 24)
@@ -127,3 +132,59 @@ def test_wrong_input_is_one_line():
     quantise(model, TOKENS, bits=9)
   with pytest.raises(InputError, match="the inputs of q"):
     quantise(model, TOKENS, bits=4, group=24)
+
+
+def test_the_levels_of_nf4_are_the_published_quantiles():
+  """Eight of the normal's upper half from 0.9677083 on, seven of the lower, 0; the paper's table to seven digits."""
+  outer = 0.9677083
+  above, below = (scipy.stats.norm.ppf(np.linspace(outer, 0.5, count)[:-1]) for count in (9, 8))
+  expected = np.sort(np.concatenate([above, [0], -below])) / above.max()
+  np.testing.assert_allclose(NORMAL_LEVELS, expected, atol=1e-6)
+  np.testing.assert_allclose(np.asarray(NORMAL_LEVELS)[[0, 1, 6, 8, 14, 15]],
+                             [-1, -0.6961928, -0.0910500, 0.0795803, 0.7229568, 1], atol=1e-6)  # fmt: skip
+
+
+def test_nf4_takes_the_nearest_level_and_two_scales():
+  """Of a normal matrix in blocks of 64 it leaves what round to nearest of 4 bits does, in fewer bytes."""
+  weight = np.random.default_rng(0).normal(size=(256, 96)).astype(np.float32)
+  one = nf4(weight)
+  most = np.repeat(unpack_maxima(one.maxima[...], one.scale[...], one.mean[...]), 64, axis=0)
+  nearest = np.abs(most[..., None] * np.array(NORMAL_LEVELS, np.float32) - weight[..., None]).min(axis=-1)
+  np.testing.assert_allclose(np.abs(one.weight() - weight), nearest, atol=1e-6)
+  exact = np.abs(weight.reshape(4, 64, 96)).max(axis=1)
+  np.testing.assert_allclose(most[::64], exact, rtol=0.05)  # 8 bits of what the mean leaves
+  left = lambda made: float((np.asarray(made.weight() - weight) ** 2).mean())
+  np.testing.assert_allclose(left(one), left(rtn(weight, bits=4, group=64)), rtol=0.05)
+  assert maps.bytes_of(one) == 256 * 96 // 2 + 4 * 96 + 2 * 2 + 2 < maps.bytes_of(rtn(weight, bits=4, group=64))
+  np.testing.assert_allclose(one(jnp.eye(256)), one.weight(), atol=1e-6)
+  np.testing.assert_array_equal(nf4(jnp.zeros((64, 3))).weight(), 0)
+
+
+def test_adapters_beside_nf4_are_qlora(tmp_path):
+  """Of plain maps, of one with a bias and of factors: a folder of the bytes that are counted, gradients of adapters."""
+  model = random_model(dataclasses.replace(configs()["llama"], depth=2))
+  bias = jnp.asarray(np.random.default_rng(0).normal(size=(2, model.blocks.q.weight.shape[-1])), jnp.float32)
+  model = with_maps(model, {"q": Affine(model.blocks.q.weight[...], bias)})
+  thin = lord.truncate(model, lord.decompose(model, TOKENS, batch=16), {"mlp.up": 8})
+  small = quantise(thin, TOKENS, nf4, bits=4, group=8, batch=16)
+  forms = maps.parts(small.blocks)
+  assert all(isinstance(one, NormalFloat) for one in forms.values()) and forms["q"].bias is not None
+  np.testing.assert_array_equal(forms["q"].bias[...], bias)
+  assert {"mlp.up.down", "mlp.up.up"} <= set(forms)
+  hub.save(small, tmp_path)
+  again = hub.load(tmp_path)
+  np.testing.assert_array_equal(again(TOKENS), small(TOKENS))
+  taken = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+              for file in tmp_path.glob("*.safetensors"))  # fmt: skip
+  assert taken == maps.bytes_of(small) == maps.bytes_of(again)
+  adapters = lora.init(again, jax.random.key(0), rank=2, where=lambda name: name.startswith("blocks."))
+  loss = lambda adapters: (lora.merge(again, adapters)(TOKENS) ** 2).mean()
+  slope = jax.jit(jax.grad(loss, allow_int=True))(adapters)
+  assert all(bool((one != 0).any()) for one in slope.b.values()) and set(slope.b) == {
+    f"blocks.{name}" for name in maps.named(again.blocks)
+  }
+
+
+def test_nf4_has_four_bits():
+  with pytest.raises(InputError, match="bits is 3; NF4 has 4"):
+    quantise(random_model(configs()["llama"]), TOKENS, nf4, bits=3, group=8)
