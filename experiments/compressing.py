@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from experiments import results
-from experiments.long_context import given, opened, parse, subject_names
+from experiments.long_context import given, opened, parse, sizes_of, subject_names
 from experiments.text import Text
 from jaxlab.core.checks import require, require_choice
 from jaxlab.data import packing
@@ -61,7 +61,7 @@ def _subject(config, name: str, cache: Path) -> Subject:
 
 def subject_of(config, name: str, folder: Path, model: Transformer, text: Text) -> Subject:
   """A model, the folder of its tokenizer, and the three texts; sizes are those of config.text.base or others."""
-  size = config.text.base if name == "base" else config.text.others
+  size = sizes_of(config.text, name)
   tokens, count = text.split(config.data.calibration), size.rows + size.chosen
   held, wanted = len(tokens.ids), count * (size.time + 1)
   require(held >= wanted, f"the split {config.data.calibration} has {held} tokens, {wanted} are needed; give more text")
@@ -177,8 +177,8 @@ def made_rows(subject: Subject, methods: Sequence[str], make: Mapping[str, Calla
 
 
 def sizes(fields, subject: Subject):
-  """Those of `base`, or of other models."""
-  return fields.base if subject.name == "base" else fields.others
+  """As `sizes_of`."""
+  return sizes_of(fields, subject.name)
 
 
 def at(rows: list[dict], method: str, budget: float | None = None) -> dict:

@@ -179,6 +179,11 @@ def padded(rows: np.ndarray, batch: int) -> jnp.ndarray:
   return jnp.asarray(rows[np.minimum(np.arange(batch), len(rows) - 1)])
 
 
+def sizes_of(fields, name: str):
+  """What a part of the config has for `base`, or for other models."""
+  return fields.base if name == "base" else fields.others
+
+
 def paired(found: np.ndarray, first: np.ndarray) -> dict[str, float]:
   """Mean difference of two measurements of the same things, and its standard error."""
   difference = found - first

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from experiments.cache_craft.methods import FULL, NAIVE, Method, always, at_share, blended, newest, ours
 from experiments.cache_craft.requests import Facts, Passages, Query
-from experiments.long_context import Subject, paired
+from experiments.long_context import Subject, paired, sizes_of
 from jaxlab.models import inference
 from jaxlab.serving.cache_craft import Served, as_cached, craft, everything, serve
 from jaxlab.serving.cache_craft_scores import smallest_alpha
@@ -195,7 +195,7 @@ def passages(config, subject: Subject, console) -> dict:
   """Real passages: divergence of the answer's tokens, a store for every question, filled by its earlier prompts."""
   p, rng = config.passages, np.random.default_rng(config.seed + 2)
   made, cases = Passages(config, subject), []
-  own = p.base if subject.name == "base" else p.others
+  own = sizes_of(p, subject.name)
   for i in console.track("earlier prompts", range(own)):
     store = ChunkStore([subject.tokens.bos], chunks=2 * p.pool, variants=p.histories, stages=_stages(subject))
     earlier, query = made.prompts(i, rng)

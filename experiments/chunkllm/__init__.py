@@ -13,7 +13,7 @@ from experiments import results
 from experiments.chunkllm import quality, speed, training
 from experiments.chunkllm.decoders import CHANCE, DENSE, EVERY, FIXED, TRUE, WINDOW, named
 from experiments.chunkllm.drawing import pictures
-from experiments.long_context import by_model, documents, subject_names, subjects
+from experiments.long_context import by_model, documents, sizes_of, subject_names, subjects
 from experiments.results import Claim
 from jaxlab.attention.chunkllm import Adapted
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
@@ -57,7 +57,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   def adapters_of(name):
     def run():
       one = subject(name)
-      size = training.sizes_of(config.train, name)
+      size = sizes_of(config.train, name)
       rows = documents(one.tokens, 2 * size.batch, size.length, seed=config.seed + 3)
       return training.quality(config, one.network, untrained(name), rows, label(name, rows))
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.chunkllm.decoders import ABLATIONS, DENSE, EVERY, FIXED, compared, holding, named
-from experiments.chunkllm.training import sizes_of
-from experiments.long_context import Subject, accuracy, documents, padded, paired
+from experiments.long_context import Subject, accuracy, documents, padded, paired, sizes_of
 from experiments.overlap import overlapped
 from jaxlab.attention.chunkllm import Chunks, retention
 from jaxlab.attention.chunkllm_chunks import best_chunks, chunk_ends, chunk_ids

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from experiments.long_context import sizes_of
 from experiments.text import load_text
 from jaxlab.attention.chunkllm_chunks import ChunkAdapters
 from jaxlab.attention.chunkllm_training import adapter_loss, sentence_ends
@@ -57,11 +58,6 @@ def trained(config, name: str, initial: ChunkAdapters, workdir: Path, cache: Pat
       frozen=hub.load(folder, dtype=config.dtype),
       progress=progress,
     )
-
-
-def sizes_of(part, name: str):
-  """What a part of the config has for this model."""
-  return part.base if name == "base" else part.others
 
 
 def _chunks(config) -> dict:

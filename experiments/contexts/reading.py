@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from experiments.contexts.readers import DENSE, DROPPING, decoders
-from experiments.long_context import Subject, accuracy, documents, padded, paired, parse
+from experiments.long_context import Subject, accuracy, documents, padded, paired, parse, sizes_of
 from experiments.overlap import overlapped
 from jaxlab.attention.chunkllm import Chunks
 from jaxlab.cache import eviction
@@ -19,11 +19,6 @@ from jaxlab.models.generate import Decoder
 from jaxlab.models.inference import run_layers
 
 _WATCHED = 16  # tokens behind a prompt whose attention is looked at
-
-
-def sizes_of(part, name: str):
-  """What a part of the config has for this model."""
-  return part.base if name == "base" else part.others
 
 
 def questions_of(config, subject: Subject) -> list[dict]:

@@ -24,9 +24,8 @@ from jaxlab.attention.selection import (
   first_ones,
   grouped_products,
   in_blocks,
-  require_none_negative,
 )
-from jaxlab.core.checks import require_divides
+from jaxlab.core.checks import require_divides, require_none_negative
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.inference import Network, run_layers

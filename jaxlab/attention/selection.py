@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.core.checks import require, require_counts, require_divides
+from jaxlab.core.checks import require, require_counts, require_divides, require_none_negative
 from jaxlab.kernels.block_mass import block_mass
 
 Selection = Bool[Array, "batch q_heads query_blocks key_blocks"]
@@ -262,12 +262,6 @@ def flex_prefill(
 def _require_whole_blocks(q, k, block: int):
   require_divides("block", block, "queries", q.shape[2])
   require_divides("block", block, "keys", k.shape[2])
-
-
-def require_none_negative(**numbers):
-  """Raises InputError if one of them is negative or no number; traced ones pass."""
-  for name, number in numbers.items():
-    require(isinstance(number, jax.Array) or number >= 0, f"{name} is {number}; it cannot be negative")
 
 
 def grouped_products(q, k):

@@ -32,6 +32,14 @@ def require_counts(**counts: int) -> None:
     require(count >= 1, f"{name} is {count}; it must be at least 1")
 
 
+def require_none_negative(**numbers):
+  """Raises InputError if one of them is negative or no number; traced ones pass."""
+  import jax  # late, as below
+
+  for name, number in numbers.items():
+    require(isinstance(number, jax.Array) or number >= 0, f"{name} is {number}; it cannot be negative")
+
+
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
   """Raises InputError unless `divisor` is positive and divides `value`."""
   require(
