@@ -57,8 +57,12 @@ def suite(platforms: str) -> dict:
 
 
 def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
-  """Device time alone: a launch takes longer than these kernels. An interpreter's time is not taken."""
-  outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in ("triton", "reference")]
+  """Device time alone: a launch takes longer than these kernels. An interpreter's time is not taken.
+
+  Where the reference does not fit, cuDNN stands in for it.
+  """
+  oracle = "reference" if "reference" in bench.rivals else "cudnn"
+  outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in ("triton", oracle)]
   wide = [[a.astype(jnp.float32) for a in output] for output in outputs]
   apart = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(*wide, strict=True))
   seconds = {name: timing.device_seconds(_steady(f, bench), repetitions) for name, f in bench.rivals.items()}
@@ -73,8 +77,8 @@ def _steady(function, bench):
 
 
 def over_rivals(case: dict) -> float:
-  """How many times as fast as the best rival the kernel is."""
-  others = dict(case["milliseconds"])
+  """How many times as fast as the best rival the kernel is; `mosaic_gpu` is another form of it, no rival."""
+  others = {name: ms for name, ms in case["milliseconds"].items() if name != "mosaic_gpu"}
   ours = others.pop("triton")
   return min(others.values()) / ours
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.core.checks import require, require_choice, warn_once
-from jaxlab.kernels.paged_attention import cudnn, gpu, tpu
+from jaxlab.kernels.paged_attention import cudnn, gpu, mosaic_gpu, tpu
 
-KERNELS = {"cudnn": cudnn, "triton": gpu, "mosaic_tpu": tpu}
+KERNELS = {"cudnn": cudnn, "triton": gpu, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": tpu}
 IMPLEMENTATIONS = (None, "reference", *KERNELS)
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that the difference of two is no NaN
 _PREFILL = 64  # tokens from which cuDNN's kernel, with its two launches, is the quicker one
@@ -39,8 +39,9 @@ def paged_attention(
       Where it is 0 there must be numbers, but they are not seen.
     splits: parts of a row's pages that are read side by side, for one token a row; None: as many as fill a GPU.
     implementation: "reference" (XLA), "cudnn" (Hopper and later; a table that has room for as many pages as there
-      are), "triton" or "mosaic_tpu"; None picks what runs best where it is called.
-    interpret: run the kernel in Pallas' interpreter, on any machine.
+      are), "triton", "mosaic_gpu" (Hopper; never picked by itself) or "mosaic_tpu"; None picks what runs best where
+      it is called.
+    interpret: run the kernel in Pallas' interpreter, on any machine; "mosaic_gpu" has none.
 
   Returns:
     (attention like q; its log-sum-exp, float32[rows, queries]). Rows without a page are zeros, and -inf.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core.checks import InputError
-from jaxlab.kernels.paged_attention import _best, cudnn, paged_attention
+from jaxlab.kernels.paged_attention import _best, cudnn, mosaic_gpu, paged_attention
 from jaxlab.models.attention import dot_product_attention
 from tests.common import interpreted
 
@@ -47,6 +47,18 @@ def by_hand(q, keys, values, table, count, start, heads, sizes=None):
   return out, total
 
 
+def poisoned(arrays, tokens):
+  """The same, with what is not a number wherever no row has a token."""
+  q, keys, values, table, count, start = arrays
+  page = keys.shape[1]
+  last = np.full((PAGES, page), True)
+  for r in range(ROWS):
+    for j in range(count[r, 1]):
+      place = (start[r] // page + j - count[r, 0]) * page + np.arange(page)
+      last[table[r, j]] &= (place >= start[r] + tokens) & (j >= count[r, 0])
+  return q, *(jnp.where(last[..., None], jnp.nan, a) for a in (keys, values)), table, count, start
+
+
 @functools.partial(jax.jit, static_argnames=("heads", "implementation", "splits"))
 def run(arrays, heads, implementation, sizes=None, splits=1):
   how = dict(implementation=implementation, interpret=interpreted(implementation))
@@ -66,15 +78,9 @@ def test_the_reference_is_the_definition(seed):
 def test_kernels_equal_the_reference(implementation, dtype, tolerance, heads, tokens, page):
   """Groups of heads, sizes that no block divides, one token; rows end within a page, whose rest is poison."""
   for seed in range(2):
-    q, keys, values, table, count, start = arrays = problem(seed, dtype=dtype, heads=heads, tokens=tokens, page=page)
+    arrays = problem(seed, dtype=dtype, heads=heads, tokens=tokens, page=page)
     expected = run(arrays, heads, "reference")
-    last = np.full((PAGES, page), True)
-    for r in range(ROWS):
-      for j in range(count[r, 1]):
-        place = (start[r] // page + j - count[r, 0]) * page + np.arange(page)
-        last[table[r, j]] &= (place >= start[r] + tokens) & (j >= count[r, 0])
-    poison = lambda a, last=last: jnp.where(last[..., None], jnp.nan, a)
-    found = run((q, poison(keys), poison(values), table, count, start), heads, implementation)
+    found = run(poisoned(arrays, tokens), heads, implementation)
     for a, b in zip(found, expected, strict=True):
       assert a.dtype == b.dtype
       np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tolerance, atol=tolerance)
@@ -127,6 +133,53 @@ def test_cudnn_equals_the_reference(heads, tokens, page):
     pytest.skip("no GPU that has it")
   for a, b in zip(run(arrays, heads, "cudnn"), run(arrays, heads, "reference"), strict=True):
     np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=2e-2, atol=2e-2)
+
+
+HOPPER = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu"))
+
+
+@pytest.mark.parametrize("dtype, size", [(jnp.bfloat16, 128), (jnp.float16, 64)])
+@pytest.mark.parametrize("heads, tokens, page", [(1, 20, 64), (4, 96, 128), (2, 150, 192), (8, 1, 64)])
+def test_mosaic_gpu_equals_the_reference(dtype, size, heads, tokens, page):
+  """Rows end within a page, whose rest is poison, and one has no page; where there is a Hopper GPU."""
+  q, keys, values, table, count, start = problem(0, dtype=dtype, heads=heads, tokens=tokens, page=page, size=size)
+  arrays = q, keys, values, table, count.at[1].set(0), start
+  attend = functools.partial(paged_attention, heads=heads, implementation="mosaic_gpu", splits=1)
+  if not mosaic_gpu.supports(*arrays, None):
+    with pytest.raises(InputError, match="the mosaic_gpu kernel takes bfloat16 or float16"):
+      attend(*arrays)
+    pytest.skip("no Hopper GPU, and no interpreter")
+  found = jax.jit(attend)(*poisoned(arrays, tokens))
+  for a, b in zip(found, run(arrays, heads, "reference"), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("heads, page, size", [(1, 64, 128), (4, 128, 64), (4, 192, 128)])
+def test_mosaic_gpu_lowers_for_hopper(heads, page, size):
+  """Without such a GPU: all that Pallas checks, though not what the driver's compiler does."""
+  arrays = problem(0, dtype=jnp.bfloat16, heads=heads, tokens=33, page=page, size=size)
+  kernel = jax.jit(functools.partial(paged_attention, heads=heads, implementation="mosaic_gpu"))
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    assert "mosaic_gpu" in kernel.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_mosaic_gpu_is_taken_by_name_only_and_says_what_it_cannot_do(monkeypatch):
+  arrays = problem(0, dtype=jnp.bfloat16, tokens=1, page=64)
+  attend = functools.partial(paged_attention, heads=2, implementation="mosaic_gpu")
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    assert mosaic_gpu.supports(*arrays, None)
+    with pytest.raises(InputError, match="has no interpreter"):
+      attend(*arrays, interpret=True)
+    with pytest.raises(InputError, match="has no derivative"):
+      jax.grad(lambda q: attend(q, *arrays[1:])[0].sum())(arrays[0])
+    for other in dict(dtype=jnp.float32, page=64), dict(dtype=jnp.bfloat16, page=32):
+      with pytest.raises(InputError, match=r"the mosaic_gpu kernel takes bfloat16 or float16, .* pages in 64s"):
+        attend(*problem(0, tokens=1, **other))
+    with pytest.raises(InputError, match="no sizes"):
+      attend(*arrays, sizes=jnp.ones(arrays[1].shape[:2]))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _best((*arrays, None), 2) == "triton"
 
 
 def test_all_pages_are_dense_attention():
