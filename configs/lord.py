@@ -98,6 +98,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
       ),
       group=pick(test=8, cpu=32),  # of weights with a scale
+      spqr=dict(bits=3, group=pick(test=8, cpu=16), outliers=0.01),  # about 4 bits with all that is stored
       blocks=pick(test=2, cpu=3),  # of sign stacks
       block_rank=pick(test=1, cpu=2),
       tuning=dict(  # of adapters beside maps in 4 bits, on the calibration's split
@@ -131,7 +132,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
 
 METHODS = ("lord 0.8", "uniform 0.8", "uncentred 0.8", "svd_llm 0.8", "asvd 0.8", "lord+rtn 0.8", "rtn 4", "gptq 4")
 RANKED = ("svd_llm_ranked 0.8", "asvd_ranked 0.8", "asvd_searched 0.8")  # at ranks chosen as LoRD's are, or ASVD's way
-MORE = ("svd 0.8", "sequential 0.8", "nf4 4", "lord+nf4 0.8", "lord+bitstack 0.8", "bitstack 1")
+MORE = (
+  *("svd 0.8", "sequential 0.8", "nf4 4", "lord+nf4 0.8", "spqr 3", "lord+spqr 0.8"),
+  *("lord+bitstack 0.8", "bitstack 1"),
+)
 SWEPT = (
   *(f"{name} {budget}" for name in ("lord", "svd_llm", "asvd", "svd") for budget in (0.95, 0.9, 0.85, 0.7)),
   *("uncentred 0.9", "uncentred 0.7", "lord+rtn 0.9", "rtn 8", "rtn 3", "gptq 3", "rtn 2", "gptq 2"),

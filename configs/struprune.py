@@ -27,6 +27,7 @@ ABOUT = About(
 )
 RIVALS = ("oracle", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude")
 MAIN = ("struprune", *RIVALS, "uniform", "threshold")
+BY_WEIGHT = ("sparsellm",)  # masks without structure: no smaller where maps are multiplied as matrices
 PARTS = ("oracle+rebuilt", "one_step", "one_round", "weights_kept", "no_biases", "obs")
 
 
@@ -72,21 +73,22 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       # Methods with their share of the blocks' parameters.
       methods=dict(
         base=pick(
-          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.7),
+          test=every((*MAIN, *BY_WEIGHT, "oracle+rebuilt", "one_step"), 0.7),
           cpu=(
             *every(MAIN, 0.8, 0.6),
             *every(("oracle+rebuilt",), 0.8, 0.6),
+            *every(BY_WEIGHT, 0.8, 0.6, 0.5),
             *every(("struprune", "oracle", "wanda_sp"), 0.5),
             *("one_step 0.6", "one_round 0.6", "weights_kept 0.6", "random 0.8"),
           ),
-          gpu=(*swept, *every(PARTS[1:], 0.8, 0.6), "random 0.8"),
+          gpu=(*swept, *every(BY_WEIGHT, *budgets), *every(PARTS[1:], 0.8, 0.6), "random 0.8"),
         ),
         others=pick(
-          test=every((*MAIN, "oracle+rebuilt", "one_step"), 0.7),
+          test=every((*MAIN, *BY_WEIGHT, "oracle+rebuilt", "one_step"), 0.7),
           cpu=every(("struprune", "oracle", "wanda_sp", "flap", "magnitude"), 0.8),
           gpu=(
             *every(("struprune", *RIVALS), *budgets[:4]),
-            *every(("uniform", "threshold", "oracle+rebuilt"), 0.8, 0.6),
+            *every(("uniform", "threshold", "oracle+rebuilt", *BY_WEIGHT), 0.8, 0.6),
           ),
         ),
       ),

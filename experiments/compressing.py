@@ -19,7 +19,7 @@ from jaxlab.data import packing
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.map_forms import Affine, Factored, Product, SharedBasis
-from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse
+from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse, WithOutliers
 from jaxlab.training import losses
 from jaxlab.training.lora import Adapted
 from jaxlab.weights.bitstack import bytes_in_use
@@ -89,7 +89,7 @@ def _matrix(one: nnx.Module) -> np.ndarray:
     return _matrix(one.down) @ _matrix(one.up)
   if isinstance(one, Adapted):
     return _matrix(one.inner) + wide(one.a) @ wide(one.b)
-  if isinstance(one, Quantised | NormalFloat | Sparse | SharedBasis):
+  if isinstance(one, Quantised | NormalFloat | WithOutliers | Sparse | SharedBasis):
     return np.asarray(jax.jit(type(one).weight)(one), np.float32)
   weight = np.swapaxes(np.asarray(_stacks(one)), 1, 2)
   return weight if one.scale is None else weight / wide(one.scale)[:, :, None]

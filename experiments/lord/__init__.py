@@ -19,8 +19,8 @@ TITLES = dict(
   uncentred="LoRD, uncentred", svd="SVD", asvd="ASVD", svd_llm="SVD-LLM",
   asvd_ranked="ASVD, ranks by loss", svd_llm_ranked="SVD-LLM, ranks by loss", asvd_searched="ASVD, ranks by its search",
   rtn="round to nearest", gptq="GPTQ", bitstack="BitStack",
-) | {"nf4": "NF4", "lord+rtn": "LoRD, then 4 bits", "lord+nf4": "LoRD, then NF4",
-     "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
+) | {"nf4": "NF4", "spqr": "SpQR", "lord+rtn": "LoRD, then 4 bits", "lord+nf4": "LoRD, then NF4",
+     "lord+spqr": "LoRD, then SpQR", "lord+bitstack": "LoRD, then BitStack"}  # fmt: skip
 _ONE_PERCENT = 0.01
 
 
@@ -104,12 +104,14 @@ def byte_claims(config, by_model: dict) -> list[Claim]:
   main = config.budget
   of_lord = perplexity("lord+rtn", main) / perplexity("lord", main)
   of_dense = perplexity("rtn", 4) / perplexity("dense")
+  spqr = {row["method"]: row for row in rows if row["method"] in ("spqr", "lord+spqr")}
+  outliers = "".join(f"; {TITLES[of]}: {row['perplexity']:.4g}, {100 * row['share']:.3g} %" for of, row in spqr.items())
   smallest = min((row for row in rows if row["method"] == "lord"), key=lambda row: row["bytes"])
   made = [
     Claim(
       "What 4 bits multiply LoRD's perplexity by over what they multiply the dense model's by", "ratio", "lower",
       ours=of_lord / of_dense, threshold=1.0, baseline=f"dense {of_dense:.4g}",
-      note=f"{name} at {main}, rounded to nearest: {of_lord:.4g}, {share('lord+rtn', main)}",
+      note=f"{name} at {main}, rounded to nearest: {of_lord:.4g}, {share('lord+rtn', main)}{outliers}",
     ),
     Claim(
       "Perplexity of LoRD in 16 bits over that of GPTQ's 4 bits, which take fewer bytes", "ratio", "lower",

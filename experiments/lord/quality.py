@@ -16,7 +16,7 @@ from jaxlab.data import tokenizer
 from jaxlab.models import Transformer, hub, maps
 from jaxlab.weights import bitstack, lord, lord_sequential, svd, svd_search
 from jaxlab.weights.calibration import rows_of
-from jaxlab.weights.quantise import nf4, quantise, rtn
+from jaxlab.weights.quantise import nf4, quantise, rtn, spqr
 
 _SVDS = {"svd": svd.plain_svd, "asvd": svd.asvd, "svd_llm": svd.svd_llm}
 
@@ -77,6 +77,11 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
   def four_bits(model, how):
     return quantise(model, text, how, bits=4, group=config.group, batch=batch)
 
+  def with_outliers(model, bits):
+    of = config.spqr
+    how = functools.partial(spqr, outliers=of.outliers)
+    return quantise(model, text, how, bits=int(bits), group=of.group, batch=batch)
+
   return (
     {
       "lord": lambda budget: at_ranks(bases, budget),
@@ -84,7 +89,9 @@ def makers(config, subject: Subject, bases: Mapping, table) -> dict[str, Callabl
       "uniform": lambda budget: lord.truncate(model, bases, lord.uniform(bases, budget=budget, multiple=multiple)),
       "lord+rtn": lambda budget: four_bits(at_ranks(bases, budget), rtn),
       "lord+nf4": lambda budget: four_bits(at_ranks(bases, budget), nf4),
+      "lord+spqr": lambda budget: with_outliers(at_ranks(bases, budget), config.spqr.bits),
       "nf4": lambda _: four_bits(model, nf4),
+      "spqr": lambda bits: with_outliers(model, bits),
       "lord+bitstack": lambda _: both(),
       "sequential": in_order,
       "asvd_searched": searched,

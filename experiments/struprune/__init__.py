@@ -3,6 +3,7 @@
 A module here is a part of the run.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -23,6 +24,7 @@ TITLES = {
   "weights_kept": "weights as they were", "no_biases": "without biases", "oracle": "global oracle",
   "oracle+rebuilt": "global oracle's sizes, rebuilt", "wanda_sp": "Wanda-sp", "flap": "FLAP",
   "llm_pruner": "LLM-Pruner", "slicegpt": "SliceGPT", "magnitude": "magnitude", "random": "random",
+  "sparsellm": "SparseLLM by weight, no smaller where dense",
 }  # fmt: skip
 RIVALS = ("oracle", "oracle+rebuilt", "wanda_sp", "flap", "llm_pruner", "slicegpt", "magnitude", "uniform", "threshold")
 _DEEP = 0.6  # of the parameters, from which on (40 % removed) it must be below Wanda-sp, magnitude and one share
@@ -102,7 +104,7 @@ def worst(name: str, by_model: dict, over: str, threshold: float, *more: str, mo
 
 def frontier_claims(by_model: dict) -> list[Claim | None]:
   deep = dict(most=_DEEP)
-  return [
+  made = [
     worst("Perplexity over the global oracle's, which has gradients of the whole network, worst case", by_model,
           "oracle", 1.03),
     worst("Perplexity over that of as many groups a layer as the oracle keeps, rebuilt alike", by_model,
@@ -117,6 +119,10 @@ def frontier_claims(by_model: dict) -> list[Claim | None]:
     worst("Perplexity over LLM-Pruner's, untuned, and SliceGPT's, worst case", by_model, "llm_pruner", 1.0, "slicegpt"),
     worst("Perplexity with groups chosen by ADMM over chosen in one step, worst case", by_model, "one_step", 0.9999),
   ]  # fmt: skip
+  if made[0] and (found := ratios(by_model, "sparsellm")):
+    by_weight = ", ".join(f"{where} {ratio:.3g}" for where, ratio in found.items())
+    made[0] = dataclasses.replace(made[0], note=f"{made[0].note}; over that of {TITLES['sparsellm']}: {by_weight}")
+  return made
 
 
 def memory_claim(rows: list[dict]) -> Claim:
@@ -181,7 +187,7 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
   by_model = rows_of(metrics)
   if not by_model:
     return draw_pair(metrics, workdir)
-  shown = {*RIVALS, "struprune", "dense"} - {"magnitude"}  # which is beyond all others
+  shown = {*RIVALS, "struprune", "sparsellm", "dense"} - {"magnitude"}  # which is beyond all others
   rows = [row for rows in by_model.values() for row in rows if row["method"] in shown]
   return {
     draw_frontier(rows, workdir, TITLES): "Perplexity on held-out text against the bytes of the whole model",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import jax
 
 from experiments.compressing import Subject, parse, row, selection_loss, sizes
-from experiments.struprune import rivals, slicegpt
+from experiments.struprune import rivals, slicegpt, sparsellm
 from jaxlab.core.checks import require_choice
 from jaxlab.models import Transformer, maps
 from jaxlab.training import losses
-from jaxlab.weights import structured, struprune
+from jaxlab.weights import pruning, structured, struprune
 
 SLICEGPT = "slicegpt"
 
@@ -30,6 +30,10 @@ def makers(config, subject: Subject) -> dict[str, Callable[[float], Transformer]
     kept = struprune.allocate(model.config, survey(score), **how)
     return struprune.rebuild(model, text, *kept, options=options, batch=batch)
 
+  def by_weight(budget):
+    """As a file holds it."""
+    return pruning.stored_sparse(sparsellm.prune(model, text, density=budget, options=full, batch=batch))
+
   changed = lambda **fields: functools.partial(pruned, options=full._replace(**fields))
   return {
     "struprune": pruned,
@@ -40,6 +44,7 @@ def makers(config, subject: Subject) -> dict[str, Callable[[float], Transformer]
     "one_round": changed(split=struprune.Split(outer=1)),
     "weights_kept": changed(refit=False),
     "no_biases": changed(biases=False),
+    "sparsellm": by_weight,
   } | rivals.makers(config, subject, selection_loss(subject))
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.core.checks import InputError, require, require_choice
 from jaxlab.models.layers import Linear
-from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse
+from jaxlab.models.packed_maps import NormalFloat, Quantised, SignStack, Sparse, WithOutliers
 
 
 class Affine(nnx.Module):
@@ -208,7 +208,7 @@ class Product(nnx.Module):
 
 
 UNEVEN = (SignStack, SharedBasis)  # whose stacks have layers of unequal sizes
-_ALL = (Factored, Quantised, NormalFloat, SignStack, Sparse, SharedBasis, Product, Affine)
+_ALL = (Factored, Quantised, NormalFloat, WithOutliers, SignStack, Sparse, SharedBasis, Product, Affine)
 FORMS = {form.kind: form for form in _ALL}
 
 

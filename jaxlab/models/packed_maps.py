@@ -144,6 +144,94 @@ def unpack_maxima(maxima: UInt8[Array, "*stack groups outputs"], scale, mean) ->
   return jnp.maximum(most, 0)
 
 
+_SHARING = 16  # scales, or zeros, that share two numbers
+_SHARED_BITS = 3
+
+
+class WithOutliers(nnx.Module):
+  """y = x W + b, W = scale (code - zero) but for outliers, which are held as they are: the form of SpQR (Dettmers et
+  al. 2023, arXiv 2306.03078). Scale and zero of a group of inputs of an output are quantised in their turn.
+
+  codes: (*stack, bits inputs / 8, outputs), as of `pack_codes`; scale, zero: uint8 (*stack, 6, ceil(groups outputs /
+  16)), and scale_ends, zero_ends: float16 (*stack, 2, the same), as of `pack_shared`; values: float16 (*stack, k),
+  outliers, input after input; outputs: uint16 (*stack, k), the output of each; counts: uint16 (*stack, inputs), how
+  many an input has; b: (*stack, outputs) or None.
+  """
+
+  kind = "with_outliers"
+
+  def __init__(
+    self, codes, scale, scale_ends, zero, zero_ends, values, outputs, counts, *, bits: int, groups: int, bias=None
+  ):
+    self.bits, self.groups = bits, groups
+    self.codes = nnx.Param(codes, axes=(None, None))
+    self.scale, self.zero = nnx.Param(scale, axes=(None, None)), nnx.Param(zero, axes=(None, None))
+    self.scale_ends, self.zero_ends = nnx.Param(scale_ends, axes=(None, None)), nnx.Param(zero_ends, axes=(None, None))
+    self.values, self.outputs = nnx.Param(values, axes=(None,)), nnx.Param(outputs, axes=(None,))
+    self.counts = nnx.Param(counts, axes=(None,))
+    self.bias = None if bias is None else nnx.Param(bias, axes=(None,))
+
+  def weight(self) -> Float[Array, "*stack inputs outputs"]:
+    """W in float32."""
+    code = unpack_codes(self.codes[...], self.bits)
+    *stack, _, outputs = code.shape
+    held = lambda codes, ends: unpack_shared(codes[...], ends[...], self.groups, outputs)[..., None, :]
+    grouped = code.reshape(*stack, self.groups, -1, outputs).astype(jnp.float32)
+    grid = held(self.scale, self.scale_ends) * (grouped - held(self.zero, self.zero_ends))
+
+    def with_outliers(weight, values, outputs, counts):
+      rows = jnp.searchsorted(jnp.cumsum(counts.astype(jnp.int32)), jnp.arange(len(values)), side="right")
+      return weight.at[rows, outputs].set(values.astype(jnp.float32))
+
+    for _ in stack:
+      with_outliers = jax.vmap(with_outliers)
+    return with_outliers(grid.reshape(code.shape), self.values[...], self.outputs[...], self.counts[...])
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = x @ self.weight().astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(*stack, inputs, outputs), as of the matrix."""
+    return (*self.counts.shape, self.codes.shape[-1])
+
+  @property
+  def spec(self) -> dict:
+    own = {"bits": self.bits, "groups": self.groups, "outliers": self.values.shape[-1]}
+    return own | {"bias": self.bias is not None}
+
+  @classmethod
+  def empty(
+    cls, stack, inputs: int, outputs: int, *, bits: int, groups: int, outliers: int, bias: bool = False
+  ) -> "WithOutliers":
+    zeros = lambda dtype, *shape: jnp.zeros((*stack, *shape), dtype)
+    blocks = -(-groups * outputs // _SHARING)
+    shared = lambda: (zeros(jnp.uint8, _SHARED_BITS * _SHARING // 8, blocks), zeros(jnp.float16, 2, blocks))
+    found = zeros(jnp.float16, outliers), zeros(jnp.uint16, outliers), zeros(jnp.uint16, inputs)
+    codes, added = zeros(jnp.uint8, bits * inputs // 8, outputs), zeros(jnp.float32, outputs) if bias else None
+    return cls(codes, *shared(), *shared(), *found, bits=bits, groups=groups, bias=added)
+
+
+def pack_shared(numbers: Float[Array, "groups outputs"]) -> tuple[UInt8[Array, "6 blocks"], Float[Array, "2 blocks"]]:
+  """Numbers in 3 bits: 16 of them, one row after the other, share the smallest and a step, both in float16."""
+  flat = numbers.ravel()
+  rows = jnp.pad(flat, (0, -flat.size % _SHARING), mode="edge").reshape(-1, _SHARING).T
+  low = rows.min(axis=0).astype(jnp.float16).astype(jnp.float32)
+  top = 2**_SHARED_BITS - 1
+  step = ((rows.max(axis=0) - low) / top).astype(jnp.float16).astype(jnp.float32)
+  codes = jnp.clip(jnp.round((rows - low) / jnp.where(step > 0, step, 1)), 0, top).astype(jnp.uint8)
+  return pack_codes(codes, _SHARED_BITS), jnp.stack([low, step]).astype(jnp.float16)
+
+
+def unpack_shared(codes: UInt8[Array, "*stack 6 blocks"], ends, groups: int, outputs: int):
+  """The numbers of `pack_shared`, float32 (*stack, groups, outputs)."""
+  ends = ends.astype(jnp.float32)
+  rows = ends[..., :1, :] + ends[..., 1:, :] * unpack_codes(codes, _SHARED_BITS)
+  flat = jnp.swapaxes(rows, -1, -2).reshape(*codes.shape[:-2], -1)
+  return flat[..., : groups * outputs].reshape(*codes.shape[:-2], groups, outputs)
+
+
 class SignStack(nnx.Module):
   """y = (x / s) W^T,  W = sum_{i < count} S_i * (U_i V_i): blocks of signs, each with a matrix of low rank.
 

@@ -5,18 +5,29 @@ w ~ scale (code - zero),   code in 0 .. 2^bits - 1,   scale and zero for every g
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.core.checks import require, require_divides
 from jaxlab.models import Transformer, maps
 from jaxlab.models.layers import Linear
 from jaxlab.models.map_forms import Affine, Factored, Product
-from jaxlab.models.packed_maps import NORMAL_LEVELS, NormalFloat, Quantised, pack_codes, pack_maxima, unpack_maxima
+from jaxlab.models.packed_maps import (
+  NORMAL_LEVELS,
+  NormalFloat,
+  Quantised,
+  WithOutliers,
+  pack_codes,
+  pack_maxima,
+  pack_shared,
+  unpack_maxima,
+  unpack_shared,
+)
 from jaxlab.weights.calibration import Moments, layer_by_layer, require_transformer, with_maps
 from jaxlab.weights.folding import fold, foldable
 
@@ -28,15 +39,25 @@ _SMALLEST = 1e-4  # mean |x| of an input that is hardly used
 
 def _grid(weight: Float[Array, "*groups group outputs"], bits: int):
   """(scale as it is stored, zero) by the smallest and the largest of a group, 0 among them."""
-  low, high = jnp.minimum(weight.min(axis=-2), 0), jnp.maximum(weight.max(axis=-2), 0)
+  return _between(weight.min(axis=-2), weight.max(axis=-2), bits)
+
+
+def _between(low: Float[Array, "*groups"], high: Float[Array, "*groups"], bits: int):
+  """As `_grid`, of numbers from low to high."""
+  low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
   top = 2**bits - 1
   scale = jnp.maximum((high - low) / top, jnp.finfo(jnp.float16).smallest_normal).astype(jnp.float16)
-  zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, top)
-  return scale, zero.astype(jnp.uint8)
+  return scale, _zero(low, scale, bits).astype(jnp.uint8)
+
+
+def _zero(low, scale, bits: int):
+  return jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, 2**bits - 1)
 
 
 def _code(weight, scale, zero, bits: int):
-  return jnp.clip(jnp.round(weight / scale.astype(jnp.float32)) + zero, 0, 2**bits - 1).astype(jnp.uint8)
+  whole = jnp.round(zero.astype(jnp.float32))  # added after rounding: a weight between two codes falls to the even one
+  near = jnp.round(weight / scale.astype(jnp.float32) + (zero - whole)) + whole
+  return jnp.clip(near, 0, 2**bits - 1).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
@@ -74,41 +95,113 @@ def gptq(weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group
   Inputs of the largest mean square come first, on grids of the weights as they were (the released code's activation
   order with static groups): the ones that come last take the errors of all others, and matter least.
   """
+  weight = weight.astype(jnp.float32)
+  scale, zero = _grid(weight.reshape(-1, group, weight.shape[1]), bits)
+  codes, _ = _in_order(weight, scale, zero, _spread(x), bits=bits)
+  return Quantised(pack_codes(codes, bits), scale, zero, bits=bits)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "outliers"))
+def spqr(
+  weight: Float[Array, "inputs outputs"], x: Moments, *, bits: int, group: int = 16, outliers: float = 0.01
+) -> WithOutliers:
+  """SpQR (Dettmers et al. 2023, arXiv 2306.03078): GPTQ in small groups with 3 bits for a scale and for a zero, and the
+  weights that cost most kept in 16 bits, as they are when their turn comes.
+
+  Outliers have the largest (w - q)^2 / (2 [H^-1]_jj), q the nearest on the grid of the other weights of their group:
+  one that stretches its group's grid lies far outside theirs (two on one side hide each other). The grid is then that
+  of the weights that are none. Grids are of the weights as they were, as in `gptq`, where the released code's are made
+  as their turn comes: the threshold is known at once, and all maps of a shape keep as many.
+
+  Args:
+    outliers: their share of the weights.
+
+  Raises:
+    InputError: a share outside 0..1, a group of one weight, or more than 65,536 outputs.
+  """
   inputs, outputs = weight.shape
-  scale, zero = _grid(weight.astype(jnp.float32).reshape(-1, group, outputs), bits)
+  require(0 <= outliers <= 1, f"outliers is {outliers}; it must be a share of the weights, 0 to 1")
+  require(group > 1, f"group is {group}; a weight is held against the others of its group")
+  require(outputs <= 2**16, f"a map has {outputs} outputs; an outlier's place among them has 16 bits")
+  weight = weight.astype(jnp.float32)
+  grouped = weight.reshape(-1, group, outputs)
+  spread = _spread(x)
+  ordered = jnp.sort(grouped, axis=1)
+  others = lambda ends: jnp.where(grouped == ends[:, :1], ends[:, 1:], ends[:, :1])
+  scale, zero = _between(others(ordered[:, :2]), others(ordered[:, :-3:-1]), bits)
+  error = grouped - scale.astype(jnp.float32) * (_code(grouped, scale, zero, bits).astype(jnp.float32) - zero)
+  cost = error.reshape(weight.shape) ** 2 / (2 * spread.inverse[:, None])
+  cost = jnp.where(spread.dead[:, None], 0, cost)
+  places = jnp.sort(jax.lax.top_k(cost.ravel(), round(outliers * weight.size))[1])
+  kept = jnp.zeros(weight.size, bool).at[places].set(True).reshape(weight.shape)
+  rest = jnp.where(kept, 0, weight).reshape(grouped.shape)
+  held_scale = pack_shared(_grid(rest, bits)[0].astype(jnp.float32))
+  scale = unpack_shared(*held_scale, len(grouped), outputs)
+  held_zero = pack_shared(_zero(jnp.minimum(rest.min(axis=1), 0), scale, bits))
+  zero = unpack_shared(*held_zero, len(grouped), outputs)
+  codes, turned = _in_order(weight, scale, zero, spread, bits=bits, kept=kept)
+  row, output = jnp.divmod(places, outputs)
+  return WithOutliers(
+    pack_codes(codes, bits), *held_scale, *held_zero, turned.ravel()[places].astype(jnp.float16),
+    output.astype(jnp.uint16), jnp.bincount(row, length=inputs).astype(jnp.uint16), bits=bits, groups=len(grouped),
+  )  # fmt: skip
+
+
+class _Spread(NamedTuple):
+  """order: of the inputs, the largest mean square first; rows: in it, how the error of an input spreads over those
+  after it; inverse: the diagonal of H^-1; dead: inputs that are always 0, both in the inputs' own order."""
+
+  order: Int[Array, "inputs"]
+  rows: Float[Array, "inputs inputs"]
+  inverse: Float[Array, "inputs"]
+  dead: Bool[Array, "inputs"]
+
+
+def _spread(x: Moments) -> _Spread:
   diagonal = 2 * jnp.diagonal(x.second)
-  order = jnp.argsort(-diagonal)
-  diagonal, weight, hessian = diagonal[order], weight[order], 2 * x.second[order][:, order]
-  scales, zeros = (a[order // group] for a in (scale, zero))  # of every input
-  dead = diagonal == 0
-  hessian = hessian + jnp.diag(jnp.where(dead, 1.0, _DAMPING * diagonal.mean()))
-  # The upper Cholesky factor of the inverse: row j says how the error of input j spreads over those after it.
+  order, dead = jnp.argsort(-diagonal), diagonal == 0
+  hessian = 2 * x.second[order][:, order] + jnp.diag(jnp.where(dead, 1.0, _DAMPING * diagonal.mean())[order])
   root = jnp.linalg.cholesky(hessian)
-  inverse = jax.scipy.linalg.cho_solve((root, True), jnp.eye(inputs, dtype=hessian.dtype))
-  spread = jnp.linalg.cholesky(inverse).T
-  weight = jnp.where(dead[:, None], 0, weight.astype(jnp.float32))
+  inverse = jax.scipy.linalg.cho_solve((root, True), jnp.eye(len(order), dtype=hessian.dtype))
+  # The upper Cholesky factor of the inverse.
+  return _Spread(order, jnp.linalg.cholesky(inverse).T, jnp.diagonal(inverse)[jnp.argsort(order)], dead)
+
+
+def _in_order(weight, scale, zero, spread: _Spread, *, bits: int, kept=None):
+  """GPTQ's loop: codes of all weights, and the weights as they were when their turn came.
+
+  Args:
+    scale, zero: of every group, (groups, outputs); kept: weights that are held in float16 beside their code.
+  """
+  inputs, outputs = weight.shape
+  group = inputs // len(scale)
+  order, dead = spread.order, spread.dead[spread.order]
+  scales, zeros = (a[order // group] for a in (scale, zero))  # of every input
+  kept = jnp.zeros(weight.shape, bool) if kept is None else kept[order]
+  weight = jnp.where(dead[:, None], 0, weight[order])
 
   def one_block(weight, start):
     """What the rounding of so many inputs costs reaches those after them as one product."""
     cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, group)
-    part, rows, scale, zero = map(cut, (weight, spread, scales, zeros))
+    part, rows, scale, zero, whole = map(cut, (weight, spread.rows, scales, zeros, kept))
     inside = jax.lax.dynamic_slice_in_dim(rows, start, group, axis=1)
 
     def one(j, state):
       part, codes, errors = state
       code = _code(part[j], scale[j], zero[j], bits)
-      error = (part[j] - scale[j].astype(jnp.float32) * (code.astype(jnp.float32) - zero[j])) / inside[j, j]
+      near = scale[j].astype(jnp.float32) * (code.astype(jnp.float32) - zero[j])
+      near = jnp.where(whole[j], part[j].astype(jnp.float16).astype(jnp.float32), near)
+      error = (part[j] - near) / inside[j, j]
       after = jnp.where(jnp.arange(group) > j, inside[j], 0)
       return part - after[:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
 
-    _, codes, errors = jax.lax.fori_loop(0, group, one, (part, part.astype(jnp.uint8), part))
+    part, codes, errors = jax.lax.fori_loop(0, group, one, (part, part.astype(jnp.uint8), part))
     after = jnp.where(jnp.arange(inputs) >= start + group, rows, 0)
     change = jnp.matmul(after.T, errors, precision=jax.lax.Precision.HIGHEST)
-    return weight - change, codes
+    return weight - change, (codes, part)
 
-  _, codes = jax.lax.scan(one_block, weight, jnp.arange(0, inputs, group))
-  codes = codes.reshape(inputs, outputs)[jnp.argsort(order)]
-  return Quantised(pack_codes(codes, bits), scale, zero, bits=bits)
+  _, made = jax.lax.scan(one_block, weight, jnp.arange(0, inputs, group))
+  return tuple(a.reshape(inputs, outputs)[jnp.argsort(order)] for a in made)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
@@ -184,7 +277,7 @@ def quantise(
   Of a map of low rank both factors are quantised, the second one behind the first.
 
   Args:
-    how: `rtn`, `nf4`, `gptq` or `clipped`, of all maps or by map.
+    how: `rtn`, `nf4`, `gptq`, `spqr` or `clipped`, of all maps or by map.
 
   Raises:
     InputError: bits outside 1..8, a group that does not divide the inputs of a map; and as `layer_by_layer`.

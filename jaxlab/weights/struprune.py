@@ -37,7 +37,7 @@ from jaxlab.weights.struprune_solver import Admm, Mlp, Split, admm, centred, lea
 RULES = ("softmax", "threshold", "uniform")
 SCORES = ("wanda", "obs", "magnitude")
 TEMPERATURES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # of the standard deviation of the importances
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal, tried on held-out rows
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal, tried on held-out rows
 _HELD = 4  # one row of so many is held out
 
 
@@ -214,7 +214,7 @@ def best_temperature(model: Transformer, tokens, found: Survey, *, batch: int = 
   for temperature in TEMPERATURES:
     heads, neurons = allocate(config, found, rule="softmax", temperature=temperature, **how)
     keeps.append(Groups(structured.top(found.scores.heads, heads), structured.top(found.scores.neurons, neurons)))
-  _, held = _split(tokens)
+  _, held = split_rows(tokens)
   return TEMPERATURES[int(np.argmin(masked_losses(model, tokens[-held:], keeps, batch=batch)))]
 
 
@@ -275,7 +275,7 @@ def rebuild(
   """
   structured.require_prunable(model)
   outer, parts = calibration.opened(model, tokens, batch=batch)
-  fitted, _ = _split(tokens)
+  fitted, _ = split_rows(tokens)
   sides = lambda part: calibration.embed(outer, part)[1]
   dense = [_host(calibration.embed(outer, part)[0]) for part in parts]
   states, blocks = list(dense), []
@@ -306,7 +306,7 @@ def _rebuild_block(block: Block, given, heads: int, neurons: int, *, fitted: int
   return small, _host(after)
 
 
-def _split(tokens) -> tuple[int, int]:
+def split_rows(tokens) -> tuple[int, int]:
   """(rows to fit to, rows held out)."""
   rows = len(tokens)
   require(rows >= 2, f"the calibration text has {rows} row; give two or more, as one of four is held out")
@@ -371,11 +371,11 @@ def _fit(x, y, weight, keep, fitted: int, options: Options):
   error = lambda w: jnp.square(x[fitted:] @ w + bias(w, part[2]) - y[fitted:]).mean()
   if not options.refit:
     return rows, bias(rows, whole[2]), error(rows)
-  errors = jax.lax.map(lambda ridge: error(solve(part, ridge)), jnp.asarray(_RIDGES))
+  errors = jax.lax.map(lambda ridge: error(solve(part, ridge)), jnp.asarray(RIDGES))
   # Where a few directions hold nearly all of A, the least ridge may be below the rounding of float32 sums: no factor.
   errors = jnp.where(jnp.isnan(errors), jnp.inf, errors)
   plain, least = error(rows), errors.min()
-  best = jnp.where(plain < least, rows, solve(whole, jnp.asarray(_RIDGES)[errors.argmin()]))
+  best = jnp.where(plain < least, rows, solve(whole, jnp.asarray(RIDGES)[errors.argmin()]))
   return best, bias(best, whole[2]), jnp.minimum(plain, least)
 
 

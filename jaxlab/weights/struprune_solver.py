@@ -11,6 +11,7 @@ An MLP's pre-activations z and activations p are variables of their own (SparseL
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -226,12 +227,8 @@ def sparsellm(
   Raises:
     InputError: less than one round.
   """
-  weights = dict(alpha=split.alpha, gamma=split.gamma)
   require(split.outer >= 1, f"split.outer is {split.outer}; it must be at least 1")
-  second = _product(x.T, x) / len(x)
-  level = ridge * jnp.trace(second) / len(second)
-  factor = cho_factor(second + level * jnp.eye(len(second), dtype=second.dtype))
-  fit = lambda z, start: cho_solve(factor, _product(x.T, z) / len(x) + level * start)
+  fit = fitting(x, ridge)
   up, gate, down = mlp
   z = x @ up, None if gate is None else x @ gate
   p, rounds = _phi(kind, *z), []
@@ -245,14 +242,31 @@ def sparsellm(
     down = least_squares(gram, cross, keeps)
     rounds.append((Mlp(up, gate, down), keeps))
     bias = means[1] - means[0] @ down
-    p = activation_step(_phi(kind, *z), y, down, bias, beta=split.beta, gamma=split.gamma)
-    m = x @ up, None if gate is None else x @ gate
-    if kind == "swiglu":
-      new = up_step(p, z[1], m[0], **weights)
-      z = new, gate_step(p, z[1], new, m[1], **weights)
-    else:
-      z = (relu_step if kind == "relu" else relu2_step)(p, m[0], **weights), None
+    p, z = activations(x, y - bias, Mlp(up, gate, down), z, kind=kind, split=split)
   return rounds
+
+
+def fitting(x: Float[Array, "tokens n"], ridge: float) -> Callable[[Array, Array], Array]:
+  """(z, W0) -> the W of the least |x W - z|^2 / T + ridge times the mean diagonal of A times |W - W0|^2."""
+  second = _product(x.T, x) / len(x)
+  level = ridge * jnp.trace(second) / len(second)
+  factor = cho_factor(second + level * jnp.eye(len(second), dtype=second.dtype))
+  return lambda z, start: cho_solve(factor, _product(x.T, z) / len(x) + level * start)
+
+
+def activations(x: Float[Array, "tokens width"], y, mlp: Mlp, z, *, kind: str, split: Split):
+  """(p, z) of less J than before: p exactly, then z entry by entry.
+
+  Args:
+    y: what the MLP is to give but for its bias; z: (of up, of gate or None).
+  """
+  weights = dict(alpha=split.alpha, gamma=split.gamma)
+  p = activation_step(_phi(kind, *z), y, mlp.down, 0.0, beta=split.beta, gamma=split.gamma)
+  m = x @ mlp.up, None if mlp.gate is None else x @ mlp.gate
+  if kind == "swiglu":
+    new = up_step(p, z[1], m[0], **weights)
+    return p, (new, gate_step(p, z[1], new, m[1], **weights))
+  return p, ((relu_step if kind == "relu" else relu2_step)(p, m[0], **weights), None)
 
 
 def centred(x: Float[Array, "tokens n"], y: Float[Array, "tokens m"]):

@@ -40,6 +40,8 @@ def test_everything_is_measured_once(config, tiny_checkpoint, tmp_path, monkeypa
     for name in ("lord", "uniform", "sequential", "uncentred", "svd_llm", "svd_llm_ranked", "asvd", "svd")
   )
   assert of["nf4"]["bytes"] < of["rtn"]["bytes"] and of["lord+nf4"]["bytes"] < of["lord+rtn"]["bytes"]
+  assert of["lord+spqr"]["bytes"] < of["lord+rtn"]["bytes"] and of["spqr"]["bytes"] < of["gptq"]["bytes"]
+  assert "; SpQR: " in report.claims[5].note and "; LoRD, then SpQR: " in report.claims[5].note
   assert of["bitstack"]["bytes"] <= of["lord+bitstack"]["bytes"] < of["lord"]["bytes"]
 
 
@@ -78,7 +80,14 @@ def test_one_program_judges_every_form(config, tmp_path):
   bases, table, _ = quality.swept(config, subject)
   make = quality.makers(config, subject, bases, table)
   tokens = subject.calibration[:1]
-  for method, budget in (("lord", 0.8), ("lord+rtn", 0.8), ("rtn", 4), ("lord+nf4", 0.8), ("lord+bitstack", 0)):
+  for method, budget in (
+    ("lord", 0.8),
+    ("lord+rtn", 0.8),
+    ("rtn", 4),
+    ("lord+nf4", 0.8),
+    ("lord+spqr", 0.8),
+    ("lord+bitstack", 0),
+  ):
     model = make[method](budget)
     np.testing.assert_allclose(compressing.restored(model)(tokens), model(tokens), rtol=1e-2, atol=1e-2)
     stored = compressing.stored(model)

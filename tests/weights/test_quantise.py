@@ -1,4 +1,4 @@
-"""Round to nearest, NF4 and GPTQ: the grid, the error, the loop against one written out in numpy."""
+"""Round to nearest, NF4, GPTQ and SpQR: the grid, the error, the loop against one written out in numpy."""
 
 import dataclasses
 
@@ -11,11 +11,18 @@ import scipy.stats
 from jaxlab.core.checks import InputError
 from jaxlab.models import hub, maps
 from jaxlab.models.map_forms import Affine
-from jaxlab.models.packed_maps import NORMAL_LEVELS, NormalFloat, unpack_maxima
+from jaxlab.models.packed_maps import (
+  NORMAL_LEVELS,
+  NormalFloat,
+  WithOutliers,
+  pack_shared,
+  unpack_maxima,
+  unpack_shared,
+)
 from jaxlab.training import lora
 from jaxlab.weights import lord
 from jaxlab.weights.calibration import moments, with_maps
-from jaxlab.weights.quantise import awq, clipped, gptq, nf4, quantise, rtn
+from jaxlab.weights.quantise import awq, clipped, gptq, nf4, quantise, rtn, spqr
 from tests.common import configs, random_model, random_tokens
 
 TOKENS = random_tokens(16, 24)
@@ -72,11 +79,157 @@ def test_gptq_is_the_published_loop(bits):
   assert loss(found) < 0.7 * loss(rtn(weight, bits=bits, group=16).weight())
 
 
+def planted(inputs=32, outputs=12, seed=0):
+  """(x, weight, places): one far outlier in every sixth group of 16; inputs that vary together, by unequal amounts."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(1, 2000, inputs)) @ (np.eye(inputs) + 0.3 * rng.normal(size=(inputs, inputs)) / inputs**0.5)
+  x = x * np.exp(0.4 * rng.normal(size=inputs))
+  groups = rng.choice(inputs // 16 * outputs, inputs // 16 * outputs // 6, replace=False)
+  where = (groups // outputs * 16 + rng.integers(0, 16, len(groups))) * outputs + groups % outputs
+  weight = rng.normal(size=inputs * outputs)
+  weight[where] = 12 * rng.choice([-1.0, 1.0], len(where)) + rng.normal(size=len(where))
+  return jnp.asarray(x, jnp.float32), jnp.asarray(weight.reshape(inputs, outputs), jnp.float32), where
+
+
+def numpy_shared(numbers):
+  """3 bits of what 16 numbers one after the other span."""
+  flat, made = numbers.ravel(), []
+  for begin in range(0, flat.size, 16):
+    part = flat[begin : begin + 16]
+    low = np.float64(np.float16(part.min()))
+    step = np.float64(np.float16((part.max() - low) / 7))
+    made.append(low + step * np.clip(np.round((part - low) / (step or 1)), 0, 7))
+  return np.concatenate(made).reshape(numbers.shape)
+
+
+def numpy_spqr(weight, second, bits, group, count):
+  """(weights given back, the flat places of outliers), weight by weight."""
+  w, top = np.array(weight, np.float64), 2**bits - 1
+  inputs, outputs = w.shape
+  order = np.argsort(-np.diag(second), kind="stable")
+  h = 2 * np.array(second, np.float64)
+  h += 0.01 * np.mean(np.diag(h)) * np.eye(inputs)
+  inverse = np.linalg.inv(h)
+  ends = lambda part: (min(0, part.min()), max(0, part.max()))
+  cost = np.zeros(w.shape)
+  for i in range(inputs):
+    begin = i // group * group
+    for o in range(outputs):
+      low, high = ends(np.delete(w[begin : begin + group, o], i - begin))
+      scale = np.float64(np.float16((high - low) / top))
+      zero = np.clip(np.round(-low / scale), 0, top)
+      near = scale * (np.clip(np.round(w[i, o] / scale) + zero, 0, top) - zero)
+      cost[i, o] = (w[i, o] - near) ** 2 / (2 * inverse[i, i])
+  places = np.argsort(-cost.ravel())[:count]
+  kept = np.isin(np.arange(w.size), places).reshape(w.shape)
+  parts = np.where(kept, 0, w).reshape(-1, group, outputs)
+  low, high = np.minimum(parts.min(axis=1), 0), np.maximum(parts.max(axis=1), 0)
+  scales = numpy_shared(((high - low) / top).astype(np.float16).astype(np.float64))
+  zeros = numpy_shared(np.clip(np.round(-low / scales), 0, top))
+  spread, out = np.linalg.cholesky(np.linalg.inv(h[np.ix_(order, order)])).T, np.zeros_like(w)
+  for turn, i in enumerate(order):
+    scale, zero = scales[i // group], zeros[i // group]
+    near = scale * (np.clip(np.round(w[i] / scale + zero), 0, top) - zero)
+    out[i] = np.where(kept[i], w[i].astype(np.float16), near)
+    w[order[turn + 1 :]] -= np.outer(spread[turn, turn + 1 :], (w[i] - out[i]) / spread[turn, turn])
+  return out, places
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_spqr_is_the_loop_with_outliers_and_numbers_that_share_steps(bits):
+  x, weight, where = planted()
+  seen = moments(x)
+  one = spqr(weight, seen, bits=bits, group=16, outliers=12 / weight.size)
+  expected, places = numpy_spqr(weight, seen.second, bits, 16, 12)
+  rows = np.repeat(np.arange(32), one.counts[...])
+  assert set(rows * 12 + np.asarray(one.outputs[...])) == set(places) and set(where) <= set(places)
+  assert np.mean(np.abs(one.weight() - expected) < 1e-2) > 0.95  # as of GPTQ's loop above
+  loss = lambda w: float(((x @ w - x @ weight) ** 2).sum())
+  np.testing.assert_allclose(loss(one.weight()), loss(jnp.asarray(expected, jnp.float32)), rtol=0.1)
+
+
+def test_spqr_without_outliers_on_steps_that_are_exact_is_gptq():
+  """Groups of one smallest and one largest weight have one scale and one zero: nothing is lost in their 3 bits."""
+  x, weight = example()
+  grouped = jnp.clip(weight, -1.4, 1.4).reshape(2, 16, 12).at[:, 0].set(-1.5).at[:, 1].set(1.5)
+  weight, seen = grouped.reshape(32, 12), moments(x)
+  how = dict(bits=4, group=16)
+  np.testing.assert_allclose(
+    spqr(weight, seen, outliers=0, **how).weight(), gptq(weight, seen, **how).weight(), atol=1e-6
+  )
+
+
+def test_outliers_are_held_as_they_are_and_counted():
+  """Inputs that do not vary together spread no error: an outlier is its weight in 16 bits."""
+  x, weight, where = planted()
+  seen = moments(x)
+  alone = dataclasses.replace(seen, mean=0 * seen.mean, scatter=jnp.diag(jnp.diagonal(seen.scatter)))
+  one = spqr(weight, alone, bits=3, group=16, outliers=len(where) / weight.size)
+  narrow = np.asarray(weight).ravel()[where].astype(np.float16)
+  np.testing.assert_array_equal(np.asarray(one.weight()).ravel()[where], narrow.astype(np.float32))
+  # Codes; 24 scales and as many zeros in two sixteens each, of 6 bytes and two 16-bit numbers; 4 outliers; counts.
+  assert len(where) == 4 and maps.bytes_of(one) == 3 * 32 * 12 // 8 + 2 * 2 * (6 + 4) + 4 * (2 + 2) + 32 * 2
+  np.testing.assert_allclose(one(jnp.eye(32)), one.weight(), rtol=1e-6)
+
+
+def test_few_outliers_are_worth_more_than_bits():
+  """Of a weight with planted outliers SpQR in 3 bits takes fewer bytes than GPTQ in 3 of as small groups, or in 4 of
+  larger ones, and errs less."""
+  x, weight, where = planted(256, 96)
+  seen = moments(x)
+  small = spqr(weight, seen, bits=3, group=16, outliers=len(where) / weight.size)
+  loss = lambda one: float(((x @ one.weight() - x @ weight) ** 2).sum())
+  for bits, group in ((3, 16), (4, 64)):
+    rival = gptq(weight, seen, bits=bits, group=group)
+    assert maps.bytes_of(small) < maps.bytes_of(rival) and loss(small) < 0.5 * loss(rival)
+
+
+def test_numbers_that_share_a_step_are_within_half_of_it():
+  numbers = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (3, 11)), jnp.float32)
+  codes, ends = pack_shared(numbers)
+  assert codes.shape == (6, 3) and ends.shape == (2, 3)
+  assert np.abs(unpack_shared(codes, ends, 3, 11) - numbers).max() <= 0.5 * float(ends[1].max()) + 2e-3
+  np.testing.assert_array_equal(unpack_shared(*pack_shared(jnp.full((2, 5), 0.25)), 2, 5), 0.25)
+
+
+def saved(small, folder):
+  """The network again from its folder, whose bytes are those that are counted."""
+  hub.save(small, folder)
+  again = hub.load(folder)
+  np.testing.assert_array_equal(again(TOKENS), small(TOKENS))
+  taken = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+              for file in folder.glob("*.safetensors"))  # fmt: skip
+  assert taken == maps.bytes_of(small) == maps.bytes_of(again)
+  return again
+
+
+def test_factors_in_spqr_are_a_folder_of_the_bytes_that_are_counted(tmp_path):
+  model = random_model(dataclasses.replace(configs()["llama"], depth=2))
+  thin = lord.truncate(model, lord.decompose(model, TOKENS, batch=16), {"mlp.up": 8})
+  small = quantise(thin, TOKENS, spqr, bits=3, group=8, batch=16)
+  assert all(isinstance(one, WithOutliers) for one in maps.parts(small.blocks).values())
+  saved(small, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "how, message",
+  [
+    (dict(outliers=1.5), "outliers is 1.5; it must be a share"),
+    (dict(group=1), "group is 1; a weight is held against the others"),
+  ],
+)
+def test_spqr_refuses_in_one_line(how, message):
+  x, weight = example()
+  with pytest.raises(InputError, match=message):
+    spqr(weight, moments(x), bits=3, **how)
+
+
 def test_an_input_that_is_never_used_costs_nothing():
   x, weight = example()
   x = x.at[..., 5].set(0)
   one = gptq(weight, moments(x), bits=3, group=16)
   assert np.all(np.isfinite(one.weight())) and np.all(np.asarray(one.weight()[5]) == 0)
+  assert np.all(np.isfinite(spqr(weight, moments(x), bits=3, group=16).weight()))
 
 
 def test_a_clipped_grid_errs_less_on_the_outputs_it_is_chosen_by():
@@ -171,12 +324,7 @@ def test_adapters_beside_nf4_are_qlora(tmp_path):
   assert all(isinstance(one, NormalFloat) for one in forms.values()) and forms["q"].bias is not None
   np.testing.assert_array_equal(forms["q"].bias[...], bias)
   assert {"mlp.up.down", "mlp.up.up"} <= set(forms)
-  hub.save(small, tmp_path)
-  again = hub.load(tmp_path)
-  np.testing.assert_array_equal(again(TOKENS), small(TOKENS))
-  taken = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
-              for file in tmp_path.glob("*.safetensors"))  # fmt: skip
-  assert taken == maps.bytes_of(small) == maps.bytes_of(again)
+  again = saved(small, tmp_path)
   adapters = lora.init(again, jax.random.key(0), rank=2, where=lambda name: name.startswith("blocks."))
   loss = lambda adapters: (lora.merge(again, adapters)(TOKENS) ** 2).mean()
   slope = jax.jit(jax.grad(loss, allow_int=True))(adapters)

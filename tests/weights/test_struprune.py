@@ -175,7 +175,7 @@ def test_wrong_input_is_one_line(model):
 
 def test_a_ridge_below_the_rounding_of_sums_is_not_taken(monkeypatch):
   """One direction holds nearly all of A and rows are few: without a ridge worth the name there is no factor."""
-  monkeypatch.setattr(struprune, "_RIDGES", (1e-9, 1e-1))
+  monkeypatch.setattr(struprune, "RIDGES", (1e-9, 1e-1))
   rng = np.random.default_rng(0)
   x = jnp.asarray(1e3 * np.outer(rng.normal(size=20), rng.normal(size=64)) + rng.normal(size=(20, 64)), jnp.float32)
   weight = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
