@@ -1,8 +1,30 @@
-"""Collections of matrices that may share a basis: travelling waves, channels of many antennas, columns of weights."""
+"""Collections of matrices that may share a basis: travelling waves, channels of many antennas, columns of weights,
+pictures. And groups of them that know no error: at random, by k-means, by HDBSCAN."""
+
+from pathlib import Path
 
 import numpy as np
 
+from jaxlab.core.checks import InputError, require, require_choice
+from jaxlab.data import images
 from jaxlab.models import hub, maps
+
+RIVALS = ("random", "k-means", "HDBSCAN")
+_NO_SKLEARN = (
+  "groups by HDBSCAN need scikit-learn; pip install scikit-learn, or --config.rivals=\"('random','k-means')\""
+)
+
+
+def collections(config, cache: Path) -> dict[str, list[np.ndarray]]:
+  """Those of config.collections; pictures only where config.pictures has a path or a name."""
+  p, made = config.pictures, {}
+  for name, of in config.collections.items():
+    if name != "pictures":
+      made[name] = collection(name, of.count, seed=config.seed)
+    elif p.path or p.name:
+      pixels = images.labelled(p.name, cache=cache, path=p.path, most=p.most)["train"].pixels
+      made[name] = pictures(pixels, of.count, np.random.default_rng(config.seed))
+  return made
 
 
 def collection(name: str, count: int, *, seed: int = 0) -> list[np.ndarray]:
@@ -58,6 +80,31 @@ def wide_columns(count: int, rng) -> list[np.ndarray]:
   return columns(count, rng, width=4)
 
 
+def pictures(pixels: np.ndarray, count: int, rng, *, side: int = 8) -> list[np.ndarray]:
+  """A matrix a picture, (3 side^2, patches): the entries 0 to 1 of its patches of side x side pixels, one a column.
+
+  Args:
+    pixels: uint8 (pictures, height, width, 3), of which `count` are drawn.
+
+  Raises:
+    InputError: fewer pictures than `count`, or a side that does not divide theirs.
+  """
+  n, height, width, _ = pixels.shape
+  require(count <= n, f"there are {n} pictures, collections.pictures.count is {count}; raise pictures.most")
+  require(height % side == 0 == width % side, f"pictures are {width} x {height}; patches have {side} pixels a side")
+  chosen = pixels[rng.choice(n, count, replace=False)].astype(np.float32) / 255
+  patches = chosen.reshape(count, height // side, side, width // side, side, 3).transpose(0, 2, 4, 5, 1, 3)
+  return [*patches.reshape(count, 3 * side**2, -1)]
+
+
+def require_rivals(names) -> None:
+  """Raises InputError unless all are of `RIVALS`, and scikit-learn is installed where HDBSCAN is one."""
+  for name in names:
+    require_choice("a rival", name, RIVALS)
+  if "HDBSCAN" in names:
+    _hdbscan()
+
+
 def at_random(count: int, groups: int, rng) -> list[list[int]]:
   """As many groups as given, all of one size but for one."""
   return [part.tolist() for part in np.array_split(rng.permutation(count), groups)]
@@ -72,3 +119,20 @@ def k_means(blocks: list[np.ndarray], groups: int, rng, *, rounds: int = 20) -> 
     nearest = away.argmin(axis=1)
     means = np.stack([flat[nearest == i].mean(axis=0) if (nearest == i).any() else means[i] for i in range(groups)])
   return [np.flatnonzero(nearest == i).tolist() for i in range(groups) if (nearest == i).any()]
+
+
+def hdbscan(blocks: list[np.ndarray], *, least: int = 2) -> list[list[int]]:
+  """Dense regions of the matrices' entries, of `least` matrices at least and as many as there are; what lies in none
+  is by itself.
+  """
+  labels = _hdbscan()(min_cluster_size=least, copy=True).fit_predict(np.stack([block.ravel() for block in blocks]))
+  alone = [[int(i)] for i in np.flatnonzero(labels < 0)]
+  return [np.flatnonzero(labels == label).tolist() for label in range(labels.max() + 1)] + alone
+
+
+def _hdbscan():
+  try:
+    from sklearn.cluster import HDBSCAN
+  except ImportError:
+    raise InputError(_NO_SKLEARN) from None
+  return HDBSCAN

@@ -1,6 +1,7 @@
 """Bounds beside the true error, and groups of every collection beside groups that know no error."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -9,11 +10,11 @@ from jaxlab.weights import concat_svd
 from jaxlab.weights.concat_svd import EXACT, METHODS, bound, cluster, compression_ratio, relative_error
 
 
-def bounds(config) -> dict[str, list[dict]]:
+def bounds(config, cache: Path) -> dict[str, list[dict]]:
   """{collection: rows of a random subset: {count, true, and the bound of every method}}."""
   b, found = config.bounds, {}
-  for name, of in config.collections.items():
-    blocks = data.collection(name, of.count, seed=config.seed)
+  for name, blocks in data.collections(config, cache).items():
+    of = config.collections[name]
     rng = np.random.default_rng(config.seed)
     found[name] = []
     for count in (count for count in b.sizes if count <= len(blocks)):
@@ -24,16 +25,16 @@ def bounds(config) -> dict[str, list[dict]]:
   return found
 
 
-def groups(config) -> dict[str, dict]:
+def groups(config, cache: Path) -> dict[str, dict]:
   """{collection: {method: {groups, largest: matrices, worst, mean: true error of groups that share, ratio, seconds}}}.
 
-  Beside the methods groups at random and by k-means, as many as "approximate" makes: {groups, above: share whose error
-  exceeds eps, worst}; and the seconds of an SVD at every step of the exact groups.
+  Beside the methods those of config.rivals, at random and by k-means as many as "approximate" makes, by HDBSCAN as many
+  as it finds: {groups, above: share whose error exceeds eps, worst, ratio: numbers over those stored}; and the seconds
+  of an SVD at every step of the exact groups.
   """
   found = {}
-  for name, of in config.collections.items():
-    blocks = data.collection(name, of.count, seed=config.seed)
-    made = {}
+  for name, blocks in data.collections(config, cache).items():
+    of, made = config.collections[name], {}
     for method in (*METHODS, EXACT):
       how = dict(rank=of.rank, eps=of.eps, method=method)
       cluster(blocks[: min(len(blocks), of.rank + 2)], **how)  # compiles
@@ -52,13 +53,25 @@ def groups(config) -> dict[str, dict]:
     found[name]["svd_seconds"] = _with_svds(blocks, made[EXACT])
     rng = np.random.default_rng(config.seed)
     count = len(made["approximate"])
-    for rival, parts in (
-      ("random", data.at_random(len(blocks), count, rng)),
-      ("k-means", data.k_means(blocks, count, rng)),
-    ):
-      errors = np.array([_error(blocks, part, of.rank) for part in parts])
-      found[name][rival] = dict(groups=len(parts), above=float((errors > of.eps).mean()), worst=float(errors.max()))
+    ways = {
+      "random": lambda blocks=blocks, count=count, rng=rng: data.at_random(len(blocks), count, rng),
+      "k-means": lambda blocks=blocks, count=count, rng=rng: data.k_means(blocks, count, rng),
+      "HDBSCAN": lambda blocks=blocks: data.hdbscan(blocks),
+    }
+    for rival in config.rivals:
+      found[name][rival] = judged(blocks, ways[rival](), of)
   return found
+
+
+def judged(blocks, parts: list[list[int]], of) -> dict:
+  """Groups that a rival made, stored as the methods' are: whole where factors would take as many numbers."""
+  errors = np.array([_error(blocks, part, of.rank) for part in parts])
+  rows, total = len(blocks[0]), sum(block.size for block in blocks)
+  columns = [sum(blocks[i].shape[1] for i in part) for part in parts]
+  factors = lambda part, n: of.rank * (rows + n) if len(part) > 1 else rows * n
+  stored = sum(min(rows * n, factors(part, n)) for part, n in zip(parts, columns, strict=True))
+  above = float((errors > of.eps).mean())
+  return dict(groups=len(parts), above=above, worst=float(errors.max()), ratio=total / stored)
 
 
 def _error(blocks, members, rank: int) -> float:
