@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import compact_attention as config_file
+from experiments import compact_attention as experiment
 from experiments.compact_attention import choosing, executing
 from jaxlab.attention.selection import block_means, flash_prefill
 from jaxlab.core.checks import InputError
@@ -30,6 +31,42 @@ def test_everything_is_measured_once_of_a_users_model_too(tiny_checkpoint, tmp_p
   (unions,) = report.metrics["unions"].values()
   for row in [*chosen.values(), *unions["rows"]]:
     assert 0 < row["before"] <= row["after"] <= 1 and row["mass_before"] <= row["mass_after"] <= 1 + 1e-5
+    assert row["least_gain"] >= -1e-5
+  (claim,) = (claim for claim in report.claims if "best other selector" in claim.name)
+  assert all(f"{name} {value}" in claim.note for name, value in (("compact", 0.8), ("x_attention", 0.3)))
+  assert claim.note.count("read)") == 2
+
+
+def test_ours_is_held_against_the_best_other_selector_of_the_worst_model_at_the_longest_prompts():
+  """Of a kind the method counts that reads as much as ours; other lengths, QUOKA and dense attention do not."""
+  shares = {
+    "a": {"dense": 1.0, "compact 0.4": 0.9, "compact 0.1": 1.0, "quoka 0.3": 1.0, "seer 0.1": 0.8, "minference 3": 0.7},
+    "b": {"dense": 1.0, "compact 0.4": 0.5, "x_attention 0.9": 1.0, "x_attention 0.5": 0.65, "flex_prefill 0.4": 0.6},
+    "c": {"dense": 1.0, "compact 0.4": 0.5},
+  }
+  cell = lambda text, length, share: dict(decoder=text, task="needle", length=length, share=share)
+  found = {
+    name: {"rows": [row for text, at in each.items() for row in (cell(text, 64, at), cell(text, 32, 1 - at))]}
+    for name, each in shares.items()
+  }
+  chosen = {"b": {"compact 0.4": {"past": 0.28}, "x_attention 0.5": {"past": 0.3}, "x_attention 0.9": {"past": 0.8}}}
+  (claim,) = experiment.selector_claims(found, chosen)
+  assert claim.ours == pytest.approx(-15) and not claim.holds
+  assert claim.note == (
+    "a, 64 tokens: compact 0.4 90.0%, minference 3 70.0%, seer 0.1 80.0%; "
+    "b, 64 tokens: compact 0.4 50.0% (28.0% read), x_attention 0.5 65.0% (30.0% read), flex_prefill 0.4 60.0%"
+  )
+  assert experiment.selector_claims({"c": found["c"]}, {}) == []
+
+
+@pytest.mark.parametrize("scale", ["test", "cpu", "gpu"])
+def test_answers_and_losses_are_of_selectors_whose_choices_are_measured(scale):
+  """By every selector at scales cpu and gpu, so that the shares of the past can be told beside the answers."""
+  c = config_file.get_config(scale)
+  selectors = lambda methods: {text for text in methods if text.split(" ")[0] in experiment.SELECTORS}
+  asked = selectors(c.accuracy.methods)
+  assert asked == selectors(c.losses.methods) <= set(c.choices.methods)
+  assert len({text.split(" ")[0] for text in asked}) == (1 if scale == "test" else len(experiment.SELECTORS))
 
 
 def test_a_union_reads_more_the_more_heads_and_queries_share_it():
