@@ -49,7 +49,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       longest=pick(test=(256,), cpu=(1024, 2048), gpu=(65_536,), paper=(32_768, 65_536)),
       batch=pick(test=4, cpu=32, gpu=64),  # sequences of a global batch
-      batches=pick(test=1, cpu=2, paper=20),
+      batches=pick(test=1, cpu=2, gpu=1, paper=20),
       chunk=chunk,
       settings=pick(  # (chunk, K) of ChunkFlow
         test=((128, 1),),
@@ -57,7 +57,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         gpu=((4096, 1), (8192, 1), (4096, 4)),
         paper=((2048, 1), (4096, 1), (8192, 1), (16_384, 1), (4096, 4)),
       ),
-      remats=pick(test=("none",), cpu=("none", "full")),  # of rivals that run sequences whole
+      remats=pick(test=("none",), cpu=("none", "full")),  # of a sequence a step
+      # Of rivals that share out tokens; at gpu all of it fits, and to run layers again takes longer.
+      shared_remats=pick(test=("none",), cpu=("none", "full"), gpu=("none",)),
       windows=pick(test=(), cpu=("none",), gpu=()),  # all packed to the longest: as many products as its square
       times=pick(test=(2, 4), cpu=(4, 8, 16, 32), gpu=(4, 8, 16)),  # chunks of the sequences whose memory is compared
       curve=dict(

@@ -95,7 +95,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       prompts=dict(
         # Layers of Llama-3.1-8B's shape.
         shape=dict(
-          depth=pick(cpu=2, gpu=4),
+          depth=pick(test=1, cpu=2, gpu=4),
           width=pick(cpu=64, gpu=4096),
           q_heads=pick(cpu=4, gpu=32),
           kv_heads=pick(cpu=2, gpu=8),
@@ -114,7 +114,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       serving=dict(
         # Layers of a 7B model.
         shape=dict(
-          depth=pick(cpu=2, gpu=8),
+          depth=pick(test=1, cpu=2, gpu=8),
           width=pick(cpu=32, gpu=4096),
           q_heads=pick(cpu=4, gpu=32),
           kv_heads=pick(cpu=2, gpu=8),

@@ -63,7 +63,7 @@ def contestants(config) -> dict[str, dict]:
   that share out tokens at every C."""
   sizes = sorted({chunk for chunk, _ in config.settings})
   made = {f"one {remat}": dict(chunk=config.chunk, remat=remat) for remat in config.remats}
-  for name, chunk, remat in itertools.product(("sorted", "packed"), sizes, config.remats):
+  for name, chunk, remat in itertools.product(("sorted", "packed"), sizes, config.shared_remats):
     made[f"{name} {chunk} {remat}"] = dict(chunk=chunk, remat=remat)
   made |= {f"window {remat}": dict(chunk=config.chunk, remat=remat) for remat in config.windows}
   return made | {f"chunkflow {c} {k}": dict(chunk=c, keep=k) for c, k in config.settings}
@@ -193,7 +193,7 @@ def draw(config, metrics: dict, workdir: Path) -> dict[str, str]:
       left.annotate(
         name, (row["temporary"] / 1e6, row["tokens"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
       )
-  left.set(xlabel="temporary memory, MB", ylabel="tokens/s", xscale="log")
+  left.set(xlabel="temporary memory, MB", ylabel="tokens/s", xlim=(0, None), ylim=(0, None))
   left.legend(fontsize=8)
   for name, row in metrics["curves"].items():
     middle.plot(np.arange(1, len(row["loss"]) + 1), row["loss"], lw=1, label=ARMS[name])

@@ -156,22 +156,34 @@ def _pieces(one: Batch, chunk: int) -> list[Batch]:
 
 def difference(ours, theirs) -> float:
   """Norm of the difference of two gradients, over the second's norm."""
-  square = lambda tree: sum(float(jnp.sum(jnp.square(a.astype(jnp.float32)))) for a in jax.tree.leaves(tree))
-  apart = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), ours, theirs)
-  return (square(apart) / square(theirs)) ** 0.5
+  return float(_difference(ours, theirs))
 
 
-def temporary_bytes(arm: Arm, model, steps, total: int) -> int:
-  """Of the micro-step whose program needs most; programs are compiled next to each other and kept in jax's cache."""
-  sums = jax.eval_shape(lambda: (jnp.zeros(()), common.zeros(model)))
-  shapes = {}
-  for kind, arrays in steps:
-    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
-    shapes.setdefault((kind, str(spec)), (kind, spec))
+@jax.jit
+def _difference(ours, theirs):
+  square = lambda tree: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(tree))
+  ours, theirs = jax.tree.map(lambda a: a.astype(jnp.float32), (ours, theirs))
+  return jnp.sqrt(square(jax.tree.map(jnp.subtract, ours, theirs)) / square(theirs))
 
-  def size(kind, spec) -> int:
-    compiled = arm.add[kind].lower(model, sums, spec, jnp.float32(total)).compile()
-    return timing.memory(compiled)["temporaries"]
 
+def compiled(arm: Arm, model, steps, known: dict | None = None) -> tuple[Arm, int]:
+  """(the arm with programs for the shapes of these micro-steps, temporary bytes of the one that needs most).
+
+  Args:
+    known: programs that arms share; this arm's are added. They are compiled next to each other.
+  """
+  known, sums = {} if known is None else known, jax.eval_shape(lambda: (jnp.zeros(()), common.zeros(model)))
+  of = lambda kind, arrays: (arm.add[kind], tuple(a.shape for a in jax.tree.leaves(arrays)))
+  wanted = {of(kind, arrays): arrays for kind, arrays in steps}
+
+  def make(shape):
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted[shape])
+    return shape[0].lower(model, sums, spec, jnp.float32(0)).compile()
+
+  missing = [shape for shape in wanted if shape not in known]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    return max(pool.map(size, *zip(*shapes.values(), strict=True)))
+    known |= dict(zip(missing, pool.map(make, missing), strict=True))
+  program = lambda kind: lambda model, sums, arrays, total: known[of(kind, arrays)](model, sums, arrays, total)
+  return arm._replace(add={kind: program(kind) for kind in arm.add}), max(
+    timing.memory(known[shape])["temporaries"] for shape in wanted
+  )

@@ -63,16 +63,14 @@ def measure(config, ids, vocabulary: int, longest: int, contestants: dict[str, d
     contestants: {label, which an arm's name begins: how it is made}. Repetitions alternate, and every shape is compiled
       and run once before the clock starts.
   """
-  model, data, found, runs = fresh(config, vocabulary), batches(config, ids, longest), {}, {}
+  model, data, found, runs, programs = fresh(config, vocabulary), batches(config, ids, longest), {}, {}, {}
   totals = [sum(int((one["targets"] >= 0).sum()) for one in batch) for batch in data]
   for label, how in contestants.items():
     console.say(f"{label}, longest {longest}")
     arm = arms.arm(config, label.split()[0], **how)
     prepared = [[(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare(batch)] for batch in data]
-    found[label] = {
-      "temporary": arms.temporary_bytes(arm, model, itertools.chain(*prepared), 1),
-      "micro_steps": float(np.mean([len(steps) for steps in prepared])),
-    }
+    arm, temporary = arms.compiled(arm, model, itertools.chain(*prepared), programs)
+    found[label] = {"temporary": temporary, "micro_steps": float(np.mean([len(steps) for steps in prepared]))}
     runs[label] = functools.partial(_all, arm, model, prepared, totals)
   times = timing.compare(runs, repetitions=config.repetitions, warmup=1)
   for label, row in found.items():
@@ -131,7 +129,7 @@ def growth(config, vocabulary: int) -> dict:
   for times in config.times:
     size = times * config.chunk
     one = {name: np.zeros(size, np.int32) for name in ("inputs", "targets")}
-    found[f"{size}"] = arms.temporary_bytes(arm, model, arm.prepare([one]), size)
+    found[f"{size}"] = arms.compiled(arm, model, arm.prepare([one]))[1]
   s = config.shape
   numbers = 2 * s.depth * s.kv_heads * s.head_dim
   return {"bytes": found, "cached": numbers * (jax.numpy.dtype(config.dtype).itemsize + 4)}

@@ -287,7 +287,9 @@ def batches(
 
   order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
   rows = order.batch(batch, batch_fn=lambda chosen: [sequences[int(i)] for i in chosen])
-  return grain.experimental.ThreadPrefetchIterDataset(rows.map(load).to_iter_dataset(), prefetch_buffer_size=4)
+  # Without threads of its own: grain's 16 would make 500 batches ahead, for as long as a run compiles.
+  alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  return grain.experimental.ThreadPrefetchIterDataset(rows.map(load).to_iter_dataset(alone), prefetch_buffer_size=4)
 
 
 def gradient(

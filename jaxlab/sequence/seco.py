@@ -136,6 +136,7 @@ def gradient(
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
     cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains. 0 sends
       nothing back: truncated backpropagation.
+    attention: of a chunk over the cache's first 1, 2, 4, ... chunks, its own among them; backwards it runs once more.
     sampling: of `SAMPLING`; last: as of `choose`.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
@@ -146,6 +147,8 @@ def gradient(
   require_counts(chunk=chunk, visited=1 if visited is None else visited)
   require_choice("sampling", sampling, SAMPLING)
   require(cap is None or cap >= 0, f"cap is {cap}; it must be 0 or more, or None for no limit")
+
+  reading = common.over_prefix(attention), remat
 
   def run(params, batch, step, key, *frozen):
     del step
@@ -158,9 +161,7 @@ def gradient(
     pad = lambda a, value: jnp.pad(a, ((0, 0), (0, count * chunk - time)), constant_values=value)
     split = lambda a: jnp.moveaxis(a.reshape(rows, count, chunk), 1, 0)
     parts = split(pad(batch["inputs"], 0)), split(pad(batch["targets"], -1))
-    chunk_loss = functools.partial(
-      common.transformer_loss, model_of=model_of, frozen=frozen, total=total, how=(attention, remat)
-    )
+    chunk_loss = functools.partial(common.transformer_loss, model_of=model_of, frozen=frozen, total=total, how=reading)
     shape = (c.depth, rows, count * chunk, c.kv_heads, c.head_dim)
     empty = lambda: meshes.constrain(jnp.zeros(shape, model.dtype), None, "batch")
     how = dict(chunk=chunk)

@@ -6,7 +6,6 @@ import pytest
 
 from configs import chunkflow as config_file
 from experiments.chunkflow import arms, contestants, fastest, pipeline, speed
-from jaxlab.core.precision import exactly
 from jaxlab.models import hub
 from jaxlab.sequence.chunkflow import Cost
 from tests.common import run_and_continue
@@ -74,10 +73,19 @@ def test_the_fit_of_a_chunks_cost_is_used_as_it_is(config):
   assert Cost(*fit["cost"]).forward(128, 5) == pytest.approx(512e-6)
 
 
-def test_rivals_have_the_same_gradient_and_everything_is_measured_once(config, tmp_path, monkeypatch):
+@pytest.fixture
+def exact():
+  """The precision of `exactly` in every thread: what is compiled for a shape in one is the others' too."""
+  before = jax.config.jax_default_matmul_precision
+  jax.config.update("jax_default_matmul_precision", "highest")
+  yield
+  jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_rivals_have_the_same_gradient_and_everything_is_measured_once(config, exact, tmp_path, monkeypatch):
   parts = ("speed.agreement", "speed.measure", "speed.growth", "speed.curve", "pipeline.fitted")
   config.curve.batch = config.batch  # arms share what is compiled for a shape; all as exact as what is compared
-  report = exactly(run_and_continue)("chunkflow", tmp_path, monkeypatch, *parts, config=config)
+  report = run_and_continue("chunkflow", tmp_path, monkeypatch, *parts, config=config)
   rows = report.metrics["speed"]["256"]
   assert set(rows) == set(contestants(config)) and fastest(rows, "one")[0] == "one none"
   apart = report.metrics["agreement"]

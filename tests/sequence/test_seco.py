@@ -12,12 +12,11 @@ import pytest
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
-from jaxlab.models import Transformer
 from jaxlab.models.attention import masked_attention
 from jaxlab.sequence import chunkflow, common, seco
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
-from tests.common import configs, random_model
+from tests.common import configs, random_model, shape_of
 
 TIME = 48
 CONFIG = dataclasses.replace(configs()["qwen3"], depth=3)
@@ -265,6 +264,19 @@ def test_nothing_is_sent_to_a_cache_from_the_chunk_on():
   assert (size[:, start:] == 0).all() and (size[:, :start] > 1e-9).all()
 
 
+def test_a_chunk_attends_to_the_shortest_prefix_of_1_2_4_chunks_or_the_whole_cache():
+  """By what is traced: six chunks of eight, of which none meets more keys than the prefix that it needs."""
+  seen = set()
+
+  def attend(q, k, v, *, window, start):
+    seen.add((q.shape[1], k.shape[1]))
+    return precise(q, k, v, window=window, start=start)
+
+  gradient = seco.gradient(chunk=8, attention=attend)
+  jax.eval_shape(lambda model: gradient(model, text(), 0, None), model_of())
+  assert seen == {(8, 8), (8, 16), (8, 32), (8, 48)}
+
+
 def test_memory_grows_by_the_cache_alone():
   """From 512 to 2048 tokens in chunks of 128, in float32: by 4 times keys and values and 6 times those of a layer. They
   are kept, held by the layers, sent back and summed. The attention has no scores; jax's has those of a chunk."""
@@ -317,12 +329,6 @@ def test_a_run_trains_by_it_on_eight_devices_too(tmp_path):
     np.testing.assert_allclose(curve("seco", 1, chunk=16), expected, rtol=1e-4)
     np.testing.assert_allclose(curve("eight", 8, chunk=16), expected, rtol=1e-4)
     assert curve("spaco", 1, chunk=8, visited=2)[0] == pytest.approx(expected[0], rel=1e-4)
-
-
-def shape_of(config):
-  """Of nothing but zeros: what is refused is not run."""
-  shapes = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
-  return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
 
 
 def test_bad_input():
