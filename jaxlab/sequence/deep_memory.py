@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab.core.checks import require, require_choice, require_counts, require_divides
 from jaxlab.core.recurrence import linear_recurrence
 from jaxlab.models.layers import wide
+from jaxlab.models.mamba2 import segment_sums
 
 READS = ("token", "chunk")
 
@@ -81,8 +82,8 @@ def scan(
 ) -> tuple[Memory, Float[Array, "time size"]]:
   """(memory after the last token, o_1 .. o_T), chunk by chunk in the dual form, in float32 or better.
 
-  Work O(T (chunk + size) size) and T / chunk steps one after the other. The backward pass keeps the memory of about
-  2 sqrt(T / chunk) chunks and computes the rest again.
+  Work O(T (chunk + size) size), with gates O(T chunk^2) more, and T / chunk steps one after the other. The backward
+  pass keeps the memory of about 2 sqrt(T / chunk) chunks and computes the rest again.
 
   Args:
     reads: "token": f(W_t, q_t), with what the chunk wrote up to and including t; "chunk": f(M, q_t), before it wrote.
@@ -100,8 +101,7 @@ def scan(
   memory = jax.tree.map(lambda a: a.astype(dtype), memory)
   *parts, gates = jax.tree.map(lambda a: a.astype(dtype).reshape(chunks, chunk, *a.shape[1:]), (q, k, v, gates))
   # What gates alone decide is worked out for all chunks at once: a chunk waits for the one before, and does little.
-  ends = jax.vmap(_end_coefficients)(gates)
-  inside = None if reads == "chunk" else jax.vmap(_read_coefficients)(gates)
+  inside, ends = jax.vmap(_end_alone if reads == "chunk" else _coefficients)(gates)
 
   def one(memory, parts):
     q, k, v, inside, end = parts
@@ -166,7 +166,9 @@ def step(
   start = first(running.now._replace(weights=ended), running.start)
   now = first(start, running.now)
   inputs, cotangents = _gradients(start, k, v, loss)
-  now = _written(now, inputs, cotangents, _end_coefficients(gates), None, None)
+  keep = 1.0 if gates.keep is None else gates.keep
+  push = 0.0 if gates.momentum is None else gates.momentum
+  now = _written(now, inputs, cotangents, (keep, push, gates.step, push, gates.step), None, None)
   if reads == "chunk":
     return Running(start, now), read(start, q)[0]
   share = 1.0 if pace is None else pace[at]
@@ -206,7 +208,7 @@ def _gradients(memory: Memory, k, v, loss: Loss):
 
 
 def _dual(memory: Memory, q, inputs, cotangents, coefficients, pace):
-  """f(W_t, q_t) of a chunk's tokens by products alone; the coefficients are `_read_coefficients`."""
+  """f(W_t, q_t) of a chunk's tokens by products alone; the coefficients are the first of `_coefficients`."""
   stay, push, source = coefficients
   if pace is not None:
     stay, push, source = 1 + pace * (stay - 1), pace * push, pace[:, None] * source
@@ -219,7 +221,7 @@ def _dual(memory: Memory, q, inputs, cotangents, coefficients, pace):
 
 
 def _written(memory: Memory, inputs, cotangents, coefficients, pace, clip) -> Memory:
-  """The memory after these tokens; the coefficients are `_end_coefficients`."""
+  """The memory after these tokens; the coefficients are the second of `_coefficients`."""
   stay, push, source, hold, kick = coefficients
   weights, momentum = [], []
   for n, weight in enumerate(memory.weights):
@@ -241,34 +243,44 @@ def _carried(start, end, pace, clip):
   return start + change
 
 
-def _read_coefficients(gates: Gates):
-  """(beta (C,), e (C,), E (C, C)): W_t = beta_t M + e_t S - sum_i E[t, i] grad_i.
+def _coefficients(gates: Gates):
+  """((beta (C,), e (C,), E (C, C)), (beta_C, e_C, E_C (C,), Pi, P (C,))): what gates decide of a chunk and of its end.
 
-  E[t, i] = theta_i sum_{s = i..t} prod_{s < j <= t} (1 - alpha_j) prod_{i < j <= s} eta_j. Solved as the recurrences of
-  W and S on coordinates (M, S, tokens): ratios of running products would be 0 / 0 once a gate has closed.
+  W_t = beta_t M + e_t S - sum_i E[t, i] grad_i and, at the end, S' = Pi S - sum_i P_i grad_i, with E a product of two
+  triangles: E[t, i] = theta_i sum_{s = i..t} prod_{s < j <= t} (1 - alpha_j) prod_{i < j <= s} eta_j.
   """
-  after = lambda gate, number: number if gate is None else jnp.concatenate([jnp.ones_like(gate[:1]), gate])
-  unit = jnp.eye(len(gates.step) + 1, dtype=gates.step.dtype)
-  momentum = linear_recurrence(after(gates.momentum, 0.0), unit)
-  written = jnp.concatenate([unit[:, :1], momentum.at[0].set(0.0)], axis=1)
-  weights = linear_recurrence(after(gates.keep, 1.0), written)[1:]
-  return weights[:, 0], weights[:, 1], weights[:, 2:] * gates.step
-
-
-def _end_coefficients(gates: Gates):
-  """(beta, e, E (C,), Pi, P (C,)) of a chunk's end, in O(C) from its end backwards.
-
-  W = beta M + e S - sum_i E_i grad_i and S' = Pi S - sum_i P_i grad_i.
-  """
-  before = lambda gate, number: number if gate is None else jnp.concatenate([gate, jnp.ones_like(gate[:1])])
-  keep, momentum = before(gates.keep, 1.0), before(gates.momentum, 0.0)
-  last = jnp.zeros(len(gates.step) + 1, gates.step.dtype).at[-1].set(1.0)
-  kept = linear_recurrence(keep, last, reverse=True)
-  pushed = linear_recurrence(momentum, kept.at[0].set(0.0), reverse=True)
+  chunk, step = len(gates.step), gates.step
+  kept = jnp.tri(chunk + 1, dtype=step.dtype) if gates.keep is None else _products(gates.keep)
   if gates.momentum is None:
-    return kept[0], pushed[0], gates.step * pushed[1:], 0.0, gates.step
-  held = linear_recurrence(momentum, last, reverse=True)
-  return kept[0], pushed[0], gates.step * pushed[1:], held[0], gates.step * held[1:]
+    stay, source = kept[1:, 0], kept[1:, 1:] * step
+    return (stay, jnp.zeros_like(step), source), (stay[-1], 0.0, source[-1], 0.0, step)
+  held = _products(gates.momentum)[1:]
+  pushed = jnp.matmul(kept[1:, 1:], held, precision="highest")
+  stay, push, source = kept[1:, 0], pushed[:, 0], pushed[:, 1:] * step
+  return (stay, push, source), (stay[-1], push[-1], source[-1], held[-1, 0], held[-1, 1:] * step)
+
+
+def _products(gate: Float[Array, "chunk"]) -> Float[Array, "chunk_and_one chunk_and_one"]:
+  """[t, s] = g_{s + 1} ... g_t, 1 on the diagonal and 0 above it; the first row and column are before the first token.
+
+  From sums of logarithms, each pair's own: ratios of running products would be 0 / 0 once a gate has closed, and a scan
+  over tokens is a program that grows with the chunk, forwards and backwards.
+  """
+  logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))  # of a closed gate: so small that products are 0
+  return jnp.exp(segment_sums(jnp.pad(logs, (1, 0))))
+
+
+def _end_alone(gates: Gates):
+  """(None, the second of `_coefficients`), in O(C) from the end backwards: chunks read at their start are long."""
+  last = jnp.zeros(len(gates.step) + 1, gates.step.dtype).at[-1].set(1.0)
+  before = lambda gate: jnp.concatenate([gate, jnp.ones_like(gate[:1])])
+  after = lambda gate: linear_recurrence(before(gate), last, reverse=True)  # products of the gates of later tokens
+  kept = jnp.ones_like(last) if gates.keep is None else after(gates.keep)
+  if gates.momentum is None:
+    return None, (kept[0], 0.0, gates.step * kept[1:], 0.0, gates.step)
+  pushed = linear_recurrence(before(gates.momentum), kept.at[0].set(0.0), reverse=True)
+  held = after(gates.momentum)
+  return None, (kept[0], pushed[0], gates.step * pushed[1:], held[0], gates.step * held[1:])
 
 
 def _check(memory: Memory, q, k, v, gates: Gates, chunk, reads, pace):

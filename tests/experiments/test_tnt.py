@@ -5,7 +5,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,7 +70,7 @@ def test_networks_that_are_compared_have_as_many_parameters(scale):
   shapes = {name: arms.shape_of(config, name, vocabulary) for name in (*arms.ARMS, *arms.ABLATIONS)}
   sizes = {name: arms.parameters(shape) for name, shape in shapes.items()}
   assert max(sizes.values()) < 1.01 * sizes[arms.TNT] and min(sizes.values()) > 0.99 * sizes[arms.TNT]
-  assert all(arms.parameters(arms.shape_of(config, name, vocabulary)) == size for name, size in sizes.items())
+  assert all(arms.shape_of(config, name, vocabulary) == shape for name, shape in shapes.items())
   narrow = lambda shape: getattr(shape, "mlp_width", None) or shape.mlp_widths[0]
   assert min(map(narrow, shapes.values())) > 0.3 * config.model.mlp_width
 
@@ -100,13 +99,13 @@ def test_arms_differ_from_the_method_in_what_they_are_called_after():
 def test_attention_in_a_window_is_beside_the_global_memory():
   """A softmax over the last three tokens by the definition; angles are those of complex numbers."""
   config = MemoryConfig(12, heads=2, head_dim=4, global_chunk=4, local_chunks=(), shard=None)
-  layer = windowed.WindowedLayer(config, jax.random.key(0), window=3)
-  layer.log_gain = layer.log_gain + jnp.array([0.5, -0.5])
+  layer = jax.jit(lambda: windowed.WindowedLayer(config, jax.random.key(0), window=3))()
+  layer.log_gain = layer.log_gain + np.array([0.5, -0.5], np.float32)
   random = np.random.default_rng(0)
-  x, (q, k, v) = jnp.array(random.normal(size=(1, 8, 12))), random.normal(size=(3, 1, 8, 2, 4))
+  x, (q, k, v) = random.normal(size=(1, 8, 12)).astype(np.float32), random.normal(size=(3, 1, 8, 2, 4))
   q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
   run = jax.jit(lambda kind, *given: kind.recall(layer, *given, ())[0], static_argnums=0)
-  said = run(windowed.WindowedLayer, x, q, k, v) - run(MemoryLayer, x, q, k, v)
+  said = np.subtract(*(np.asarray(run(kind, x, q, k, v)) for kind in (windowed.WindowedLayer, MemoryLayer)))
   turn = lambda a, t: (a[:2] + 1j * a[2:]) * np.exp(1j * t * np.array([1.0, 0.01]))
   for t, head in itertools.product((0, 1, 5, 7), range(2)):
     seen = range(max(t - 2, 0), t + 1)
@@ -117,7 +116,7 @@ def test_attention_in_a_window_is_beside_the_global_memory():
 
 
 def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
-  made = recall.batch(5, 3, jax.random.key(0))
+  made = jax.jit(lambda: recall.batch(5, 3, jax.random.key(0)))()
   inputs, targets = (np.asarray(made[name]) for name in ("inputs", "targets"))
   for row, answers in zip(inputs, targets, strict=True):
     pairs = dict(zip(row[:10:2].tolist(), row[1:10:2].tolist(), strict=True))
@@ -133,7 +132,7 @@ def test_what_is_asked_for_was_written_and_a_right_answer_is_one():
     def logits(self, hidden, _=None):
       return 50.0 * jax.nn.one_hot(hidden, 20)
 
-  loss, right = recall.judged(Knows(), made)
+  loss, right = jax.jit(lambda made: recall.judged(Knows(), made))(made)
   assert right == 1 and loss < 1e-3
 
 

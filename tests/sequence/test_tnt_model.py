@@ -32,10 +32,10 @@ def shape_of(memory):
 @pytest.fixture(scope="module", params=MEMORIES)
 def model(request):
   """Every parameter far from where a zero would hide it."""
-  made = jax.jit(lambda: MemoryModel(shape_of(MEMORIES[request.param]), jax.random.key(0)))()
-  leaves, structure = jax.tree.flatten(made)
+  shapes = jax.eval_shape(lambda: MemoryModel(shape_of(MEMORIES[request.param]), jax.random.key(0)))
   random = np.random.default_rng(1)
-  return jax.tree.unflatten(structure, [a + 0.2 * random.normal(size=a.shape).astype(a.dtype) for a in leaves])
+  draw = lambda path, a: 0.3 * random.normal(size=a.shape) + ("norm" in jax.tree_util.keystr(path))
+  return jax.tree_util.tree_map_with_path(lambda path, a: jnp.asarray(draw(path, a), a.dtype), shapes)
 
 
 @pytest.fixture(scope="module")
