@@ -111,7 +111,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       ),
       words=dict(  # of a lexicon, with nothing between them
         shape=pick(
-          test=shape("m1 [T1] m1", (16, 24), (0, 32), (0, 2), (5.5,)),
+          test=one,  # compiled already
           cpu=shape("m2 [T2] m2", (64, 96), (0, 192), (0, 4), (5.5,)),
           gpu=shape("m2 [T4] m2", (128, 256), (0, 512), (0, 4), (5.5,)),
         ),

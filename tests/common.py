@@ -108,6 +108,12 @@ def _random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
     return jax.jit(functools.partial(_make_random_model, config, seed))()
 
 
+def shape_of(config: TransformerConfig) -> Transformer:
+  """Of nothing but zeros, for what is refused before it runs."""
+  shapes = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+  return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+
+
 def _make_random_model(config: LanguageModelConfig, seed: int) -> LanguageModel:
   kinds = {TransformerConfig: Transformer, Mamba2Config: Mamba2, HNetConfig: HNet}
   model = kinds[type(config)](config, jax.random.key(seed))

@@ -253,7 +253,9 @@ def batches(buckets: Buckets, plan: Schedule, *, shard: tuple[int, int] = (0, 1)
     rows = [split_row(buckets.sequence(exponent, int(row))) for row in plan.rows(step)[index::count]]
     return {name: np.stack([row[name] for row in rows]) for name in ("inputs", "targets")}
 
-  steps = grain.MapDataset.range(len(plan)).map(load).to_iter_dataset()
+  # Without threads of its own: grain's 16 would make 500 batches ahead.
+  alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  steps = grain.MapDataset.range(len(plan)).map(load).to_iter_dataset(alone)
   return grain.experimental.ThreadPrefetchIterDataset(steps, prefetch_buffer_size=4)
 
 

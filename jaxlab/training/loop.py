@@ -175,11 +175,13 @@ def make_step(
       else:
         # Strided, so that every microbatch stays spread over the devices.
         parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), batch)
+        once = jax.jit(gradient)  # traced once, for the shapes and for the loop
 
         def add(total, part):
-          return jax.tree.map(jnp.add, total, gradient(state.model, part, state.step, use, *frozen)), None
+          return jax.tree.map(jnp.add, total, once(state.model, part, state.step, use, *frozen)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.model, batch, state.step, use, *frozen))
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(once, state.model, first, state.step, use, *frozen))
         total, _ = jax.lax.scan(add, zeros, parts)
         (value, extra), grads = jax.tree.map(lambda a: a / accumulate, total)
       updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax
-import tensorboardX
 
 from jaxlab.core.files import write_text
 
@@ -41,6 +40,8 @@ class MetricsWriter:
     kept = [line for line in _lines(file) if line["step"] <= resume_after]
     write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = open(file, "a")  # noqa: SIM115 (closed in __exit__)
+    import tensorboardX  # takes seconds where PyTorch is installed, which it imports
+
     self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_after + 1)
 
   def __enter__(self):

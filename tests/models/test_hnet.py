@@ -61,8 +61,13 @@ def test_the_rows_are_cut_each_elsewhere(whole):
 def by_definition(stage, x):
   """A stage for one row in NumPy: ragged, with loops; the layers' stacks are as they are."""
   c, (time, width) = stage.config, x.shape
-  side = Side(jnp.float32, *rotations(c, stage.index, jnp.arange(time), jnp.float32), plain_attention, None)
-  run = lambda stack, x: np.asarray(jax.jit(lambda stack, x: stack(x, side)[0])(stack, x[None]))[0]
+
+  @jax.jit
+  def layers(stack, x):
+    side = Side(jnp.float32, *rotations(c, stage.index, jnp.arange(time), jnp.float32), plain_attention, None)
+    return stack(x, side)[0]
+
+  run = lambda stack, x: np.asarray(layers(stack, x[None]))[0]
   pad = [] if stage.pad is None else [np.tile(stage.pad[...], (time, 1))]
   h = run(stage.encoder, np.concatenate([x, *pad], axis=-1))
   if stage.inner is None:
@@ -184,22 +189,27 @@ def test_generation_is_the_argmax_of_the_whole_forward(small):
 def test_it_starts_as_the_code_of_the_paper_does():
   """Branches that end in stage s: 0.02 over the root of the branches up to there; the other maps 0.02."""
   config = HNetConfig("m2 [T1 m1 [T3] M1] m2", (64, 64, 128), (0, 64, 128), (1, 4, 4), ratios=(3.0, 3.0), head_dim=32)
-  model = jax.jit(lambda: HNet(config, jax.random.key(0)))()
-  spread = lambda linear: float(linear.weight[...].std())
-  outer, middle, main = model.stage, model.stage.inner, model.stage.inner.inner
-  assert abs(float(model.embedding[...].std()) - 1) < 0.05 and abs(spread(model.head) / 0.02 - 1) < 0.05
-  expected = [
-    (outer.encoder.runs[0], 4),
-    (outer.decoder.runs[0], 4),
-    (middle.encoder.runs[1], 9),
-    (main.encoder.runs[0], 15),
-  ]
-  for run, branches in expected:
-    assert abs(spread(run.mixer.out) / (0.02 / branches**0.5) - 1) < 0.05
-    assert abs(spread(run.mixer.inputs) / 0.02 - 1) < 0.05
-  assert abs(spread(main.encoder.runs[0].mlp.down) / (0.02 / 15**0.5) - 1) < 0.05
-  np.testing.assert_array_equal(outer.chunker.q[...], np.eye(64))
-  assert main.pad.shape == (64,) and not main.pad[...].any() and middle.pad is None
+
+  @jax.jit
+  def measured():
+    """What is looked at, so that no other parameter is drawn."""
+    model = HNet(config, jax.random.key(0))
+    spread = lambda linear: linear.weight[...].std()
+    outer, middle, main = model.stage, model.stage.inner, model.stage.inner.inner
+    assert middle.pad is None
+    runs = outer.encoder.runs[0], outer.decoder.runs[0], middle.encoder.runs[1], main.encoder.runs[0]
+    mixers = [(spread(run.mixer.out), spread(run.mixer.inputs)) for run in runs]
+    ends = model.embedding[...].std(), spread(model.head), spread(main.encoder.runs[0].mlp.down)
+    return ends, mixers, outer.chunker.q[...], main.pad[...]
+
+  (embedding, head, down), mixers, q, pad = jax.tree.map(np.asarray, measured())
+  assert abs(embedding - 1) < 0.05 and abs(head / 0.02 - 1) < 0.05
+  for (out, inputs), branches in zip(mixers, (4, 4, 9, 15), strict=True):
+    assert abs(out / (0.02 / branches**0.5) - 1) < 0.05
+    assert abs(inputs / 0.02 - 1) < 0.05
+  assert abs(down / (0.02 / 15**0.5) - 1) < 0.05
+  np.testing.assert_array_equal(q, np.eye(64))
+  assert pad.shape == (64,) and not pad.any()
 
 
 def test_a_layout_without_brackets_is_an_ordinary_network():

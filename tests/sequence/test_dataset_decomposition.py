@@ -1,6 +1,7 @@
 """Dataset Decomposition: what every cut, schedule and batch must be, and one training step a bucket."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -165,6 +166,19 @@ def test_batches_go_on_where_they_stopped_and_hosts_share_them():
   again.set_state(state)
   for batch, expected in zip(again, every[3:], strict=True):
     np.testing.assert_array_equal(batch["inputs"], expected["inputs"])
+
+
+def test_few_batches_are_made_ahead(monkeypatch):
+  """Five are, beside the eight that were taken, not hundreds."""
+  buckets = dd.decompose(corpus([300, 17, 90, 200, 45]), low=3, high=3)
+  plan, made = dd.schedule(buckets.counts, cycles=1, batch_tokens=8), []
+  one = buckets.sequence
+  monkeypatch.setattr(dd.Buckets, "sequence", lambda self, *args: made.append(args) or one(*args))
+  iterator = iter(dd.batches(buckets, plan))
+  for _ in range(8):
+    next(iterator)
+  time.sleep(0.3)
+  assert len(plan) > 40 and 8 <= len(made) <= 8 + 5
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=30))

@@ -90,6 +90,21 @@ def test_accumulation_changes_nothing_but_rounding(reference, tmp_path):
   np.testing.assert_allclose(losses_of(tmp_path), reference[1], rtol=1e-4)
 
 
+def test_microbatches_are_traced_once():
+  """Not once more for the shapes of their sums."""
+  traced = []
+
+  def loss(model, batch, step, key):
+    traced.append(batch["inputs"].shape)
+    return plain_loss(model, batch, step, key)
+
+  optimizer, mesh = optax.sgd(0.1), meshes.make_mesh({"data": 1}, jax.devices()[:1])
+  state = loop.initial_state(random_model(SMALL), optimizer, mesh, 0)
+  step = loop.make_step(loss, optimizer, meshes.shardings(state, mesh), accumulate=2)
+  step.trace(state, {name: random_tokens(4, 8) for name in ("inputs", "targets")})
+  assert traced == [(2, 8)]
+
+
 def test_a_gradient_of_ones_own_trains_as_the_loss_does(reference, tmp_path):
   """Worked out in two halves of the rows, of a model in the computing dtype."""
 
