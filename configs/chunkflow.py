@@ -38,7 +38,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       model="",  # a hub name, or hf:DIR: that one alone is fine-tuned by `tuning`
       data=dict(name="stdlib_code", path="", vocab_size=pick(test=512, cpu=2048, gpu=8192)),
       dtype=pick(cpu="float32", gpu="bfloat16"),
-      attention=pick(cpu="", gpu="cudnn"),  # implementation of jax.nn.dot_product_attention
       shape=dict(
         depth=pick(test=2, cpu=4, gpu=12),
         width=pick(test=32, cpu=128, gpu=768),

@@ -143,7 +143,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           vocab_size=pick(cpu=64, gpu=8192),
         ),
         dtype=pick(cpu="float32", gpu="bfloat16"),
-        attention=pick(cpu="", gpu="cudnn"),  # implementation of jax.nn.dot_product_attention
         # The longest sequence stays on one device: a batch must be four times its work for four to share it evenly.
         chunkflow=dict(
           batch=pick(test=16, cpu=256, gpu=256),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from experiments.long_context import opened
 from experiments.results import Claim
@@ -62,15 +61,6 @@ def backpropagation(model_of: Callable, *, attention=dot_product_attention, rema
     return losses.mean_loss(losses.token_losses(model, hidden, batch["targets"]), batch["targets"]), {}
 
   return jax.value_and_grad(loss, has_aux=True)
-
-
-def over_cache(q, k, v, *, window, start):
-  """An `AttentionFn` for chunks over a cache: cuDNN's under a mask on a GPU in 16 bits."""
-  if jax.default_backend() != "gpu" or q.dtype.itemsize != 2:
-    return dot_product_attention(q, k, v, window=window, start=start)
-  query, key = (jnp.arange(q.shape[1]) + start)[:, None], jnp.arange(k.shape[1])
-  mask = (key <= query) & (True if window is None else key >= query - window)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], implementation="cudnn")
 
 
 def queries_and_values(name: str) -> bool:

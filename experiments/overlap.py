@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from jaxlab.kernels.paged_attention import cudnn
+from jaxlab.kernels import cudnn
 
 _THREADS = 8
 

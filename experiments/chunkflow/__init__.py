@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments import figures, long_finetuning, results, timing
-from experiments.chunkflow import arms, pipeline, speed
+from experiments.chunkflow import pipeline, speed
 from experiments.chunkflow.arms import ARMS
 from experiments.report import rounded
 from experiments.results import Claim
@@ -29,8 +29,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   """Runs all parts; what the workdir holds is not measured again."""
   part = functools.partial(results.part, workdir)
   if config.model:
-    attend = arms.attention(config.attention)
-    gradient_of = lambda model_of: chunkflow.gradient(attend=attend, remat=config.tuning.remat, model_of=model_of)
+    gradient_of = lambda model_of: chunkflow.gradient(remat=config.tuning.remat, model_of=model_of)
     how = (config, gradient_of, workdir, cache, console, documents)
     return {TUNED: part(TUNED, lambda: long_finetuning.measure(*how))}
   tokens = load_text(config, cache).split("train")

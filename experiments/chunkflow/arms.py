@@ -35,8 +35,8 @@ class Arm(NamedTuple):
   add: dict[str, Callable]
 
 
-def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") -> Arm:
-  """One of `ARMS`; all with the same attention."""
+def arm(name: str, *, chunk: int, keep: int = 1, remat: str = "none") -> Arm:
+  """One of `ARMS`, each with the quickest attention there is for it."""
   plans = {
     "one": lambda sequences: [("rows", _padded([one])) for one in sequences],
     "sorted": lambda sequences: [("rows", _padded(group)) for group in _alike(sequences, chunk)],
@@ -48,26 +48,15 @@ def arm(config, name: str, *, chunk: int, keep: int = 1, remat: str = "none") ->
     "chunkflow": lambda sequences: _steps(sequences, chunk, keep),
     "apart": lambda sequences: _steps([piece for one in sequences for piece in _pieces(one, chunk)], chunk, 1),
   }
-  return Arm(plans[name], _programs(config.attention, remat))
+  return Arm(plans[name], _programs(remat))
 
 
 @functools.cache
-def _programs(implementation: str, remat: str) -> dict[str, Callable]:
+def _programs(remat: str) -> dict[str, Callable]:
   """Of every kind of micro-step; arms share what is compiled for a shape."""
-  attend = attention(implementation)
-  rows = functools.partial(_rows_loss, attend=attend, remat=remat)
-  ways = chunkflow.gradient(attend=attend, remat=remat)
+  rows = functools.partial(_rows_loss, remat=remat)
+  ways = chunkflow.gradient(remat=remat)
   return {"rows": _adds(jax.value_and_grad(rows)), "chunks": _adds(functools.partial(_chunked, ways))}
-
-
-def attention(implementation: str) -> Callable:
-  """`jax.nn.dot_product_attention`, by the implementation named, "" for jax's choice; cuDNN has none in 32 bits."""
-
-  def attend(q, k, v, **how):
-    named = implementation if q.dtype.itemsize == 2 or implementation != "cudnn" else ""
-    return jax.nn.dot_product_attention(q, k, v, implementation=named or None, **how)
-
-  return attend
 
 
 def gradient(arm: Arm, model, sequences: Sequence[Batch]):
@@ -94,11 +83,8 @@ def _adds(value_and_grad):
   return add
 
 
-def _rows_loss(model, arrays, total, *, attend, remat):
-  def causal(q, k, v, *, window, start):
-    return attend(q, k, v, is_causal=True)
-
-  hidden = model.hidden(arrays["inputs"], attention=causal, remat=remat)
+def _rows_loss(model, arrays, total, *, remat):
+  hidden = model.hidden(arrays["inputs"], remat=remat)
   return token_losses(model, hidden, arrays["targets"]).sum() / total
 
 

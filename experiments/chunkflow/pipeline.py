@@ -33,7 +33,7 @@ def fitted(config, vocabulary: int) -> dict:
   later, a pair under a chunk's mask costs up to twice what is found."""
   model, runs = speed.fresh(config, vocabulary), {}
   for size in config.sizes:
-    arm = arms.arm(config, "one", chunk=size)
+    arm = arms.arm("one", chunk=size)
     one = {name: np.zeros(size, np.int32) for name in ("inputs", "targets")}
     steps = [(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare([one])]
     runs[steps[0][1]["inputs"].shape[1]] = functools.partial(arms.run, arm, model, steps, size)

@@ -67,7 +67,7 @@ def measure(config, ids, vocabulary: int, longest: int, contestants: dict[str, d
   totals = [sum(int((one["targets"] >= 0).sum()) for one in batch) for batch in data]
   for label, how in contestants.items():
     console.say(f"{label}, longest {longest}")
-    arm = arms.arm(config, label.split()[0], **how)
+    arm = arms.arm(label.split()[0], **how)
     prepared = [[(kind, jax.device_put(arrays)) for kind, arrays in arm.prepare(batch)] for batch in data]
     arm, temporary = arms.compiled(arm, model, itertools.chain(*prepared), programs)
     found[label] = {"temporary": temporary, "micro_steps": float(np.mean([len(steps) for steps in prepared]))}
@@ -88,7 +88,7 @@ def curve(config, ids, vocabulary: int, name: str, console) -> dict:
   """{"loss": of every step, "held_out": at the end, of the longest sequences alone}."""
   c = config.curve
   model, longest = fresh(config, vocabulary, dtype="float32"), c.longest
-  arm = arms.arm(config, name, chunk=c.chunk)
+  arm = arms.arm(name, chunk=c.chunk)
   optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, c.rate, max(1, c.steps // 20), c.steps))
 
   @jax.jit
@@ -106,7 +106,7 @@ def curve(config, ids, vocabulary: int, name: str, console) -> dict:
       found.append(float(loss))
       progress({"step": step + 1, "steps": c.steps, "loss": found[-1]})
   test = sequences(ids[::-1][: c.held_out * (longest + 1)][::-1], np.full(c.held_out, longest))
-  whole = arms.arm(config, "one", chunk=c.chunk)
+  whole = arms.arm("one", chunk=c.chunk)
   held = float(np.mean([float(arms.gradient(whole, model, [one])[0]) for one in test]))
   return {"loss": found, "held_out": held}
 
@@ -116,7 +116,7 @@ def agreement(config, ids, vocabulary: int) -> dict:
   """{arm: relative difference of its gradient from that of a sequence a step}, in float32."""
   c = config.curve
   model, batch = fresh(config, vocabulary, dtype="float32"), sequences(ids, lengths(c.batch, c.longest, config.seed))
-  of = lambda name: arms.gradient(arms.arm(config, name, chunk=c.chunk), model, batch)[1]
+  of = lambda name: arms.gradient(arms.arm(name, chunk=c.chunk), model, batch)[1]
   reference = of("one")
   return {name: arms.difference(of(name), reference) for name in arms.ARMS if name != "one"}
 
@@ -125,7 +125,7 @@ def growth(config, vocabulary: int) -> dict:
   """{longest: temporary bytes of ChunkFlow's step}, a sequence of so many tokens at one chunk, from 4 chunks on; and
   the bytes of a cached token: keys and values, and what comes back to them in float32."""
   model = fresh(config, vocabulary)
-  arm, found = arms.arm(config, "chunkflow", chunk=config.chunk), {}
+  arm, found = arms.arm("chunkflow", chunk=config.chunk), {}
   for times in config.times:
     size = times * config.chunk
     one = {name: np.zeros(size, np.int32) for name in ("inputs", "targets")}

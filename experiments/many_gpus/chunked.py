@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import timing
 from experiments.chunkflow import arms, speed
-from experiments.long_finetuning import over_cache
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require_divides
 from jaxlab.models import Transformer
@@ -46,7 +45,7 @@ def _chunkflow(spec, config: TransformerConfig, devices: list[int]) -> tuple[Gra
   sequences, plan = speed.sequences(ids, sizes), chunkflow.pack(sizes, s.chunk)
   share = lambda n: chunkflow.materialize(plan, sequences, keep=s.keep, ranks=n, cost=cost)
   levels = {f"{n}": {"balance": balance(plan, n, s.keep, cost)} for n in devices}
-  return chunkflow.gradient(attend=arms.attention(spec.attention)), {n: share(n) for n in devices}, levels
+  return chunkflow.gradient(), {n: share(n) for n in devices}, levels
 
 
 def _seco(spec, config: TransformerConfig, devices: list[int]) -> tuple[GradientFn, dict, dict]:
@@ -55,7 +54,7 @@ def _seco(spec, config: TransformerConfig, devices: list[int]) -> tuple[Gradient
   require_divides("devices", devices[-1], "seco.rows", s.rows)
   ids = np.random.default_rng(1).integers(0, config.vocab_size, (s.rows, s.length + 1)).astype(np.int32)
   batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
-  return seco.gradient(chunk=s.chunk, attention=over_cache), dict.fromkeys(devices, batch), {}
+  return seco.gradient(chunk=s.chunk), dict.fromkeys(devices, batch), {}
 
 
 def operations(config: TransformerConfig) -> chunkflow.Cost:

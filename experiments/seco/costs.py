@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments import timing
-from experiments.long_finetuning import backpropagation, over_cache, stretched
+from experiments.long_finetuning import backpropagation, stretched
 from jaxlab.models import Transformer
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.sequence import seco
@@ -41,10 +41,10 @@ def gradients_of(config, length: int) -> dict:
   found[LAYERS] = backpropagation(identity, attention=whole, remat="full")
   for chunk in c.chunks:
     if chunk < length:
-      found[in_chunks(chunk)] = seco.gradient(chunk=chunk, attention=over_cache)
+      found[in_chunks(chunk)] = seco.gradient(chunk=chunk)
   for visited in c.visited:
     if visited < length // c.chunks[0]:
-      found[in_chunks(c.chunks[0], visited)] = seco.gradient(chunk=c.chunks[0], visited=visited, attention=over_cache)
+      found[in_chunks(c.chunks[0], visited)] = seco.gradient(chunk=c.chunks[0], visited=visited)
   return found
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.long_finetuning import backpropagation, over_cache
+from experiments.long_finetuning import backpropagation
 from jaxlab.core.checks import require_choice
 from jaxlab.core.precision import exactly
 from jaxlab.models import Transformer
@@ -31,11 +31,11 @@ def measure(config, model: Transformer, batch: dict) -> dict:
   size, norm = g.chunk, jnp.linalg.norm
   count = -(-batch["inputs"].shape[1] // size)
   cosine = lambda a: float(a @ exact / jnp.maximum(norm(a) * norm(exact), 1e-30))
-  whole = run(seco.gradient(chunk=size, attention=over_cache))(model, jax.random.key(0))
+  whole = run(seco.gradient(chunk=size))(model, jax.random.key(0))
   found = {"seco": dict(error=float(norm(whole - exact) / norm(exact)), cosine=cosine(whole))}
   for visited in g.visited:
     for limit in config.limits:
-      how = dict(chunk=size, visited=visited, cap=limited(limit), attention=over_cache)
+      how = dict(chunk=size, visited=visited, cap=limited(limit))
       estimate, total, each = run(seco.gradient(**how)), jnp.zeros_like(exact), []
       for draw in range(g.draws):
         one = estimate(model, jax.random.key(draw))

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from experiments.long_finetuning import backpropagation, evaluate, finetuned, held_out, over_cache, rows, stretched
+from experiments.long_finetuning import backpropagation, evaluate, finetuned, held_out, rows, stretched
 from experiments.seco.gradients import limited
 from experiments.text import Text
 from jaxlab.core import mesh as meshes
@@ -23,7 +23,7 @@ def gradient_of(t, method: str):
   """`model_of -> GradientFn` of a method by its name, on t.length tokens in chunks of t.chunk."""
   if method == EXACT:
     return functools.partial(backpropagation, remat=t.remat)
-  how, count = dict(chunk=t.chunk, attention=over_cache), -(-t.length // t.chunk)
+  how, count = dict(chunk=t.chunk), -(-t.length // t.chunk)
   name, *rest = method.split()
   if name == TRUNCATED:
     how |= dict(visited=count, cap=0.0)

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_counts
 from jaxlab.data.packing import Batch
+from jaxlab.kernels import chunk_attention
 from jaxlab.models.attention import masked_attention
 from jaxlab.models.layers import rope_table
 from jaxlab.models.transformer import sequential
@@ -137,9 +138,9 @@ def schedule(chunks: int, keep: int) -> list[tuple[str, int]]:
 class Cost(NamedTuple):
   """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it meets).
 
-  Counted is what `gradient` runs. Chunks are padded, so all cost a whole one; the queries of one meet the keys of
-  `common.rung` chunks, its own and those before it among them; a backward costs two forwards, and where a sequence is
-  cut its attention runs forward once more.
+  Counted is what `gradient` runs by XLA. Chunks are padded, so all cost a whole one; the queries of one meet the keys
+  of `common.rung` chunks, its own and those before it among them; a backward costs two forwards, and where a sequence
+  is cut its attention runs forward once more. cuDNN has up to a half less to do.
   """
 
   call: float = 0.0
@@ -194,7 +195,7 @@ def materialize(
     inputs, targets: int32 (ranks, chunks * chunk); segments, positions: int32 (ranks, chunks, chunk), of a token the
     place of its sequence in the chunk, -1 for padding, and its own in the sequence;
     program: int32 (ranks, lines, 2 + keep): what to do, first position, chunks (-1: none); cache: int8 (ranks,
-    positions), of which only the shape counts.
+    positions) and pieces: int8 (ranks, the most in a chunk, padding one of them), of which only the shapes count.
 
   Raises:
     InputError: sequences that are not the plan's, or sizes below 1.
@@ -225,9 +226,11 @@ def materialize(
   for lines, own in zip(programs, program, strict=True):
     for line, place in zip(lines, own, strict=False):
       place[: len(line)] = line
-  cache = np.zeros((ranks, plan.chunk * plan.capacity), np.int8)
+  most = max(len(pieces) for group in plan.groups for pieces in group)
+  shapes = {"cache": plan.chunk * plan.capacity, "pieces": common.rung(most + 1)}
+  shapes = {name: np.zeros((ranks, size), np.int8) for name, size in shapes.items()}
   flat = {name: arrays.pop(name).reshape(ranks, -1) for name in ("inputs", "targets")}
-  return flat | arrays | {"program": program, "cache": cache}
+  return flat | arrays | {"program": program} | shapes
 
 
 def _require_same(plan: Plan, sequences: Sequence[Batch]) -> None:
@@ -294,7 +297,7 @@ def batches(
 
 def gradient(
   *,
-  attend: Callable = functools.partial(jax.nn.dot_product_attention, implementation="xla"),
+  attend: Callable | None = None,
   remat: str = "none",
   model_of: Callable = lambda params, *frozen: params,
 ) -> GradientFn:
@@ -305,7 +308,8 @@ def gradient(
 
   Args:
     attend: (q, k, v, mask=bool (1, 1, queries, keys)) -> attended, with the shapes of an `AttentionFn`; keys are those
-      of the chunk, or where a sequence is cut of 1, 2, 4, ... chunks, its own and those before it among them.
+      of the chunk, or where a sequence is cut of 1, 2, 4, ... chunks, its own and those before it among them. None:
+      `kernels.chunk_attention`, on a GPU in 16 bits cuDNN's, which needs no mask.
     remat: as of `transformer.sequential`, within a chunk; "dots" and "full" keep a copy of the cache for every layer.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
@@ -345,7 +349,7 @@ def gradient(
 def _run(params, frozen, batch, total, *, how, model_of):
   """(loss, gradient) of the ranks in `batch`, one program behind the other."""
   attend, remat = how
-  (ranks, rows, chunk), program = batch["segments"].shape, batch["program"]
+  (ranks, rows, chunk), program, pieces = batch["segments"].shape, batch["program"], batch["pieces"].shape[1]
   chunks = {
     name: batch[name].reshape(ranks * rows, 1, chunk) for name in ("inputs", "targets", "segments", "positions")
   }
@@ -355,9 +359,8 @@ def _run(params, frozen, batch, total, *, how, model_of):
 
   shared = dict(model_of=model_of, frozen=frozen, total=total)
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
-  own_loss = functools.partial(
-    common.transformer_loss, how=(common.over_prefix(masked_attention(attend)), remat), **shared
-  )
+  over_cache = common.over_prefix(masked_attention(attend)) if attend else common.over_cache
+  own_loss = functools.partial(common.transformer_loss, how=(over_cache, remat), **shared)
   model = jax.eval_shape(model_of, params, *frozen)
   c, wide = model.config, jnp.promote_types(jnp.result_type(float), jnp.float32)
   cache = (jnp.zeros((c.depth, 1, batch["cache"].shape[1], c.kv_heads, c.head_dim), model.dtype),) * 2
@@ -374,7 +377,7 @@ def _run(params, frozen, batch, total, *, how, model_of):
   def packed(carry, start, ids):
     loss, cache, (gradient, back) = carry
     part = jax.tree.map(lambda a: a[ids[0]], chunks)
-    one, more = jax.value_and_grad(functools.partial(_packed_loss, how=how, **shared))(params, part)
+    one, more = jax.value_and_grad(functools.partial(_packed_loss, how=how, pieces=pieces, **shared))(params, part)
     return loss + one.astype(wide), cache, (common.add(gradient, more), back)
 
   def forward(carry, start, ids):
@@ -403,12 +406,18 @@ def _run(params, frozen, batch, total, *, how, model_of):
   return loss, gradient
 
 
-def _packed_loss(params, part, *, model_of, frozen, total, how):
+def _packed_loss(params, part, *, model_of, frozen, total, how, pieces):
   """The share of a chunk of whole sequences, each at positions from 0 on and blind to the others."""
   attend, remat = how
   model = model_of(params, *frozen)
   x, side, _ = model.embed(part["inputs"])
   cos, sin = rope_table(model.config, part["positions"], side.cos.dtype)
   side = dataclasses.replace(side, cos=cos, sin=sin)
-  x, backout, *_ = sequential(model, x, side, attention=masked_attention(attend, part["segments"]), remat=remat)
+
+  def among(q, k, v, *, window, start):
+    del start
+    return chunk_attention.packed(q, k, v, part["segments"], pieces=pieces, window=window)
+
+  attention = masked_attention(attend, part["segments"]) if attend else among
+  x, backout, *_ = sequential(model, x, side, attention=attention, remat=remat)
   return losses.token_losses(model, (x, backout), part["targets"]).sum() / total

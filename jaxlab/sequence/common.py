@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab.core.checks import require
-from jaxlab.models.attention import AttentionFn, Cache
+from jaxlab.kernels import chunk_attention
+from jaxlab.models.attention import AttentionFn, Cache, dot_product_attention
 from jaxlab.models.config import TransformerConfig
 from jaxlab.models.transformer import Transformer, sequential
 from jaxlab.training import losses
@@ -79,6 +80,13 @@ def over_prefix(attention: AttentionFn) -> AttentionFn:
     return attend(q, k, v, start)
 
   return shortest
+
+
+def over_cache(q, k, v, *, window, start):
+  """An `AttentionFn` of a chunk over its cache: cuDNN's two calls on a GPU in 16 bits, else XLA's `over_prefix`."""
+  if chunk_attention.preferred(q, k, window):
+    return chunk_attention.behind(q, k, v, start=start, implementation="cudnn")
+  return over_prefix(dot_product_attention)(q, k, v, window=window, start=start)
 
 
 def zeros(tree):

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts
-from jaxlab.models.attention import AttentionFn, dot_product_attention
+from jaxlab.models.attention import AttentionFn
 from jaxlab.sequence import common
 from jaxlab.training.loop import GradientFn
 
@@ -123,7 +123,7 @@ def gradient(
   cap: float | None = 2.0,
   sampling: str = "uniform",
   last: bool = False,
-  attention: AttentionFn = dot_product_attention,
+  attention: AttentionFn | None = None,
   remat: str = "none",
   model_of: Callable = lambda params, *frozen: params,
 ) -> GradientFn:
@@ -137,6 +137,7 @@ def gradient(
     cap: s1 is k / t, and so is s2 up to this; None: no limit. The paper's is 2: less noise for long chains. 0 sends
       nothing back: truncated backpropagation.
     attention: of a chunk over the cache's first 1, 2, 4, ... chunks, its own among them; backwards it runs once more.
+      None: `common.over_cache`, which on a GPU needs neither.
     sampling: of `SAMPLING`; last: as of `choose`.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
@@ -148,7 +149,7 @@ def gradient(
   require_choice("sampling", sampling, SAMPLING)
   require(cap is None or cap >= 0, f"cap is {cap}; it must be 0 or more, or None for no limit")
 
-  reading = common.over_prefix(attention), remat
+  reading = common.over_prefix(attention) if attention else common.over_cache, remat
 
   def run(params, batch, step, key, *frozen):
     del step

@@ -1,13 +1,11 @@
 """By cuDNN's paged attention: what lies before the new tokens, unmasked, and they themselves, causally."""
 
-import contextlib
-import functools
-import importlib
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+
+from jaxlab.kernels import cudnn
 
 NEEDS = (
   "takes 16-bit numbers, head_dim in 8s up to 256, pages of 16 positions or more, a table with room for as many pages "
@@ -15,53 +13,13 @@ NEEDS = (
 )
 
 
-_left_out = 0
-
-
-@contextlib.contextmanager
-def left_out() -> Iterator[None]:
-  """Programs made meanwhile do without cuDNN where they have a choice.
-
-  cuDNN loads a program's graph, when it first runs, by capturing a stream, and what other threads of the process do on
-  the device meanwhile breaks the capture.
-  """
-  global _left_out
-  _left_out += 1
-  try:
-    yield
-  finally:
-    _left_out -= 1
-
-
 def preferred(*problem) -> bool:
-  return not _left_out and supports(*problem)
-
-
-@functools.cache
-def _cudnn():
-  """JAX's module that calls cuDNN, or None: paged attention has no public name there yet."""
-  try:
-    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    module.check_cudnn_version()
-    known = module.paged_attention, module.dot_product_attention, module.MaskType.PADDING
-    return module if known and module.check_compute_capability("9.0") else None
-  except (ImportError, AttributeError, RuntimeError):
-    return None
+  return cudnn.chosen() and supports(*problem)
 
 
 def supports(q, keys, values, table, count, start, sizes) -> bool:
-  pages, page, size = keys.shape
-  return (
-    jax.default_backend() == "gpu"
-    and q.dtype == keys.dtype
-    and q.dtype in (jnp.bfloat16, jnp.float16)
-    and size % 8 == 0
-    and size <= 256
-    and page >= 16
-    and table.size == pages
-    and sizes is None
-    and _cudnn() is not None
-  )
+  pages, page, _ = keys.shape
+  return page >= 16 and table.size == pages and sizes is None and cudnn.takes(q, keys)
 
 
 def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int):
@@ -70,7 +28,7 @@ def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int):
   cuDNN's causal mask is of squares, so that the new tokens, which end their rows, are read by a call of their own, from
   a copy of their few pages. All pages that the table names must hold numbers.
   """
-  cudnn = _cudnn()
+  attention = cudnn.module()
   (rows, queries, size), page = q.shape, keys.shape[1]
   tokens = queries // heads
   by_head = q.reshape(rows, tokens, heads, size)
@@ -79,14 +37,14 @@ def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int):
   # The pages of the new tokens follow the open ones, and begin with the past's last ones.
   past = jnp.where(total > opened, opened * page + start % page, opened * page)
   places = table.reshape(rows, 1, -1, 1)
-  of_past = cudnn.paged_attention(
+  of_past = attention.paged_attention(
     by_head,
     *(pool[:, :, None] for pool in (keys, values)),
     jnp.full(rows, tokens, jnp.int32),
     jnp.maximum(past, 1),
     places,
     places,
-    mask_type=cudnn.MaskType.PADDING,
+    mask_type=attention.MaskType.PADDING,
     **how,
   )
   mine = -(-(tokens + page - 1) // page)
@@ -97,7 +55,7 @@ def paged_attention(q, keys, values, table, count, start, sizes, *, heads: int):
     cut = lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, tokens)
     return jax.vmap(cut)(read, start % page)[:, :, None]
 
-  of_own = cudnn.dot_product_attention(by_head, new(keys), new(values), mask_type=cudnn.MaskType.CAUSAL, **how)
+  of_own = attention.dot_product_attention(by_head, new(keys), new(values), mask_type=attention.MaskType.CAUSAL, **how)
   some = jnp.stack([past > 0, total > opened], axis=1)[:, :, None, None]
   out, rest = (jnp.stack(pair, axis=1) for pair in zip(of_past, of_own, strict=True))
   out = jnp.where(some[..., None], out, 0).reshape(rows, 2, queries, size)

@@ -26,12 +26,6 @@ def test_lengths_have_the_papers_law():
   assert below(63_488) == pytest.approx(0.9999, abs=3e-4)
 
 
-def test_attention_in_32_bits_is_not_cudnns():
-  q, k, v = np.random.default_rng(0).normal(size=(3, 1, 8, 2, 16)).astype(np.float32)
-  ours = arms.attention("cudnn")(q, k, v, is_causal=True)
-  np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), rtol=1e-6)
-
-
 def test_sequences_are_a_text_from_where_the_last_ended():
   made = speed.sequences(np.arange(10), np.array([4, 3, 5]), 1)
   assert [one["inputs"].tolist() for one in made] == [[1, 2, 3, 4], [5, 6, 7], [8, 9, 0, 1, 2]]
@@ -53,7 +47,7 @@ def test_steps_of_rivals_hold_every_token_once_and_waste_a_third_at_most():
 
 
 def _prepare(name):
-  return arms.arm(config_file.get_config("test"), name, chunk=256).prepare
+  return arms.arm(name, chunk=256).prepare
 
 
 def test_stages_in_simulated_time_are_the_papers():

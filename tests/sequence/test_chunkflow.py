@@ -22,6 +22,7 @@ from jaxlab.sequence import chunkflow_pipeline as pipeline
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
 from tests.common import configs, plain_attention, random_model, shape_of
+from tests.cudnn import cudnn_by_definition
 
 CONFIG = dataclasses.replace(configs()["qwen3"], depth=2)
 C = 8
@@ -106,6 +107,16 @@ def test_the_gradient_is_that_of_sequences_fed_one_by_one(double, known, chunk, 
   three ranks on one device, the sum over all tokens."""
   model, rows, expected = known
   close(by_chunks(model, rows, chunk, keep, ranks), expected)
+
+
+def test_by_calls_of_cudnn_the_gradient_is_the_same(double, known, monkeypatch):
+  """By their definition, in float64, packed chunks among them."""
+  cudnn_by_definition(monkeypatch)
+  model, rows, (loss, expected) = known
+  batch = chunkflow.materialize(chunkflow.pack(LENGTHS, C), rows, keep=2)
+  run = jax.jit(lambda model, batch: chunkflow.gradient()(model, batch, 0, None))
+  (found, _), gradient = run(model, batch)
+  close((float(found), flat(gradient)), (loss, expected))
 
 
 @pytest.mark.parametrize("name", ["mhc", "qwen3_moe"])

@@ -17,6 +17,7 @@ from jaxlab.sequence import chunkflow, common, seco
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
 from tests.common import configs, random_model, shape_of
+from tests.cudnn import cudnn_by_definition
 
 TIME = 48
 CONFIG = dataclasses.replace(configs()["qwen3"], depth=3)
@@ -85,6 +86,14 @@ def test_seco_is_the_gradient(chunk):
   found, ours = by_chunks(model, batch, chunk=chunk)
   assert found == pytest.approx(loss, rel=1e-12)
   close(ours, gradient)
+
+
+def test_by_calls_of_cudnn_the_gradient_is_the_same(monkeypatch):
+  """By their definition, in float64."""
+  cudnn_by_definition(monkeypatch)
+  model, batch = model_of(), text()
+  run = jax.jit(lambda model: seco.gradient(chunk=16)(model, batch, 0, jax.random.key(0)))
+  close(flat(run(model)[1]), exact(model, batch)[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "nanochat_plain", "mhc", "qwen3_moe"])
