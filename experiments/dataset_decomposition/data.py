@@ -143,6 +143,11 @@ def batches(rows: np.ndarray, batch: int, seed: int, *, shard: tuple[int, int] =
   return packing.batches(mine.to_iter_dataset(), batch // count)
 
 
+def most_documents(rows: np.ndarray, bos: int) -> int:
+  """In a row of `chunks` or `best_fit`; it may begin within one."""
+  return int((rows == bos).sum(axis=1).max()) + 1
+
+
 def held_out(source: Source, length: int, count: int) -> Batch:
   """Chapters as they are, each from its BOS on and up to `length` tokens: {"inputs", "targets"} int32 (count, length).
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from experiments import timing
+from experiments.dataset_decomposition.data import most_documents
 from experiments.dataset_decomposition.training import CONCAT, MASKED, kind_of, loss_of
 from experiments.text import adam_in_state, model_config
 from jaxlab.core import mesh as meshes
@@ -27,9 +28,10 @@ def measure(config, vocab_size: int) -> dict:
   rng = np.random.default_rng(0)
 
   def step(arm: str, length: int):
-    run = loop.make_step(loss_of(config, arm, _BOS), optimizer, placed, compute_dtype=config.train.dtype)
     ids = rng.integers(1, vocab_size, (config.batch_tokens // length, length + 1)).astype(np.int32)
     ids[rng.random(ids.shape) < 1 / config.law.mean] = _BOS
+    loss = loss_of(config, arm, _BOS, most_documents(ids, _BOS))
+    run = loop.make_step(loss, optimizer, placed, compute_dtype=config.train.dtype)
     batch = meshes.place_batch({"inputs": ids[:, :-1], "targets": ids[:, 1:]}, mesh)
     return timing.Steady(lambda _, batch, state: run(state, batch)[::-1], (), batch, carry=state)
 

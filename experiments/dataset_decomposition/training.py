@@ -1,6 +1,5 @@
 """Training a decoder on one kind of rows, and its loss on whole chapters by position."""
 
-import functools
 from pathlib import Path
 
 import grain
@@ -14,6 +13,7 @@ from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require_choice
 from jaxlab.data.packing import Batch
 from jaxlab.data.tokens import Tokens
+from jaxlab.kernels import chunk_attention
 from jaxlab.models import Transformer
 from jaxlab.sequence import dataset_decomposition as dd
 from jaxlab.training import loop, losses
@@ -27,9 +27,9 @@ def masked(arm: str) -> bool:
   return arm in (MASKED, BEST_FIT)
 
 
-def rows_of(config, arm: str, tokens: Tokens, seed: int) -> tuple[grain.IterDataset, dict[str, int]]:
-  """(batches of this host, {kind of step, as `speed` names it: steps}); as many steps for every arm as the buckets'
-  schedule has."""
+def rows_of(config, arm: str, tokens: Tokens, seed: int) -> tuple[grain.IterDataset, dict[str, int], int]:
+  """(batches of this host, {kind of step, as `speed` names it: steps}, the most documents in a row of rivals); as many
+  steps for every arm as the buckets' schedule has."""
   require_choice("an arm", arm, ARMS)
   s, longest, shard = config.schedule, 2**config.high, (jax.process_index(), jax.process_count())
   buckets = dd.decompose(tokens, low=config.low, high=config.high, seed=config.seed)
@@ -37,11 +37,14 @@ def rows_of(config, arm: str, tokens: Tokens, seed: int) -> tuple[grain.IterData
   plan = dd.schedule(buckets.counts, curriculum=arm if arm in dd.CURRICULA else GROW, **how)
   if arm in dd.CURRICULA:
     exponents, counts = np.unique(plan.exponent, return_counts=True)
-    return dd.batches(buckets, plan, shard=shard), {
-      f"{2 ** int(i)}": int(n) for i, n in zip(exponents, counts, strict=True)
-    }
+    return (
+      dd.batches(buckets, plan, shard=shard),
+      {f"{2 ** int(i)}": int(n) for i, n in zip(exponents, counts, strict=True)},
+      1,
+    )
   rows = (data.best_fit if arm == BEST_FIT else data.chunks)(tokens, longest)
-  return data.batches(rows, config.batch_tokens // longest, seed, shard=shard), {kind_of(config, arm): len(plan)}
+  made = data.batches(rows, config.batch_tokens // longest, seed, shard=shard)
+  return made, {kind_of(config, arm): len(plan)}, data.most_documents(rows, tokens.bos)
 
 
 def kind_of(config, arm: str) -> str:
@@ -49,12 +52,17 @@ def kind_of(config, arm: str) -> str:
   return "masked" if masked(arm) else f"{2**config.high}"
 
 
-def loss_of(config, arm: str, bos: int):
-  """`(model, batch, step, key) -> (loss, {})`."""
+def loss_of(config, arm: str, bos: int, most: int):
+  """`(model, batch, step, key) -> (loss, {})`; most: documents in a row, at most."""
 
   def within_documents(model, batch, step, key):
     inputs = batch["inputs"]
-    attention = functools.partial(same_document, jnp.cumsum(inputs == bos, axis=1))
+    document = jnp.cumsum(inputs == bos, axis=1)
+
+    def attention(q, k, v, *, window, start):
+      del start
+      return chunk_attention.packed(q, k, v, document, pieces=most, window=window)
+
     hidden = model.hidden(jnp.maximum(inputs, 0), attention=attention, remat=config.train.remat)
     found = losses.token_losses(model, hidden, batch["targets"])
     return losses.mean_loss(found, batch["targets"]), {}
@@ -65,26 +73,18 @@ def loss_of(config, arm: str, bos: int):
   return within_documents if masked(arm) else plain
 
 
-def same_document(document, q, k, v, *, window, start):
-  """An `AttentionFn`: causal, among positions of one document, int32 (batch, time)."""
-  del window, start
-  flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
-  same = document[:, None, :, None] == document[:, None, None, :]
-  return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn" if flash else "xla")
-
-
 def trained(
   config, arm: str, tokens: Tokens, *, vocab_size: int, rate: float, seed: int, workdir: Path, console
 ) -> tuple[Transformer, dict[str, int]]:
   """(the decoder in its computing precision, {kind of step: steps}); resumes from `workdir`."""
   t, shape = config.train, model_config(config, vocab_size)
-  rows, steps = rows_of(config, arm, tokens, seed)
+  rows, steps, most = rows_of(config, arm, tokens, seed)
   total = sum(steps.values())
   with console.training(workdir.name) as progress:
     model = loop.train(
       Transformer(shape, jax.random.key(seed)),
       rows,
-      loss_of(config, arm, tokens.bos),
+      loss_of(config, arm, tokens.bos, most),
       adam_in_state(rate, steps=total, warmup=t.warmup),
       steps=total,
       workdir=workdir,

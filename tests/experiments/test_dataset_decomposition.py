@@ -18,6 +18,7 @@ from jaxlab.models import Transformer, hub
 from jaxlab.sequence import dataset_decomposition as dd
 from jaxlab.training import losses
 from tests.common import configs, random_model, random_tokens, run_and_continue
+from tests.cudnn import cudnn_by_definition
 
 BOS = 63
 law = lambda whole: ConfigDict(dict(mean=20, sigma=1.0, whole=whole))
@@ -126,7 +127,8 @@ def test_all_arms_take_as_many_steps_of_as_many_tokens():
   config, tokens = config_file.get_config("test"), corpus([300, 17, 90, 200, 45, 64, 33] * 9)
   counts = set()
   for arm in config.arms:
-    rows, steps = training.rows_of(config, arm, tokens, 0)
+    rows, steps, most = training.rows_of(config, arm, tokens, 0)
+    assert most == 1 if arm in ("uniform", "grow_p2") else 3 <= most <= 2**config.high // 18 + 2
     taken = [batch["inputs"].size for batch, _ in zip(rows, range(sum(steps.values())), strict=False)]
     assert set(taken) == {config.batch_tokens}
     counts.add((sum(steps.values()), len(taken)))
@@ -150,20 +152,24 @@ def test_hosts_share_the_rows_of_every_arm(monkeypatch):
     data.batches(np.zeros((9, 3)), 8, 0, shard=(0, 3))
 
 
-def test_under_a_document_mask_a_row_has_the_loss_of_its_documents():
+def test_under_a_document_mask_a_row_has_the_loss_of_its_documents(monkeypatch):
   """Whatever comes before them: rotary positions are relative."""
   config, model = config_file.get_config("test"), random_model(configs()["qwen3"])
   documents = [np.array([BOS, *random_tokens(1, n, seed=n)[0] % BOS]) for n in (11, 4, 7)]
   row = np.concatenate([*documents, [-1] * 5])[None].astype(np.int32)
   batch = {"inputs": jnp.asarray(row[:, :-1]), "targets": jnp.asarray(row[:, 1:])}
-  packed = jax.jit(training.loss_of(config, training.MASKED, BOS), static_argnums=(2, 3))(model, batch, None, None)[0]
+  loss = training.loss_of(config, training.MASKED, BOS, data.most_documents(row, BOS))
+  packed = jax.jit(loss, static_argnums=(2, 3))(model, batch, None, None)[0]
+  cudnn_by_definition(monkeypatch)  # what a GPU takes; of no more documents than there are
+  again = jax.jit(lambda *args: loss(*args, None, None)[0])(model, batch)
+  assert float(again) == pytest.approx(float(packed), rel=1e-5)
   hidden = jax.jit(lambda model, tokens: losses.token_losses(model, model.hidden(tokens), targets=jnp.asarray(after)))
   total, count = 0.0, row[0, 1:] >= 0
   for i, document in enumerate(documents):
     after = np.array([[*document[1:], BOS if i < 2 else -1]])
     total += float(hidden(model, jnp.asarray(document[None])).sum())
   assert float(packed) == pytest.approx(total / count.sum(), rel=1e-4)
-  plain = jax.jit(training.loss_of(config, training.CONCAT, BOS), static_argnums=(2, 3))
+  plain = jax.jit(training.loss_of(config, training.CONCAT, BOS, 1), static_argnums=(2, 3))
   assert abs(float(plain(model, batch | {"inputs": jnp.maximum(batch["inputs"], 0)}, None, None)[0] - packed)) > 1e-3
 
 
