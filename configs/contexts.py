@@ -61,7 +61,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
           base=pick(test=(192,), cpu=(384,), gpu=(4096,), paper=(1024, 4096, 8192)),
           others=pick(test=(192,), cpu=(384,), gpu=(2048,), paper=(1024, 4096, 8192)),
         ),
-        count=pick(test=2, cpu=40, gpu=200),
+        count=pick(test=2, cpu=200),
         batch=pick(test=4, cpu=20, gpu=50),
         late=24,  # last tokens of a prompt, its question, that a cache meets after it has dropped entries
       ),
