@@ -66,7 +66,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         batch=pick(test=2, cpu=8, gpu=32),
         longest=pick(test=256, cpu=1024, gpu=4096),
         chunk=pick(test=128, cpu=128, gpu=1024),
-        rate=1e-3,
+        rate=pick(cpu=1e-3, gpu=3e-4),
         held_out=pick(test=1, cpu=4, gpu=16),
       ),
       sizes=pick(test=(128, 256), cpu=(128, 256, 512, 1024, 2048), gpu=(1024, 2048, 4096, 8192, 16_384, 32_768)),
