@@ -187,6 +187,17 @@ def share_out(function: Callable[[Array], Array], stack: Float[Array, "stack row
   return stack
 
 
+def each_row(function: Callable[..., Array], *arrays: Array) -> Array:
+  """`function(*arrays)` of arrays (batch, ...) whose rows do not meet, and of scalars: each device takes rows of its
+  own, for programs that the partitioner cannot split by itself. The result is placed as the first array."""
+  mesh = _mesh()
+  if mesh is None:
+    return function(*arrays)
+  place = lambda a: spec(("batch", *[None] * (a.ndim - 1))[: a.ndim], a.shape, mesh)
+  specs = tuple(map(place, arrays))
+  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
 def stored(tree) -> list[NamedSharding | None]:
   """Where the leaves of a tree of parameters are kept, in the order of `jax.tree.leaves`; None without a mesh."""
   mesh = _mesh()

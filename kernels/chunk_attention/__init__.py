@@ -6,6 +6,7 @@ multiplies what it hides, and writes a derivative of as many numbers.
 import jax
 import jax.numpy as jnp
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice
 from jaxlab.kernels import cudnn as library
 from jaxlab.kernels.chunk_attention import cudnn
@@ -37,7 +38,7 @@ def behind(q, k, v, *, start, window: int | None = None, implementation: str | N
     InputError: an unknown implementation, shapes that do not fit, or a problem that cuDNN cannot take.
   """
   if _checked(q, k, v, window, implementation) == "cudnn":
-    return cudnn.behind(q, k, v, jnp.asarray(start, jnp.int32))
+    return meshes.each_row(cudnn.behind, q, k, v, jnp.asarray(start, jnp.int32))
   query, key = (start + jnp.arange(q.shape[1]))[:, None], jnp.arange(k.shape[1])
   return _masked(q, k, v, ((key <= query) & _within(query, key, window))[None])
 
@@ -62,7 +63,7 @@ def packed(q, k, v, segments, *, pieces: int, window: int | None = None, impleme
     f"{segments.shape} do not fit: expected (batch, chunk, heads, head_dim) twice and (batch, chunk)")  # fmt: skip
   require(pieces >= 1, f"pieces is {pieces}; a chunk has one or more")
   if _checked(q, k, v, window, implementation) == "cudnn":
-    return cudnn.packed(q, k, v, lengths(segments, max(pieces, 2)))
+    return meshes.each_row(cudnn.packed, q, k, v, lengths(segments, max(pieces, 2)))
   place = jnp.arange(q.shape[1])
   see = (place <= place[:, None]) & _within(place[:, None], place, window)
   return _masked(q, k, v, see & (segments[:, :, None] == segments[:, None]))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.kernels import cudnn as library
 from jaxlab.kernels.chunk_attention import behind, cudnn, lengths, packed, preferred
@@ -96,6 +97,35 @@ def test_packed_sequences_are_blind_to_each_other(monkeypatch, how):
     "cudnn": lambda q, k, v: cudnn.packed(q, k, v, lengths(segments, 3)),
   }[how]
   close(jax.jit(lambda *a: with_gradients(attend, *a))(q, k, v, against), plain)
+
+
+@pytest.mark.parametrize("shape", [{"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}])
+def test_each_device_calls_cudnn_for_rows_of_its_own(monkeypatch, shape):
+  """Its lengths and sums are not the partitioner's to split."""
+  cudnn_by_definition(monkeypatch)
+  seen_by, call = [], library.module().dot_product_attention
+
+  def counted(q, *args, **how):
+    seen_by.append(len(q))
+    return call(q, *args, **how)
+
+  monkeypatch.setattr(library.module(), "dot_product_attention", counted)
+  q, k, v, against = problem(batch=8)
+  mesh = meshes.make_mesh(shape)
+  segments = jnp.tile(pieces_of(RUNS[:1]), (8, 1))
+  mine = lambda a: a[:, :CHUNK]
+  for attend in (
+    lambda q, k, v: behind(q, k, v, start=jnp.int32(8)),
+    lambda q, k, v: packed(q, mine(k), mine(v), segments, pieces=3),
+  ):
+    alone = with_gradients(attend, q, k, v, against)
+    seen_by.clear()
+    with meshes.using(mesh):
+      spec = lambda a: meshes.spec(("batch", None, None, None), a.shape, mesh)
+      place = lambda a, spec=spec: jax.device_put(a, jax.NamedSharding(mesh, spec(a)))
+      shared = jax.jit(lambda *a, attend=attend: with_gradients(attend, *a))(*map(place, (q, k, v, against)))
+    close(shared, alone)
+    assert set(seen_by) == {8 // (shape["data"] * shape.get("fsdp", 1))}
 
 
 @pytest.mark.parametrize(("size", "chunk", "start"), [(64, 256, 0), (64, 256, 512), (128, 512, 1024), (64, 128, 640)])
