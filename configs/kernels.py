@@ -27,7 +27,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       experiment="kernels",
       scale=scale,
       kernels=(
-        *("decode_block", "decode_attention", "paged_attention", "block_mass"),
+        *("decode_block", "decode_attention", "paged_attention", "block_mass", "chunk_attention"),
         *("rotary_qkv", "residual_norm", "bitstack_matmul", "xnor_matmul"),
       ),
       tiny=pick(cpu=True, gpu=False),

@@ -62,12 +62,13 @@ def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
   Where the reference does not fit, cuDNN stands in for it.
   """
   oracle = "reference" if "reference" in bench.rivals else "cudnn"
-  outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in ("triton", oracle)]
+  outputs = [jax.tree.leaves(jax.jit(bench.rivals[n])(*bench.arrays, bench.carry)[0]) for n in (bench.ours, oracle)]
   wide = [[a.astype(jnp.float32) for a in output] for output in outputs]
   apart = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(*wide, strict=True))
   seconds = {name: timing.device_seconds(_steady(f, bench), repetitions) for name, f in bench.rivals.items()}
   milliseconds = {name: 1e3 * s for name, s in seconds.items() if s is not None}
-  return {"difference": apart, "milliseconds": milliseconds, "floor_ms": 1e3 * bench.bytes / bandwidth}
+  floor = 1e3 * bench.bytes / bandwidth
+  return {"difference": apart, "milliseconds": milliseconds, "floor_ms": floor, "ours": bench.ours}
 
 
 def _steady(function, bench):
@@ -79,7 +80,7 @@ def _steady(function, bench):
 def over_rivals(case: dict) -> float:
   """How many times as fast as the best rival the kernel is; `mosaic_gpu` is another form of it, no rival."""
   others = {name: ms for name, ms in case["milliseconds"].items() if name != "mosaic_gpu"}
-  ours = others.pop("triton")
+  ours = others.pop(case.get("ours", "triton"))
   return min(others.values()) / ours
 
 
