@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.checks import require, require_divides
-from jaxlab.kernels.bitstack_matmul import reference
+from jaxlab.kernels.bitstack_matmul import bitstack_matmul, reference
 
 
 class Quantised(nnx.Module):
@@ -239,6 +239,7 @@ class SignStack(nnx.Module):
   (*stack, blocks, outputs, rank); v: (*stack, blocks, rank, inputs); scale: s, (*stack, inputs), or None where it is
   folded into what comes before; count: int32 (*stack), the blocks in use: data, so that a change compiles nothing;
   held: the blocks that each layer of a stack has, where others have more: the rest are zeros, which no file holds.
+  A few rows on a GPU or TPU are multiplied with the bits as they are; else W is written out first.
   """
 
   kind = "sign_stack"
@@ -259,7 +260,8 @@ class SignStack(nnx.Module):
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     x = x if self.scale is None else x / self.scale[...].astype(x.dtype)
-    return x @ self.weight().T.astype(x.dtype)
+    parts = self.signs[...], self.u[...], self.v[...], self.count[...]
+    return bitstack_matmul(x.reshape(-1, x.shape[-1]), *parts).reshape(*x.shape[:-1], -1)
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import pytest
 from jax import export
 
 from jaxlab.core.checks import InputError
+from jaxlab.kernels import bitstack_matmul as bitstack_module
 from jaxlab.kernels.bitstack_matmul import bitstack_matmul
 from jaxlab.models.packed_maps import SignStack, pack_signs
 from tests.common import interpreted
@@ -25,7 +26,7 @@ def test_it_is_the_map_of_its_first_blocks(implementation, rows, inputs, outputs
   how = dict(implementation=implementation, interpret=interpreted(implementation))
   run = jax.jit(lambda count: bitstack_matmul(x, signs, u, v, count, **how))
   for count in (1, 2, 3):
-    expected = SignStack(signs, u, v, None, jnp.int32(count))(x)
+    expected = x @ SignStack(signs, u, v, None, jnp.int32(count)).weight().T
     np.testing.assert_allclose(run(jnp.int32(count)), expected, rtol=1e-4, atol=1e-3)
   assert run._cache_size() == 1
 
@@ -38,6 +39,36 @@ def test_sixteen_bits_come_back_as_they_went_in(implementation):
   assert found.dtype == expected.dtype == jnp.bfloat16
   wide = lambda a: np.asarray(a, np.float32)
   assert np.abs(wide(found) - wide(expected)).max() < 2**-6 * np.abs(wide(expected)).max()
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_its_derivative_is_the_references(implementation):
+  x, signs, u, v = problem(rows=3)
+
+  def pulled(name):
+    run = lambda *given: bitstack_matmul(
+      given[0], signs, *given[1:], jnp.int32(2), implementation=name, interpret=interpreted(name)
+    )
+    out, pull = jax.vjp(run, x, u, v)
+    return pull(jnp.cos(out))
+
+  for ours, theirs in zip(pulled(implementation), pulled("reference"), strict=True):
+    np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=2e-3, atol=2e-2)
+
+
+def test_a_map_takes_the_kernel_of_its_device(monkeypatch):
+  """Also under a stack's vmap and a prompt's two axes; many rows have W written out."""
+  x, signs, u, v = problem(rows=6)
+  stack = SignStack(signs, u, v, jnp.full(72, 2.0), jnp.int32(2))
+  plain = (x / 2) @ stack.weight().T
+  taken, kernel = [], bitstack_module._by_kernel
+  interpreted_kernel = lambda name, interpret, x, *rest: taken.append(x.shape[0]) or kernel(name, True, x, *rest)
+  monkeypatch.setattr(bitstack_module, "_by_kernel", interpreted_kernel)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  np.testing.assert_allclose(stack(x.reshape(2, 3, 72)).reshape(6, -1), plain, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(jax.vmap(stack)(x[:, None])[:, 0], plain, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(stack(jnp.tile(x, (2, 1)))[6:], plain, rtol=1e-4, atol=1e-3)
+  assert taken == [6, 1]
 
 
 def test_it_lowers_for_tpus_and_for_cuda():
