@@ -27,7 +27,8 @@ def left_out() -> Iterator[None]:
     _left_out -= 1
 
 
-def chosen() -> bool:
+def allowed() -> bool:
+  """Whether a program that has a choice may take it: not within `left_out`."""
   return not _left_out
 
 

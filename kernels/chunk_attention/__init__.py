@@ -16,7 +16,7 @@ IMPLEMENTATIONS = (None, "reference", "cudnn")
 
 def preferred(q, k, window: int | None) -> bool:
   """Whether `behind` and `packed` take cuDNN by themselves."""
-  return library.chosen() and cudnn.supports(q, k, window)
+  return library.allowed() and cudnn.supports(q, k, window)
 
 
 def behind(q, k, v, *, start, window: int | None = None, implementation: str | None = None):

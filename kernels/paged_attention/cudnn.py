@@ -14,7 +14,7 @@ NEEDS = (
 
 
 def preferred(*problem) -> bool:
-  return cudnn.chosen() and supports(*problem)
+  return cudnn.allowed() and supports(*problem)
 
 
 def supports(q, keys, values, table, count, start, sizes) -> bool:
