@@ -58,7 +58,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
       least=3,  # sub-questions, or there are none
       count=pick(test=8, cpu=200, gpu=2000),  # questions a depth
       solving=dict(
-        steps=pick(test=2, cpu=1600, gpu=4000, paper=20_000),
+        steps=pick(test=2, cpu=1600, gpu=8000, paper=20_000),
         batch=pick(test=8, cpu=32, gpu=512, paper=1024),
         rate=pick(cpu=5e-3, gpu=2e-3, paper=1e-3),
       ),
