@@ -8,8 +8,8 @@ books, at equal parameters of the blocks; at scale gpu on two networks trained h
 
 Scale cpu printed (2026-12-01), perplexity on held-out books at 0.8, 0.6 and 0.5 of the parameters (smollm2: 0.8):
 
-  base, 41.0     STRUPRUNE 51.1, 81.0, 101    global oracle 53.1, 99.5, 125    Wanda-sp 57.7, 102, 264    FLAP 52.7, 89.2
-  smollm2, 49.1  STRUPRUNE 61.4               global oracle 75.0               Wanda-sp 97.0              FLAP 62.5
+  base, 41.0     STRUPRUNE 51.1, 81.0, 101   global oracle 53.1, 99.5, 125   Wanda-sp 57.7, 102, 264   FLAP 52.7, 89.2
+  smollm2, 49.1  STRUPRUNE 61.4              global oracle 75.0              Wanda-sp 97.0             FLAP 62.5
 
 A model of one's own, pruned to a folder:
 
