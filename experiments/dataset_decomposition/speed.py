@@ -8,14 +8,17 @@ from experiments.dataset_decomposition.data import most_documents
 from experiments.dataset_decomposition.training import CONCAT, MASKED, kind_of, loss_of
 from experiments.text import adam_in_state, model_config
 from jaxlab.core import mesh as meshes
+from jaxlab.kernels import chunk_attention
 from jaxlab.models import Transformer
 from jaxlab.training import loop
 
 _BOS = 0
+MASK = "a mask given to the same attention"
 
 
 def measure(config, vocab_size: int) -> dict:
-  """{"milliseconds": {kind: median, p10, p90}, "temporaries": {kind: bytes}, "flops": {kind: of the model, a token}}.
+  """{"milliseconds": {kind: median, p10, p90}, "temporaries": {kind: bytes}, "flops": {kind: of the model, a token},
+  "apart": by what documents of masked rows are kept apart}.
 
   Whole steps, optimizer included, with as many tokens each, in one process and turn by turn; nothing is compiled, and
   no row is made, while the clock runs. Concat-and-chunk's step is that of the longest bucket.
@@ -39,7 +42,10 @@ def measure(config, vocab_size: int) -> dict:
   contestants = {kind: step(CONCAT, length) for kind, length in lengths.items()}
   contestants[kind_of(config, MASKED)] = step(MASKED, 2**config.high)
   times = timing.compare(contestants, repetitions=config.speed.repetitions, warmup=1)
+  heads = jax.ShapeDtypeStruct((1, 1, shape.q_heads, shape.head_dim), config.train.dtype)
+  packed = chunk_attention.preferred(heads, heads, None)
   return dict(
+    apart="documents in cuDNN's packed layout" if packed else MASK,
     milliseconds=times.summary(),
     temporaries={kind: contestant.memory()["temporaries"] for kind, contestant in contestants.items()},
     flops={kind: shape.flops_per_token(length) for kind, length in lengths.items()},
