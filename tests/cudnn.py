@@ -1,19 +1,21 @@
 """The calls of cuDNN that no CPU can make, by their definition."""
 
 import enum
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 
-from jaxlab.kernels import cudnn
+from jaxlab.kernels import chunk_attention, cudnn
 
 _Mask = enum.Enum("Mask", ["PADDING", "CAUSAL"])
 
 
 def cudnn_by_definition(monkeypatch) -> None:
   """What `kernels.chunk_attention` calls of cuDNN, worked out from the definition on any machine in any precision;
-  what cuDNN leaves unwritten is no number."""
+  what cuDNN leaves unwritten is no number. Within a call numbers have 32 bits or more."""
+  wide = lambda *arrays: [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
 
   def see_of(q, k, q_seqlen, kv_seqlen, offsets, mask):
     query, key = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
@@ -34,14 +36,18 @@ def cudnn_by_definition(monkeypatch) -> None:
   def dot_product_attention(
     q, k, v, *, scale, mask_type, q_seqlen=None, kv_seqlen=None, q_offsets=None, kv_offsets=None, return_residual=False
   ):
-    see = see_of(q, k, q_seqlen, kv_seqlen, q_offsets, mask_type)
+    see, dtype = see_of(q, k, q_seqlen, kv_seqlen, q_offsets, mask_type), q.dtype
+    q, k, v = wide(q, k, v)
     score = scores(q, k, see, scale)
     total = jax.nn.logsumexp(score, axis=-1)
     out = jnp.einsum("bhqk,bkhd->bqhd", jnp.exp(score - total[..., None]), jnp.repeat(v, q.shape[2] // v.shape[2], 2))
+    out = out.astype(dtype)
     return (out, total) if return_residual else out
 
   def bind(q, k, v, bias, q_seqlen, kv_seqlen, *rest, scale, mask_type, **how):
     *_, total, out, cotangent = rest
+    dtype = q.dtype
+    q, k, v, out, cotangent = wide(q, k, v, out, cotangent)
     see = see_of(q, k, q_seqlen, kv_seqlen, None, mask_type)
     weight = jnp.exp(scores(q, k, see, scale) - total[..., None])
     group = q.shape[2] // k.shape[2]
@@ -54,7 +60,7 @@ def cudnn_by_definition(monkeypatch) -> None:
     if mask_type == _Mask.PADDING:
       unwritten = jnp.arange(k.shape[1])[None, :, None, None] >= kv_seqlen[:, None, None, None]
       to_k, to_v = (jnp.where(unwritten, jnp.nan, a) for a in (to_k, to_v))
-    return to_q, to_k, to_v
+    return tuple(a.astype(dtype) for a in (to_q, to_k, to_v))
 
   found = types.SimpleNamespace(
     dot_product_attention=dot_product_attention,
@@ -63,4 +69,5 @@ def cudnn_by_definition(monkeypatch) -> None:
     _dot_product_attention_bwd_p_wrapper=types.SimpleNamespace(bind=bind),
   )
   monkeypatch.setattr(cudnn, "module", lambda: found)
+  monkeypatch.setattr(chunk_attention, "_proved", functools.cache(chunk_attention._proved.__wrapped__))
   monkeypatch.setattr(cudnn, "takes", lambda q, keys: True)

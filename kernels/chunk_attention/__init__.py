@@ -3,11 +3,14 @@ that share it. Causal, with its derivative, and without a mask where cuDNN can d
 multiplies what it hides, and writes a derivative of as many numbers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.core import mesh as meshes
-from jaxlab.core.checks import require, require_choice
+from jaxlab.core.checks import require, require_choice, warn_once
 from jaxlab.kernels import cudnn as library
 from jaxlab.kernels.chunk_attention import cudnn
 
@@ -16,7 +19,41 @@ IMPLEMENTATIONS = (None, "reference", "cudnn")
 
 def preferred(q, k, window: int | None) -> bool:
   """Whether `behind` and `packed` take cuDNN by themselves."""
-  return library.allowed() and cudnn.supports(q, k, window)
+  return library.allowed() and cudnn.supports(q, k, window) and _proved()
+
+
+@functools.cache
+def _proved() -> bool:
+  """Whether cuDNN gives the reference's outputs and derivatives on a small problem, tried once a process: JAX promises
+  nothing of what is called here, and a wrong derivative would train on without a word."""
+  with jax.ensure_compile_time_eval():
+    rng = np.random.default_rng(0)
+    q, k, v, against = (
+      jnp.asarray(rng.normal(size=(2, n, heads, 64)), jnp.bfloat16)
+      for n, heads in ((128, 2), (512, 1), (512, 1), (128, 2))
+    )
+    segments = jnp.asarray(np.repeat(np.arange(4), (30, 1, 57, 40))[None].repeat(2, axis=0))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def through(implementation, q, k, v):
+      how = dict(implementation=implementation)
+      ways = [functools.partial(behind, start=start, **how) for start in (jnp.int32(0), jnp.int32(256))]
+      ways.append(lambda q, k, v: packed(q, k[:, :128], v[:, :128], segments, pieces=5, **how))
+      results = [jax.vjp(way, q, k, v) for way in ways]
+      return [(out, *pull(against)) for out, pull in results]
+
+    try:
+      ours, theirs = (jax.tree.leaves(through(name, q, k, v)) for name in ("cudnn", "reference"))
+    except Exception as error:  # whatever a new version of a private function says
+      warn_once(f"cuDNN's calls fail here ({type(error).__name__}); chunks attend under XLA's mask")
+      return False
+    wide = lambda a: np.asarray(a, np.float32)
+    near = all(
+      np.abs(wide(a) - wide(b)).max() < 2**-5 * np.abs(wide(b)).max() for a, b in zip(ours, theirs, strict=True)
+    )
+  if not near:
+    warn_once("cuDNN's calls give other numbers than the reference here; chunks attend under XLA's mask")
+  return near
 
 
 def behind(q, k, v, *, start, window: int | None = None, implementation: str | None = None):
@@ -49,8 +86,8 @@ def packed(q, k, v, segments, *, pieces: int, window: int | None = None, impleme
   Args:
     q, k, v: (batch, chunk, heads, head_dim), as many keys as queries.
     segments: int32 (batch, chunk), one number for the tokens of a sequence, another than its neighbours'.
-    pieces: how many sequences a row has at most, padding at its end counted as one; more would be read as one
-      sequence by cuDNN, whose memory grows with it.
+    pieces: how many sequences a row has at most, padding at its end counted as one: cuDNN's memory grows with it, and
+      a row that has more comes out as NaN.
     window, implementation: as of `behind`.
 
   Returns:
@@ -63,7 +100,9 @@ def packed(q, k, v, segments, *, pieces: int, window: int | None = None, impleme
     f"{segments.shape} do not fit: expected (batch, chunk, heads, head_dim) twice and (batch, chunk)")  # fmt: skip
   require(pieces >= 1, f"pieces is {pieces}; a chunk has one or more")
   if _checked(q, k, v, window, implementation) == "cudnn":
-    return meshes.each_row(cudnn.packed, q, k, v, lengths(segments, max(pieces, 2)))
+    out = meshes.each_row(cudnn.packed, q, k, v, lengths(segments, max(pieces, 2)))
+    more = (segments[:, 1:] != segments[:, :-1]).sum(axis=1) >= pieces
+    return jnp.where(more[:, None, None, None], jnp.nan, out)
   place = jnp.arange(q.shape[1])
   see = (place <= place[:, None]) & _within(place[:, None], place, window)
   return _masked(q, k, v, see & (segments[:, :, None] == segments[:, None]))

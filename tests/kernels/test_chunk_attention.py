@@ -1,6 +1,7 @@
 """Chunks behind a cache and packed sequences: the reference by hand, cuDNN's calls put together by it."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.core import mesh as meshes
-from jaxlab.core.checks import InputError
+from jaxlab.core.checks import InputError, warn_once
+from jaxlab.kernels import chunk_attention
 from jaxlab.kernels import cudnn as library
 from jaxlab.kernels.chunk_attention import behind, cudnn, lengths, packed, preferred
 from tests.cudnn import cudnn_by_definition
@@ -150,8 +152,44 @@ def test_cudnn_equals_the_reference(size, chunk, start):
       np.testing.assert_allclose(ours, theirs, atol=2**-6 * np.abs(theirs).max())
 
 
+def test_cudnn_is_taken_by_itself_where_its_numbers_are_right(monkeypatch):
+  """JAX promises none of these calls: one that changed, or is gone, must not train on without a word."""
+  q, k, *_ = problem()
+  cudnn_by_definition(monkeypatch)
+  proved, found = chunk_attention._proved.__wrapped__, library.module()
+  assert proved() and preferred(q, k, None)
+  assert jax.jit(lambda x: x if proved() else -x)(1.0) == 1  # also while a program is traced
+
+  def wrong(part):
+    def bind(*given, **how):
+      *given, total, out, cotangent = given
+      total, out = (total + 0.5, out) if part == "sums" else (total, 2 * out)
+      return found._dot_product_attention_bwd_p_wrapper.bind(*given, total, out, cotangent, **how)
+
+    return types.SimpleNamespace(
+      **vars(found) | {"_dot_product_attention_bwd_p_wrapper": types.SimpleNamespace(bind=bind)}
+    )
+
+  for part in "sums", "out":
+    monkeypatch.setattr(library, "module", functools.partial(wrong, part))
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="cuDNN's calls give other numbers than the reference"):
+      assert not proved()
+  monkeypatch.setattr(library, "module", types.SimpleNamespace)
+  with pytest.warns(UserWarning, match=r"cuDNN's calls fail here \(InputError\)"):
+    assert not proved()
+
+
+def test_a_row_of_more_sequences_than_said_is_no_number(monkeypatch):
+  cudnn_by_definition(monkeypatch)
+  q, k, v, _ = problem(batch=3, room=CHUNK)
+  out = packed(q, k, v, pieces_of(RUNS), pieces=2)
+  assert jnp.isnan(out[0]).all() and jnp.isfinite(out[1:]).all()
+
+
 def test_nothing_takes_cudnn_by_itself_where_it_is_left_out(monkeypatch):
   q, k, *_ = problem()
+  monkeypatch.setattr(chunk_attention, "_proved", lambda: True)
   monkeypatch.setattr(cudnn, "supports", lambda q, k, window: window is None)
   assert preferred(q, k, None) and not preferred(q, k, 4)
   with library.left_out():
