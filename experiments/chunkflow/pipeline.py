@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments import timing
 from experiments.chunkflow import arms, speed
+from jaxlab.kernels import chunk_attention
 from jaxlab.sequence.chunkflow import Cost, pack
 from jaxlab.sequence.chunkflow_pipeline import Memory, choose, simulate
 
@@ -30,7 +31,7 @@ def example() -> dict:
 def fitted(config, vocabulary: int) -> dict:
   """Seconds of a chunk's forward and backward as call + token * n + pair * n^2, by least squares over chunks of several
   sizes: {"cost": [call, token, pair], "error": largest relative}. Attention is causal: where a kernel skips what comes
-  later, a pair under a chunk's mask costs up to twice what is found."""
+  later, half of the n^2 pairs are met, and each costs twice what is found."""
   model, runs = speed.fresh(config, vocabulary), {}
   for size in config.sizes:
     arm = arms.arm("one", chunk=size)
@@ -48,13 +49,17 @@ def fitted(config, vocabulary: int) -> dict:
 
 def simulated(config, fit: dict) -> dict:
   """Seconds of a global batch by stage-wise pipelines at the fitted costs: ChunkFlow's choice, and sequences whole."""
-  p, cost = config.pipeline, Cost(*(value / config.pipeline.stages for value in fit["cost"]))
+  p = config.pipeline
+  head = jax.ShapeDtypeStruct((config.shape.head_dim,), config.dtype)
+  call, token, square = (value / p.stages for value in fit["cost"])
+  masked = not chunk_attention.preferred(head, head, None)
+  cost = Cost(call, token, square if masked else 2 * square, masked)
   sizes = speed.lengths(config.batch, p.longest, config.seed).tolist()
   memory = Memory(0.0, 1.0, 0.0)  # in tokens of activations
   how = dict(cost=cost, memory=memory, limit=float("inf"), stages=p.stages)
   options = choose(sizes, chunks=p.chunks, keeps=p.keeps, **how)
   rows = {f"{limit}": [one._asdict() for one in options if one.chunk * one.keep <= limit] for limit in p.limits}
-  whole = [[cost.call + cost.token * n + cost.pair * n * n] for n in sorted(sizes, reverse=True)]
+  whole = [[call + token * n + square * n * n] for n in sorted(sizes, reverse=True)]
   trace = simulate(whole, stages=p.stages)
   packed = [[cost.forward(p.longest, 0)] for _ in pack(sizes, p.longest).groups]
   return {

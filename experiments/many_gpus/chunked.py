@@ -11,6 +11,7 @@ from experiments import timing
 from experiments.chunkflow import arms, speed
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require_divides
+from jaxlab.kernels import chunk_attention
 from jaxlab.models import Transformer
 from jaxlab.models.config import TransformerConfig, qwen3
 from jaxlab.sequence import chunkflow, seco
@@ -39,7 +40,7 @@ def measure(spec, devices: list[int], console) -> dict[str, dict]:
 
 def _chunkflow(spec, config: TransformerConfig, devices: list[int]) -> tuple[GradientFn, dict, dict]:
   """(gradient, {number of devices: the batch}, {number of devices: its balance})."""
-  s, cost = spec.chunkflow, operations(config)
+  s, cost = spec.chunkflow, operations(config, spec.dtype)
   sizes = speed.lengths(s.batch, s.longest, s.seed)
   ids = np.random.default_rng(0).integers(0, config.vocab_size, int(sizes.sum()) + 1)
   sequences, plan = speed.sequences(ids, sizes), chunkflow.pack(sizes, s.chunk)
@@ -57,10 +58,13 @@ def _seco(spec, config: TransformerConfig, devices: list[int]) -> tuple[Gradient
   return seco.gradient(chunk=s.chunk), dict.fromkeys(devices, batch), {}
 
 
-def operations(config: TransformerConfig) -> chunkflow.Cost:
+def operations(config: TransformerConfig, dtype: str) -> chunkflow.Cost:
   """Floating-point operations of a chunk's forward: matrix products, and scores and sums of values for every pair."""
+  head = jax.ShapeDtypeStruct((config.head_dim,), dtype)
   return chunkflow.Cost(
-    token=2.0 * config.matmul_parameters, pair=4.0 * config.depth * config.q_heads * config.head_dim
+    token=2.0 * config.matmul_parameters,
+    pair=4.0 * config.depth * config.q_heads * config.head_dim,
+    masked=not chunk_attention.preferred(head, head, None),
   )
 
 

@@ -138,18 +138,22 @@ def schedule(chunks: int, keep: int) -> list[tuple[str, int]]:
 class Cost(NamedTuple):
   """Seconds, or any unit, of a chunk's forward: call + token * tokens + pair * (pairs of a query and a key it meets).
 
-  Counted is what `gradient` runs by XLA. Chunks are padded, so all cost a whole one; the queries of one meet the keys
-  of `common.rung` chunks, its own and those before it among them; a backward costs two forwards, and where a sequence
-  is cut its attention runs forward once more. cuDNN has up to a half less to do.
+  Counted is what `gradient` runs. Chunks are padded, so all cost a whole one; a backward costs two forwards. Under a
+  mask the queries of one meet the keys of `common.rung` chunks, its own and those before it among them, and where a
+  sequence is cut its attention runs forward once more; else they meet what is before them and half of their chunk.
+
+  Attributes:
+    masked: by XLA under a mask, or else by `kernels.chunk_attention` without.
   """
 
   call: float = 0.0
   token: float = 1.0
   pair: float = 0.0
+  masked: bool = True
 
   def attention(self, chunk: int, place: int) -> float:
     """Of the chunk with `place` chunks of its group before it."""
-    return self.pair * chunk * chunk * common.rung(place + 1)
+    return self.pair * chunk * chunk * (common.rung(place + 1) if self.masked else place + 0.5)
 
   def forward(self, chunk: int, place: int) -> float:
     return self.call + self.token * chunk + self.attention(chunk, place)
@@ -157,7 +161,7 @@ class Cost(NamedTuple):
   def passes(self, chunk: int, chunks: int) -> tuple[list[float], list[float]]:
     """(forward, backward) of every chunk of a group."""
     forward = [self.forward(chunk, place) for place in range(chunks)]
-    again = [self.attention(chunk, place) if chunks > 1 else 0.0 for place in range(chunks)]
+    again = [self.attention(chunk, place) if chunks > 1 and self.masked else 0.0 for place in range(chunks)]
     return forward, [2 * one + more for one, more in zip(forward, again, strict=True)]
 
   def group(self, chunk: int, chunks: int, keep: int) -> float:

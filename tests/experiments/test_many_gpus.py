@@ -1,5 +1,6 @@
 """What the training step sends between devices, and the experiment that measures it, at scale test."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -165,9 +166,9 @@ def test_every_scale_has_batches_that_its_devices_can_share_evenly():
     config = config_file.get_config(scale)
     c = config.chunked
     plan = chunkflow.pack(speed.lengths(c.chunkflow.batch, c.chunkflow.longest, c.chunkflow.seed), c.chunkflow.chunk)
-    cost = chunked.operations(qwen3(**c.shape.to_dict(), context=c.chunkflow.longest))
-    for devices in (n for n in config.devices if n <= 4):
-      assert 1 <= chunked.balance(plan, devices, c.chunkflow.keep, cost) < 1.05
+    cost = chunked.operations(qwen3(**c.shape.to_dict(), context=c.chunkflow.longest), c.dtype)
+    for devices, masked in itertools.product((n for n in config.devices if n <= 4), (True, False)):
+      assert 1 <= chunked.balance(plan, devices, c.chunkflow.keep, cost._replace(masked=masked)) < 1.05
 
 
 def test_the_cost_model_finds_the_times_it_was_made_from():

@@ -255,6 +255,14 @@ def test_costs_count_what_the_schedule_does():
     assert chunkflow.Cost().group(3, chunks, keep) <= 4 / 3 * chunkflow.Cost().group(3, chunks, chunks)
 
 
+def test_without_a_mask_a_sequence_costs_the_pairs_it_has():
+  """However it is cut: half of its square, once forwards."""
+  cost = chunkflow.Cost(pair=1, masked=False)._replace(token=0.0)
+  for chunks in (1, 3, 8):
+    forward, backward = cost.passes(5, chunks)
+    assert sum(forward) == (5 * chunks) ** 2 / 2 and backward == [2 * one for one in forward]
+
+
 def test_attention_is_run_on_the_pairs_that_its_cost_counts():
   """Counted as it runs, backwards twice: sequences in 6, 2 and 1 chunks need 21 + 3 + 1 blocks a forward, the prefixes
   have 27 + 3 + 1, and the whole cache for all that are cut would be 64 + 1."""
