@@ -21,9 +21,7 @@ TRACKED = [
   if name and (ROOT / name).is_file()
 ]
 PAPERS = sorted(f.stem for f in TRACKED if f.parent == Path("configs") and f.stem not in ("__init__", "scales"))
-OPEN = {  # not yet measured on a GPU; README's table says so
-  "contexts", "tnt",
-}  # fmt: skip
+OPEN = {"contexts"}  # not yet measured on a GPU; README's table says so
 RUNS = {f"{run['paper']}.{report.name_of(run)}": run for run in report.load()}
 # Larger means less work, or none, for these.
 INVERSE = ("rate", "checkpoint_every", "lengthscale", "share", "ridge", "ratio")
