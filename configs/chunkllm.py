@@ -53,6 +53,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         ),
         recall=0.25,  # share of the rows that are questions about facts in text
         rate=1e-3,
+        ends_rate=3e-2,  # of the chunk adapter, one linear unit: at the others' it finds next to no end
         warmup=pick(test=1, cpu=10),
         block=pick(test=32, cpu=128),
         top=pick(test=1, cpu=4, gpu=8),  # chunks of the recall

@@ -43,12 +43,13 @@ def trained(config, name: str, initial: ChunkAdapters, workdir: Path, cache: Pat
     value, parts = adapter_loss(adapters, network, batch["inputs"], batch["labels"], **how)
     return value, parts._asdict()
 
+  factor = lambda name: t.ends_rate / t.rate if name in ("w", "b") else 1.0
   with console.training(f"adapters of {name}") as progress:
     return loop.train(
       initial,
       data,
       loss,
-      adam(t.rate, steps=sizes.steps, warmup=t.warmup),
+      adam(t.rate, steps=sizes.steps, warmup=t.warmup, factor=factor),
       steps=sizes.steps,
       workdir=workdir / f"adapters.{name}",
       seed=config.seed,

@@ -162,16 +162,23 @@ def adamw(
     optax.clip_by_global_norm(1.0),
     optax.scale_by_adam(b1=0.9, b2=0.95),
     optax.add_decayed_weights(weight_decay, mask=lambda tree: by_name(decayed, tree)),
-    optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, by_name(factor, updates))),
+    _scaled(factor),
     optax.scale_by_schedule(schedule),
   )
 
 
-def adam(rate: float, *, steps: int, warmup: int = 40) -> optax.GradientTransformation:
+def adam(
+  rate: float, *, steps: int, warmup: int = 40, factor: Callable[[str], float] = lambda name: 1.0
+) -> optax.GradientTransformation:
   """Adam without decay, for changing a trained network: gradients clipped to norm 1, betas (0.9, 0.95).
 
-  The rate rises linearly over `warmup` steps and falls linearly to 0 at the last of `steps`.
+  The rate rises linearly over `warmup` steps and falls linearly to 0 at the last of `steps`; a parameter's is that
+  times the factor of its dotted name.
   """
   shape = lambda count: jnp.minimum((count + 1) / max(warmup, 1), 1 - count / steps)
   schedule = lambda count: rate * shape(count)
-  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.95))
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.95), _scaled(factor))
+
+
+def _scaled(factor: Callable[[str], float]) -> optax.GradientTransformation:
+  return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, by_name(factor, updates)))

@@ -156,3 +156,14 @@ def test_adamw_warms_up_stays_and_cools_down_by_the_root():
   share[32:] = 1 - np.sqrt(np.arange(8) / 8)
   np.testing.assert_allclose(weight, 1e-2 * share * (1 + 0.1 * 2.0), rtol=1e-4)
   np.testing.assert_allclose(gain, 1e-2 * share * 0.5, rtol=1e-4)
+
+
+def test_adam_rises_and_falls_in_lines_at_a_rate_by_name():
+  params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+  made = optimizers.adam(1e-2, steps=20, warmup=4, factor=lambda name: 30.0 if name == "b" else 1.0)
+  update, state, seen = jax.jit(made.update), made.init(params), []
+  for _ in range(20):
+    moved, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+    seen.append((-moved["a"][0], -moved["b"][0]))
+  rate = 1e-2 * np.minimum((np.arange(20) + 1) / 4, 1 - np.arange(20) / 20)
+  np.testing.assert_allclose(np.array(seen), rate[:, None] * [1, 30], rtol=1e-4)
