@@ -105,7 +105,7 @@ def test_any_transformer_that_does_not_smear(name):
 
 
 def test_adapters_alone_are_trained():
-  """Up to float32, in which adapters are merged."""
+  """Exactly so, and the model stays."""
   model, batch = model_of(), text()
   adapters = lora.init(model, jax.random.key(1), rank=2, where=lambda name: name in ("blocks.q", "blocks.v"))
   adapters = dataclasses.replace(adapters, b=jax.tree.map(lambda b: b + 0.1, adapters.b))
@@ -114,7 +114,7 @@ def test_adapters_alone_are_trained():
   run = seco.gradient(chunk=16, attention=precise, model_of=merged)
   _, ours = jax.jit(lambda adapters, model: run(adapters, batch, 0, jax.random.key(0), model))(adapters, model)
   assert jax.tree.structure(ours) == jax.tree.structure(adapters)
-  close(flat(ours), flat(expected), 1e-6)
+  close(flat(ours), flat(expected))
 
 
 def test_all_chunks_visited_is_seco():
