@@ -453,6 +453,7 @@ def test_bad_input():
     (lambda: chunkflow.materialize(plan, rows[:1]), "the plan is of 2 sequences, not 1"),
     (lambda: chunkflow.materialize(plan, texts((3, 21))), r"sequence 1 has inputs \(21,\) and targets \(21,\)"),
     (lambda: chunkflow.batches(rows, batch=3, chunk=C), "batch is 3; there are 2 sequences"),
+    (lambda: next(iter(chunkflow.batches(rows, batch=2, chunk=32, context=19))), "has 20 tokens, more than .* of 19"),
     (lambda: run(model, {"inputs": 1, "targets": 2}, 0, None), "the batch has inputs, targets; ChunkFlow's are made"),
     (lambda: run(shape_of(configs()["nanochat"]), batch, 0, None), "models that smear embeddings"),
     (
