@@ -275,21 +275,26 @@ def batches(
   ranks: int = 1,
   cost: Cost = Cost(),
   seed: int = 0,
+  context: int | None = None,
 ) -> grain.IterDataset:
   """Endless batches of `batch` sequences for `training.loop.train`, shuffled anew each epoch; `iter(...)` has get_state
   and set_state. One process feeds all devices.
 
   Args:
     sequences, keep, ranks, cost: as of `materialize`; ranks is the mesh's data x fsdp, or a multiple of it.
+    context: of the model; None: only what `gradient` sees of lengths is checked.
 
   Raises:
-    InputError: sizes below 1, or fewer sequences than a batch has.
+    InputError: sizes below 1, fewer sequences than a batch has, or, once it is drawn, a sequence beyond `context`.
   """
   require_counts(batch=batch, chunk=chunk, keep=keep, ranks=ranks)
   require(len(sequences) >= batch, f"batch is {batch}; there are {len(sequences)} sequences, give more or lower it")
 
   def load(rows):
-    plan = pack([len(row["inputs"]) for row in rows], chunk)
+    lengths = [len(row["inputs"]) for row in rows]
+    beyond = f"a sequence has {max(lengths)} tokens, more than the model's context of {context}"
+    require(context is None or max(lengths) <= context, f"{beyond}; cut it, or give the model a longer context")
+    plan = pack(lengths, chunk)
     return materialize(plan, rows, keep=keep, ranks=ranks, cost=cost)
 
   order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
@@ -320,7 +325,7 @@ def gradient(
   Raises:
     InputError: a batch that has no program, a model that smears embeddings, whose chunks would need the token before
       them, sequences beyond the model's context (as far as the size of the cache says so: always where the context is
-      1, 2, 4, ... chunks), or a mesh that splits more than the batch.
+      1, 2, 4, ... chunks; `batches` knows every length), or a mesh that splits more than the batch.
   """
 
   def run(params, batch, step, key, *frozen):

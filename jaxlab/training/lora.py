@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxlab.core.checks import require
 from jaxlab.models import LanguageModel, LanguageModelConfig
-from jaxlab.models.layers import Linear
+from jaxlab.models.layers import Linear, wide
 from jaxlab.models.map_forms import FORMS
 
 
@@ -71,14 +71,14 @@ def init(
 
 
 def merge(model: LanguageModel, lora: Lora) -> LanguageModel:
-  """The model with W + scale A B in the place of every adapted W, added in float32, in the dtype of W; `Adapted` maps
-  where there is no W."""
+  """The model with W + scale A B in the place of every adapted W, added in float32 or better, in the dtype of W;
+  `Adapted` maps where there is no W."""
 
   def one(path, linear):
     name = _name(path)
     if name not in lora.a:
       return linear
-    a, b = (part[name].astype(jnp.float32) for part in (lora.a, lora.b))
+    a, b = (wide(part[name]) for part in (lora.a, lora.b))
     if not isinstance(linear, Linear):
       skipped = linear.shape[0] - a.shape[0] if a.ndim > 2 else 0
       late = lambda part: jnp.pad(part, [(skipped, 0)] + [(0, 0)] * (part.ndim - 1))

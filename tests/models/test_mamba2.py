@@ -50,7 +50,10 @@ def by_scan(x, dt, a, b, c, initial):
 
 
 def test_chunks_scan_and_steps_are_one_recurrence():
-  """Chunks that divide, that do not, of one token and longer than the row; from a state and from zero; float64."""
+  """Chunks that divide, that do not, of one token and longer than the row; from a state and from zero.
+
+  In float64, and in float32 to its digits.
+  """
   with jax.enable_x64(True):
     *given, initial = map(jnp.asarray, inputs())
     expected, last = jax.jit(by_scan)(*given, initial)
@@ -67,6 +70,10 @@ def test_chunks_scan_and_steps_are_one_recurrence():
     half, middle = ssd(*(v if v.ndim == 1 else v[:, :6] for v in given), chunk=4, initial=initial)
     rest, _ = ssd(*(v if v.ndim == 1 else v[:, 6:] for v in given), chunk=4, initial=middle)
     np.testing.assert_allclose(jnp.concatenate([half, rest], axis=1), expected, atol=1e-12)
+  y, state = jax.jit(lambda *given: ssd(*given[:5], chunk=4, initial=given[5]))(*(np.float32(v) for v in inputs()))
+  assert y.dtype == jnp.float32
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(state, last, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("begins", [(0, 5), (3, 4, 8), (12,)], ids=str)

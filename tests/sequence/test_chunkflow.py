@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlab.core import mesh as meshes
@@ -144,7 +144,6 @@ def test_without_any_of_its_parts_the_gradient_is_another(double, known):
 
 
 def test_adapters_alone_are_trained(double, known):
-  """Up to float32, in which adapters are merged."""
   model, rows, _ = known
   adapters = lora.init(model, jax.random.key(1), rank=2, where=lambda name: name in ("blocks.q", "blocks.v"))
   adapters = dataclasses.replace(adapters, b=jax.tree.map(lambda b: b + 0.1, adapters.b))
@@ -154,10 +153,16 @@ def test_adapters_alone_are_trained(double, known):
   run = chunkflow.gradient(attend=precise, model_of=merged)
   _, ours = jax.jit(lambda adapters: run(adapters, batch, 0, None, model))(adapters)
   assert jax.tree.structure(ours) == jax.tree.structure(adapters)
-  assert np.linalg.norm(flat(ours) - flat(expected)) < 1e-6 * np.linalg.norm(flat(expected))
+  assert np.linalg.norm(flat(ours) - flat(expected)) < 1e-10 * np.linalg.norm(flat(expected))
 
 
 @given(LISTS, st.integers(1, 25))
+@example([1], 25)
+@example([60], 25)
+@example([25, 26, 24, 1], 25)
+@example([1, 25, 7, 7, 12], 25)  # all short
+@example([60, 26, 50, 51], 25)  # all cut
+@example([5, 1, 2], 1)
 def test_every_token_is_in_one_chunk_and_none_is_too_large(lengths, chunk):
   plan = chunkflow.pack(lengths, chunk)
   seen = {i: [] for i in range(len(lengths))}
@@ -174,9 +179,8 @@ def test_every_token_is_in_one_chunk_and_none_is_too_large(lengths, chunk):
   assert plan == chunkflow.pack(lengths, chunk)
 
 
-@given(st.lists(st.integers(1, 10), min_size=1, max_size=7))
-def test_short_sequences_need_few_chunks(sizes):
-  """11/9 of the fewest and one at most, against every way there is."""
+def test_short_sequences_need_few_chunks():
+  """11/9 of the fewest and one at most, against every way there is, for up to eight of them."""
 
   def fewest(left, rooms):
     if not left:
@@ -186,8 +190,11 @@ def test_short_sequences_need_few_chunks(sizes):
     ]
     return min([*ways, fewest(left[1:], (*rooms, 10 - left[0]))])
 
-  best = fewest(sizes, ())
-  assert best <= len(chunkflow.pack(sizes, 10).groups) <= 11 * best / 9 + 1
+  rng = np.random.default_rng(0)
+  for count in [*range(1, 9)] * 5:
+    sizes = rng.integers(1, 11, count).tolist()
+    best = fewest(sizes, ())
+    assert best <= len(chunkflow.pack(sizes, 10).groups) <= 11 * best / 9 + 1
 
 
 def test_the_papers_illustration():
@@ -197,8 +204,10 @@ def test_the_papers_illustration():
   assert [sum(p.stop - p.start for p in group[0]) for group in plan.groups[1:]] == [9, 9, 9]
 
 
-@given(st.integers(1, 12), st.integers(1, 12))
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("keep", [1, 2, 3, 12, 13])
 def test_a_schedule_is_algorithm_2(chunks, keep):
+  """Every chunk forward once or twice and backward once, descending; no more than K keep their activations."""
   steps, live, known = chunkflow.schedule(chunks, keep), set(), set()
   for what, i in steps:
     if what in ("drop", "keep"):
@@ -221,6 +230,7 @@ def test_a_batch_holds_every_token_once_and_few_shapes(lengths, chunk, keep, ran
   used = batch["segments"].reshape(ranks, -1) >= 0
   assert used.sum() == sum(lengths) and (batch["targets"][~used] == -1).all()
   whole = lambda name: sorted(np.concatenate([row[name] for row in rows]).tolist())
+  assert sorted(batch["positions"].reshape(ranks, -1)[used]) == sorted(t for length in lengths for t in range(length))
   assert all(sorted(batch[name][used].tolist()) == whole(name) for name in ("inputs", "targets"))
   done = [i for own in batch["program"] for line in own for i in line[2:] if line[0] != chunkflow._FORWARD and i >= 0]
   assert len(done) == sum(-(-length // chunk) for length in lengths if length > chunk) + sum(
@@ -364,8 +374,9 @@ def test_the_best_sizes_are_chosen():
 
 
 def test_memory_grows_by_the_cache_alone():
-  """By 6 times a position's keys and values in float32: they are kept and summed, both again at branches,
-  held by the layers and sent back. The attention has no scores; jax's has one layer's, a chunk times the cache."""
+  """From 4 chunks to 32 by 6 times a position's keys and values in float32, within a tenth: they are kept and summed,
+  both again at branches, held by the layers and sent back. The attention has no scores; jax's has one layer's, a chunk
+  times the cache."""
   config, chunk = dataclasses.replace(CONFIG, depth=8), 16
   model = random_model(config)
 
@@ -379,18 +390,22 @@ def test_memory_grows_by_the_cache_alone():
     return run.lower(model, jax.tree.map(jnp.asarray, batch)).compile().memory_analysis().temp_size_in_bytes
 
   layer = 2 * config.kv_heads * config.head_dim * 4
-  assert temporaries(32 * chunk) - temporaries(16 * chunk) < 16 * chunk * layer * 6 * config.depth
+  grown = temporaries(32 * chunk) - temporaries(4 * chunk)
+  assert grown == pytest.approx((32 - 4) * chunk * layer * 6 * config.depth, rel=0.1)
 
 
 def test_a_run_trains_by_it_on_eight_devices(tmp_path):
-  """In three lines; both losses are those of plain steps on the sequences one by one."""
+  """In three lines; losses, and the model after two steps, are those of plain steps on the sequences one by one."""
   rows, model = texts((3, 30, 5, 1, 17, 8, 9, 2), seed=1), random_model(dataclasses.replace(CONFIG, depth=1))
   data = chunkflow.batches(rows, batch=8, chunk=C, ranks=8)
   how = dict(steps=2, workdir=tmp_path, compute_dtype="float32", mesh=meshes.make_mesh({"data": 4, "fsdp": 2}))
-  loop.train(model, data, None, optax.sgd(0.1), gradient_fn=chunkflow.gradient(), **how)
+  trained = loop.train(model, data, None, optax.sgd(0.1), gradient_fn=chunkflow.gradient(), **how)
   plain = jax.jit(lambda model: jax.value_and_grad(loss_of)(model, rows))
+  down = lambda model, gradient: jax.tree.map(lambda a, g: a - 0.1 * g, model, gradient)
   loss, gradient = plain(model)
-  second, _ = plain(jax.tree.map(lambda a, g: a - 0.1 * g, model, gradient))
+  second, more = plain(down(model, gradient))
+  moved, expected = (flat(after) - flat(model) for after in (trained, down(down(model, gradient), more)))
+  assert np.linalg.norm(moved - expected) < 1e-4 * np.linalg.norm(expected)
   lines = read_metrics(tmp_path)
   np.testing.assert_allclose([line["loss"] for line in lines], [loss, second], rtol=1e-4)
   assert lines[0]["tokens"] == sum((row["targets"] >= 0).sum() for row in rows) and second < loss - 0.1
@@ -438,6 +453,7 @@ def test_bad_input():
     (lambda: chunkflow.materialize(plan, rows[:1]), "the plan is of 2 sequences, not 1"),
     (lambda: chunkflow.materialize(plan, texts((3, 21))), r"sequence 1 has inputs \(21,\) and targets \(21,\)"),
     (lambda: chunkflow.batches(rows, batch=3, chunk=C), "batch is 3; there are 2 sequences"),
+    (lambda: next(iter(chunkflow.batches(rows, batch=2, chunk=32, context=19))), "has 20 tokens, more than .* of 19"),
     (lambda: run(model, {"inputs": 1, "targets": 2}, 0, None), "the batch has inputs, targets; ChunkFlow's are made"),
     (lambda: run(shape_of(configs()["nanochat"]), batch, 0, None), "models that smear embeddings"),
     (

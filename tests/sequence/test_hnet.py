@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import InputError
 from jaxlab.data import byte_level, packing
-from jaxlab.models import HNet, HNetConfig
+from jaxlab.models import HNet, HNetConfig, chunking
 from jaxlab.sequence import hnet
 from jaxlab.training import losses, optimizers
 from jaxlab.training.loop import train
@@ -90,12 +90,34 @@ def test_a_step_moves_each_stage_by_its_own_rate_and_only_matrices_decay(model):
   assert {name.rpartition(".")[2] for name in still} == {"gain", "bias", "conv_bias", "dt_bias", "a_log", "skip", "pad"}
 
 
-def test_gradients_reach_the_router_through_smoothing_through_confidence_and_through_the_ratio(model, batch):
-  loss = hnet.loss_of(CONFIG, TIME, slack=None)
+def test_gradients_reach_the_router_through_smoothing_and_through_confidence(model, batch, monkeypatch):
+  """By each alone, and by both as their sum: what is multiplied by 1 forwards can be left out backwards."""
 
-  def nats_of(model, batch):
-    value, metrics = loss(model, batch, 0, None)
-    return metrics["nats"], (value, metrics)
+  smooth, straight_through, stop = chunking.smooth, chunking.straight_through, jax.lax.stop_gradient
+  ways = {
+    "both": {},
+    "smoothing": dict(straight_through=lambda c: stop(straight_through(c))),
+    "confidence": dict(smooth=lambda z, probability, starts=None: smooth(z, stop(probability), starts)),
+  }
+
+  @jax.jit
+  def gradients(model):
+    found = {}
+    for way, changed in ways.items():
+      with monkeypatch.context() as patch:
+        for name, function in changed.items():
+          patch.setattr(chunking, name, function)
+        nats = lambda model: losses.language_model_loss(model, batch)[0]
+        found[way] = jax.grad(nats)(model).stage.chunker.q[...]
+    return found
+
+  found = gradients(model)
+  assert all(float(jnp.abs(found[way]).max()) > 1e-6 for way in ways)
+  np.testing.assert_allclose(found["smoothing"] + found["confidence"], found["both"], rtol=1e-3, atol=1e-7)
+
+
+def test_the_loss_is_that_of_the_bytes_and_of_what_is_cut(model, batch):
+  loss = hnet.loss_of(CONFIG, TIME, slack=None)
 
   @jax.jit
   def by_hand(model, batch):
@@ -103,12 +125,20 @@ def test_gradients_reach_the_router_through_smoothing_through_confidence_and_thr
     nats = losses.mean_loss(losses.token_losses(model, (x, None), batch["targets"]), batch["targets"])
     return nats, hnet.ratio_loss(chunks.probability, chunks.cut, 3.0), chunks
 
-  gradient, (value, metrics) = jax.jit(jax.grad(nats_of, has_aux=True))(model, batch)
-  assert float(jnp.abs(gradient.stage.chunker.q[...]).max()) > 1e-6
+  value, metrics = jax.jit(lambda model, batch: loss(model, batch, 0, None))(model, batch)
   nats, ratio, chunks = by_hand(model, batch)
   np.testing.assert_allclose(value, nats + 0.03 * ratio, rtol=1e-5)
   np.testing.assert_allclose(metrics["share_0"], chunks.cut.mean(), rtol=1e-5)
   assert metrics["overflow_0"] == 0
+
+
+def test_a_row_of_one_byte_is_a_chunk_whatever_the_byte(model):
+  """Also those that no UTF-8 has, and the marks of documents."""
+  every = np.arange(256, dtype=np.int32)[:, None]
+  both = np.concatenate([every, every[::-1]], axis=1)
+  x, (chunks,), longer = jax.jit(lambda model: (*model.chunked(every), model.chunked(both)[0]))(model)
+  assert (chunks.count == 1).all() and len(np.unique(np.round(x, 4), axis=0)) == 256
+  np.testing.assert_allclose(longer[:, :1], x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_demotes_and_says_how_much(model):

@@ -43,17 +43,17 @@ def test_a_sentence_or_a_line_is_a_unit():
   assert skip_thinking.split_units("  ") == []
 
 
-@given(st.integers(0, 60), st.integers(1, 8))
-def test_average_chunks_cover_all_units_in_sizes_that_differ_by_one_at_most(units, chunks):
-  cuts = average_chunks(units, chunks)
-  sizes = np.diff(cuts)
-  assert len(cuts) == chunks + 1 and cuts[0] == 0 and cuts[-1] == units and sizes.min() >= 0
-  if units >= chunks:
-    assert sizes.max() - sizes.min() <= 1 and cuts[1:-1] == tuple(
-      int(m * units / chunks + 0.5) for m in range(1, chunks)
-    )
-  else:
-    assert sizes.tolist() == [1] * units + [0] * (chunks - units)
+@pytest.mark.parametrize("chunks", range(1, 9))
+def test_average_chunks_cover_all_units_in_sizes_that_differ_by_one_at_most(chunks):
+  for units in range(61):
+    cuts = average_chunks(units, chunks)
+    sizes = np.diff(cuts)
+    assert len(cuts) == chunks + 1 and cuts[0] == 0 and cuts[-1] == units and sizes.min() >= 0
+    if units >= chunks:
+      assert sizes.max() - sizes.min() <= 1
+      assert cuts[1:-1] == tuple(int(m * units / chunks + 0.5) for m in range(1, chunks))
+    else:
+      assert sizes.tolist() == [1] * units + [0] * (chunks - units)
 
 
 def test_a_row_reads_as_the_sheet_writes_it():
@@ -234,6 +234,11 @@ def test_the_parser_takes_anything(tokens):
   assert not skip_thinking.same_answer(Sample([], [], [1]), None)
 
 
+def test_a_part_of_an_answer_is_another_answer():
+  same = lambda answer: skip_thinking.same_answer(Sample([], [], [1, 2]), answer)
+  assert same((1, 2)) and not any(map(same, ((1,), (2,), (1, 2, 3), (3, 1, 2), (2, 1), ())))
+
+
 def test_a_student_stops_at_the_end_and_prompts_of_any_number_are_answered(model):
   samples, _ = make(count=5)
   prompts = [skip_thinking.prompt(s, TAGS) for s in samples]
@@ -265,7 +270,9 @@ def test_a_student_trained_on_ones_own_samples_learns_them_chunk_by_chunk(tmp_pa
     optax.adam(5e-3), steps=200, workdir=tmp_path, compute_dtype="float32",
   )  # fmt: skip
   respond = skip_thinking.student(trained, TAGS, tokens=16, batch=8)
-  thoughts = [skip_thinking.parse(text, TAGS) for text in respond([skip_thinking.prompt(s, TAGS) for s in samples])]
+  written = respond([skip_thinking.prompt(s, TAGS) for s in samples])
+  assert all(text.index(TAGS.end) == len(text) - 1 < 15 for text in written)  # it stops there, with room for more
+  thoughts = [skip_thinking.parse(text, TAGS) for text in written]
   assert all(skip_thinking.same_answer(s, thought.answer) for s, thought in zip(samples, thoughts, strict=True))
   assert [thought.chunks for thought in thoughts] == [((1, (10 + i,)), (2, (20 + i,)), (3, (30,))) for i in range(8)]
 

@@ -337,6 +337,12 @@ def test_queries_and_keys_turn_by_their_place_in_the_chunk():
   assert differ(out, recall(plain, x, q, k, v))
 
 
+def test_a_row_of_one_token_is_the_first_of_a_longer_one():
+  layer, x = layer_of(), tokens(8)
+  one, longer = jax.jit(lambda layer, x: (layer(x[:, :1]), layer(x)))(layer, x)
+  same(one, longer[:, :1])
+
+
 def test_equal_memories_add_up():
   layer, x = layer_of(dataclasses.replace(CONFIG, global_chunk=None, local_chunks=(4,))), tokens(8)
   q, k, v = parts_of(layer, x)
