@@ -225,6 +225,22 @@ def test_the_closed_form_is_the_run_of_the_rule_and_ends_where_parity_says(disks
   assert (closed.pegs[-1] == (2 if disks % 2 == 0 else 1)).all()
 
 
+def test_the_closed_form_is_the_rule_for_every_number_of_disks_up_to_ten():
+  """All steps of 1 to 10 disks at once: each state follows from the one before, from all on peg 0 to the parity's."""
+  present = np.repeat(np.arange(1, 11), 2 ** np.arange(1, 11))
+  step = np.concatenate([np.arange(2**n) for n in range(1, 11)])
+  ends, disk = step + 1 == 2**present, np.arange(1, 11)
+  state = jax.tree.map(np.asarray, hanoi.state_before(jnp.asarray(step), 10, jnp.asarray(present)))
+  move, after = jax.tree.map(np.asarray, jax.jit(lambda *state: hanoi.take_step(hanoi.State(*state)))(*state))
+  for walked, formula in zip(after, state, strict=True):
+    np.testing.assert_array_equal(walked[:-1][~ends[:-1]], formula[1:][~ends[:-1]])
+  assert hanoi.legal(state.pegs, move)[~ends].all()
+  there = disk <= present[:, None]
+  np.testing.assert_array_equal(state.pegs[step == 0], np.where(there[step == 0], 0, 3))
+  goal = np.where(present % 2 == 0, 2, 1)[:, None]
+  np.testing.assert_array_equal(state.pegs[ends], np.where(there, goal, 3)[ends])
+
+
 def test_a_million_steps_stay_within_int32():
   step = jnp.array([0, 1, 2**19, 2**20 - 2, 2**20 - 1])
   pegs = np.asarray(hanoi.state_before(step, 20).pegs)
