@@ -1,6 +1,7 @@
 """Programs, operators, the search over them, and the handlers that need no model."""
 
 import functools
+import itertools
 import json
 import re
 import string
@@ -56,6 +57,18 @@ def test_letters_are_concatenated_whatever_the_number_of_words_the_position_and_
     questions.append(f'Take {place} of the words in "{" ".join(words)}" and concatenate them using {how}.')
     at = -1 if "last" in place else int(place.split()[-1]) - 1
     expected.append(between.join(word[at] for word in words))
+  assert [outcome.answer for outcome in solve(questions, "letter_cat", LETTER_CAT)] == expected
+
+
+def test_every_position_and_delimiter_of_3_to_12_words_is_right():
+  words = ["absolute", "boundary", "creature", "daughter", "economic", "familiar", "guidance", "hospital", "identity"]
+  words += ["judgment", "keyboard", "language"]
+  delimiters = {"a space": " ", "a comma": ",", "a semi-colon": ";", "nothing": ""}
+  questions, expected = [], []
+  for number, place, (how, between) in itertools.product((3, 4, 5, 8, 12), (*range(1, 8), -1), delimiters.items()):
+    where = "the last letters" if place < 0 else f"the letters at position {place}"
+    questions.append(f'Take {where} of the words in "{" ".join(words[:number])}" and concatenate them using {how}.')
+    expected.append(between.join(word[place if place < 0 else place - 1] for word in words[:number]))
   assert [outcome.answer for outcome in solve(questions, "letter_cat", LETTER_CAT)] == expected
 
 

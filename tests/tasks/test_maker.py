@@ -157,6 +157,17 @@ def test_a_race_without_an_end_stops_at_the_most_samples_and_is_counted():
   assert found.capped == 100 and (found.flagged == 20).all() and (found.votes == 0).all()
 
 
+def counting(flags, item, tries, key):
+  """Says which sample of its item it is; the first ones are flagged."""
+  return jnp.stack([item, tries], axis=-1).astype(jnp.uint32), tries < flags
+
+
+def test_every_item_begins_with_a_first_sample_which_alone_may_be_of_temperature_0():
+  for flags in (0, 2):
+    found = maker.decide(counting, jnp.int32(flags), 90, margin=1, key=KEY, width=16)
+    assert (found.said[:, 1] == flags).all() and (found.flagged == flags).all() and (found.votes == 1).all()
+
+
 def test_results_do_not_depend_on_what_is_kept_for_more_items_or_told_between():
   told = []
   a = decide(0.2, 3000, capacity=3000)
