@@ -94,3 +94,12 @@ def test_who_gives_its_pages_up_came_last_and_is_served_next():
   plan = policies.sarathi(policies.View(running, waiting, pages, ROWS, BUDGET, 3, PART, 1))
   assert plan.preempt == [third] and plan.decode == [first, second] and not plan.chunks
   assert list(waiting) == [third, late] and third.tokens == [0] * 8
+
+
+@pytest.mark.parametrize(("watermark", "taken"), [(1, True), (2, False)])
+def test_nobody_new_takes_the_last_pages(watermark, taken):
+  """A prompt of 15 tokens and its first one need four of five."""
+  pages, waiting, running = Pages(6, 4, index=False), deque(), []
+  waiting.append(Served(Request("a", [0] * 15, 9), [0] * 15, 0))
+  plan = policies.sarathi(policies.View(running, waiting, pages, ROWS, BUDGET, 3, PART, watermark))
+  assert bool(plan.chunks) == bool(running) == taken != bool(waiting) and pages.held == 4 * taken

@@ -172,6 +172,8 @@ def test_operators_put_answers_into_questions_and_collect_what_comes_back():
   assert run("(filter(#2)) [h] #1 #2", ["x", ["v", "w"]], is_w) == (['"x" v', '"x" w'], ["w"])
   assert run("(project_values) [h] PARA #C", [], lambda text: text[5:], ("p", "q"))[1] == ["PARA_1", "PARA_2"]
   assert run("(project) [h] #1", [[]], upper) == ([], [])
+  said = {"a": True, "b": "YES", "c": "1", "d": "True", "e": False, "f": "no", "g": "yes, it is", "h": "0", "i": ""}
+  assert run("(filter) [h] #1", [[*said]], said.get)[1] == ["a", "b", "c", "d"]
   tenth = [[str(i)] for i in range(12)]
   assert run("[h] #12 #1", tenth, upper)[0] == ['["11"] ["0"]']
 
