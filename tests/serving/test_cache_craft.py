@@ -89,18 +89,31 @@ def test_all_rows_in_any_order_and_padding_are_an_ordinary_prefill(kind):
   np.testing.assert_allclose(np.asarray(seen.received).sum(), 3 * 30, rtol=1e-5)
 
 
-def test_no_row_sees_past_its_own_position():
+@pytest.mark.parametrize(("rows", "capacity"), [(30, 64), (64, 64), (48, 96)])
+def test_padding_of_any_size_is_an_ordinary_prefill(rows, capacity):
+  tokens = np.random.default_rng(0).integers(0, 64, 30)
+  place = np.pad(np.random.default_rng(3).permutation(30), (0, rows - 30), constant_values=-1)
+  logits, cached, _ = rows_of(np.where(place < 0, 9, tokens[place]), place, capacity=capacity, read=range(30))
+  expected, keys, values = whole("llama", tuple(tokens.tolist()))
+  np.testing.assert_allclose(logits[0], expected[place[:30]], **CLOSE)
+  np.testing.assert_allclose(cached.keys[:, 0, :30], keys[:, :30], **CLOSE)
+  np.testing.assert_allclose(cached.values[:, 0, :30], values[:, :30], **CLOSE)
+
+
+@given(st.integers(0, 10_000))
+def test_no_row_sees_past_its_own_position(seed):
   """A later token that changes changes no earlier row, though rows stand in another order and others are cached."""
   tokens = np.random.default_rng(0).integers(0, 64, 30)
   _, cached, _ = rows_of(tokens, np.arange(30))
-  rows = np.array([25, 4, 11, 29, -1, 17])
+  rows = np.random.default_rng(seed).permutation(30)[:6]
+  rows[4], at = -1, np.sort(rows[:4])[2]  # two rows before it at least
   before = rows_of(tokens[rows], rows, cached=cached, read=range(6))[0][0]
   changed = tokens.copy()
-  changed[17] = (tokens[17] + 1) % 64
+  changed[at] = (tokens[at] + 1) % 64
   after = rows_of(changed[rows], rows, cached=cached, read=range(6))[0][0]
-  same = (rows < 17) & (rows >= 0)
+  same = (rows < at) & (rows >= 0)
   np.testing.assert_array_equal(before[same], after[same])
-  assert all(np.abs(before - after)[rows >= 17].max(axis=1) > 1e-3)
+  assert all(np.abs(before - after)[rows >= at].max(axis=1) > 1e-3)
   np.testing.assert_allclose(before[same], whole("llama", tuple(tokens.tolist()))[0][rows[same]], **CLOSE)
 
 
@@ -151,6 +164,9 @@ def test_with_all_computed_again_it_is_the_full_prefill(choose):
 def test_the_same_prompt_again_is_read_from_the_cache(choose):
   found, store = served_twice(choose, (0, 1, 2))
   np.testing.assert_allclose(found.logits, whole("llama", tuple(found.plan.tokens.tolist()))[0][-3:], **CLOSE)
+  first = serve(network(), ChunkStore(SYSTEM), chunks(), QUESTION)
+  for ours, theirs in zip(found.cached[0], first.cached[0], strict=True):
+    np.testing.assert_array_equal(ours[:, 0, :26], theirs[:, 0, :26])  # what made them, to the bit
   assert found.plan.computed.sum() == len(QUESTION) and all(found.plan.exact) and len(store) == 3
 
 
@@ -286,6 +302,17 @@ def test_so_many_layers_are_loaded_ahead_that_none_waits_and_no_more(layers, loa
 
   depth = preload_depth(layers, load, compute)
   assert not waits(depth) and waits(depth - 1) and preload_depth(layers, 0, compute) == 0
+
+
+def test_a_prompt_keeps_its_tokens_in_their_order_whatever_is_stored_of_them():
+  """In a store of two chunks, a variant each, which forgets as it goes."""
+  store, rng = ChunkStore(SYSTEM, chunks=2, variants=1), np.random.default_rng(0)
+  known = chunks(5)
+  for choose in (craft(), craft(0.0), as_cached, same_prefix, everything) * 2:
+    order = rng.permutation(5)[:3]
+    found = serve(network(), store, [known[i] for i in order], QUESTION, choose=choose)
+    assert found.plan.tokens.tolist() == [*SYSTEM, *(token for i in order for token in known[i]), *QUESTION]
+    assert len(store) <= 2
 
 
 def test_what_cannot_be_is_refused_in_one_line():

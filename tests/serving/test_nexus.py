@@ -126,7 +126,7 @@ def test_a_longer_context_of_the_prefill_slows_the_same_decode_by_a_third():
 
 
 @functools.cache
-def states(count=2000):
+def states(count=2600):
   """(loads, current percent, phase with priority, machines) at random, in float64."""
   rng = np.random.default_rng(0)
   tokens, past = rng.integers(1, 2048, count), rng.integers(0, 12_000, count)
@@ -151,13 +151,13 @@ def test_the_greedy_search_is_the_best_of_all_splits_where_costs_are_monotone(se
     cost = jax.jit(jax.vmap(jax.vmap(nexus.seconds_of, (None, 0, None, None, None)), (0, None, 0, 0, None)))
     mine, other = (np.asarray(cost(p, percents, loads, machines, settings)) for p in (phase, 1 - phase))
   monotone = (np.diff(mine) <= 0).all(1) & (np.diff(other) <= 0).all(1)
-  assert monotone.mean() > 0.6 and len(set(best[monotone].tolist())) > 40
+  assert monotone.sum() >= 2000 and len(set(best[monotone].tolist())) > 40
   np.testing.assert_array_equal(found[monotone], best[monotone])
   assert count.max() <= 100
   limit = np.where(phase == PREFILL, settings.beta, settings.alpha) * other[:, 99]
   within = other[np.arange(len(found)), 100 - np.asarray(found) - 1] <= limit
   assert (within | (np.asarray(found) == settings.guard)).all()
-  for i in range(0, 2000, 20):  # the twin in plain Python
+  for i in range(0, 2600, 20):  # the twin in plain Python
     slack = settings.beta if phase[i] == PREFILL else settings.alpha
     assert found[i] == nexus.greedy_search(
       lambda r, i=i: other[i, r - 1], int(current[i]), slack=slack, guard=settings.guard

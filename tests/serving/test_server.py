@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
+import uvicorn
 
 from jaxlab.models import generate, hub, inference
 from jaxlab.models.config import qwen3
 from jaxlab.models.text import raw_prompt
-from jaxlab.serving.__main__ import main
+from jaxlab.serving.__main__ import _parse, _Server, main
 from jaxlab.serving.requests import Request
 from tests.common import SHAPE, random_model, start, wait
 from tests.serving.conftest import Running, until
@@ -271,6 +272,10 @@ def test_limits_and_the_token(network, vocabulary):
     server.close()
 
 
+def test_nobody_else_is_let_in_unless_asked_for():
+  assert _parse([]).host == "127.0.0.1" and _parse(["--host=0.0.0.0"]).host == "0.0.0.0"
+
+
 def test_a_request_that_takes_too_long_is_ended(network, vocabulary):
   server = Running(network, vocabulary, timeout=0.0)
   try:
@@ -331,6 +336,19 @@ def test_the_command_serves_a_folder_and_ends_its_streams_when_told_to(tmp_path,
   assert short[-1] == "data: [DONE]" and '"finish_reason": "length"' in short[-2]
   assert "the server is shutting down" in long[-1]
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(monkeypatch, number):
+  """The first lets what runs come to an end."""
+  done = []
+  monkeypatch.setattr(os, "_exit", done.append)
+  server = _Server(uvicorn.Config(None), lambda: done.append("drain"))
+  with server.capture_signals():
+    signal.raise_signal(number)
+    assert done == ["drain"] and server.should_exit and not server.force_exit
+    signal.raise_signal(number)
+  assert done[:2] == ["drain", 1]  # and there would be no more
 
 
 @pytest.mark.parametrize(

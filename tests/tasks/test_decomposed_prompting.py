@@ -1,6 +1,7 @@
 """Programs, operators, the search over them, and the handlers that need no model."""
 
 import functools
+import itertools
 import json
 import re
 import string
@@ -56,6 +57,18 @@ def test_letters_are_concatenated_whatever_the_number_of_words_the_position_and_
     questions.append(f'Take {place} of the words in "{" ".join(words)}" and concatenate them using {how}.')
     at = -1 if "last" in place else int(place.split()[-1]) - 1
     expected.append(between.join(word[at] for word in words))
+  assert [outcome.answer for outcome in solve(questions, "letter_cat", LETTER_CAT)] == expected
+
+
+def test_every_position_and_delimiter_of_3_to_12_words_is_right():
+  words = ["absolute", "boundary", "creature", "daughter", "economic", "familiar", "guidance", "hospital", "identity"]
+  words += ["judgment", "keyboard", "language"]
+  delimiters = {"a space": " ", "a comma": ",", "a semi-colon": ";", "nothing": ""}
+  questions, expected = [], []
+  for number, place, (how, between) in itertools.product((3, 4, 5, 8, 12), (*range(1, 8), -1), delimiters.items()):
+    where = "the last letters" if place < 0 else f"the letters at position {place}"
+    questions.append(f'Take {where} of the words in "{" ".join(words[:number])}" and concatenate them using {how}.')
+    expected.append(between.join(word[place if place < 0 else place - 1] for word in words[:number]))
   assert [outcome.answer for outcome in solve(questions, "letter_cat", LETTER_CAT)] == expected
 
 
@@ -159,6 +172,8 @@ def test_operators_put_answers_into_questions_and_collect_what_comes_back():
   assert run("(filter(#2)) [h] #1 #2", ["x", ["v", "w"]], is_w) == (['"x" v', '"x" w'], ["w"])
   assert run("(project_values) [h] PARA #C", [], lambda text: text[5:], ("p", "q"))[1] == ["PARA_1", "PARA_2"]
   assert run("(project) [h] #1", [[]], upper) == ([], [])
+  said = {"a": True, "b": "YES", "c": "1", "d": "True", "e": False, "f": "no", "g": "yes, it is", "h": "0", "i": ""}
+  assert run("(filter) [h] #1", [[*said]], said.get)[1] == ["a", "b", "c", "d"]
   tenth = [[str(i)] for i in range(12)]
   assert run("[h] #12 #1", tenth, upper)[0] == ['["11"] ["0"]']
 

@@ -99,6 +99,19 @@ def test_nonsense_is_asked_for_again_then_told_in_one_line(server, reply):
   assert len(asked) == 5
 
 
+def test_what_fails_on_the_way_is_asked_for_again_by_the_client(server, monkeypatch):
+  client, asked, replies = server
+  client = client.with_options(max_retries=2)
+  monkeypatch.setattr("time.sleep", lambda _: None)
+  busy = {"error": {"message": "too many requests"}}
+  replies += [(429, busy), (503, busy), (200, choices(("a", None)))]
+  assert endpoint.completions(client, "m")(["p"]) == [[("a", 0.0)]] and len(asked) == 3
+  replies[:] = [(503, busy)]
+  with pytest.raises(InputError, match=r"too many requests.*see that the endpoint runs"):
+    endpoint.completions(client, "m")(["p"])
+  assert len(asked) == 6
+
+
 def test_an_endpoint_that_refuses_or_is_not_there_is_named(server):
   client, asked, replies = server
   replies.append((404, {"error": {"message": "no model m"}}))

@@ -157,6 +157,17 @@ def test_a_race_without_an_end_stops_at_the_most_samples_and_is_counted():
   assert found.capped == 100 and (found.flagged == 20).all() and (found.votes == 0).all()
 
 
+def counting(flags, item, tries, key):
+  """Says which sample of its item it is; the first ones are flagged."""
+  return jnp.stack([item, tries], axis=-1).astype(jnp.uint32), tries < flags
+
+
+def test_every_item_begins_with_a_first_sample_which_alone_may_be_of_temperature_0():
+  for flags in (0, 2):
+    found = maker.decide(counting, jnp.int32(flags), 90, margin=1, key=KEY, width=16)
+    assert (found.said[:, 1] == flags).all() and (found.flagged == flags).all() and (found.votes == 1).all()
+
+
 def test_results_do_not_depend_on_what_is_kept_for_more_items_or_told_between():
   told = []
   a = decide(0.2, 3000, capacity=3000)
@@ -223,6 +234,22 @@ def test_the_closed_form_is_the_run_of_the_rule_and_ends_where_parity_says(disks
     np.testing.assert_array_equal(walked, formula[1:])
   assert (closed.pegs[0] == 0).all() and closed.last[0] == 0 and hanoi.legal(closed.pegs[:-1], moves).all()
   assert (closed.pegs[-1] == (2 if disks % 2 == 0 else 1)).all()
+
+
+def test_the_closed_form_is_the_rule_for_every_number_of_disks_up_to_ten():
+  """All steps of 1 to 10 disks at once: each state follows from the one before, from all on peg 0 to the parity's."""
+  present = np.repeat(np.arange(1, 11), 2 ** np.arange(1, 11))
+  step = np.concatenate([np.arange(2**n) for n in range(1, 11)])
+  ends, disk = step + 1 == 2**present, np.arange(1, 11)
+  state = jax.tree.map(np.asarray, hanoi.state_before(jnp.asarray(step), 10, jnp.asarray(present)))
+  move, after = jax.tree.map(np.asarray, jax.jit(lambda *state: hanoi.take_step(hanoi.State(*state)))(*state))
+  for walked, formula in zip(after, state, strict=True):
+    np.testing.assert_array_equal(walked[:-1][~ends[:-1]], formula[1:][~ends[:-1]])
+  assert hanoi.legal(state.pegs, move)[~ends].all()
+  there = disk <= present[:, None]
+  np.testing.assert_array_equal(state.pegs[step == 0], np.where(there[step == 0], 0, 3))
+  goal = np.where(present % 2 == 0, 2, 1)[:, None]
+  np.testing.assert_array_equal(state.pegs[ends], np.where(there, goal, 3)[ends])
 
 
 def test_a_million_steps_stay_within_int32():
