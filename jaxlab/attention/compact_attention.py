@@ -143,7 +143,8 @@ def compact(
 
   Args:
     select: one of `selection`, `dhsa_blocks` or `seer_gate.seer`, its options bound, for all layers or one for each;
-      it is given q, the keys or their `SUMMARIES`, past=, block=, the page, and real=, the queries that count.
+      it is given q, the keys or their `SUMMARIES`, past=, block=, the page, and real=, the queries that count. Whatever
+      it chooses, blocks of queries see themselves, and the blocks before them with a key that is no number.
     share: heads that share a table (`block_union`).
     union: False runs every query block on its own blocks instead (`attend_blocks`).
     last: blocks of queries at the end of a prompt, in the chunk that holds it, that see everything and have no part in
@@ -186,7 +187,8 @@ def compact(
     chosen = of_layer(view.layer)(rows, keys, past=view.start, block=page, real=real)
     first = _first_dense(view, time, page, last)
     behind = blocks_behind(view.start, *chosen.shape[2:], page)
-    chosen &= (jnp.arange(time // page)[:, None] < first[:, None, None, None]) | (behind == 0)
+    chosen |= _no_numbers(keys, *chosen.shape[1::2]) & (behind >= 0)
+    chosen = chosen & (jnp.arange(time // page)[:, None] < first[:, None, None, None]) | (behind == 0)
     if union:
       wanted = block_union(chosen, kv_heads=k.shape[2], past=view.start // page, share=share)
       out, _ = attend_union(q, view, wanted, implementation=implementation)
@@ -195,6 +197,12 @@ def compact(
     return _attend_last(out, q, view, first * page, min(last * page, time)), memory
 
   return paged.Method(attend, empty)
+
+
+def _no_numbers(keys, heads: int, blocks: int) -> Bool[Array, "batch q_heads 1 key_blocks"]:
+  """Blocks with a key, or a summary, that is no number: they are read, and seen in the answer, whatever is chosen."""
+  wrong = jnp.isnan(keys).reshape(*keys.shape[:2], blocks, -1).any(axis=3)
+  return jnp.repeat(wrong, heads // keys.shape[1], axis=1)[:, :, None]
 
 
 def real_queries(view: paged.View, time: int) -> Int[Array, "batch"]:
@@ -258,6 +266,7 @@ def quoka(*, queries: float = 0.25, budget: float = 0.25) -> paged.Method:
     position = jnp.arange(capacity)
     past = position < view.start
     # The chunk itself always, then the best of the past; as many as `budget` of the past are.
+    score = jnp.where(jnp.isnan(score), jnp.inf, score)  # what is no number is read, and seen in the answer
     rank = jnp.argsort(jnp.argsort(jnp.where(past, -score, jnp.inf), axis=-1, stable=True), axis=-1)
     kept = past & (rank < jnp.ceil(budget * view.start))
     see = kept[:, :, None] | ((position >= view.start) & (position <= view.start + jnp.arange(time)[:, None]))

@@ -338,17 +338,19 @@ def _method(
     choose = jax.vmap(lambda *row: select_keys(*row, **how))
     heads = len(scores) // len(q)
     first, end = (jnp.repeat(a, heads, axis=0) for a in (jnp.maximum(oldest, 0), edges[:, 1:]))
-    return *choose(scores, bounds, first, end), memory
+    # Scores that are no numbers say nothing about which keys matter: what is attended to is no number either.
+    return *choose(scores, bounds, first, end), jnp.isnan(scores).any(axis=2), memory
 
   def chosen_for_two(q, k, edges, view: paged.View, memory):
     kind, second = memory.places[view.layer]
     at = (slice(edges.shape[1] - 1), slice(min(plan.budget, q.shape[1])))
     if second:
-      return memory.index[kind, :, *at], memory.counts[kind, :, *at], memory
-    index, counts, rule = chosen(q, k, edges, view, memory.rule)
+      index, counts = memory.index[kind, :, *at], memory.counts[kind, :, *at]
+      return index, counts, jnp.zeros(index.shape[:2], bool), memory
+    index, counts, lost, rule = chosen(q, k, edges, view, memory.rule)
     keep = lambda store, new: store.at[kind, :, *at].set(new)
     stored = dict(index=keep(memory.index, index), counts=keep(memory.counts, counts))
-    return index, counts, dataclasses.replace(memory, rule=rule, **stored)
+    return index, counts, lost, dataclasses.replace(memory, rule=rule, **stored)
 
   def attend(q, k, v, view: paged.View, memory):
     if q.shape[1] == 1 or jnp.ndim(view.start):  # behind the prompt
@@ -357,10 +359,11 @@ def _method(
     start = jnp.maximum(view.lengths - plan.instruction, 0)
     blocks = -(-time // plan.block)
     edges = jnp.minimum(jnp.arange(blocks + 1) * plan.block, start[:, None])
-    index, counts, memory = (chosen_for_two if share else chosen)(q, k, edges, view, memory)
+    index, counts, lost, memory = (chosen_for_two if share else chosen)(q, k, edges, view, memory)
     heads = len(index) // len(q)
     rows = (_fold(a, heads) for a in (q, k, v))
     out = attend_gathered(*rows, index, counts, block=plan.block, window=view.window, groups=plan.groups)
+    out = jnp.where(jnp.repeat(lost, plan.block, axis=1)[:, :time, None, None], jnp.nan, out)
     out = jnp.swapaxes(out.reshape(len(q), heads, time, -1, q.shape[3]), 1, 2).reshape(q.shape)
     return _attend_last(out, q, k, v, view, start, min(plan.instruction, time)), memory
 

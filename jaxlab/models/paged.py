@@ -395,6 +395,7 @@ def attend_pages(q, keys, values, table, *, start, window: int | None = None, pl
   shape = (batch, kv_heads, q_heads // kv_heads, time)
   carry = jnp.zeros((*shape, size), wide), jnp.full(shape, _LOWEST, wide), jnp.zeros(shape, wide)
   o, m, l = jax.lax.fori_loop(0, used, one, carry)  # noqa: E741
-  some, safe = l > 0, jnp.where(l > 0, l, 1)
+  some = l != 0  # also of keys that are no numbers
+  safe = jnp.where(some, l, 1)
   out = jnp.moveaxis(o / safe[..., None], 3, 1).reshape(q.shape).astype(q.dtype)
   return out, jnp.moveaxis(jnp.where(some, m + jnp.log(safe), -jnp.inf), 3, 1).reshape(batch, time, q_heads)

@@ -164,6 +164,6 @@ def _reference(q, keys, values, table, count, start, sizes, *, heads: int):
   weight = jnp.where(see, jnp.exp(score - top) * tokens, 0)
   total = weight.sum(axis=-1)
   out = jnp.einsum("rqk,rkd->rqd", weight.astype(value.dtype), value, preferred_element_type=wide)
-  some = total > 0
+  some = total != 0  # also of keys that are no numbers, which the answer shows
   out = jnp.where(some[..., None], out / jnp.where(some, total, 1)[..., None], 0)
   return out.astype(q.dtype), jnp.where(some, top[..., 0] + jnp.log(jnp.where(some, total, 1)), -jnp.inf)

@@ -87,7 +87,7 @@ def _kernel(q, keys, values, table, count, start, *rest, heads: int, block: int,
   # Pages that begin past the last query of this program are not read.
   seen = jnp.minimum(pages, jnp.max(at) // page - first + 1)
   o, m, l = jax.lax.fori_loop(opened, seen, functools.partial(one, True), carry)  # noqa: E741
-  some = l > 0
+  some = l != 0  # also of keys that are no numbers
   safe = jnp.where(some, l, 1.0)
   out[...] = (o / safe[:, None]).astype(out.dtype)
   total[...] = jnp.where(some, (m + jnp.log2(safe)) * math.log(2), -jnp.inf)

@@ -96,7 +96,7 @@ def _kernel(table, count, start, q, keys, values, *rest, heads: int, capacity: i
 
   @pl.when(j == capacity - 1)
   def _():
-    some = l[...] > 0
+    some = l[...] != 0  # also of keys that are no numbers
     safe = jnp.where(some, l[...], 1.0)
     out[...] = (o[...] / safe[:, :1]).astype(out.dtype)
     total[...] = jnp.where(some, m[...] + jnp.log(safe), -jnp.inf)

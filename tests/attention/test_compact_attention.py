@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlab.attention.compact_attention import (
+  SUMMARIES,
   attend_blocks,
   attend_union,
   block_union,
@@ -19,7 +20,7 @@ from jaxlab.attention.compact_attention import (
   quoka,
 )
 from jaxlab.attention.dhsa_blocks import top_blocks
-from jaxlab.attention.seer_gate import seer
+from jaxlab.attention.seer_gate import SeerGate, seer
 from jaxlab.attention.selection import (
   block_means,
   flash_prefill,
@@ -148,6 +149,31 @@ def test_block_sparse_attention_is_softmax_over_the_choice_which_the_union_conta
   assert (of_union >= captured - 1e-5).all() and (of_union > captured + 1e-3).any()
 
 
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "minference by head"])
+def test_no_query_loses_mass_from_the_choice_to_its_tables(name):
+  """Exactly, as a sum of more terms that are not negative is no smaller. 8 heads of 2 key heads in groups of 1, 2 and
+  4: what a part of a group opens, the whole does."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = 2 * jax.random.normal(keys[0], (B, CHUNK, 8, SIZE))
+  k = jax.random.normal(keys[1], (B, KV, CAPACITY, SIZE)) + jax.random.normal(keys[2], (B, KV, CAPACITY, 1))
+  chosen = np.asarray(jax.jit(select, static_argnums=(0, 3))(name, q, k, 32))
+  score = np.einsum("bqhd,bhkd->bhqk", q, np.repeat(k, 4, axis=1)).astype(np.float64) / SIZE**0.5
+  weight = softmax(np.where(causal(32), score, -np.inf))
+  expand = lambda blocks: np.repeat(blocks, BLOCK, axis=-1)
+  mass = np.where(np.repeat(expand(chosen), BLOCK, axis=2), weight, 0).sum(axis=-1)
+  before, sizes = np.zeros((B, 8, BLOCKS), bool), []
+  for share in 1, 2, 4:
+    wanted = block_union(chosen, kv_heads=KV, past=8, share=share)
+    table, count = page_table(wanted.reshape(-1, BLOCKS), 8, 12)
+    opened = np.array([np.isin(np.arange(BLOCKS), row[:n]) for row, n in zip(table, count[:, 1], strict=True)])
+    opened = np.repeat(opened.reshape(B, -1, BLOCKS), share, axis=1)
+    held = np.where(expand(opened)[:, :, None], weight, 0).sum(axis=-1)
+    assert (held >= mass).all() and (held > mass).any() and (held <= 1 + 1e-12).all()
+    assert (before <= opened).all()
+    before, sizes = opened, [*sizes, opened.sum()]
+  assert sizes[0] < sizes[-1]
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("past", [0, 16, 32])
 def test_selectors_look_backwards_alone_and_always_at_the_own_block(name, past):
@@ -182,6 +208,39 @@ def test_a_key_that_is_no_number_is_read():
   poisoned = block_means(k, BLOCK).at[:, :, 2].set(jnp.nan)
   chosen = flash_prefill(q, poisoned, past=16, block=BLOCK, alpha=0.3, sink=1, window=1)
   assert chosen[:, :, :, 2].all()
+
+
+@pytest.mark.parametrize("name", [*(name for name in SELECTORS if "by head" not in name), "seer", "blocks", "quoka"])
+def test_whatever_is_chosen_a_key_that_is_no_number_is_in_every_later_answer(name):
+  """Of the heads that share it; in the third of the blocks before the chunk."""
+  q, _, k, _, view = problem()
+  k = k.at[:, 0, 9, 0].set(jnp.nan)
+  gate = SeerGate(dataclasses.replace(configs()["qwen3"], depth=1), jax.random.key(1), width=8)
+  others = {"seer": gate.selectors(tau=0.2, recent=1)[0], "blocks": functools.partial(top_blocks, density=0.1)}
+  how = (SELECTORS | others).get(name)
+  summary = SUMMARIES.get(getattr(how, "func", None))
+  method = compact(how) if how else quoka(queries=0.4, budget=0.1)
+
+  @jax.jit
+  def attend(q, k, keys):
+    memory = (summary(k, BLOCK),) if summary else ()
+    new = jnp.moveaxis(k[:, :, 16 : 16 + CHUNK], 1, 2)
+    return method.attend(q, new, None, view._replace(keys=keys), memory)[0]
+
+  found = attend(q, k, view.keys.at[0, view.table[:, 2], 1, 0].set(jnp.nan))
+  assert np.isnan(found[:, :, :GROUP]).all() and np.isfinite(found[:, :, GROUP:]).all()
+
+
+@pytest.mark.parametrize("union", [True, False])
+def test_where_nothing_is_chosen_the_chunk_sees_itself(union):
+  """As a union; else every block of queries."""
+  q, k, _, v, view = problem()
+  nothing = lambda q, keys, *, past, block, real: jnp.zeros((B, HEADS, TILES, BLOCKS), bool)
+  attend = jax.jit(lambda q: compact(nothing, union=union).attend(q, q[:, :, ::GROUP], v, view, ())[0])
+  at = np.arange(CAPACITY)
+  mine = at >= (16 if union else 16 + np.arange(CHUNK)[:, None] // BLOCK * BLOCK)
+  expected, _ = masked_softmax(q, k, v, jnp.asarray(mine & causal(16)))
+  np.testing.assert_allclose(attend(q), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_x_attention_is_its_formula():
@@ -355,6 +414,13 @@ def test_quoka_is_its_formula():
   for wrong in dict(queries=0.0), dict(queries=1.5), dict(budget=-0.1), dict(budget=1.1):
     with pytest.raises(InputError, match=f"{next(iter(wrong))} is "):
       quoka(**wrong)
+
+
+def test_quoka_with_all_queries_and_all_of_the_past_is_dense():
+  q, k, _, v, view = problem()
+  attend = jax.jit(lambda q: quoka(queries=1.0, budget=1.0).attend(q, q[:, :, ::GROUP], v, view, ())[0])
+  expected, _ = masked_softmax(q, k, v, causal(16))
+  np.testing.assert_allclose(attend(q), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_x_attention_at_threshold_1_keeps_all_that_has_mass():

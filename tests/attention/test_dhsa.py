@@ -256,6 +256,29 @@ def test_heads_in_another_order_see_the_same():
   np.testing.assert_allclose(flip(found), attend(method, q, k, v, LENGTHS), rtol=1e-4, atol=1e-5)
 
 
+def test_heads_in_any_order_choose_the_same_keys():
+  """Query heads and key heads each in an order of their own: only their means are scored."""
+  q, k, _ = arrays()
+  edges, bounds = jnp.arange(0, TIME + 1, BLOCK), jnp.asarray(np.r_[0, 9, 40, 41, 77, 130, 201, TIME])
+
+  def chosen(q, k):
+    scores = scores_of(q[0], k[0], edges, bounds)
+    return select_keys(scores, bounds, jnp.zeros_like(edges[1:]), edges[1:], budget=96, local=BLOCK, sink=16)
+
+  expected = chosen(q, k)
+  for order in [2, 0, 3, 1], [1, 3, 0, 2]:
+    for a, b in zip(chosen(q[:, :, jnp.array(order)], k[:, :, ::-1]), expected, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("window", "sink")])
+def test_a_key_that_is_no_number_is_in_every_later_answer(name):
+  """Where a budget is spent by scores, which mean nothing then; and in the instruction, which sees every key."""
+  q, k, v = arrays()
+  found = attend(METHODS[name](96), q, k.at[0, 70, 0, 0].set(jnp.nan), v, LENGTHS)
+  assert np.isnan(found[0, 70:, :2]).all() and np.isfinite(found[1, : LENGTHS[1]]).all()
+
+
 def test_key_heads_that_choose_for_themselves_are_as_if_each_was_alone():
   q, k, v = arrays()
   score = lambda *_: attention_ratio(q, k, LENGTHS)

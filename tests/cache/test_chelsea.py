@@ -63,6 +63,32 @@ def test_a_round_is_the_published_loop(seed, sizes):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_matching_is_the_largest_cosine_of_six_by_six():
+  """By hand, with ties among partners and among proposals; lengths count for nothing.
+
+        d    e0  e2   d    e2  -e0
+   e0   r    1   0    r    0   -1      to the second, with 1
+   e2   0    0   1    0    1    0      to the third, with 1
+   e1   r    0   0    r    0    0      to the first, with r = sqrt(1/2)
+  -e0  -r   -1   0   -r    0    1      to the sixth, with 1
+   e1   r    0   0    r    0    0      to the first, with r
+   e3   0    0   0    0    0    0      to the first, with 0
+  """
+  e0, e1, e2, e3 = np.eye(4)
+  d = e0 + e1
+  keys = np.stack([e0, d, e2, e0, e1, e2, -e0, d, e1, e2, e3, -e0]) * 2.0 ** np.arange(12)[:, None]
+  match = lambda removed: soft_match(jnp.asarray(keys, jnp.float32), jnp.ones(12), removed).tolist()
+  assert match(1) == [2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+  assert match(4) == [1, 0, 2, 1, 0, 2, 7, 3, 4, 5, 6, 7]
+  assert match(6) == [1, 0, 2, 1, 0, 2, 5, 3, 0, 4, 0, 5]
+
+
+def test_a_round_that_removes_nothing_is_the_identity():
+  e = entries(1, 6)._replace(size=jnp.arange(1.0, 7.0))
+  for found, expected in zip(merge(e, soft_match(e.keys, e.size, 0), 6), e, strict=True):
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_ties_go_to_the_first():
   keys = jnp.eye(D)[jnp.array([0, 0, 1, 0, 0, 1])]  # 0 likes 1 and 3, 2 likes 5, 4 likes 1 and 3
   assert soft_match(keys, jnp.ones(6), 1).tolist() == [0, 0, 1, 2, 3, 4]
@@ -80,6 +106,19 @@ def test_counts_are_exact_and_nothing_is_lost(n, keep, chunk):
     np.testing.assert_allclose((out.size[:, None] * after).sum(0), before.sum(0), rtol=1e-5, atol=1e-5)
   if keep == 1:
     np.testing.assert_array_equal(out.keys, e.keys)
+
+
+@given(st.integers(1, 3000), st.floats(0.05, 1.0), st.integers(2, 130))
+def test_as_many_entries_stay_as_rounds_written_out_leave(n, keep, chunk):
+  """ceil(log2(1 / keep)) rounds of one ratio q, each of which takes round((1 - q) c) of every whole chunk of c."""
+  rounds, left = next(r for r in range(9) if 2**r >= 1 / keep - 1e-9), n
+  for _ in range(rounds):
+    if (c := min(chunk, left) // 2 * 2) > 0:
+      gone = min(round((1 - keep ** (1 / rounds)) * c), c // 2)
+      left = sum(len(range(i, min(i + c, left))) - (gone if i + c <= left else 0) for i in range(0, left, c))
+  assert kept(n, keep, chunk) == left
+  if n % chunk == 0 and chunk % 2 == 0 and rounds == 1:
+    assert left == n * (chunk - gone) // chunk
 
 
 def test_the_schedule_removes_what_is_asked():
@@ -191,7 +230,9 @@ def test_alternating_offsets_find_the_neighbours():
   distance."""
   gain = lambda a, f: sum(max(f(abs(i - j)) for j in range(8) if j not in a) for i in a)
   for f in (lambda d: 1 / d), (lambda d: np.exp(-d)), (lambda d: -d):
-    best = max(gain(a, f) for a in itertools.combinations(range(8), 4))
+    gains = [gain(a, f) for a in itertools.combinations(range(8), 4)]
+    best = max(gains)
+    assert len(gains) == 70 and sum(np.isclose(g, best, rtol=1e-9) for g in gains) == 26  # alternation is one of them
     np.testing.assert_allclose(gain((0, 2, 4, 6), f), best)
     np.testing.assert_allclose(best, 4 * f(1))
     assert gain((0, 1, 2, 3), f) < best
@@ -216,12 +257,13 @@ def test_neighbours_merge_with_the_one_beside_them():
   assert [row.tolist()[j] for j in expected] == row.tolist()[0::2]
 
 
-def test_heads_are_independent():
+def test_layers_and_heads_are_independent():
   e = entries(3, 12, lead=(2, 3))
   both = jax.vmap(jax.vmap(functools.partial(compress, keep=0.5, chunk=4)))
   order = jnp.array([2, 0, 1])
-  for a, b in zip(both(jax.tree.map(lambda a: a[:, order], e)), both(e), strict=True):
-    np.testing.assert_array_equal(a, b[:, order])
+  moved = lambda a: a[::-1][:, order]
+  for a, b in zip(both(jax.tree.map(moved, e)), both(e), strict=True):
+    np.testing.assert_array_equal(a, moved(b))
 
 
 def test_empty_places_weigh_nothing_and_merge_with_nothing():
@@ -235,6 +277,14 @@ def test_empty_places_weigh_nothing_and_merge_with_nothing():
   out = compress(holed(jnp.nan), keep=0.75, chunk=8)
   assert out.size.sum() == 4 and np.isfinite(out.keys).all() and np.isfinite(out.values).all()
   np.testing.assert_allclose(attend(q, out), expected, rtol=1e-5)
+
+
+def test_a_key_that_is_no_number_stays_in_the_answer():
+  """Whichever entries it is merged with."""
+  e = entries(4, 8)
+  for i in range(8):
+    out = compress(e._replace(keys=e.keys.at[i, 3].set(jnp.nan)), keep=0.25, chunk=8)
+    assert out.size.sum() == 8 and np.isnan(attend(jnp.ones(D), out)).all()
 
 
 def test_parts_are_attended_to_as_one():

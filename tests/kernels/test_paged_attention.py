@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.paged_attention import _best, cudnn, mosaic_gpu, paged_attention
@@ -201,12 +202,26 @@ def test_a_row_without_pages_is_zero():
     assert not np.asarray(out[1]).any() and np.isneginf(total[1]).all() and np.isfinite(out).all()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton", "mosaic_tpu"])
+def test_a_key_that_is_no_number_is_in_the_answer(implementation):
+  """Of the queries that see it, instead of zeros as if they saw nothing: a row's oldest page, and its newest token."""
+  heads = 2
+  q, keys, values, *_ = problem(0, heads=heads)
+  start, table = jnp.full(ROWS, 48), jnp.arange(ROWS * 4).reshape(ROWS, 4)  # a page of the past and all of the new ones
+  keys = keys.at[0, 3].set(jnp.nan).at[4 + 2, 3].set(jnp.nan)  # of row 0 in the past, of row 1 at position 67
+  arrays = q, keys, values, jnp.pad(table, ((0, 0), (0, 2))), jnp.tile(jnp.array([1, 3]), (ROWS, 1)), start
+  out, total = run(arrays, heads, implementation)
+  seen = np.array([[True], [False], [False]]) | (np.arange(20 * heads) // heads + 48 >= 67) & np.eye(3, 1, -1, bool)
+  np.testing.assert_array_equal(np.isnan(out).any(axis=2), seen)
+  np.testing.assert_array_equal(np.isnan(total), seen)
+
+
 def test_it_lowers_for_tpus_and_for_cuda():
   for dtype in jnp.float32, jnp.bfloat16:
     arrays = problem(0, dtype=dtype)
-    for name, platform, call in ("mosaic_tpu", "tpu", "tpu_custom_call"), ("triton", "cuda", "triton"):
-      kernel = jax.jit(functools.partial(paged_attention, heads=2, implementation=name))
-      assert call in kernel.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    kernel = lambda name: jax.jit(functools.partial(paged_attention, heads=2, implementation=name))
+    assert "tpu_custom_call" in export.export(kernel("mosaic_tpu"), platforms=["tpu"])(*arrays).mlir_module()
+    assert "triton" in kernel("triton").trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_tables_and_numbers_that_cannot_be_are_named():
