@@ -16,6 +16,12 @@ from jaxlab.core.checks import require, require_counts
 from jaxlab.data.tokens import Tokens
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 (batch, time); target -1 is not counted
+_EPOCHS = 2**31  # without end; what grain takes for that is too many for it where a batch has one index
+
+
+def index_batches(count: int, batch: int, *, seed: int) -> grain.MapDataset:
+  """Endless batches of `batch` of the indices below `count`, shuffled anew each epoch."""
+  return grain.MapDataset.range(count).seed(seed).shuffle().repeat(_EPOCHS).batch(batch)
 
 
 def training_rows(

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_counts
+from jaxlab.data import packing
 from jaxlab.data.packing import Batch
 from jaxlab.kernels import chunk_attention
 from jaxlab.models.attention import masked_attention
@@ -290,18 +291,18 @@ def batches(
   require_counts(batch=batch, chunk=chunk, keep=keep, ranks=ranks)
   require(len(sequences) >= batch, f"batch is {batch}; there are {len(sequences)} sequences, give more or lower it")
 
-  def load(rows):
+  def load(chosen):
+    rows = [sequences[int(i)] for i in chosen]
     lengths = [len(row["inputs"]) for row in rows]
     beyond = f"a sequence has {max(lengths)} tokens, more than the model's context of {context}"
     require(context is None or max(lengths) <= context, f"{beyond}; cut it, or give the model a longer context")
     plan = pack(lengths, chunk)
     return materialize(plan, rows, keep=keep, ranks=ranks, cost=cost)
 
-  order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
-  rows = order.batch(batch, batch_fn=lambda chosen: [sequences[int(i)] for i in chosen])
+  order = packing.index_batches(len(sequences), batch, seed=seed)
   # Without threads of its own: grain's 16 would make 500 batches ahead, for as long as a run compiles.
   alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return grain.experimental.ThreadPrefetchIterDataset(rows.map(load).to_iter_dataset(alone), prefetch_buffer_size=4)
+  return grain.experimental.ThreadPrefetchIterDataset(order.map(load).to_iter_dataset(alone), prefetch_buffer_size=4)
 
 
 def gradient(

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from jaxlab.core.checks import require, require_choice, require_counts
+from jaxlab.data import packing
 from jaxlab.data.packing import Batch
 from jaxlab.models import LanguageModel
 from jaxlab.models.generate import complete
@@ -188,9 +189,9 @@ def batches(rows: Rows, *, batch: int, stages: str = "cycle", seed: int = 0) -> 
     turn = index if stages == "cycle" else np.random.default_rng([seed, index]).integers(len(present))
     return counted(rows.take(chosen), int(present[turn % len(present)]))
 
-  order = grain.MapDataset.source(np.arange(len(rows.tokens))).seed(seed).shuffle().repeat()
+  order = packing.index_batches(len(rows.tokens), batch, seed=seed)
   alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return order.batch(batch).map_with_index(make).to_iter_dataset(alone)
+  return order.map_with_index(make).to_iter_dataset(alone)
 
 
 # (sample, m, its cuts) of every candidate -> mean losses of chunks m and m + 1, float (candidates, 2).

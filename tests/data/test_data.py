@@ -191,6 +191,15 @@ def test_rows_start_with_bos_are_full_and_invent_nothing(lengths, row, buffer):
       assert run[0] == 0 and np.all(np.diff(run[1:]) == 1) and run[1:].max(initial=0) <= corpus.ids[-1]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batches_of_indices_have_no_end_and_each_once_an_epoch(batch):
+  order = packing.index_batches(5, batch, seed=3)
+  assert len(order) > 1e9
+  drawn = np.concatenate([order[i] for i in range(10)])[:10]
+  first, second = drawn[:5].tolist(), drawn[5:].tolist()
+  assert sorted(first) == sorted(second) == list(range(5)) and first != second
+
+
 def test_the_largest_piece_that_fits_is_taken():
   corpus = fake_tokens([9, 5, 3, 2])
   first = next(iter(packing.training_rows(corpus, row=15, seed=0, buffer=4)))

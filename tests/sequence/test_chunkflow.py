@@ -439,6 +439,11 @@ def test_few_batches_are_made_ahead():
   assert 2 * 8 <= len(made) <= 2 * (8 + 5)
 
 
+def test_a_batch_may_be_one_sequence():
+  data = iter(chunkflow.batches(texts((3, 30)), batch=1, chunk=C))
+  assert sorted(int((next(data)["segments"] >= 0).sum()) for _ in range(2)) == [3, 30]
+
+
 def test_bad_input():
   rows, plan = texts((3, 20)), chunkflow.pack([3, 20], C)
   batch = chunkflow.materialize(plan, rows)

@@ -100,6 +100,7 @@ def test_batches_count_one_stage_at_a_time_and_resume():
   again = iter(skip_thinking.batches(rows, batch=2))
   again.set_state(state)
   np.testing.assert_array_equal(rest, [next(again)["targets"] for _ in range(3)])
+  assert next(iter(skip_thinking.batches(rows, batch=1)))["inputs"].shape == (1, LENGTH - 1)
   whole = next(iter(skip_thinking.batches(rows, batch=6, stages="all")))
   assert (whole["targets"] >= 0).sum() == (skip_thinking.counted(rows)["targets"] >= 0).sum()
   random = iter(skip_thinking.batches(rows, batch=2, stages="random", seed=3))
