@@ -18,15 +18,21 @@ LLAMA = dict(vocab_size=32, depth=3, width=48, q_heads=6, kv_heads=2, head_dim=3
 SHAPES = {
   "llama": dataclasses.replace(qwen3(**LLAMA), qk_norm=None),
   "qwen3": qwen3(**LLAMA),
+  "one key head": qwen3(**LLAMA | dict(depth=1, kv_heads=1)),
+  "a key head each": qwen3(**LLAMA | dict(depth=1, kv_heads=6)),
   "nanochat": nanochat(
     depth=4, aspect_ratio=16, head_dim=32, vocab_size=32, context=256, x0=False, value_embeddings=False
   ),
 }
 
 
-@pytest.mark.parametrize("name, dtype", [*((name, jnp.float32) for name in SHAPES), ("qwen3", jnp.bfloat16)])
+SIXTEEN = ("qwen3", "one key head", "a key head each")
+
+
+@pytest.mark.parametrize("dtype, name", [(jnp.float32, n) for n in SHAPES] + [(jnp.bfloat16, n) for n in SIXTEEN])
 def test_kernels_equal_reference_and_read_nothing_past_the_length(name, dtype):
-  """Grouped heads, gains or none, both activations; caches filled to nothing, within a block and to the end."""
+  """Heads in groups of one, three and six, gains or none, both activations; caches filled to nothing, within a block
+  and to the end."""
   config, tolerance = SHAPES[name], 5e-6 if dtype == jnp.float32 else 2e-2
   blocks = for_inference(Transformer(config, jax.random.key(0)).blocks)
   keys = iter(jax.random.split(jax.random.key(1), 99))
