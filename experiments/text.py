@@ -101,7 +101,7 @@ def model_config(config, vocab_size: int, **changes) -> TransformerConfig:
 
 def adam_in_state(rate: float, *, steps: int, warmup: int) -> optax.GradientTransformation:
   """Adam with rate and steps in its state, so that runs of other ones share their compiled programs."""
-  return optax.inject_hyperparams(adam, static_args="warmup")(rate, steps=steps, warmup=warmup)
+  return optax.inject_hyperparams(adam, static_args=("warmup", "factor"))(rate, steps=steps, warmup=warmup)
 
 
 def train_model(
