@@ -177,7 +177,7 @@ def _clean(value, valid):
 def _finish(carry, out, total, out_smem, total_smem):
   """Writes attention, in the queries' place, and its log-sum-exp; zeros and -inf of nothing."""
   sums, m, l = carry  # noqa: E741 (the field's name)
-  some = l > 0
+  some = l != 0  # also of keys that are no numbers
   safe = jnp.where(some, l, 1.0)
   out_smem[...] = (sums * _over(1 / safe, sums.shape)).astype(out_smem.dtype)
   total_smem[...] = jnp.where(some, m * math.log(2) + jnp.log(safe), -jnp.inf)
