@@ -30,7 +30,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   kernels = {}
   for name, cases in benches.items():
     for case, bench in console.track(name, list(cases.items())):
-      measured = part(f"{name}.{case}", lambda bench=bench: measure_case(bench, config.repetitions, bandwidth))
+      measured = part(f"kernels.{name}.{case}", lambda bench=bench: measure_case(bench, config.repetitions, bandwidth))
       kernels.setdefault(name, {})[case] = measured
   tested = {"suite": part("suite", lambda: suite(config.suite))} if config.suite else {}
   return {"bandwidth": bandwidth, "kernels": kernels} | tested
