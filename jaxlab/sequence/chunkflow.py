@@ -7,6 +7,7 @@ their activations, and the others run forward a second time.
 
   data = batches([split_row(ids) for ids in documents], batch=64, chunk=2048)
   train(model, data, None, optimizer, gradient_fn=gradient(), ...)
+  train(model, data, None, optimizer, gradient_fn=gradient(token_losses=own), ...)    a loss of one's own
 
 Plans and schedules are plain data, made on the host. A batch holds its schedule as arrays, a program that one compiled
 step runs through: other lengths are other data, not another compilation, as long as the shapes are the same.
@@ -309,6 +310,7 @@ def gradient(
   *,
   attend: Callable | None = None,
   remat: str = "none",
+  token_losses: losses.TokenLosses = losses.token_losses,
   model_of: Callable = lambda params, *frozen: params,
 ) -> GradientFn:
   """The gradient of the mean loss over all tokens that count, for batches of `materialize`, as
@@ -321,6 +323,8 @@ def gradient(
       of the chunk, or where a sequence is cut of 1, 2, 4, ... chunks, its own and those before it among them. None:
       `kernels.chunk_attention`, on a GPU in 16 bits cuDNN's, which needs no mask.
     remat: as of `transformer.sequential`, within a chunk; "dots" and "full" keep a copy of the cache for every layer.
+    token_losses: (model, hidden states as `model.logits` reads them, targets) -> a loss for each of the targets, int32
+      (rows, tokens); not cross-entropy alone, whatever a token's state and target say.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
@@ -337,7 +341,7 @@ def gradient(
     common.require_readable(config, room // 2 + 1 if room > chunk else 1)  # the least that a cache so large is made for
     batch = jax.tree.map(jnp.asarray, batch)
     total = jnp.maximum((batch["targets"] >= 0).sum(), 1)
-    each = functools.partial(_run, how=(attend, remat), model_of=model_of)
+    each = functools.partial(_run, how=(attend, remat), token_losses=token_losses, model_of=model_of)
     mesh, axes = jax.sharding.get_abstract_mesh(), meshes.RULES["batch"]
     devices = meshes.split_over("batch", len(batch["cache"]))
     require(mesh.empty or devices == mesh.size, "ChunkFlow splits batches alone; make the mesh of data and fsdp")
@@ -356,7 +360,7 @@ def gradient(
   return run
 
 
-def _run(params, frozen, batch, total, *, how, model_of):
+def _run(params, frozen, batch, total, *, how, token_losses, model_of):
   """(loss, gradient) of the ranks in `batch`, one program behind the other."""
   attend, remat = how
   (ranks, rows, chunk), program, pieces = batch["segments"].shape, batch["program"], batch["pieces"].shape[1]
@@ -367,7 +371,7 @@ def _run(params, frozen, batch, total, *, how, model_of):
   ids = jnp.where(program[..., 2:] < 0, -1, program[..., 2:] + of_rank).reshape(-1, program.shape[2] - 2)
   what, start = (program[..., i].reshape(-1) for i in (0, 1))
 
-  shared = dict(model_of=model_of, frozen=frozen, total=total)
+  shared = dict(model_of=model_of, frozen=frozen, share=common.share_of(token_losses, total))
   part_of = lambda i: (chunks["inputs"][i], chunks["targets"][i])
   over_cache = common.over_prefix(masked_attention(attend)) if attend else common.over_cache
   own_loss = functools.partial(common.transformer_loss, how=(over_cache, remat), **shared)
@@ -416,7 +420,7 @@ def _run(params, frozen, batch, total, *, how, model_of):
   return loss, gradient
 
 
-def _packed_loss(params, part, *, model_of, frozen, total, how, pieces):
+def _packed_loss(params, part, *, model_of, frozen, share, how, pieces):
   """The share of a chunk of whole sequences, each at positions from 0 on and blind to the others."""
   attend, remat = how
   model = model_of(params, *frozen)
@@ -430,4 +434,4 @@ def _packed_loss(params, part, *, model_of, frozen, total, how, pieces):
 
   attention = masked_attention(attend, part["segments"]) if attend else among
   x, backout, *_ = sequential(model, x, side, attention=attention, remat=remat)
-  return losses.token_losses(model, (x, backout), part["targets"]).sum() / total
+  return share(model, (x, backout), part["targets"])

@@ -22,19 +22,28 @@ from jaxlab.training import losses
 ChunkLoss = Callable[..., tuple[Float[Array, ""], object]]
 
 
-def transformer_loss(params, cache, part, start, *, model_of, frozen, total, how):
-  """A `ChunkLoss` of a transformer: the sum of a chunk's losses over all tokens that count.
+def transformer_loss(params, cache, part, start, *, model_of, frozen, share, how):
+  """A `ChunkLoss` of a transformer.
 
   Args:
     cache: (keys, values) of all layers; part: (inputs, targets) int32 (rows, chunk).
-    model_of: (params, *frozen) -> the model; total: tokens that count, of all chunks; how: (attention, remat).
+    model_of: (params, *frozen) -> the model; share: of the loss, as `share_of` makes it; how: (attention, remat).
   """
   attention, remat = how
   model: Transformer = model_of(params, *frozen)
   inputs, targets = part
   x, side, _ = model.embed(inputs, Cache(*cache, jnp.asarray(start, jnp.int32), None))
   x, backout, _, cache = sequential(model, x, side, attention=attention, cache=cache, remat=remat)
-  return losses.token_losses(model, (x, backout), targets).sum() / total, cache
+  return share(model, (x, backout), targets), cache
+
+
+def share_of(token_losses: losses.TokenLosses, total) -> Callable:
+  """(model, hidden states, targets) -> what these tokens add to the mean over all `total` that count."""
+
+  def share(model, hidden, targets):
+    return jnp.where(targets >= 0, token_losses(model, hidden, targets), 0).sum() / total
+
+  return share
 
 
 def require_readable(config: TransformerConfig, length: int) -> None:

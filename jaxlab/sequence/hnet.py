@@ -107,16 +107,18 @@ def loss_of(
   weight: float = WEIGHT,
   cutter: Cutter | None = None,
   remat: str = "none",
+  token_losses: losses.TokenLosses = losses.token_losses,
 ) -> LossFn:
   """The loss of `training.loop.train` for rows of `length`.
 
-  Its metrics are `nats` (cross-entropy) and, of stage s, `share_s` (F), `probability_s` (G) and `overflow_s` (the share
-  of the cuts that capacity demoted).
+  Its metrics are `nats` (cross-entropy, or what is in its place) and, of stage s, `share_s` (F), `probability_s` (G)
+  and `overflow_s` (the share of the cuts that capacity demoted).
 
   Args:
     slack: of `capacities`; None: no position is left out, and nothing is saved.
     weight: of the ratio losses.
     cutter: tokens -> where the outermost stage is cut, in the place of its router, whose ratio loss then has no part.
+    token_losses: as of `chunkflow.gradient`.
   """
   room = None if slack is None else capacities(config, length, slack=slack)
 
@@ -126,7 +128,7 @@ def loss_of(
     lengths = jnp.max(jnp.where(targets >= 0, place, 1), axis=1)
     given = cutter(batch["inputs"]) if cutter else None
     x, chunks = model.chunked(batch["inputs"], capacities=room, lengths=lengths, boundaries=given, remat=remat)
-    nats = losses.mean_loss(losses.token_losses(model, (x, None), targets), targets)
+    nats = losses.mean_loss(token_losses(model, (x, None), targets), targets)
     total, metrics = nats, {"nats": nats}
     for stage, (one, ratio) in enumerate(zip(chunks, config.ratios, strict=True)):
       if stage or cutter is None:

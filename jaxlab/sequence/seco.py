@@ -15,6 +15,8 @@ a chain of gradients through p chunks then survives with probability (t)_p / (k)
 
   train(model, data, None, optimizer, gradient_fn=gradient(chunk=512), ...)               SeCO
   train(model, data, None, optimizer, gradient_fn=gradient(chunk=512, visited=8), ...)    SpaCO
+
+`token_losses=` puts a loss of one's own in the place of cross-entropy; `value_and_grad` takes any chunk-wise loss.
 """
 
 import functools
@@ -28,6 +30,7 @@ from jaxlab.core import mesh as meshes
 from jaxlab.core.checks import require, require_choice, require_counts
 from jaxlab.models.attention import AttentionFn
 from jaxlab.sequence import common
+from jaxlab.training import losses
 from jaxlab.training.loop import GradientFn
 
 SAMPLING = ("uniform", "bernoulli")
@@ -125,12 +128,14 @@ def gradient(
   last: bool = False,
   attention: AttentionFn | None = None,
   remat: str = "none",
+  token_losses: losses.TokenLosses = losses.token_losses,
   model_of: Callable = lambda params, *frozen: params,
 ) -> GradientFn:
   """SeCO, or SpaCO where some chunks are visited, as `training.loop.train(gradient_fn=...)` takes it.
 
-  The loss is `losses.language_model_loss`, that of pass 1. Rows of any length are padded to whole chunks. All rows of a
-  batch visit the same chunks, so that a visit is of whole chunks of the batch; a draw for each of 4 rows was no better.
+  The loss is the mean over the tokens that count, and that of pass 1. Rows of any length are padded to whole chunks.
+  All rows of a batch visit the same chunks, so that a visit is of whole chunks of the batch; a draw for each of 4 rows
+  was no better.
 
   Args:
     chunk: tokens of a chunk; visited: t, chunks that send gradients back, None: all.
@@ -139,6 +144,7 @@ def gradient(
     attention: of a chunk over the cache's first 1, 2, 4, ... chunks, its own among them; backwards it runs once more.
       None: `common.over_cache`, which on a GPU needs neither.
     sampling: of `SAMPLING`; last: as of `choose`.
+    token_losses: as of `chunkflow.gradient`.
     model_of: (what is trained, frozen) -> the model, `lambda adapters, model: lora.merge(model, adapters)` for LoRA.
 
   Raises:
@@ -162,7 +168,8 @@ def gradient(
     pad = lambda a, value: jnp.pad(a, ((0, 0), (0, count * chunk - time)), constant_values=value)
     split = lambda a: jnp.moveaxis(a.reshape(rows, count, chunk), 1, 0)
     parts = split(pad(batch["inputs"], 0)), split(pad(batch["targets"], -1))
-    chunk_loss = functools.partial(common.transformer_loss, model_of=model_of, frozen=frozen, total=total, how=reading)
+    share = common.share_of(token_losses, total)
+    chunk_loss = functools.partial(common.transformer_loss, model_of=model_of, frozen=frozen, share=share, how=reading)
     shape = (c.depth, rows, count * chunk, c.kv_heads, c.head_dim)
     empty = lambda: meshes.constrain(jnp.zeros(shape, model.dtype), None, "batch")
     how = dict(chunk=chunk)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,10 @@ from jaxlab.core.checks import require
 from jaxlab.models import LanguageModel
 
 _SLICE_BYTES = 2**29  # float32 logits made at once on a device
+
+
+# (model, hidden states as `model.logits` reads them, int32 targets (batch, time)) -> a loss for each of the targets.
+TokenLosses = Callable[..., Float[Array, "batch time"]]
 
 
 def token_losses(
@@ -88,8 +92,8 @@ def _cut(a: Shaped[Array, "batch time *rest"], slices: int) -> Shaped[Array, "sl
 
 
 def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch time"]) -> Float[Array, ""]:
-  """Mean over the targets that count."""
-  return losses.sum() / jnp.maximum((targets >= 0).sum(), 1)
+  """Mean over the targets that count, those that are not -1."""
+  return jnp.where(targets >= 0, losses, 0).sum() / jnp.maximum((targets >= 0).sum(), 1)
 
 
 def language_model_loss(

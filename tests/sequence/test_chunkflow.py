@@ -21,7 +21,7 @@ from jaxlab.sequence import chunkflow
 from jaxlab.sequence import chunkflow_pipeline as pipeline
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
-from tests.common import configs, plain_attention, random_model, shape_of
+from tests.common import configs, own_losses, plain_attention, random_model, shape_of
 from tests.cudnn import cudnn_by_definition
 
 CONFIG = dataclasses.replace(configs()["qwen3"], depth=2)
@@ -53,18 +53,19 @@ def flat(tree):
   return np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(tree)])
 
 
-def loss_of(model, rows, attention=plain_attention):
+def loss_of(model, rows, attention=plain_attention, token_losses=losses.token_losses):
   """Each sequence by itself, padded to the longest; the sum over all targets that count, over their number."""
   longest = max(len(row["inputs"]) for row in rows)
   pad = lambda a, value: jnp.pad(a, (0, longest - len(a)), constant_values=value)[None]
   inputs = jnp.stack([pad(row["inputs"], 0) for row in rows])
   targets = jnp.stack([pad(row["targets"], -1) for row in rows])
-  alone = lambda row: losses.token_losses(model, model.hidden(row[0], attention=attention), row[1]).sum()
+  each = lambda row: token_losses(model, model.hidden(row[0], attention=attention), row[1])
+  alone = lambda row: jnp.where(row[1] >= 0, each(row), 0).sum()
   return jax.lax.map(alone, (inputs, targets)).sum() / (targets >= 0).sum()
 
 
-def exact(model, rows):
-  loss, gradient = jax.jit(lambda model: jax.value_and_grad(loss_of)(model, rows))(model)
+def exact(model, rows, **how):
+  loss, gradient = jax.jit(jax.value_and_grad(lambda model: loss_of(model, rows, **how)))(model)
   return float(loss), flat(gradient)
 
 
@@ -127,6 +128,14 @@ def test_any_transformer_that_does_not_smear(double, name):
   config = dataclasses.replace(config, depth=2, smear=False, **windows)
   model, rows = random_model(config, dtype="float64"), texts((3, 5, 19))
   close(by_chunks(model, rows, C, 1, remat="full" if config.experts else "none"), exact(model, rows))
+
+
+def test_a_loss_of_ones_own_is_a_mean_over_tokens(double, known):
+  """Of shared chunks and of cut sequences; what it says of tokens that do not count is left out."""
+  model, rows, plain = known
+  expected = exact(model, rows, token_losses=own_losses)
+  assert expected[0] > plain[0] + 0.1
+  close(by_chunks(model, rows, C, 2, token_losses=own_losses), expected)
 
 
 def test_without_any_of_its_parts_the_gradient_is_another(double, known):

@@ -14,7 +14,7 @@ from jaxlab.models import HNet, HNetConfig, chunking
 from jaxlab.sequence import hnet
 from jaxlab.training import losses, optimizers
 from jaxlab.training.loop import train
-from tests.common import random_model, random_tokens
+from tests.common import own_losses, random_model, random_tokens
 
 CONFIG = HNetConfig("m1 [T1] m1", (16, 24), (0, 20), (0, 2), ratios=(3.0,), head_dim=8, state=4, chunk=4)
 TIME = 12
@@ -116,13 +116,15 @@ def test_gradients_reach_the_router_through_smoothing_and_through_confidence(mod
   np.testing.assert_allclose(found["smoothing"] + found["confidence"], found["both"], rtol=1e-3, atol=1e-7)
 
 
-def test_the_loss_is_that_of_the_bytes_and_of_what_is_cut(model, batch):
-  loss = hnet.loss_of(CONFIG, TIME, slack=None)
+@pytest.mark.parametrize("token_losses", [losses.token_losses, own_losses])
+def test_the_loss_is_that_of_the_bytes_and_of_what_is_cut(model, batch, token_losses):
+  """Also by a loss of one's own."""
+  loss = hnet.loss_of(CONFIG, TIME, slack=None, token_losses=token_losses)
 
   @jax.jit
   def by_hand(model, batch):
     x, (chunks,) = model.chunked(batch["inputs"])
-    nats = losses.mean_loss(losses.token_losses(model, (x, None), batch["targets"]), batch["targets"])
+    nats = losses.mean_loss(token_losses(model, (x, None), batch["targets"]), batch["targets"])
     return nats, hnet.ratio_loss(chunks.probability, chunks.cut, 3.0), chunks
 
   value, metrics = jax.jit(lambda model, batch: loss(model, batch, 0, None))(model, batch)

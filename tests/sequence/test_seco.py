@@ -16,7 +16,7 @@ from jaxlab.models.attention import masked_attention
 from jaxlab.sequence import chunkflow, common, seco
 from jaxlab.training import loop, lora, losses
 from jaxlab.training.metrics import read_metrics
-from tests.common import configs, random_model, shape_of
+from tests.common import configs, own_losses, random_model, shape_of
 from tests.cudnn import cudnn_by_definition
 
 TIME = 48
@@ -55,8 +55,8 @@ def masked(q, k, v, *, mask):
 precise = masked_attention(masked)
 
 
-def loss_of(model, batch):
-  per_token = losses.token_losses(model, model.hidden(batch["inputs"], attention=precise), batch["targets"])
+def loss_of(model, batch, token_losses=losses.token_losses):
+  per_token = token_losses(model, model.hidden(batch["inputs"], attention=precise), batch["targets"])
   return losses.mean_loss(per_token, batch["targets"])
 
 
@@ -125,6 +125,15 @@ def test_adapters_alone_are_trained():
   close(flat(ours), flat(expected))
 
 
+def test_a_loss_of_ones_own_is_a_mean_over_tokens():
+  model, batch = model_of(), text()
+  mean = lambda model: loss_of(model, batch, own_losses)
+  loss, gradient = jax.jit(jax.value_and_grad(mean))(model)
+  found, ours = by_chunks(model, batch, chunk=16, token_losses=own_losses)
+  assert found == pytest.approx(float(loss), rel=1e-12)
+  close(ours, flat(gradient))
+
+
 def test_all_chunks_visited_is_seco():
   model, batch = model_of(), text()
   expected = by_chunks(model, batch, chunk=8)[1]
@@ -141,7 +150,12 @@ def test_a_cap_of_zero_truncates():
     cache, total_loss = model.empty_cache(2, TIME), 0.0
     for start in range(0, TIME, 24):
       part = batch["inputs"][:, start : start + 24], batch["targets"][:, start : start + 24]
-      how = dict(model_of=lambda model: model, frozen=(), total=total, how=(precise, "none"))
+      how = dict(
+        model_of=lambda model: model,
+        frozen=(),
+        share=common.share_of(losses.token_losses, total),
+        how=(precise, "none"),
+      )
       one, (keys, values) = common.transformer_loss(model, (cache.keys, cache.values), part, start, **how)
       cache = dataclasses.replace(cache, keys=jax.lax.stop_gradient(keys), values=jax.lax.stop_gradient(values))
       total_loss = total_loss + one
@@ -158,7 +172,9 @@ def pieces(model, batch, k):
   parts = split(batch["inputs"]), split(batch["targets"])
   c = model.config
   empty = jnp.zeros((c.depth, len(batch["inputs"]), TIME, c.kv_heads, c.head_dim))
-  how = dict(model_of=lambda model: model, frozen=(), total=total, how=(precise, "none"))
+  how = dict(
+    model_of=lambda model: model, frozen=(), share=common.share_of(losses.token_losses, total), how=(precise, "none")
+  )
   share = lambda *args: common.transformer_loss(*args, **how)
 
   @jax.jit
@@ -301,7 +317,9 @@ def test_nothing_is_sent_to_a_cache_from_the_chunk_on():
   c, start, stop = model.config, 16, 24
   filled = jax.random.normal(jax.random.key(0), (2, c.depth, 1, TIME, c.kv_heads, c.head_dim))
   part = batch["inputs"][:, start:stop], batch["targets"][:, start:stop]
-  how = dict(model_of=lambda model: model, frozen=(), total=1, how=(precise, "none"))
+  how = dict(
+    model_of=lambda model: model, frozen=(), share=common.share_of(losses.token_losses, 1), how=(precise, "none")
+  )
   loss = lambda cache: common.transformer_loss(model, tuple(cache), part, start, **how)[0]
   size = np.abs(jax.jit(jax.grad(loss))(filled)).max(axis=(1, 2, 4, 5))
   assert (size[:, start:] == 0).all() and (size[:, :start] > 1e-9).all()
