@@ -17,6 +17,10 @@ def cudnn_by_definition(monkeypatch) -> None:
   what cuDNN leaves unwritten is no number. Within a call numbers have 32 bits or more."""
   wide = lambda *arrays: [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
 
+  def as_a_program_of_its_own():
+    """JAX partitions these calls, and asserts that the program of one, where numbers are made, has no constants."""
+    assert jax.make_jaxpr(lambda: jnp.arange(3))().eqns
+
   def see_of(q, k, q_seqlen, kv_seqlen, offsets, mask):
     query, key = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
     if mask == _Mask.PADDING:
@@ -36,6 +40,7 @@ def cudnn_by_definition(monkeypatch) -> None:
   def dot_product_attention(
     q, k, v, *, scale, mask_type, q_seqlen=None, kv_seqlen=None, q_offsets=None, kv_offsets=None, return_residual=False
   ):
+    as_a_program_of_its_own()
     see, dtype = see_of(q, k, q_seqlen, kv_seqlen, q_offsets, mask_type), q.dtype
     q, k, v = wide(q, k, v)
     score = scores(q, k, see, scale)
@@ -45,6 +50,7 @@ def cudnn_by_definition(monkeypatch) -> None:
     return (out, total) if return_residual else out
 
   def bind(q, k, v, bias, q_seqlen, kv_seqlen, *rest, scale, mask_type, **how):
+    as_a_program_of_its_own()
     *_, total, out, cotangent = rest
     dtype = q.dtype
     q, k, v, out, cotangent = wide(q, k, v, out, cotangent)

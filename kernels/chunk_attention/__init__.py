@@ -4,6 +4,7 @@ multiplies what it hides, and writes a derivative of as many numbers.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +26,38 @@ def preferred(q, k, window: int | None) -> bool:
 @functools.cache
 def _proved() -> bool:
   """Whether cuDNN gives the reference's outputs and derivatives on a small problem, tried once a process: JAX promises
-  nothing of what is called here, and a wrong derivative would train on without a word."""
-  with jax.ensure_compile_time_eval():
-    rng = np.random.default_rng(0)
-    q, k, v, against = (
-      jnp.asarray(rng.normal(size=(2, n, heads, 64)), jnp.bfloat16)
-      for n, heads in ((128, 2), (512, 1), (512, 1), (128, 2))
-    )
-    segments = jnp.asarray(np.repeat(np.arange(4), (30, 1, 57, 40))[None].repeat(2, axis=0))
+  nothing of what is called here, and a wrong derivative would train on without a word.
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def through(implementation, q, k, v):
-      how = dict(implementation=implementation)
-      ways = [functools.partial(behind, start=start, **how) for start in (jnp.int32(0), jnp.int32(256))]
-      ways.append(lambda q, k, v: packed(q, k[:, :128], v[:, :128], segments, pieces=5, **how))
-      results = [jax.vjp(way, q, k, v) for way in ways]
-      return [(out, *pull(against)) for out, pull in results]
+  In a thread of its own, where no program is being traced. `jax.ensure_compile_time_eval` would not do: within it what
+  cuDNN's calls make is constants, and JAX asserts that a call it partitions has none.
+  """
+  with ThreadPoolExecutor(1) as alone:
+    return alone.submit(_agree).result()
 
-    try:
-      ours, theirs = (jax.tree.leaves(through(name, q, k, v)) for name in ("cudnn", "reference"))
-    except Exception as error:  # whatever a new version of a private function says
-      warn_once(f"cuDNN's calls fail here ({type(error).__name__}); chunks attend under XLA's mask")
-      return False
-    wide = lambda a: np.asarray(a, np.float32)
-    near = all(
-      np.abs(wide(a) - wide(b)).max() < 2**-5 * np.abs(wide(b)).max() for a, b in zip(ours, theirs, strict=True)
-    )
+
+def _agree() -> bool:
+  rng = np.random.default_rng(0)
+  q, k, v, against = (
+    jnp.asarray(rng.normal(size=(2, n, heads, 64)), jnp.bfloat16)
+    for n, heads in ((128, 2), (512, 1), (512, 1), (128, 2))
+  )
+  segments = jnp.asarray(np.repeat(np.arange(4), (30, 1, 57, 40))[None].repeat(2, axis=0))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def through(implementation, q, k, v):
+    how = dict(implementation=implementation)
+    ways = [functools.partial(behind, start=start, **how) for start in (jnp.int32(0), jnp.int32(256))]
+    ways.append(lambda q, k, v: packed(q, k[:, :128], v[:, :128], segments, pieces=5, **how))
+    results = [jax.vjp(way, q, k, v) for way in ways]
+    return [(out, *pull(against)) for out, pull in results]
+
+  try:
+    ours, theirs = (jax.tree.leaves(through(name, q, k, v)) for name in ("cudnn", "reference"))
+  except Exception as error:  # whatever a new version of a private function says
+    warn_once(f"cuDNN's calls fail here ({type(error).__name__}); chunks attend under XLA's mask")
+    return False
+  wide = lambda a: np.asarray(a, np.float32)
+  near = all(np.abs(wide(a) - wide(b)).max() < 2**-5 * np.abs(wide(b)).max() for a, b in zip(ours, theirs, strict=True))
   if not near:
     warn_once("cuDNN's calls give other numbers than the reference here; chunks attend under XLA's mask")
   return near
