@@ -37,8 +37,8 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
 
 
 def suite(platforms: str) -> dict:
-  """{"passed", "failed", "skipped": counts, "names": of those that fail} of tests/kernels in a process of its own on
-  JAX_PLATFORMS=`platforms`: on "cpu" interpreted.
+  """{"passed", "failed", "skipped": counts, "names": of those that fail, "options": PYTEST_ADDOPTS, which may have left
+  some out} of tests/kernels in a process of its own on JAX_PLATFORMS=`platforms`: on "cpu" interpreted.
 
   Raises:
     InputError: tests that do not run at all.
@@ -53,7 +53,7 @@ def suite(platforms: str) -> dict:
   have = lambda *kinds: [case.get("name") for case in cases if any(case.find(kind) is not None for kind in kinds)]
   failed, skipped = have("failure", "error"), have("skipped")
   counts = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
-  return counts | {"names": failed}
+  return counts | {"names": failed, "options": os.environ.get("PYTEST_ADDOPTS", "")}
 
 
 def measure_case(bench, repetitions: int, bandwidth: float) -> dict:
@@ -119,7 +119,8 @@ def claims(config, metrics: dict) -> list[Claim]:
     ours=counts["failed"],
     threshold=0,
     note=f"{counts['passed']} pass, {counts['skipped']} are of another device or need the interpreter"
-    + "".join(f"; {name} fails" for name in counts.get("names", ())),
+    + "".join(f"; {name} fails" for name in counts.get("names", ()))
+    + (f"; run with {counts['options']}" if counts.get("options") else ""),
   )
   return [*made, exact, tested]
 
