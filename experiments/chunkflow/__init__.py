@@ -41,7 +41,7 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
   found["growth"] = part("growth", lambda: speed.growth(config, vocabulary))
   curves = ("one", "chunkflow", "apart")
   found["curves"] = {
-    n: part(f"curve.{n}", lambda n=n: speed.curve(config, ids, vocabulary, n, console)) for n in curves
+    n: part(f"curves.{n}", lambda n=n: speed.curve(config, ids, vocabulary, n, console)) for n in curves
   }
   found["fit"] = part("fit", lambda: pipeline.fitted(config, vocabulary))
   found["example"], found["pipeline"] = pipeline.example(), pipeline.simulated(config, found["fit"])

@@ -83,11 +83,12 @@ def measure(config, workdir: Path, cache: Path, console) -> dict:
     networks = {UNTOUCHED: str(folder), DISTILLED: str(workdir / "adapted")}
     return choices.measure(config, texts()[GIVEN], networks, workdir / CHOICES)
 
-  first = results.part(workdir, DISTILLED, functools.partial(quality_of, DISTILLED))
+  quality_part = lambda name: results.part(workdir, f"quality.{name}", functools.partial(quality_of, name))
+  first = quality_part(DISTILLED)
   measures = {SPEED: speed_of, SPECULATION: speculation_of, CHOICES: choices_of}
   metrics = {name: results.part(workdir, name, measures[name]) for name in config.parts}
   others = [name for name in (UNTOUCHED, *config.methods) if name != DISTILLED]
-  measured = {name: results.part(workdir, name, functools.partial(quality_of, name)) for name in others}
+  measured = {name: quality_part(name) for name in others}
   return metrics | {"depth": depth, "quality": {UNTOUCHED: measured[UNTOUCHED], DISTILLED: first} | measured}
 
 
