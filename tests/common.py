@@ -31,6 +31,8 @@ from jaxlab.models import (
 from jaxlab.models.config import Experts, HyperConnections, nanochat, qwen3
 from tests.conftest import QUICK_COMPILATION
 
+PARITY = "`make parity` installs transformers, with which the rest of this test compares"
+
 # For programs a test starts: one device, and the compilation settings of the tests themselves.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
 

@@ -17,7 +17,7 @@ from jaxlab.models import hub
 from jaxlab.models.attention import dot_product_attention
 from jaxlab.models.config import RopeScaling
 from jaxlab.models.layers import rope_frequencies
-from tests.common import configs, random_model, random_tokens, run_and_continue
+from tests.common import PARITY, configs, random_model, random_tokens, run_and_continue
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,9 +53,6 @@ def test_everything_is_measured_once(tiny_checkpoint, text, tmp_path, monkeypatc
 
 def test_a_users_checkpoint_is_tuned_beyond_its_context_and_written(tiny_checkpoint, text, tmp_path, monkeypatch):
   """What transformers reads in WORKDIR/tuned has the logits of what hub.load reads there, also past the old context."""
-  import torch
-  import transformers
-
   config = config_file.get_config("test")
   config.model, config.data.path, config.save_dtype = f"hf:{tiny_checkpoint}", text, "float32"
   config.tuning.update(dict(length=576, chunk=192, parameters="lora", steps=3, rate=3e-3))
@@ -64,9 +61,10 @@ def test_a_users_checkpoint_is_tuned_beyond_its_context_and_written(tiny_checkpo
   folder, tokens = tmp_path / "tuned", random_tokens(1, 560, vocab=300)
   model = hub.load(folder)
   assert model.config.context == 576 and model.config.rope_scaling.factor == 576 / 512
+  assert (folder / "tokenizer.json").exists()
+  torch, transformers = pytest.importorskip("torch", reason=PARITY), pytest.importorskip("transformers", reason=PARITY)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(np.asarray(tokens))).logits
   np.testing.assert_allclose(model(tokens), theirs.detach().numpy(), rtol=1e-3, atol=1e-3)
-  assert (folder / "tokenizer.json").exists()
 
 
 def test_stretching_slows_the_frequencies_that_a_context_does_not_turn_once():

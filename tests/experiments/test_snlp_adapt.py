@@ -21,7 +21,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.data import tokenizer
 from jaxlab.models import TransformerConfig, hub
 from jaxlab.training import loop
-from tests.common import SHAPE, random_model, random_tokens, run_and_continue
+from tests.common import PARITY, SHAPE, random_model, random_tokens, run_and_continue
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,9 +62,6 @@ def cache(tmp_path_factory):
 
 def test_everything_is_measured_once_and_the_folder_is_an_ordinary_checkpoint(checkpoint, tmp_path, monkeypatch):
   """What transformers reads in WORKDIR/adapted has the logits of what hub.load reads there, and the same vocabulary."""
-  import torch
-  import transformers
-
   config = config_of(checkpoint, save_dtype="float32", methods=("distilled", "regularised"))
   config.measured = config.settings
   report = run_and_continue("snlp_adapt", tmp_path, monkeypatch, "adapting.adapted", config=config)
@@ -73,9 +70,10 @@ def test_everything_is_measured_once_and_the_folder_is_an_ordinary_checkpoint(ch
   assert exact.ours == 1.0 and report.claims[0].threshold == 5.0
   folder, tokens = tmp_path / "adapted", random_tokens(2, 12, vocab=300)
   ours = hub.load(folder)(tokens)
+  assert float(jnp.abs(ours - hub.load(checkpoint)(tokens)).max()) > 1e-3
+  torch, transformers = pytest.importorskip("torch", reason=PARITY), pytest.importorskip("transformers", reason=PARITY)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(np.asarray(tokens))).logits
   np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-3, atol=1e-4)
-  assert float(jnp.abs(ours - hub.load(checkpoint)(tokens)).max()) > 1e-3
   text = "def measure(config):\n"
   assert transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == (
     hub.load_vocabulary(checkpoint).tokenizer.encode(text).ids
