@@ -156,7 +156,7 @@ def random_groups(seed: int, depth=3) -> Groups:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_threshold_rule_is_the_knapsack(seed):
-  """Of equal costs it is the best choice there is; of two costs the best of those that are prefixes of both orders."""
+  """Of equal costs it is the best choice there is; of two costs no choice that costs as much is better."""
   # One head costs as much as one neuron where a head is 3 width: not so here, so heads alone, then both.
   config = dataclasses.replace(CONFIG, depth=1)
   energy = random_groups(seed, depth=1)
@@ -175,6 +175,11 @@ def test_the_threshold_rule_is_the_knapsack(seed):
   order = np.argsort(-ratios)
   fits = np.cumsum(price[order]) <= numbers
   assert taken[order][: fits.argmin()].all()  # every group before the first that does not fit
+  every = (np.arange(2**14)[:, None] >> np.arange(14)) & 1
+  first = np.isin(np.arange(14), order[: fits.argmin()])
+  gain, cost = np.concatenate([energy.heads.ravel(), energy.neurons.ravel()]), every @ price
+  best = (every @ gain)[cost <= price[first].sum() + 1e-9].max()
+  np.testing.assert_allclose(gain[first].sum(), best, rtol=1e-12)
 
 
 def test_softmax_is_the_least_free_energy():
