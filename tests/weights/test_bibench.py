@@ -94,12 +94,15 @@ def test_interiors_have_the_parity_of_what_is_added_up(name):
 
 
 def test_scales_have_no_gradient_and_the_rest_has_its_own():
-  """d(mu_c sign(w)) / dw is mu_c inside the clip alone; a sample's scale in XNOR has none."""
-  w = jnp.asarray([[0.5, -1.5], [-0.2, 0.1]])
+  """d(mu_c sign(w)) / dw is mu_c inside the clip alone; a sample's scale in XNOR has none.
+
+  Signs of an output are alike: where they add up to 0, so would the gradient of its scale.
+  """
+  w = jnp.asarray([[0.5, -1.5], [0.2, -0.1]])
   for name in ("dorefa", "bireal", "reactnet"):
     found = slope(lambda w, name=name: math.prod(OPERATORS[name].weight(w, {}, FINAL)), w)
     np.testing.assert_allclose(found, np.float32([[0.35, 0], [0.35, 0.8]]), rtol=1e-6)
-  x = jnp.asarray([[0.5, -3.0]])
+  x = jnp.asarray([[0.5, 3.0]])
   np.testing.assert_allclose(
     slope(lambda x: math.prod(OPERATORS["xnor"].act(x, {}, FINAL, True, (-1,))), x), [[1.75, 0]]
   )

@@ -167,6 +167,17 @@ def test_of_all_maps_of_a_rank_it_has_the_least_error(seed):
   assert (np.array(second) <= np.minimum(*rivals) + slack).all()
 
 
+def test_asvd_is_the_best_of_a_rank_for_inputs_of_unequal_weight():
+  """The SVD in NumPy of the weight, its inputs weighed by the root of mean |x|."""
+  x, weight = example(24, 32)
+  scale = np.abs(np.asarray(x[0], np.float64)).mean(axis=0)[:, None] ** 0.5
+  left, values, right = np.linalg.svd(scale * np.asarray(weight, np.float64), full_matrices=False)
+  down, up = svd.asvd(weight, moments(x))
+  for rank in (4, 24):
+    expected = left[:, :rank] * values[:rank] @ right[:rank] / scale
+    np.testing.assert_allclose(down[:, :rank] @ up[:rank], expected, atol=1e-3 * np.abs(expected).max())
+
+
 @pytest.fixture(scope="module")
 def made():
   model = random_model(dataclasses.replace(configs()["qwen3"], depth=2))
