@@ -277,14 +277,14 @@ def choose(
 
 
 def uniform(bases: Mapping[str, Basis], *, budget: float, multiple: int = 1) -> dict[str, int]:
-  """Ranks by map at which every map takes at most the same share of its parameters.
+  """Ranks by map at which every map takes at most the same share of its parameters; at a budget of 1 no map has one.
 
   Raises:
     InputError: a budget outside 0..1, or one that leaves a map no rank.
   """
   _require_share(budget)
   ranks = {}
-  for name, one in bases.items():
+  for name, one in bases.items() if budget < 1 else ():
     inputs, outputs = one.down.shape[-2], one.up.shape[-1]
     bias = outputs if one.shifts else 0
     ranks[name] = int((budget * one.weights - bias) / (inputs + outputs)) // multiple * multiple

@@ -35,11 +35,14 @@ def test_gradients_are_the_closed_forms():
 
 
 def test_schedules_by_epoch():
-  """tau .85 to .99, alpha to 0, n 9 to 17; one program for all of training."""
+  """tau .85 to .99 along an exponential, alpha to 0 along a cosine, n 9 to 17; one program for all of training."""
   run = jax.jit(schedule, static_argnums=1)
   first, last, over = (run(epoch, 60) for epoch in (0, 59, 60))
   np.testing.assert_allclose([first.tau, over.tau], [0.85, 0.99], atol=1e-6)
-  np.testing.assert_allclose([first.alpha, last.alpha], [0.1, 0], atol=2e-4)
+  np.testing.assert_allclose([first.alpha, last.alpha], [0.05 * (1 + math.cos(math.pi / 60)), 0], atol=1e-7)
+  middle = run(30, 60)
+  np.testing.assert_allclose(middle.tau, 0.85 + 0.14 * (math.e**0.5 - 1) / (math.e - 1), atol=1e-6)
+  np.testing.assert_allclose([run(29, 60).alpha, middle.terms], [0.05, 13], atol=1e-6)
   assert (first.terms, last.terms, over.terms) == (9, 17, 18) and run._cache_size() == 1
   assert FINAL.alpha == 0 and FINAL.tau == 0.99
 
@@ -91,12 +94,15 @@ def test_interiors_have_the_parity_of_what_is_added_up(name):
 
 
 def test_scales_have_no_gradient_and_the_rest_has_its_own():
-  """d(mu_c sign(w)) / dw is mu_c inside the clip alone; a sample's scale in XNOR has none."""
-  w = jnp.asarray([[0.5, -1.5], [-0.2, 0.1]])
+  """d(mu_c sign(w)) / dw is mu_c inside the clip alone; a sample's scale in XNOR has none.
+
+  Signs of an output are alike: where they add up to 0, so would the gradient of its scale.
+  """
+  w = jnp.asarray([[0.5, -1.5], [0.2, -0.1]])
   for name in ("dorefa", "bireal", "reactnet"):
     found = slope(lambda w, name=name: math.prod(OPERATORS[name].weight(w, {}, FINAL)), w)
     np.testing.assert_allclose(found, np.float32([[0.35, 0], [0.35, 0.8]]), rtol=1e-6)
-  x = jnp.asarray([[0.5, -3.0]])
+  x = jnp.asarray([[0.5, 3.0]])
   np.testing.assert_allclose(
     slope(lambda x: math.prod(OPERATORS["xnor"].act(x, {}, FINAL, True, (-1,))), x), [[1.75, 0]]
   )
@@ -139,6 +145,23 @@ def test_fda_adds_a_noise_that_ends_and_is_trained():
   np.testing.assert_allclose(late, final, atol=1e-6)
   assert float(jnp.abs(early - final).max()) > 0.03
   assert all(float(np.abs(one).max()) > 0 for one in jax.device_get(slope_of(params, 0)).values())
+
+
+def test_fdas_noise_is_what_its_nets_say():
+  """signs + alpha (W2 relu(W1 u) + .1 sin u), of activations over channels and of every filter over its inputs."""
+  params = bibench.init("fda", jax.random.key(0), (12, 5))
+  assert params["act_down"].shape == params["weight_down"].shape == (12, 3)
+  x, w = jax.random.normal(jax.random.key(1), (6, 12)), params["kernel"]
+  found = bibench.dense("fda", params, x, at=bibench.At(tau=0.85, alpha=0.08, terms=9.0))
+  own = {key: np.asarray(value, np.float64) for key, value in params.items()}
+
+  def noisy(u, which):
+    added = np.maximum(u @ own[f"{which}_down"], 0) @ own[f"{which}_up"] + 0.1 * np.sin(u)
+    return np.where(u >= 0, 1, -1) + 0.08 * added
+
+  filters = noisy(own["kernel"].T, "weight").T * np.abs(own["kernel"]).mean(axis=0)
+  np.testing.assert_allclose(found, noisy(np.asarray(x, np.float64), "act") @ filters, rtol=1e-4, atol=1e-5)
+  assert float(jnp.abs(found - bibench.dense("dorefa", {"kernel": w}, x)).max()) > 0.03
 
 
 def test_references():

@@ -37,7 +37,8 @@ def test_moments_of_batches_are_those_of_all(batches):
   total = parts[0]
   for part in parts[1:]:
     total = merge(total, part)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), whole, total)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max())
+  jax.tree.map(close, whole, total)
   flat = x.reshape(-1, 4).astype(np.float64)
   np.testing.assert_allclose(whole.covariance, np.cov(flat.T, bias=True), rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(whole.second, flat.T @ flat / len(flat), rtol=1e-5)

@@ -87,10 +87,11 @@ def test_experts_are_the_loop_over_experts(model):
     return y
 
   assert moe.route(x).sizes.sum() == 11 * 2
-  np.testing.assert_allclose(moe(x), loop(moe, x), rtol=1e-4, atol=1e-5)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+  close(moe(x), loop(moe, x))
   slope = lambda call: jax.jit(jax.grad(lambda moe, x: (call(moe, x) ** 2).sum(), argnums=(0, 1)))(moe, x)
   for ours, right in zip(*(jax.tree.leaves(slope(call)) for call in (MoE.__call__, loop)), strict=True):
-    np.testing.assert_allclose(ours, right, rtol=1e-3, atol=1e-4)
+    close(ours, right)
 
 
 def test_one_pass_is_two_passes_is_the_double_loop():
@@ -135,6 +136,7 @@ def test_the_score_is_the_loss_where_the_loss_is_a_quadratic():
     config = dataclasses.replace(CONFIG, experts=Experts(count=4, active=1, width=24))
     model = random_model(config, dtype="float64")
     moe = jax.tree.map(lambda a: a[0], model.blocks.mlp)
+    moe.down[...] = moe.down[...].at[1, 5].set(0)
     rng = np.random.default_rng(0)
     x, root = jnp.asarray(rng.normal(size=(40, 16))), rng.normal(size=(16, 16))
     a = jnp.asarray(root @ root.T)
@@ -144,9 +146,8 @@ def test_the_score_is_the_loss_where_the_loss_is_a_quadratic():
     energy = jax.ops.segment_sum(h**2, owner, 4)
     count = routing.sizes.astype(float)
     s = heapr.estimated(energy, count[:, None] * heapr.curvature(a, moe.down[...]), count, freq_weight=True)
-    moe.down[...] = moe.down[...].at[1, 5].set(0)
-    s = s.at[1, 5].set(0)
-    for expert, neuron in ((0, 0), (2, 23), (1, 5)):
+    assert s[1, 5] == 0
+    for expert, neuron in ((0, 0), (2, 23), (3, 11), (1, 5)):
       less = jax.tree.map(lambda leaf: leaf, moe)
       less.down[...] = moe.down[...].at[expert, neuron].set(0)
       off = less(x) - moe(x)
@@ -183,9 +184,11 @@ def test_experts_that_no_token_went_to_have_no_gradient_and_go_first(model):
 
 def test_atomic_experts_add_up_and_all_of_them_are_the_model(model):
   whole = np.ones(model.blocks.mlp.down.shape[:-1], bool)
-  for small in (heapr.sliced(model, whole, tile=8), heapr.sliced(model, whole, tile=24), heapr.padded(model, whole)):
-    np.testing.assert_allclose(small(ROWS), model(ROWS), rtol=1e-5, atol=1e-5)
-  np.testing.assert_array_equal(heapr.masked(model, whole)(ROWS), model(ROWS))
+  assert heapr.select(np.ones(whole.shape), 0).all()
+  for tile in (8, 24):
+    np.testing.assert_allclose(heapr.sliced(model, whole, tile=tile)(ROWS), model(ROWS), rtol=0, atol=5e-6)
+  for same in (heapr.masked(model, whole), heapr.padded(model, whole)):
+    np.testing.assert_array_equal(same(ROWS), model(ROWS))
   half = np.zeros_like(whole)
   half[..., ::2] = True
   x = jax.random.normal(jax.random.key(0), (7, CONFIG.width))
@@ -255,13 +258,13 @@ def test_select_keeps_exactly_the_share(found, ratio, multiple):
 def test_scores_know_no_batches_and_no_scale(model, found):
   """The same from one batch as from four; c^2 times as large where the loss is c times as large."""
   once = heapr.statistics(model, ROWS, batch=4)
-  np.testing.assert_allclose(heapr.scores(once), heapr.scores(found), rtol=1e-4)
+  np.testing.assert_allclose(heapr.scores(once), heapr.scores(found), rtol=1e-5)
   assert found.count.sum() == CONFIG.depth * 2 * ROWS[:, 1:].size
   moe = jax.tree.map(lambda a: a[0], model.blocks.mlp)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape[1:]), dataclasses.replace(found, covariance=None))
   x = jax.random.normal(jax.random.key(0), (9, CONFIG.width))
   of = lambda c: jax.grad(lambda zeros: c * jnp.sin(heapr._Watched(moe, zeros)(x)).sum())(zeros)
-  np.testing.assert_allclose(heapr.scores(of(3.0)), 9 * heapr.scores(of(1.0)), rtol=1e-4)
+  np.testing.assert_allclose(heapr.scores(of(3.0)), 9 * heapr.scores(of(1.0)), rtol=2e-5)
   np.testing.assert_allclose(of(3.0).energy, of(1.0).energy)
 
 

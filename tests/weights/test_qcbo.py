@@ -87,6 +87,19 @@ def test_annealing_with_ten_restarts_finds_the_least_energy_of_twelve_bits(k):
   np.testing.assert_allclose(energy, least, atol=1e-3)
 
 
+@pytest.mark.parametrize("k", [3, 6, 9])
+def test_descent_with_tabu_finds_the_least_energy_of_twelve_bits(k):
+  """Of the same 50 problems all but one at most: a local search, which has no restarts."""
+  run, missed = jax.jit(functools.partial(descend, k=k, iterations=100, tabu=3)), 0
+  for seed in range(50):
+    problem = indefinite(seed, n=12) if seed % 2 else Dense(random_problem(seed, n=12).dense())
+    start = jnp.asarray(np.random.default_rng(seed).permutation(12) < k)
+    x, energy = run(problem, start)
+    assert int(x.sum()) == k and float(energy) <= float(problem.energy(start)) + 1e-4
+    missed += float(energy) > exhaustive(problem, k)[1] + 1e-3
+  assert missed <= 1
+
+
 def test_low_rank_and_dense_walk_the_same_way():
   """The same random numbers, the same answer, which is the least energy."""
   for n, k in ((12, 6), (2, 1)):

@@ -67,9 +67,9 @@ def small(method: str, model, bases, stacks):
     return pruning.stored_sparse(maps.with_blocks(model, maps.replaced(model.blocks, plain)))
   if method == "struprune":
     scores = Groups(rng.random((2, 2)), rng.random((2, 64)))
-    return structured.sliced(
-      model, Groups(structured.top(scores.heads, [1, 2]), structured.top(scores.neurons, [40, 24]))
-    )
+    keep = Groups(structured.top(scores.heads, [1, 2]), structured.top(scores.neurons, [40, 24]))
+    biases = {name: rng.normal(size=(2, model.config.width)).astype(np.float32) for name in structured.ENDS}
+    return structured.sliced(model, keep, biases)
   return of_experts()
 
 

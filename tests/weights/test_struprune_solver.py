@@ -156,7 +156,7 @@ def random_groups(seed: int, depth=3) -> Groups:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_threshold_rule_is_the_knapsack(seed):
-  """Of equal costs it is the best choice there is; of two costs the best of those that are prefixes of both orders."""
+  """Of equal costs it is the best choice there is; of two costs no choice that costs as much is better."""
   # One head costs as much as one neuron where a head is 3 width: not so here, so heads alone, then both.
   config = dataclasses.replace(CONFIG, depth=1)
   energy = random_groups(seed, depth=1)
@@ -174,6 +174,10 @@ def test_the_threshold_rule_is_the_knapsack(seed):
   price = np.concatenate([np.full(4, head), np.full(10, neuron)])
   order = np.argsort(-ratios)
   fits = np.cumsum(price[order]) <= numbers
+  every = (np.arange(2**14)[:, None] >> np.arange(14)) & 1
+  gain, cost = every @ (ratios * price), every @ price
+  first = price[order][: fits.argmin()].sum()
+  assert gain[cost <= first].max() - 1e-9 <= (ratios * price)[taken].sum() <= gain[cost <= numbers].max() + 1e-9
   assert taken[order][: fits.argmin()].all()  # every group before the first that does not fit
 
 
