@@ -37,7 +37,7 @@ def test_signs_are_packed_in_the_published_order(n):
 
 
 def test_every_block_takes_the_energy_of_its_singular_values():
-  """Of the residual as it is left by what is stored, to 1e-5 (bitstack.md, oracle 2); a 0 has the sign +1 there too."""
+  """Of the residual as it is left by what is stored, to 1e-5; a 0 has the sign +1 there too."""
   weight = jnp.asarray(np.random.default_rng(0).normal(size=(24, 40)), jnp.float32).at[:3, :5].set(0)
   signs, u, v, energy = avd(weight, blocks=3, rank=4)
   residual = np.asarray(weight, np.float64)
@@ -69,7 +69,7 @@ LEFT = {  # of the energy of a normal matrix, after each block of a rank
 
 @pytest.mark.parametrize("rank", LEFT)
 def test_a_gaussian_matrix_loses_what_the_paper_says(rank):
-  """And of as many bytes as one block of rank 4 an SVD without signs leaves 0.862 (bitstack.md, oracles 3 and 4).
+  """And of as many bytes as one block of rank 4 an SVD without signs leaves 0.862.
 
   The first block of rank 1 leaves 1 - 2 / pi of a matrix without end.
   """

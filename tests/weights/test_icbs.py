@@ -48,7 +48,7 @@ def test_the_quadratic_is_the_loss_of_the_step(seed):
 
 @pytest.mark.parametrize("hessian", ["per_sample", "diagonal"])
 def test_a_block_is_decided_by_the_least_energy_of_all_choices(hessian):
-  """12 weights of which 6 are pruned, five samples: all 924 masks tried (icbs.md, oracle 2)."""
+  """12 weights of which 6 are pruned, five samples: all 924 masks tried."""
   build = {"per_sample": build_block, "diagonal": icbs.build_diagonal}[hessian]
   settings, made, changed = Settings(hessian=hessian), Plan(6, 6, 0), 0
   for seed in range(10):

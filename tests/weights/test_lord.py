@@ -56,7 +56,7 @@ def errors(x, weight, down, up, mean=0.0) -> list[float]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_error_is_what_the_eigenvalues_left_out_say(shape):
-  """Of every rank to 1e-5 (lord.md, oracle 1); all of them give the outputs back."""
+  """Of every rank to 1e-5; all of them give the outputs back."""
   x, weight = example(*shape)
   with jax.enable_x64(True):
     found = basis(weight.astype(jnp.float64), in_double(x))
@@ -137,7 +137,7 @@ def test_inputs_of_few_directions_give_the_same_outputs_either_way():
 
 
 def test_the_wide_way_is_the_way_through_all_outputs():
-  """Of every rank the eigenvalues, directions and maps of the covariance of 40 outputs (lord.md, oracle 4)."""
+  """Of every rank the eigenvalues, directions and maps of the covariance of 40 outputs."""
   x, weight = example(12, 40)
   with jax.enable_x64(True):
     seen, weight = in_double(x), weight.astype(jnp.float64)
@@ -154,7 +154,7 @@ def test_the_wide_way_is_the_way_through_all_outputs():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_of_all_maps_of_a_rank_it_has_the_least_error(seed):
-  """For every rank centred <= uncentred <= ASVD and SVD (lord.md, oracle 3)."""
+  """For every rank centred <= uncentred <= ASVD and SVD."""
   x, weight = example(24, 32, seed=seed)
   with jax.enable_x64(True):
     seen, w = in_double(x), weight.astype(jnp.float64)
