@@ -632,7 +632,7 @@ def test_the_claims_follow_from_the_config_and_the_parts():
 
 
 def test_real_tensors_are_read(tmp_path):
-  """The files of the sheet: indices of any integer type, standardised by the training set's mean and deviation."""
+  """The published files: indices of any integer type, standardised by the training set's mean and deviation."""
   config, rng = config_file.get_config("test"), np.random.default_rng(0)
   arrays = {f"ndims/{k}": np.int64(n) for k, n in enumerate((15, 95, 267))}
   for fold in range(2):
