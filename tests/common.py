@@ -33,6 +33,8 @@ from tests.conftest import QUICK_COMPILATION
 
 PARITY = "`make parity` installs transformers, with which the rest of this test compares"
 
+HOPPER = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu"))
+
 # For programs a test starts: one device, and the compilation settings of the tests themselves.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
 
@@ -145,6 +147,12 @@ def own_losses(model, hidden, targets):
   logits = model.logits(*hidden)
   total = jax.nn.logsumexp(logits, axis=-1)
   return total - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] + 0.01 * total**2
+
+
+def lowered_for_hopper(function, *arrays) -> str:
+  """The program for such a GPU, which this machine need not have."""
+  with jax.sharding.use_abstract_mesh(HOPPER):
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def plain_attention(q, k, v, *, window=None, start=0):

@@ -8,7 +8,7 @@ from jaxlab.core.checks import InputError
 from jaxlab.kernels import bitstack_matmul as bitstack_module
 from jaxlab.kernels.bitstack_matmul import bitstack_matmul
 from jaxlab.models.packed_maps import SignStack, pack_signs
-from tests.common import interpreted
+from tests.common import interpreted, lowered_for_hopper
 
 
 def problem(*, rows=1, inputs=72, outputs=128, blocks=3, rank=2, dtype=jnp.float32):
@@ -87,7 +87,7 @@ def test_it_lowers_for_tpus_and_for_cuda():
     if platform == "tpu":
       text = export.export(run, platforms=["tpu"])(*arrays).mlir_module()
     else:
-      text = run.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+      text = lowered_for_hopper(run, *arrays)
     assert call in text and "bitstack_matmul" in text
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.decode_attention import decode_attention
 from jaxlab.models.attention import dot_product_attention
-from tests.common import INTERPRET
+from tests.common import INTERPRET, lowered_for_hopper
 
 kernel = functools.partial(decode_attention, implementation="triton", interpret=INTERPRET)
 
@@ -119,7 +119,7 @@ def test_kernels_lower_for_a_gpu_without_one():
   arrays = problem(0, heads=(5, 5), size=128, capacity=2648, layers=6, stored=6, batch=1, dtype=jnp.bfloat16)
   how = dict(windows=6 * (512,), start=jnp.int32(2048), implementation="triton")
   run = lambda q, k, v, *cache: decode_attention(q, k, v, [cache], **how)
-  text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered_for_hopper(run, *arrays)
   assert "decode_attention" in text and "decode_attention_combine" in text and "triton" in text
 
 

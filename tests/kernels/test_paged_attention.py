@@ -12,7 +12,7 @@ from jax import export
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.paged_attention import _best, cudnn, mosaic_gpu, paged_attention
 from jaxlab.models.attention import dot_product_attention
-from tests.common import interpreted
+from tests.common import HOPPER, interpreted, lowered_for_hopper
 
 ROWS, PAGES, CAPACITY = 3, 14, 6
 
@@ -136,9 +136,6 @@ def test_cudnn_equals_the_reference(heads, tokens, page):
     np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=2e-2, atol=2e-2)
 
 
-HOPPER = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu"))
-
-
 @pytest.mark.parametrize("dtype, size", [(jnp.bfloat16, 128), (jnp.float16, 64)])
 @pytest.mark.parametrize("heads, tokens, page", [(1, 20, 64), (4, 96, 128), (2, 150, 192), (8, 1, 64)])
 def test_mosaic_gpu_equals_the_reference(dtype, size, heads, tokens, page):
@@ -160,9 +157,8 @@ def test_mosaic_gpu_equals_the_reference(dtype, size, heads, tokens, page):
 def test_mosaic_gpu_lowers_for_hopper(heads, page, size):
   """Without such a GPU: all that Pallas checks, though not what the driver's compiler does."""
   arrays = problem(0, dtype=jnp.bfloat16, heads=heads, tokens=33, page=page, size=size)
-  kernel = jax.jit(functools.partial(paged_attention, heads=heads, implementation="mosaic_gpu"))
-  with jax.sharding.use_abstract_mesh(HOPPER):
-    assert "mosaic_gpu" in kernel.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  kernel = functools.partial(paged_attention, heads=heads, implementation="mosaic_gpu")
+  assert "mosaic_gpu" in lowered_for_hopper(kernel, *arrays)
 
 
 def test_mosaic_gpu_is_taken_by_name_only_and_says_what_it_cannot_do(monkeypatch):
@@ -221,7 +217,7 @@ def test_it_lowers_for_tpus_and_for_cuda():
     arrays = problem(0, dtype=dtype)
     kernel = lambda name: jax.jit(functools.partial(paged_attention, heads=2, implementation=name))
     assert "tpu_custom_call" in export.export(kernel("mosaic_tpu"), platforms=["tpu"])(*arrays).mlir_module()
-    assert "triton" in kernel("triton").trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in lowered_for_hopper(kernel("triton"), *arrays)
 
 
 def test_tables_and_numbers_that_cannot_be_are_named():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.rotary_qkv import rotary_qkv
 from jaxlab.models import layers
-from tests.common import INTERPRET
+from tests.common import INTERPRET, lowered_for_hopper
 
 
 def problem(seed, *, batch, time, q_heads, kv_heads, size, gains=False, values=False, apart=False, dtype=jnp.float32):
@@ -75,7 +75,7 @@ def test_kernel_lowers_for_a_gpu_without_one():
   sizes = dict(q_heads=10, kv_heads=10)
   arrays, _ = problem(0, batch=(1,), time=64, size=128, values=True, dtype=jnp.bfloat16, **sizes)
   run = lambda *a: rotary_qkv(*a, implementation="triton", norm="after_rope", gain=None, eps=1e-6, scale=1.2, **sizes)
-  text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered_for_hopper(run, *arrays)
   assert "rotary_qkv" in text and "triton" in text
 
 

@@ -6,7 +6,7 @@ from jax import export
 
 from jaxlab.core.checks import InputError
 from jaxlab.kernels.xnor_matmul import pack_bits, unpack_bits, xnor_matmul
-from tests.common import interpreted
+from tests.common import interpreted, lowered_for_hopper
 
 
 def signs(*shape, seed=0):
@@ -49,7 +49,7 @@ def test_it_lowers_for_tpus_and_for_cuda():
     if platform == "tpu":
       text = export.export(run, platforms=["tpu"])(*packed).mlir_module()
     else:
-      text = run.trace(*packed).lower(lowering_platforms=(platform,)).as_text()
+      text = lowered_for_hopper(run, *packed)
     assert call in text and "xnor_matmul" in text
     assert platform == "tpu" or ("popc" in text and "ctpop" not in text)  # Triton cannot compile math.ctpop
 
