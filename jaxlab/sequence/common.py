@@ -39,11 +39,7 @@ def transformer_loss(params, cache, part, start, *, model_of, frozen, share, how
 
 def share_of(token_losses: losses.TokenLosses, total) -> Callable:
   """(model, hidden states, targets) -> what these tokens add to the mean over all `total` that count."""
-
-  def share(model, hidden, targets):
-    return jnp.where(targets >= 0, token_losses(model, hidden, targets), 0).sum() / total
-
-  return share
+  return lambda model, hidden, targets: losses.mean_loss(token_losses(model, hidden, targets), targets, total)
 
 
 def require_readable(config: TransformerConfig, length: int) -> None:

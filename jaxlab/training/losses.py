@@ -91,9 +91,10 @@ def _cut(a: Shaped[Array, "batch time *rest"], slices: int) -> Shaped[Array, "sl
   return jnp.moveaxis(a.reshape(a.shape[0], slices, a.shape[1] // slices, *a.shape[2:]), 1, 0)
 
 
-def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch time"]) -> Float[Array, ""]:
-  """Mean over the targets that count, those that are not -1."""
-  return jnp.where(targets >= 0, losses, 0).sum() / jnp.maximum((targets >= 0).sum(), 1)
+def mean_loss(losses: Float[Array, "batch time"], targets: Int[Array, "batch time"], total=None) -> Float[Array, ""]:
+  """Mean over the targets that count, those that are not -1; `total`: their number where these are a part of them."""
+  total = jnp.maximum((targets >= 0).sum(), 1) if total is None else total
+  return jnp.where(targets >= 0, losses, 0).sum() / total
 
 
 def language_model_loss(
